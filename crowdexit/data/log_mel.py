@@ -144,7 +144,7 @@ def _to_rate(second: NDArray[np.float64], rate: int) -> NDArray[np.float64]:
 
 @cache
 def _mel_matrix() -> NDArray[np.float64]:
-    """(257, 64), HTK mel: triangles linear in mel (torchaudio's are linear in Hz), nothing of the constant."""
+    """(257, 64), HTK mel: triangles linear in mel (in Hz are torchaudio's), nothing of the constant."""
 
     def mel(hertz: NDArray[np.float64]) -> NDArray[np.float64]:
         return 1127.0 * np.log1p(hertz / 700.0)
