@@ -1,0 +1,204 @@
+"""Gives a prepared set without sound a simulated ambience, marked so: ``python -m data_prep.ambience``.
+
+The acoustic model stands in ``crowdexit.data.ambience``, what is measured of it in ``data_prep.ambience_report``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from fractions import Fraction
+from functools import cache, partial
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from scipy.signal import resample_poly
+
+from crowdexit.data.ambience import MODEL_VERSION, SAMPLE_RATE, VoiceBank, simulate
+from crowdexit.data.log_mel import log_mel, read_audio
+from crowdexit.data.store import SPLITS, Store, StoredSample
+from crowdexit.errors import CrowdExitError
+from data_prep.ambience_report import measure, plot
+from data_prep.common import Jobs, Strict, Task, prepare, run
+
+VOICES_UP_TO = {"train": 0.7, "val": 0.85}  # shares of the recordings, by the hash of their names
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    src: Annotated[Path, typer.Argument(metavar="SRC.h5", help="A prepared file.")],
+    dst: Annotated[
+        Path | None,
+        typer.Argument(metavar="DST.h5", help="The file to write; without it SRC is only measured or drawn."),
+    ] = None,
+    voices: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of voice recordings (WAV), for DST.")
+    ] = None,
+    voices_origin: Annotated[
+        str | None, typer.Option(help="Where the voices come from, kept in the file [default: DIR's name].")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed, other sounds.")] = 0,
+    takes: Annotated[int, typer.Option(min=0, help="Further seconds for each training picture.")] = 8,
+    measured: Annotated[
+        bool, typer.Option("--measure", help="Print how much of the count's variance the sound explains.")
+    ] = False,
+    plotted: Annotated[
+        Path | None, typer.Option("--plot", metavar="OUT.png", help="Draw some of the sounds, and measure.")
+    ] = None,
+    strict: Strict = False,
+    jobs: Jobs = 0,
+) -> None:
+    """Add a simulated second of sound to every picture that has none.
+
+    Recorded sound stays as it is. The sounds are fixed by seed and id, whatever the order or the number of
+    processes. A training picture gets further takes: the same crowd, heard in other seconds. An interrupted
+    run goes on where it was.
+
+    Example: python -m data_prep.ambience data/shanghaitech.h5 data/ambience.h5 --voices recordings --measure
+    """
+    if dst is None and not (measured or plotted):
+        raise CrowdExitError("nothing to do: give DST.h5, --measure or --plot")
+    if dst is not None:
+        if voices is None:
+            raise CrowdExitError(
+                "--voices is missing: a folder of voice recordings is needed to write DST.h5"
+            )
+        add_ambience(
+            src, dst, voices, voices_origin, seed=seed, takes=takes, strict=strict, jobs=jobs or None
+        )
+    if measured or plotted:
+        results = measure(dst or src)
+        print(*results, sep="\n")
+        if plotted:
+            plot(dst or src, plotted, results)
+
+
+def add_ambience(
+    src: Path,
+    dst: Path,
+    voices: Path,
+    voices_origin: str | None = None,
+    *,
+    seed: int = 0,
+    takes: int = 8,
+    strict: bool = False,
+    jobs: int = 0,
+) -> None:
+    """Copy a prepared file and give every sample without sound a simulated one; print the summary.
+
+    Raises:
+        CrowdExitError: if a file or the voices cannot be used, or ``src`` and ``dst`` are the same.
+    """
+    if src.resolve() == dst.resolve():
+        raise CrowdExitError(f"{dst}: SRC and DST are the same file")
+    recordings = find_voices(voices)  # so that a wrong folder fails here and not in every worker
+    origin = voices_origin or voices.resolve().name
+    with Store(src) as store:
+        tasks = [Task(id, split) for split in store.splits() for id in store.file[split]]
+        silent = sum(store.file[task.split][task.id].attrs["audio_source"] == "none" for task in tasks)
+    make = partial(make_sample, store=store, voices=voices, voices_origin=origin, seed=seed, takes=takes)
+    stamp = src.stat()
+    settings = (
+        f"ambience {MODEL_VERSION} {src.resolve()} {stamp.st_size} {stamp.st_mtime_ns} {voices.resolve()} "
+        f"{len(recordings['train'])} {origin} {seed} {takes}"
+    )
+    prepare(dst, tasks, make, settings=settings, strict=strict, jobs=jobs).print()
+    print(
+        f"  sound: {silent} simulated here (model {MODEL_VERSION}), {len(tasks) - silent} left as they were"
+    )
+
+
+def make_sample(
+    task: Task, *, store: Store, voices: Path, voices_origin: str, seed: int, takes: int
+) -> StoredSample:
+    """Read a sample and, if it has no sound, simulate it (take 0; a training picture's further takes 1, 2, …).
+
+    Raises:
+        CrowdExitError: if the sample is damaged, or its count out of the model's range.
+    """
+    sample = store.read(task.split, task.id, with_takes=True)
+    if sample.audio_source != "none":
+        return sample
+    bank = read_voices(voices)[task.split]
+
+    def hear(take: int) -> NDArray[np.float32]:
+        return log_mel(simulate(sample.count, bank, generator(seed, task.id, take)), SAMPLE_RATE)
+
+    further = [hear(take) for take in range(1, takes + 1)] if task.split == "train" else []
+    return replace(
+        sample,
+        log_mel=hear(0),
+        takes=np.stack(further).astype(np.float16) if further else None,
+        audio_source="simulated",
+        origin={**sample.origin, **marks(bank, voices_origin, seed)},
+    )
+
+
+def marks(bank: VoiceBank, voices_origin: str, seed: int) -> Mapping[str, str]:
+    """What is kept with every simulated sound."""
+    return {
+        "sound": "simulated, not recorded with the picture",
+        "ambience_model": MODEL_VERSION,
+        "ambience_seed": str(seed),
+        "ambience_voices": f"{voices_origin} ({len(bank)} recordings)",
+    }
+
+
+def generator(seed: int, id: str, take: int) -> np.random.Generator:
+    """The generator of one second: the same for a seed, id and take, in any order and any process."""
+    key = hashlib.sha256(f"{seed}\n{id}\n{take}".encode()).digest()
+    return np.random.default_rng(int.from_bytes(key, "little"))
+
+
+def find_voices(folder: Path) -> dict[str, list[Path]]:
+    """The WAV files right in a folder, those of each split.
+
+    The hashes of the names decide, so that held-out pictures are heard with held-out recordings and the
+    division does not depend on how a folder is listed.
+
+    Raises:
+        CrowdExitError: if the folder is missing or has fewer than three WAV files.
+    """
+    if not folder.is_dir():
+        raise CrowdExitError(f"{folder}: no such folder of voices")
+    paths = sorted(
+        (path for path in folder.iterdir() if path.suffix.lower() == ".wav"),
+        key=lambda path: hashlib.sha256(path.name.encode()).digest(),
+    )
+    if len(paths) < len(SPLITS):
+        raise CrowdExitError(
+            f"{folder}: {len(paths)} WAV files; at least {len(SPLITS)} are needed, one for each split"
+        )
+    train = min(round(VOICES_UP_TO["train"] * len(paths)), len(paths) - 2)
+    val = min(max(round(VOICES_UP_TO["val"] * len(paths)), train + 1), len(paths) - 1)
+    return {"train": paths[:train], "val": paths[train:val], "test": paths[val:]}
+
+
+@cache
+def read_voices(folder: Path) -> dict[str, VoiceBank]:
+    """A bank of voices for each split, read once a process.
+
+    Raises:
+        CrowdExitError: if there are too few, or one cannot be read.
+    """
+    return {
+        split: VoiceBank.of([_read_voice(path) for path in paths])
+        for split, paths in find_voices(folder).items()
+    }
+
+
+def _read_voice(path: Path) -> NDArray[np.float32]:
+    waveform, rate = read_audio(path)
+    ratio = Fraction(SAMPLE_RATE, rate)
+    return np.asarray(resample_poly(waveform.mean(axis=0), ratio.numerator, ratio.denominator), np.float32)
+
+
+if __name__ == "__main__":
+    sys.exit(run(app))
