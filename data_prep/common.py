@@ -249,12 +249,22 @@ def read_picture(path: Path) -> tuple[NDArray[np.uint8], Image.Image]:
 
 
 def resized(
-    picture: Image.Image, points: NDArray[np.float32], width: int, height: int
+    picture: Image.Image,
+    points: NDArray[np.float32],
+    width: int,
+    height: int,
+    canvas: tuple[int, int] | None = None,
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """The picture at another size as JPEG bytes, (n,) uint8, and its heads moved with it, (N, 2) float32."""
+    """The picture at another size as JPEG bytes, (n,) uint8, and its heads moved with it, (N, 2) float32.
+
+    With ``canvas``, a width and height, it lies in the upper left of a black picture of that size.
+    """
     size = np.array([width, height], np.float32)
+    scaled = picture.resize((width, height), Image.Resampling.LANCZOS)
+    if canvas:
+        scaled = scaled.crop((0, 0, *canvas))
     buffer = BytesIO()
-    picture.resize((width, height), Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=JPEG_QUALITY)
+    scaled.save(buffer, "JPEG", quality=JPEG_QUALITY)
     # A head just inside must not come to lie on the border through rounding.
     moved = np.minimum(points * (size / picture.size).astype(np.float32), np.nextafter(size, np.float32(0)))
     return np.frombuffer(buffer.getvalue(), np.uint8), moved

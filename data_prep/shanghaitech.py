@@ -51,7 +51,7 @@ def main(
     kernel: Annotated[Kernel, typer.Option(help="Kernel of the stored density maps.")] = "gaussian",
     store_density: Annotated[
         bool,
-        typer.Option("--store-density", help=f"Keep density maps too, one cell a {DENSITY_STRIDE}×8 block."),
+        typer.Option("--store-density", help="Keep density maps too, on a grid of 8×8 pixels."),
     ] = False,
     max_side: Annotated[
         int | None,

@@ -1,0 +1,238 @@
+"""Prepares DISCO, crowds with their sound (Hu et al., 2020), for counting: ``python -m data_prep.disco``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from scipy.sparse import issparse
+
+from crowdexit.data.density import Kernel, density_map, split_inside
+from crowdexit.data.log_mel import log_mel, read_audio
+from crowdexit.data.store import SPLITS, StoredSample
+from crowdexit.errors import CrowdExitError
+from data_prep.common import (
+    CORES,
+    DENSITY_STRIDE,
+    Jobs,
+    Strict,
+    Task,
+    prepare,
+    read_mat,
+    read_picture,
+    resized,
+    run,
+)
+
+WIDTH, HEIGHT = 1024, 576
+
+
+@dataclass(frozen=True)
+class Recording(Task):
+    """One id's files; ``heads`` only where there is one. ``problem`` says why it cannot be a sample."""
+
+    image: Path
+    sound: Path
+    density: Path
+    heads: Path | None = None
+    problem: str = ""
+
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    src: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of imgs, auds and density.")],
+    dst: Annotated[Path, typer.Argument(metavar="DST.h5", help="The prepared file to write.")],
+    heads: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of head annotations, PREFIX_ID.txt.")
+    ] = None,
+    kernel: Annotated[Kernel, typer.Option(help="Kernel of the stored density maps.")] = "gaussian",
+    store_density: Annotated[
+        bool, typer.Option("--store-density", help="Keep density maps made from the heads too.")
+    ] = False,
+    strict: Strict = False,
+    jobs: Jobs = CORES,
+) -> None:
+    """Prepare DISCO: one HDF5 file of pictures of 1024×576, heads and log-mels.
+
+    The split is the density folder that an id stands in. Without --heads, and for ids that have no head file,
+    the count is the sum of the published density matrix, which is then kept on a grid of 8×8 pixels. Pictures
+    of another shape than 16:9 are fitted in and filled up with black at the right or below.
+
+    Example: python -m data_prep.disco DISCO data/disco.h5 --heads DISCO/annotations
+    """
+    tasks = find_recordings(src, heads)
+    make = partial(make_sample, kernel=kernel if store_density else None)
+    settings = f"disco {src.resolve()} {heads and heads.resolve()} {make.keywords}"
+    prepare(dst, tasks, make, settings=settings, jobs=jobs, strict=strict).print()
+
+
+def find_recordings(src: Path, heads: Path | None = None) -> list[Recording]:
+    """A task for every id that has a picture, sound or density, and one for each head file of an unknown id.
+
+    Raises:
+        CrowdExitError: if a folder is missing or there is no density matrix at all.
+    """
+    for folder in (src, src / "imgs", src / "auds", src / "density", *([heads] if heads else [])):
+        if not folder.is_dir():
+            raise CrowdExitError(f"{folder}: no such folder")
+    densities: dict[str, list[Path]] = {}
+    for split in SPLITS:
+        for path in (src / "density" / split).glob("*.mat"):
+            densities.setdefault(path.stem, []).append(path)
+    if not densities:
+        raise CrowdExitError(f"{src / 'density'}: no matrix ID.mat in {', '.join(SPLITS)}")
+    ids = {path.stem for pattern in ("imgs/*.jpg", "auds/*.wav") for path in src.glob(pattern)} | set(
+        densities
+    )
+    annotations, strangers = _match_heads(sorted(heads.glob("*.txt")) if heads else [], ids)
+
+    recordings = []
+    for id in sorted(ids):
+        matrices, texts = densities.get(id, []), annotations.get(id, [])
+        problem = ""
+        if len(matrices) != 1:
+            splits = " and ".join(path.parent.name for path in matrices)
+            problem = f"density matrices in {splits}" if matrices else "no density matrix, so of no split"
+        elif len(texts) > 1:
+            problem = f"head files {' and '.join(path.name for path in texts)}"
+        recordings.append(
+            Recording(
+                id=id,
+                split="" if problem else matrices[0].parent.name,
+                image=src / "imgs" / f"{id}.jpg",
+                sound=src / "auds" / f"{id}.wav",
+                density=matrices[0] if matrices else Path(),
+                heads=texts[0] if texts else None,
+                problem=problem,
+            )
+        )
+    unknown = "heads of an id that has no picture, sound or density"
+    return recordings + [
+        Recording(path.stem, "", Path(), Path(), Path(), path, problem=unknown) for path in strangers
+    ]
+
+
+def _match_heads(texts: Iterable[Path], ids: set[str]) -> tuple[dict[str, list[Path]], list[Path]]:
+    """Head files by id, and those of no id. Ids and prefixes may hold underscores: the longest id wins."""
+    matched: dict[str, list[Path]] = {}
+    strangers = []
+    for path in texts:
+        words = path.stem.split("_")
+        id = next((id for start in range(len(words)) if (id := "_".join(words[start:])) in ids), None)
+        if id is None:
+            strangers.append(path)
+        else:
+            matched.setdefault(id, []).append(path)
+    return matched, strangers
+
+
+def make_sample(task: Recording, *, kernel: Kernel | None) -> StoredSample:
+    """Read one id's picture, sound and heads or density.
+
+    Raises:
+        CrowdExitError: if one of them is missing or damaged.
+    """
+    if task.problem:
+        raise CrowdExitError(task.problem)
+    image, picture = read_picture(task.image)
+    source_width, source_height = picture.size
+    scale = min(WIDTH / source_width, HEIGHT / source_height)
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    points, density, origin = np.zeros((0, 2), np.float32), None, {"count_from": "density"}
+    if task.heads is None:
+        matrix = read_density(task.density)
+        count = float(matrix.sum())
+        density = onto_grid(matrix, height, width)
+    else:
+        points, outside = split_inside(read_heads(task.heads), source_height, source_width)
+        count = float(len(points))
+        origin = {"count_from": "heads", "heads_outside": str(outside)}
+    if (source_width, source_height) != (WIDTH, HEIGHT):
+        image, points = resized(picture, points, width, height, canvas=(WIDTH, HEIGHT))
+    if task.heads is not None and kernel:
+        density = density_map(points, HEIGHT, WIDTH, kernel=kernel, stride=DENSITY_STRIDE)
+        origin["density_kernel"] = kernel
+    if density is not None:
+        origin["density_stride"] = str(DENSITY_STRIDE)
+    return StoredSample(
+        id=task.id,
+        split=task.split,
+        image=image,
+        points=points,
+        width=WIDTH,
+        height=HEIGHT,
+        count=count,
+        log_mel=log_mel(*read_audio(task.sound)),
+        audio_source="recorded",
+        density=density,
+        origin={"dataset": "DISCO", "source": f"imgs/{task.image.name}", **origin},
+    )
+
+
+def read_density(path: Path) -> NDArray[np.float64]:
+    """A published density matrix, (h, w) of any size; its sum is the count.
+
+    Raises:
+        CrowdExitError: if the file is missing or damaged, or the matrix is no density.
+    """
+    matrix = read_mat(path, "map")
+    matrix = matrix.toarray() if issparse(matrix) else matrix
+    if matrix.ndim != 2 or matrix.size == 0 or matrix.dtype.kind not in "fiu":
+        raise CrowdExitError(
+            f"{path.name} holds a map of shape {matrix.shape} of {matrix.dtype}, not a matrix"
+        )
+    if not np.isfinite(matrix).all() or matrix.min() < 0:
+        raise CrowdExitError(f"{path.name} holds a map with values that are negative or not finite")
+    return matrix.astype(np.float64)
+
+
+def onto_grid(matrix: NDArray[np.float64], height: int, width: int) -> NDArray[np.float32]:
+    """A density matrix stretched over the upper left height×width pixels of the stored picture, by cells.
+
+    Returns (72, 128) float32 of the same sum: what lies across cells of 8×8 pixels is shared out.
+    """
+    for axis, (side, full) in enumerate(((height, HEIGHT), (width, WIDTH))):
+        rows = matrix.shape[axis]
+        edges = np.minimum(np.arange(0, full + 1, DENSITY_STRIDE) / side, 1.0) * rows
+        mass = np.concatenate([np.zeros_like(matrix.take([0], axis)), matrix.cumsum(axis)], axis)
+        below = np.minimum(edges.astype(int), rows - 1)
+        share = np.expand_dims(edges - below, 1 - axis)
+        mass = mass.take(below, axis) * (1 - share) + mass.take(below + 1, axis) * share
+        matrix = np.diff(mass, axis=axis)
+    return np.maximum(matrix, 0.0).astype(np.float32)  # rounding leaves a hair below zero
+
+
+def read_heads(path: Path) -> NDArray[np.float64]:
+    """The heads of an annotation file, a line ``x y`` a head, (N, 2) in pixels of the published picture.
+
+    Raises:
+        CrowdExitError: if the file cannot be read or a line is anything else.
+    """
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CrowdExitError(f"{path.name} cannot be read as head annotations") from error
+    heads = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            x, y = map(float, line.split())
+        except ValueError as error:
+            raise CrowdExitError(f"{path.name} line {number} is not 'x y'") from error
+        heads.append((x, y))
+    return np.array(heads, np.float64).reshape(-1, 2)
+
+
+if __name__ == "__main__":
+    sys.exit(run(app))
