@@ -1,0 +1,32 @@
+"""Makers of small inputs that several tests need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from io import BytesIO
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+CrowdPicture = Callable[..., tuple[bytes, NDArray[np.float64]]]
+
+
+@pytest.fixture
+def crowd_picture() -> CrowdPicture:
+    """Makes a JPEG of light heads on a dark ground, and where they are: (bytes, (heads, 2) x y)."""
+
+    def make(
+        width: int = 96, height: int = 64, heads: int = 5, seed: int = 0
+    ) -> tuple[bytes, NDArray[np.float64]]:
+        random = np.random.default_rng(seed)
+        points = random.uniform((0, 0), (width, height), (heads, 2))
+        pixels = random.integers(0, 40, (height, width, 3), np.uint8)
+        for x, y in points.astype(int):
+            pixels[max(y - 2, 0) : y + 3, max(x - 2, 0) : x + 3] = 220
+        buffer = BytesIO()
+        Image.fromarray(pixels).save(buffer, "JPEG")
+        return buffer.getvalue(), points
+
+    return make
