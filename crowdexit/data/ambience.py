@@ -24,8 +24,13 @@ background           noise whose power falls with frequency as f^-U(0.5, 2) (abo
 microphone           gain N(0, 2.5) dB, and the ceiling at ±1
 ===================  =================================================================================
 
-A count of 0 is background alone. Between a few talkers, who leave gaps, and many, who fill them, the *texture*
-changes; with more talkers still only the *level* rises, by about 2 dB each time the crowd doubles.
+A count of 0 is background alone. Between a few talkers, who leave gaps, and many, who fill them, the texture
+changes; with more talkers still only the level rises, by about 2 dB each time the crowd doubles.
+
+How much that tells, on ShanghaiTech's training pictures with spoken digits as voices and seed 0 (R² of log
+count, kernel ridge regression on statistics of the log-mel, ``data_prep.ambience_report``): 0.58 on the 87
+held-out pictures (of part A alone 0.32, of part B alone 0.53), and 0.59 (0.45, 0.44) in five-fold
+cross-validation over all 700.
 """
 
 from __future__ import annotations
@@ -77,7 +82,7 @@ class VoiceBank:
         """
         loud = [r / np.sqrt(np.mean(np.square(r))) for r in recordings if r.size and np.any(np.abs(r) > 1e-4)]
         if not loud:
-            raise CrowdExitError("the voice bank holds no recording that is not silent")
+            raise CrowdExitError("all the voice recordings are silent")
         lengths = np.array([r.size for r in loud], np.int64)
         return cls(np.concatenate(loud).astype(np.float32), np.cumsum(lengths) - lengths, lengths)
 

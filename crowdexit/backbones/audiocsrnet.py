@@ -1,0 +1,188 @@
+"""AudioCSRNet (Hu et al., arXiv 2005.07097) as a chain of four stages with three places for branches.
+
+VGG front (V1) → VGGish (AV1) → first fusion block (AV2) → the other five blocks → density map and count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from crowdexit.backbones.vgg import VGGFront, VGGish
+from crowdexit.exits import CNNExit, GammaBeta, SLViTExit
+from crowdexit.network import MultiExitNetwork
+from crowdexit.stages import Answer, Exit, Features, Stage
+
+STRIDE = 8
+FUSION_CHANNELS = (512, 512, 512, 256, 128, 64)
+PLACES = {"V1": 0, "AV1": 1, "AV2": 2}
+
+
+@dataclass(frozen=True)
+class AudioCSRNetConfig:
+    """Everything that shapes an AudioCSRNet and its branches. The defaults are the paper's.
+
+    Attributes:
+        size: (width, height) of the picture that the branches' grids fit.
+        width: channels of the visual path, times this.
+        audio_width: channels of VGGish, times this.
+        front_norm: batch normalisation in the two fronts, so that they train from nothing.
+        rectify: ReLU on the density (a network from nothing needs it, the paper's has none).
+        density_scale: the network's output per head; 100 keeps a from-scratch network's numbers near one.
+        regressor: the dense layer of stage two in place of the plain sum.
+        patch, dim, heads: of the SL-ViT branches. filters, pool: of the CNN branches.
+        hidden, dropout: of the MLP heads.
+        second_residual: of the SL-ViT encoder.
+    """
+
+    size: tuple[int, int] = (1024, 576)
+    width: float = 1.0
+    audio_width: float = 1.0
+    front_norm: bool = False
+    rectify: bool = False
+    density_scale: float = 1.0
+    regressor: bool = False
+    patch: int = 8
+    dim: int = 32
+    heads: int = 12
+    filters: int = 16
+    pool: int = 4
+    hidden: int = 256
+    dropout: float = 0.5
+    second_residual: bool = True
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(height, width) of the feature map."""
+        return self.size[1] // STRIDE, self.size[0] // STRIDE
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for a checkpoint's header."""
+        return asdict(self)
+
+
+class FusionBlock(nn.Module):
+    """Equation (3): v_{l+1} = ReLU(γ_l ⊙ BN(D_l(v_l)) + β_l), with D_l a 3×3 convolution of dilation 2."""
+
+    def __init__(self, channels: int, out: int, audio: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, out, 3, padding=2, dilation=2, bias=False)
+        nn.init.kaiming_normal_(self.conv.weight, nonlinearity="relu")
+        self.norm = nn.BatchNorm2d(out)
+        self.fuse = GammaBeta(audio, out)
+
+    def forward(self, visual: Tensor, audio: Tensor) -> Tensor:
+        return F.relu(self.fuse(self.norm(self.conv(visual)), audio))
+
+
+class FusionStage(Stage):
+    """Consecutive fusion blocks: B×C×h×w and B×A → B×channels[-1]×h×w."""
+
+    def __init__(self, channels: int, outs: Sequence[int], audio: int) -> None:
+        super().__init__()
+        widths = [channels, *outs]
+        self.blocks = nn.ModuleList(
+            FusionBlock(a, b, audio) for a, b in zip(widths[:-1], widths[1:], strict=True)
+        )
+
+    def forward(self, features: Features) -> Features:
+        assert features.audio is not None
+        visual = features.visual
+        for block in self.blocks:
+            visual = block(visual, features.audio)
+        return features.with_visual(visual)
+
+
+def upsample_sum(density: Tensor, factor: int) -> Tensor:
+    """Enlarge a density map without changing its sum: B×1×h×w → B×1×fh×fw.
+
+    Bilinear interpolation by a whole factor gives every source cell the weight f² in all, at the border too.
+    """
+    return F.interpolate(density, scale_factor=factor, mode="bilinear", align_corners=False) / factor**2
+
+
+class DensityExit(Exit):
+    """The final exit: 1×1 convolution to one channel, the density of heads, and its sum over the picture.
+
+    Cells that are padding count for nothing. In stage two the sum becomes a dense layer over the map at full
+    resolution, started as the sum (weights all one, no bias); that layer is bound to one picture size.
+    """
+
+    kind = "density"
+
+    def __init__(self, channels: int, config: AudioCSRNetConfig) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 1, 1)
+        nn.init.normal_(self.conv.weight, std=0.01)
+        nn.init.constant_(self.conv.bias, 0.1 if config.rectify else 0.0)  # type: ignore[arg-type]
+        self.rectify = config.rectify
+        self.scale = config.density_scale
+        self.regressor: nn.Linear | None = None
+        if config.regressor:
+            self.start_regressor(config.size)
+
+    def start_regressor(self, size: tuple[int, int]) -> None:
+        """Add stage two's dense layer for pictures of ``size`` (width, height), started as a sum."""
+        self.regressor = nn.Linear(size[0] * size[1], 1, bias=False)
+        nn.init.ones_(self.regressor.weight)
+
+    def forward(self, features: Features) -> Answer:
+        # Sums over ten thousand cells want float32 whatever the convolutions ran in.
+        density = self.conv(features.visual).float() / self.scale
+        if self.rectify:
+            density = F.relu(density)
+        density = density * features.inside
+        if self.regressor is None:
+            return Answer(density.sum((1, 2, 3)), density)
+        full = upsample_sum(density, STRIDE).flatten(1)
+        with torch.autocast(full.device.type, enabled=False):
+            return Answer(self.regressor(full.to(self.regressor.weight.dtype)).squeeze(1), density)
+
+
+class AudioCSRNet(MultiExitNetwork):
+    """AudioCSRNet with its three places V1, AV1 and AV2."""
+
+    def __init__(self, config: AudioCSRNetConfig | None = None) -> None:
+        self.config = config or AudioCSRNetConfig()
+        c = self.config
+        vgg = VGGFront(c.width, c.front_norm)
+        vggish = VGGish(c.audio_width, c.front_norm)
+        outs = [round(n * c.width) for n in FUSION_CHANNELS]
+        first = FusionStage(vgg.channels, outs[:1], vggish.channels)
+        rest = FusionStage(outs[0], outs[1:], vggish.channels)
+        super().__init__([vgg, vggish, first, rest], DensityExit(outs[-1], c), PLACES)
+        self._audio = vggish.channels
+        self._channels = {"V1": vgg.channels, "AV1": vgg.channels, "AV2": outs[0]}
+
+    def add_branch(self, name: str, place: str, kind: Literal["cnn", "slvit"]) -> None:
+        """Add a branch of the SL-ViT paper; at AV1 it takes the sound itself, at AV2 the map has it already.
+
+        Raises:
+            ValueError: for a place or a kind that this network does not have.
+        """
+        c = self.config
+        if place not in self.places:
+            raise ValueError(f"no place {place!r} in AudioCSRNet (it has {', '.join(self.places)})")
+        audio = self._audio if place == "AV1" else 0
+        shared: dict[str, Any] = {"audio": audio, "hidden": c.hidden, "dropout": c.dropout}
+        branch: Exit
+        if kind == "cnn":
+            branch = CNNExit(self._channels[place], c.grid, filters=c.filters, pool=c.pool, **shared)
+        elif kind == "slvit":
+            branch = SLViTExit(
+                self._channels[place],
+                c.grid,
+                patch=c.patch,
+                dim=c.dim,
+                heads=c.heads,
+                second_residual=c.second_residual,
+                **shared,
+            )
+        else:
+            raise ValueError(f"no branch kind {kind!r} fits AudioCSRNet (it takes cnn and slvit)")
+        self.add_exit(name, place, branch)

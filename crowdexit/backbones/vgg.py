@@ -1,0 +1,78 @@
+"""The two convolutional fronts: VGG-16's first ten layers for the picture, VGGish's first six for the sound."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from crowdexit.stages import Features, Stage
+
+VGG_FRONT: Sequence[int | str] = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512)
+VGGISH: Sequence[int | str] = (64, "M", 128, "M", 256, 256, "M", 512, 512, "M")
+
+
+def conv_chain(layout: Sequence[int | str], channels: int, width: float, norm: bool) -> nn.Sequential:
+    """3×3 convolutions with ReLU, and 2×2 max pooling where the layout says ``M``.
+
+    Args:
+        layout: channels of each convolution at full width.
+        channels: of the input.
+        width: all channels times this.
+        norm: batch normalisation after each convolution, so that the chain trains from nothing.
+    """
+    layers: list[nn.Module] = []
+    for item in layout:
+        if isinstance(item, str):
+            layers.append(nn.MaxPool2d(2))
+            continue
+        out = round(item * width)
+        layers.append(nn.Conv2d(channels, out, 3, padding=1, bias=not norm))
+        if norm:
+            layers.append(nn.BatchNorm2d(out))
+        layers.append(nn.ReLU(inplace=True))
+        channels = out
+    for module in layers:
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return nn.Sequential(*layers)
+
+
+class VGGFront(Stage):
+    """The first ten convolutions of VGG-16 (``vgg16.features[0:23]``): B×3×H×W → B×512×H/8×W/8."""
+
+    def __init__(self, width: float = 1.0, norm: bool = False) -> None:
+        super().__init__()
+        self.layers = conv_chain(VGG_FRONT, 3, width, norm)
+        self.channels = round(512 * width)
+
+    def forward(self, features: Features) -> Features:
+        return features.with_visual(self.layers(features.visual))
+
+
+class VGGish(Stage):
+    """The first six convolutions of VGGish (Hershey et al. 2017), averaged over time and frequency.
+
+    Log-mel B×1×96×64 → B×512×6×4 → mean → B×512. A sample without sound gets a learned stand-in for the
+    vector: recorded silence and absent sound are different things.
+    """
+
+    def __init__(self, width: float = 1.0, norm: bool = False) -> None:
+        super().__init__()
+        self.layers = conv_chain(VGGISH, 1, width, norm)
+        self.channels = round(512 * width)
+        self.unheard = nn.Parameter(torch.zeros(self.channels))
+
+    def embed(self, log_mel: Tensor) -> Tensor:
+        """Log-mel B×1×96×64 → B×A."""
+        vector: Tensor = self.layers(log_mel).mean((2, 3))
+        return vector
+
+    def forward(self, features: Features) -> Features:
+        audio = self.embed(features.log_mel)
+        audio = torch.where(features.heard[:, None], audio, self.unheard.to(audio.dtype))
+        return replace(features, audio=audio)

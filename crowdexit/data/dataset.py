@@ -1,0 +1,205 @@
+"""Prepared pictures as training and evaluation see them: tensors, drawn so that a seed fixes every one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, cast
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from crowdexit.data.augment import ConditionRange, Conditions, View, random_view
+from crowdexit.data.density import density_map
+from crowdexit.data.picture import Placement, fit, normalise
+from crowdexit.data.store import Store, StoredSample, StoreError
+
+STRIDE = 8
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The density maps' kernel (see :func:`crowdexit.data.density.density_map`)."""
+
+    kind: str = "gaussian"
+    sigma: float = 4.0
+    size: int = 15
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything that decides how a stored sample becomes tensors.
+
+    Attributes:
+        view: random crop and scale for training; None lays the whole picture on ``canvas``.
+        canvas: (width, height), for ``view`` None.
+        conditions: drawn anew for each picture in training, fixed in evaluation.
+        hear: probability that a sample with sound is heard (modality dropout).
+        stride: of the density map: 8 is the network's grid, 1 the full resolution of the papers.
+    """
+
+    canvas: tuple[int, int]
+    view: View | None = None
+    conditions: ConditionRange | Conditions = field(default_factory=Conditions)
+    hear: float = 1.0
+    stride: int = STRIDE
+    kernel: Kernel = field(default_factory=Kernel)
+
+
+def _decode(sample: StoredSample) -> np.ndarray:
+    picture = cv2.imdecode(sample.image, cv2.IMREAD_COLOR_RGB)
+    if picture is None:
+        raise StoreError(f"{sample.split}/{sample.id}: the stored picture is damaged")
+    return cast(np.ndarray, picture)
+
+
+class CrowdDataset(Dataset[dict[str, Any]]):
+    """Samples of a prepared file as tensors.
+
+    An item is asked for by ``(index, draw)``: what is random about it depends on the seed, the draw and the
+    sample alone, so that neither workers nor processes nor a resumed run change it. A plain index draws 0.
+
+    Items: ``image`` 3×H×W normalised, ``density`` 1×H/s×W/s, ``inside`` 1×H/8×W/8, ``count`` (heads on the
+    canvas), ``total`` (of the whole picture), ``log_mel`` 1×96×64, ``heard`` bool, ``id``.
+    """
+
+    def __init__(self, store: Store, split: str, ids: Sequence[str], setting: Setting, seed: int = 0) -> None:
+        self.store, self.split, self.ids, self.setting, self.seed = store, split, list(ids), setting, seed
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        index, draw = key if isinstance(key, tuple) else (key, 0)
+        s = self.setting
+        rng = np.random.default_rng((self.seed, index, draw))
+        sample = self.store.read(self.split, self.ids[index], with_takes=s.view is not None)
+        picture = _decode(sample)
+        placement: Placement
+        if s.view is not None:
+            picture, points, placement = random_view(picture, sample.points, s.view, rng)
+            count = float(len(points))
+            canvas = s.view.canvas
+        else:
+            picture, placement = fit(picture, s.canvas)
+            points, count, canvas = placement.points(sample.points), sample.count, s.canvas
+        wanted = s.conditions
+        conditions = wanted.draw(rng) if isinstance(wanted, ConditionRange) else wanted
+        x, y = placement.offset
+        w, h = placement.size
+        picture = np.ascontiguousarray(picture)
+        if conditions != Conditions():
+            picture = picture.copy()
+            # The padding is no part of what the camera saw.
+            picture[y : y + h, x : x + w] = conditions.apply(
+                np.ascontiguousarray(picture[y : y + h, x : x + w]), rng
+            )
+        density = self._density(sample, points, placement, canvas)
+        log_mel, heard = self._sound(sample, rng)
+        return {
+            "image": torch.from_numpy(normalise(picture)),
+            "density": torch.from_numpy(density)[None],
+            "inside": torch.from_numpy(placement.inside(canvas))[None],
+            "count": torch.tensor(count, dtype=torch.float32),
+            "total": torch.tensor(sample.count, dtype=torch.float32),
+            "log_mel": torch.from_numpy(log_mel)[None],
+            "heard": torch.tensor(heard),
+            "id": sample.id,
+        }
+
+    def _density(
+        self, sample: StoredSample, points: np.ndarray, placement: Placement, canvas: tuple[int, int]
+    ) -> np.ndarray:
+        s = self.setting
+        if len(points) == 0 and sample.density is not None and sample.count > 0:
+            if s.view is not None:
+                raise StoreError(f"{sample.id}: only a density map is stored, and a crop of it has no heads")
+            # Published density matrices: laid where the picture lies, the mass kept.
+            (x, y), (w, h) = placement.offset, placement.size
+            size = (max(1, w // s.stride), max(1, h // s.stride))
+            laid = np.zeros((canvas[1] // s.stride, canvas[0] // s.stride), np.float32)
+            shrunk = cv2.resize(sample.density, size, interpolation=cv2.INTER_AREA)
+            shrunk *= sample.density.sum() / max(float(shrunk.sum()), 1e-12)
+            laid[y // s.stride :, x // s.stride :][: size[1], : size[0]] = shrunk
+            return laid
+        k = s.kernel
+        return density_map(
+            points,
+            canvas[1],
+            canvas[0],
+            kernel=cast(Any, k.kind),
+            sigma=k.sigma,
+            size=k.size,
+            stride=s.stride,
+        )
+
+    def _sound(self, sample: StoredSample, rng: np.random.Generator) -> tuple[np.ndarray, bool]:
+        heard = sample.log_mel is not None and (self.setting.hear >= 1 or rng.random() < self.setting.hear)
+        if not heard or sample.log_mel is None:
+            return np.zeros((96, 64), np.float32), False
+        if sample.takes is not None:
+            take = int(rng.integers(len(sample.takes) + 1))
+            if take:
+                return sample.takes[take - 1].astype(np.float32), True
+        return sample.log_mel, True
+
+
+class EpochPlan(Sampler[tuple[int, int]]):
+    """Which samples an epoch sees, in what order: fixed by seed and epoch, dealt out to the processes.
+
+    Args:
+        ids: of the data set.
+        balance: shell patterns of ids with the share of draws each group gets; None: every sample once.
+        length: draws in an epoch over all processes; None: the number of ids.
+        seed, rank, world: of the run and the processes. The plan is padded so that each gets as many.
+    """
+
+    def __init__(
+        self,
+        ids: Sequence[str],
+        *,
+        balance: dict[str, float] | None = None,
+        length: int | None = None,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.length = length or len(ids)
+        self.seed, self.rank, self.world, self.epoch = seed, rank, world, 0
+        shares = balance or {"*": 1.0}
+        self.groups: list[tuple[float, np.ndarray]] = []
+        for pattern, share in shares.items():
+            members = np.array([i for i, id in enumerate(ids) if fnmatchcase(id, pattern)])
+            if len(members) == 0:
+                raise StoreError(f"no training sample matches {pattern!r}")
+            self.groups.append((share / sum(shares.values()), members))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the trainer before each epoch."""
+        self.epoch = epoch
+
+    def plan(self) -> list[tuple[int, int]]:
+        """The whole epoch over all processes, as (index, draw)."""
+        rng = np.random.default_rng((self.seed, self.epoch))
+        chosen = []
+        rest = self.length
+        for number, (share, members) in enumerate(self.groups):
+            last = number == len(self.groups) - 1
+            n = rest if last else round(share * self.length)
+            rest -= n
+            rounds = [rng.permutation(members) for _ in range(-(-n // len(members)))]
+            chosen.append(np.concatenate(rounds)[:n] if rounds else members[:0])
+        order = rng.permutation(np.concatenate(chosen))
+        draws = [(int(i), self.epoch * self.length + k) for k, i in enumerate(order)]
+        while len(draws) % self.world:
+            draws.append(draws[len(draws) % self.length])
+        return draws
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(self.plan()[self.rank :: self.world])
+
+    def __len__(self) -> int:
+        return -(-self.length // self.world)

@@ -1,0 +1,137 @@
+"""Pictures from outside: read with bounds, fitted to a network's canvas, normalised."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from crowdexit.errors import CrowdExitError
+
+MIN_SIDE = 32
+MAX_PIXELS = 150_000_000
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+# ImageNet's, which the published weights of all backbones expect.
+MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+STD = np.array([0.229, 0.224, 0.225], np.float32)
+
+
+class PictureError(CrowdExitError):
+    """A picture that cannot be read or is of no use."""
+
+
+def decode_picture(data: bytes, name: str = "picture") -> NDArray[np.uint8]:
+    """Encoded bytes → H×W×3 uint8, RGB, upright (EXIF orientation applied).
+
+    The size is checked before anything is decoded, so that a small file cannot fill the memory.
+
+    Raises:
+        PictureError: empty, not a picture, truncated, smaller than 32 pixels a side, larger than 150 megapixels.
+    """
+    if not data:
+        raise PictureError(f"{name}: the file is empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            picture = Image.open(io.BytesIO(data))
+            width, height = picture.size
+            if min(width, height) < MIN_SIDE:
+                raise PictureError(f"{name}: {width}×{height} is too small to count in ({MIN_SIDE} at least)")
+            if width * height > MAX_PIXELS:
+                raise PictureError(
+                    f"{name}: {width}×{height} is too large ({MAX_PIXELS // 10**6} megapixels at most)"
+                )
+            upright = ImageOps.exif_transpose(picture)
+            if upright.mode.startswith("I;16"):  # 16-bit grey: PIL would clip it to white
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+            return np.array(upright.convert("RGB"))
+    except PictureError:
+        raise
+    except UnidentifiedImageError:
+        raise PictureError(f"{name}: not a picture") from None
+    except Image.DecompressionBombError:
+        raise PictureError(f"{name}: too large ({MAX_PIXELS // 10**6} megapixels at most)") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise PictureError(f"{name}: a damaged or truncated picture ({error})") from None
+
+
+def read_picture(path: str | Path) -> NDArray[np.uint8]:
+    """Read a picture file as H×W×3 uint8, RGB.
+
+    Raises:
+        PictureError: no such file, or as :func:`decode_picture`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise PictureError(f"{path}: no such file")
+    try:
+        return decode_picture(path.read_bytes(), str(path))
+    except OSError as error:
+        raise PictureError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a picture lies on a canvas: its pixel (x, y) is at (x, y) · scale + offset."""
+
+    scale: float
+    offset: tuple[int, int]
+    size: tuple[int, int]  # (width, height) of the picture as it lies there
+
+    def points(self, points: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Heads of the picture (N, 2) on the canvas."""
+        return points * np.float32(self.scale) + np.asarray(self.offset, np.float32)
+
+    def inside(self, canvas: tuple[int, int], stride: int = 8) -> NDArray[np.float32]:
+        """The share of each grid cell that is picture: (height/stride, width/stride)."""
+        shares = []
+        for axis in (1, 0):
+            edges = np.arange(0, canvas[axis] + 1, stride)
+            covered = np.clip(edges, self.offset[axis], self.offset[axis] + self.size[axis])
+            shares.append(np.diff(covered) / stride)
+        return np.outer(*shares).astype(np.float32)
+
+
+def fit(picture: NDArray[np.uint8], canvas: tuple[int, int]) -> tuple[NDArray[np.uint8], Placement]:
+    """Scale a picture into a canvas (width, height) without distortion: as large as fits, centred, edges grey.
+
+    The offset is a multiple of 8, so that the picture begins at a cell's border.
+    """
+    height, width = picture.shape[:2]
+    scale = min(canvas[0] / width, canvas[1] / height)
+    size = (
+        min(canvas[0], max(1, round(width * scale))),
+        min(canvas[1], max(1, round(height * scale))),
+    )
+    offset = ((canvas[0] - size[0]) // 16 * 8, (canvas[1] - size[1]) // 16 * 8)
+    if size != (width, height):
+        interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+        picture = np.asarray(cv2.resize(picture, size, interpolation=interpolation), np.uint8)
+    placement = Placement(scale, offset, size)
+    return place(picture, canvas, offset), placement
+
+
+def place(picture: NDArray[np.uint8], canvas: tuple[int, int], offset: tuple[int, int]) -> NDArray[np.uint8]:
+    """Lay a picture on a canvas (width, height) of the mean colour, which is zero once normalised."""
+    height, width = picture.shape[:2]
+    if (width, height) == canvas:
+        return picture
+    out = np.empty((canvas[1], canvas[0], 3), np.uint8)
+    out[:] = np.round(MEAN * 255).astype(np.uint8)
+    out[offset[1] : offset[1] + height, offset[0] : offset[0] + width] = picture
+    return out
+
+
+def normalise(picture: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """H×W×3 uint8 → 3×H×W float32 with ImageNet's mean and deviation."""
+    scaled = cv2.multiply(
+        cv2.subtract(picture.astype(np.float32), (*(MEAN * 255).tolist(), 0.0)),
+        (*(1 / (STD * 255)).tolist(), 0.0),
+    )
+    return np.ascontiguousarray(scaled.transpose(2, 0, 1))

@@ -1,0 +1,49 @@
+"""The MLP head in which every early exit ends, and what it answers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class MLPHead(nn.Sequential):
+    """Three dense layers with ReLU and dropout between: n → 256 → 256 → outputs.
+
+    Widths follow from the parameter tables of the SL-ViT paper (tables IV to VIII). The same head ends the
+    branches of the multi-exit ViT paper ("three dense layers with two dropouts").
+
+    Args:
+        inputs: n, the length of the flattened features.
+        outputs: number of classes, or 1 for a count.
+        hidden: width of the two hidden layers.
+        dropout: probability of the two dropouts.
+    """
+
+    def __init__(self, inputs: int, outputs: int, hidden: int = 256, dropout: float = 0.5) -> None:
+        super().__init__(
+            nn.Linear(inputs, hidden),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, outputs),
+        )
+
+    @torch.no_grad()
+    def start_tied(self, positions: int) -> None:
+        """Start the first layer as a mean over ``positions``: the same weights for each, divided by their number.
+
+        The papers start it at random. From few pictures a head that starts blind to position learns far
+        sooner that people count the same wherever they stand. The input is position-major: n = positions · d.
+        """
+        first = self[0]
+        assert isinstance(first, nn.Linear)
+        shared = nn.Linear(first.in_features // positions, first.out_features)
+        first.weight.copy_((shared.weight / positions).repeat(1, positions))
+        first.bias.copy_(shared.bias)
+
+
+def as_answer(scores: Tensor) -> Tensor:
+    """B×1 → B for a count; class scores B×K stay."""
+    return scores.squeeze(1) if scores.shape[1] == 1 else scores

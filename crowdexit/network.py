@@ -1,0 +1,85 @@
+"""Stages and exits put together: the multi-exit network."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+from torch import nn
+
+from crowdexit.stages import Answer, Exit, Features, Stage
+
+FINAL = "final"
+
+
+class MultiExitNetwork(nn.Module):
+    """A chain of stages with any number of early exits at the end of each, and the final exit after the last.
+
+    Args:
+        stages: the backbone f = f_L ∘ … ∘ f_1, cut at the places of the branches.
+        final: reads the record after the last stage.
+        places: the names of the places where branches may stand, each with the index of the stage it follows.
+    """
+
+    def __init__(self, stages: Sequence[Stage], final: Exit, places: dict[str, int]) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(stages)
+        self.final = final
+        self.places = dict(places)
+        self.branches = nn.ModuleDict()
+        self._stage_of: dict[str, int] = {}
+
+    def add_exit(self, name: str, place: str, branch: Exit) -> None:
+        """Put an early exit called ``name`` at a place.
+
+        Raises:
+            ValueError: if the place is not one of this network's, or the name is taken.
+        """
+        if place not in self.places:
+            raise ValueError(f"no place {place!r} in this network (it has {', '.join(self.places)})")
+        if name in self.branches or name == FINAL:
+            raise ValueError(f"there is an exit {name!r} already")
+        self.branches[name] = branch
+        self._stage_of[name] = self.places[place]
+
+    @property
+    def exit_names(self) -> list[str]:
+        """All exits in the order in which they answer, ``final`` last."""
+        return [*sorted(self.branches, key=lambda name: self._stage_of[name]), FINAL]
+
+    def exit_module(self, name: str) -> Exit:
+        """The exit of that name.
+
+        Raises:
+            KeyError: if there is none.
+        """
+        module = self.final if name == FINAL else self.branches[name]
+        assert isinstance(module, Exit)
+        return module
+
+    def stage_of(self, name: str) -> int:
+        """The index of the stage after which an exit stands."""
+        return len(self.stages) - 1 if name == FINAL else self._stage_of[name]
+
+    def stream(
+        self, features: Features, exits: Collection[str] | None = None
+    ) -> Iterator[tuple[str, Answer]]:
+        """Walk the chain and yield each wanted exit's answer as soon as it is there.
+
+        Nothing behind the last wanted exit is computed, and nothing at all after the caller stops asking.
+        """
+        wanted = self.exit_names if exits is None else [name for name in self.exit_names if name in exits]
+        if not wanted:
+            return
+        for index in range(self.stage_of(wanted[-1]) + 1):
+            features = self.stages[index](features)
+            for name in wanted:
+                if self.stage_of(name) == index:
+                    yield name, self.exit_module(name)(features)
+
+    def forward(self, features: Features, exits: Collection[str] | None = None) -> dict[str, Answer]:
+        """The answers of the wanted exits (default: all) by name."""
+        return dict(self.stream(features, exits))
+
+    def backbone_modules(self) -> list[nn.Module]:
+        """The stages and the final exit: what classifier-wise training leaves as it is."""
+        return [*self.stages, self.final]

@@ -1,0 +1,114 @@
+"""What flows through a multi-exit network: one typed record of features, and the stages that pass it on.
+
+A network is a chain of stages; an exit reads the record that a stage hands over. Nothing else is shared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Features:
+    """The state of a batch between two stages. B is the batch, (h, w) the grid at 1/8 of the picture.
+
+    Before the first stage ``visual`` is the picture itself, B×3×H×W, normalised.
+
+    Attributes:
+        visual: a feature map B×C×H×W, or tokens B×(1+N)×D with the classification token first.
+        log_mel: B×1×96×64; what stands in rows that are not heard is never used.
+        heard: B, bool: whether this sample has sound.
+        inside: B×1×h×w, the share of each grid cell that is picture rather than padding.
+        audio: B×A, the sound's vector, from the stage that hears on.
+        token_grid: (rows, columns) of the patch tokens when ``visual`` is tokens.
+    """
+
+    visual: Tensor
+    log_mel: Tensor
+    heard: Tensor
+    inside: Tensor
+    audio: Tensor | None = None
+    token_grid: tuple[int, int] | None = None
+
+    def grid(self) -> Tensor:
+        """The visual features as a map B×C×H×W; of tokens, the patches without the classification token."""
+        if self.visual.dim() == 4:
+            return self.visual
+        assert self.token_grid is not None
+        patches = self.visual[:, 1:].transpose(1, 2)  # B×D×N
+        return patches.unflatten(2, self.token_grid)
+
+    def tokens(self) -> Tensor:
+        """The visual features as tokens B×(1+N)×D; of a map, its cells behind their mean."""
+        if self.visual.dim() == 3:
+            return self.visual
+        cells = self.visual.flatten(2).transpose(1, 2)  # B×N×C
+        return torch.cat([cells.mean(1, keepdim=True), cells], dim=1)
+
+    def with_visual(self, visual: Tensor) -> Features:
+        """The same record with other visual features."""
+        return replace(self, visual=visual)
+
+    def select(self, keep: Tensor) -> Features:
+        """The record of some samples only: ``keep`` is a bool mask or indices over the batch."""
+        kept = {
+            f.name: value[keep] for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **kept)
+
+
+def inputs(
+    image: Tensor,
+    log_mel: Tensor | None = None,
+    heard: Tensor | None = None,
+    inside: Tensor | None = None,
+) -> Features:
+    """The record before the first stage.
+
+    Args:
+        image: B×3×H×W, normalised; H and W multiples of 8.
+        log_mel: B×1×96×64 or None when nothing is heard.
+        heard: B bool; default: all, if there is a ``log_mel``.
+        inside: B×1×H/8×W/8; default: no padding, ones.
+    """
+    batch, _, height, width = image.shape
+    if log_mel is None:
+        log_mel = image.new_zeros(batch, 1, 96, 64)
+        heard = torch.zeros(batch, dtype=torch.bool, device=image.device)
+    if heard is None:
+        heard = torch.ones(batch, dtype=torch.bool, device=image.device)
+    if inside is None:
+        inside = image.new_ones(batch, 1, height // 8, width // 8)
+    return Features(image, log_mel, heard, inside)
+
+
+class Stage(nn.Module):
+    """A piece of a backbone: takes the record, hands it on."""
+
+    def forward(self, features: Features) -> Features:
+        raise NotImplementedError  # abstract
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an exit says of a batch.
+
+    Attributes:
+        value: counts B, or class scores B×K.
+        density: B×1×h×w, heads per grid cell, from exits that make a map; its sum is the count.
+    """
+
+    value: Tensor
+    density: Tensor | None = None
+
+
+class Exit(nn.Module):
+    """Reads the record at the end of a stage and answers."""
+
+    kind: str
+
+    def forward(self, features: Features) -> Answer:
+        raise NotImplementedError  # abstract

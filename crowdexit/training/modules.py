@@ -1,0 +1,401 @@
+"""The training loops: stage zero to two of a backbone, and classifier-wise branches, each a Lightning module."""
+
+from __future__ import annotations
+
+import copy
+import math
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from crowdexit import zoo
+from crowdexit.backbones.audiocsrnet import STRIDE, AudioCSRNet, upsample_sum
+from crowdexit.backbones.vgg import VGGish
+from crowdexit.exits import MLPHead
+from crowdexit.network import FINAL
+from crowdexit.stages import Features, inputs
+from crowdexit.training.recipe import OptimiserPart, Recipe
+
+Batch = dict[str, Any]
+
+
+def record(batch: Batch) -> Features:
+    """The network's input of a collated batch, channels last."""
+    image = batch["image"].contiguous(memory_format=torch.channels_last)
+    return inputs(image, batch["log_mel"], batch["heard"], batch["inside"])
+
+
+def relative_error(count: Tensor, heads: Tensor) -> Tensor:
+    """|Σ − n| / (n + 10), meaned: an error of ten in fifty weighs like one of a hundred in six hundred."""
+    return ((count - heads).abs() / (heads + 10)).mean()
+
+
+def density_loss(density: Tensor, count: Tensor, batch: Batch, kind: str, stride: int) -> Tensor:
+    """Stage one's loss.
+
+    ``l2``: the squared error summed over the map, meaned over the batch (SL-ViT paper, IV).
+    ``balanced``: the mean squared error of density × 100, each picture's divided by (1 + n/20), plus
+    :func:`relative_error`; dense pictures do not own it. Measured from scratch on ShanghaiTech.
+    """
+    heads = batch["count"]
+    if stride == 1:
+        density = upsample_sum(density, STRIDE)
+    squared = (density - batch["density"]).square()
+    if kind == "l2":
+        return squared.sum((1, 2, 3)).mean()
+    weighted = 1e4 * squared.mean((1, 2, 3)) / (1 + heads / 20)
+    return weighted.mean() + relative_error(count, heads)
+
+
+def make_optimiser(parameters: Iterable[nn.Parameter], part: OptimiserPart) -> torch.optim.Optimizer:
+    """The recipe's optimiser over these parameters."""
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[part.name]
+    return kind(parameters, lr=part.lr, weight_decay=part.weight_decay, foreach=True)
+
+
+def rate_at(part: OptimiserPart, step: int, steps: int, epoch: int) -> float:
+    """The learning rate's factor at a step out of ``steps``; plateau schedules are kept by their scheduler."""
+    warm = min(1.0, (step + 1) / part.warmup) if part.warmup else 1.0
+    if part.schedule == "cosine":
+        return warm * (part.floor + (1 - part.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
+    if part.schedule == "exponential":
+        return warm * float(part.factor**epoch)
+    return warm
+
+
+class Validation:
+    """Collects counts over an epoch, over all processes, and sums them up by group of ids.
+
+    A group is what stands before the first ``_`` of an id (the part of a data set), or ``all``.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, str, float, float]] = []
+
+    def add(self, name: str, ids: list[str], counts: Tensor, heads: Tensor) -> None:
+        """Counts B and true heads B of one exit (or state of hearing) called ``name``."""
+        for id, count, true in zip(ids, counts.float().tolist(), heads.float().tolist(), strict=True):
+            self.rows.append((name, id.split("_")[0] if "_" in id else "all", count, true))
+
+    def collect(self) -> dict[str, dict[str, float]]:
+        """By name: ``mae/GROUP`` for each group, and ``error``, the groups' mean of MAE over mean count."""
+        rows = self.rows
+        if dist.is_available() and dist.is_initialized():
+            everywhere: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(everywhere, rows)
+            rows = [row for part in everywhere for row in part]
+        self.rows = []
+        groups: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+        for name, group, count, true in rows:
+            groups[name][group].append((count, true))
+        result = {}
+        for name, by_group in groups.items():
+            table, relative = {}, []
+            for group, pairs in sorted(by_group.items()):
+                mae = sum(abs(c - t) for c, t in pairs) / len(pairs)
+                table[f"mae/{group}"] = mae
+                relative.append(mae / max(sum(t for _, t in pairs) / len(pairs), 1.0))
+            table["error"] = sum(relative) / len(relative)
+            result[name] = table
+        return result
+
+
+class Experiment(L.LightningModule):
+    """What all loops share: the network, its description, where results go, and the best so far.
+
+    ``OUT/model.safetensors`` always holds the best network by validation.
+    """
+
+    def __init__(self, network: AudioCSRNet, spec: zoo.Spec, recipe: Recipe, out: Path) -> None:
+        super().__init__()
+        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.spec, self.recipe, self.out = spec, recipe, out
+        self.validation = Validation()
+        self.best = math.inf
+        self.best_epoch = -1
+        self.summary = ""
+
+    def log_table(self, tables: dict[str, dict[str, float]]) -> None:
+        """Log every figure, and keep one line of them for the console."""
+        flat = {f"val/{name}/{key}": value for name, table in tables.items() for key, value in table.items()}
+        self.log_dict(flat, rank_zero_only=True)
+        self.summary = "  ".join(
+            f"{name}: " + " ".join(f"{k.removeprefix('mae/')} {v:.4g}" for k, v in table.items())
+            for name, table in tables.items()
+        )
+
+    def write(self, network: AudioCSRNet, **figures: Any) -> None:
+        """Write the checkpoint, from the first process."""
+        if not self.trainer.is_global_zero or self.trainer.sanity_checking:
+            return
+        meta = {**self.spec.meta, "recipe": self.recipe.model_dump(mode="json"), "validation": figures}
+        spec = zoo.Spec(self.spec.model, self.spec.exits, self.spec.changes, meta)
+        zoo.save(network, spec, self.out / "model.safetensors")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["crowdexit_best"] = (self.best, self.best_epoch)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.best, self.best_epoch = checkpoint["crowdexit_best"]
+
+
+class BackboneTraining(Experiment):
+    """Stage zero (``hearing``), one (``density``) and two (``count``) of a backbone."""
+
+    def __init__(self, network: AudioCSRNet, spec: zoo.Spec, recipe: Recipe, out: Path) -> None:
+        super().__init__(network, spec, recipe, out)
+        self.vggish = next(stage for stage in network.stages if isinstance(stage, VGGish))
+        self.listener: nn.Module | None = None
+        if recipe.stage == "hearing":
+            # Thrown away afterwards: VGGish has to find what the sound says, not how it is said.
+            self.listener = nn.Linear(self.vggish.channels, 1)
+            nn.init.constant_(self.listener.bias, 5.0)  # about the logarithm of 150
+            self.network.requires_grad_(False)
+            self.vggish.layers.requires_grad_(True)
+        self.average: AveragedModel | None = None
+        if recipe.ema:
+            self.average = AveragedModel(
+                self.network, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True
+            )
+            self.average.requires_grad_(False)
+            self.average.eval()
+
+    def trained(self) -> Iterable[nn.Parameter]:
+        if self.listener is not None:
+            return [*self.vggish.layers.parameters(), *self.listener.parameters()]
+        return self.network.parameters()
+
+    def evaluated(self) -> AudioCSRNet:
+        """The averaged network where there is one."""
+        return cast(AudioCSRNet, self.average.module) if self.average is not None else self.network
+
+    def configure_optimizers(self) -> Any:
+        part = self.recipe.optimiser
+        optimiser = make_optimiser(self.trained(), part)
+        if part.schedule == "plateau":
+            plateau = ReduceLROnPlateau(optimiser, factor=part.factor, patience=part.patience)
+            return {"optimizer": optimiser, "lr_scheduler": {"scheduler": plateau, "monitor": "val/error"}}
+        steps = int(self.trainer.estimated_stepping_batches)
+        an_epoch = max(1, steps // self.recipe.epochs)
+        schedule = LambdaLR(optimiser, lambda step: rate_at(part, step, steps, step // an_epoch))
+        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, batch: Batch, _: int) -> Tensor:
+        if self.listener is not None:
+            log_count = self.listener(self.vggish.embed(batch["log_mel"])).squeeze(1)
+            loss = F.smooth_l1_loss(log_count.float(), torch.log1p(batch["total"]))
+        else:
+            answer = self.network(record(batch), [FINAL])[FINAL]
+            if self.recipe.stage == "count":
+                error = (answer.value - batch["count"]).abs().mean()
+                loss = (
+                    relative_error(answer.value, batch["count"]) if self.recipe.loss == "balanced" else error
+                )
+            else:
+                density = answer.density
+                assert density is not None
+                loss = density_loss(density, answer.value, batch, self.recipe.loss, self.recipe.data.stride)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.average is not None:
+            self.average.update_parameters(self.network)
+
+    def validation_step(self, batch: Batch, _: int) -> None:
+        network = self.evaluated().eval()
+        if self.listener is not None:
+            vggish = next(stage for stage in network.stages if isinstance(stage, VGGish))
+            counts = torch.expm1(self.listener(vggish.embed(batch["log_mel"])).squeeze(1).float())
+            self.validation.add("sound", batch["id"], counts, batch["count"])
+            return
+        features = record(batch)
+        seen = network.stages[0](features)
+        states = {"silent": torch.zeros_like(batch["heard"])}
+        if batch["heard"].any():
+            states["sound"] = batch["heard"]
+        for name, heard in states.items():
+            state = Features(seen.visual, seen.log_mel, heard, seen.inside)
+            for stage in network.stages[1:]:
+                state = stage(state)
+            self.validation.add(name, batch["id"], network.final(state).value, batch["count"])
+
+    def on_validation_epoch_end(self) -> None:
+        tables = self.validation.collect()
+        error = sum(table["error"] for table in tables.values()) / len(tables)
+        self.log("val/error", error, prog_bar=True)
+        if self.trainer.sanity_checking:
+            return
+        self.log_table(tables)
+        if error < self.best:
+            self.best, self.best_epoch = error, self.current_epoch
+            self.write(self.evaluated(), epoch=self.current_epoch, **tables)
+        elif self.recipe.stop and self.current_epoch - self.best_epoch >= self.recipe.stop:
+            self.trainer.should_stop = True
+
+
+class BranchTraining(Experiment):
+    """Classifier-wise (multi-exit ViT paper, III): the backbone frozen, all branches on one pass of it.
+
+    Each branch has its own optimiser, plateau and early stopping, and its own random numbers (by its name and
+    the step), so that it comes out the same whichever branches are trained beside it.
+    """
+
+    def __init__(self, network: AudioCSRNet, spec: zoo.Spec, recipe: Recipe, out: Path) -> None:
+        super().__init__(network, spec, recipe, out)
+        self.automatic_optimization = False
+        self.names = [e.name for e in recipe.exits]
+        for module in network.backbone_modules():
+            module.requires_grad_(False)
+        for name, branch in network.branches.items():
+            branch.requires_grad_(name in self.names)
+        self.average: AveragedModel | None = None
+        if recipe.ema:
+            self.average = AveragedModel(
+                network.branches, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True
+            )
+            self.average.requires_grad_(False)
+        self.best_of = dict.fromkeys(self.names, math.inf)
+        self.stale = dict.fromkeys(self.names, 0)
+        self.kept: dict[str, dict[str, Tensor]] = {}
+
+    @staticmethod
+    def start_branches(network: AudioCSRNet, recipe: Recipe, median: float) -> None:
+        """Add the recipe's branches, their weights fixed by name and seed.
+
+        The output starts at the training pictures' median count, not at zero.
+        """
+        for e in recipe.exits:
+            torch.manual_seed(zlib.crc32(f"{e.name} {recipe.seed}".encode()))
+            network.add_branch(e.name, e.place, cast(Any, e.kind))
+            branch = network.branches[e.name]
+            head = cast(MLPHead, branch.head)
+            with torch.no_grad():
+                cast(nn.Linear, head[-1]).bias.fill_(median)
+            if recipe.tied:
+                head.start_tied(cast(int, branch.cells))
+
+    def active(self) -> list[str]:
+        """The branches that have not stopped."""
+        limit = self.recipe.stop
+        return [name for name in self.names if limit is None or self.stale[name] < limit]
+
+    def train(self, mode: bool = True) -> BranchTraining:
+        """The backbone stays in evaluation mode: its running statistics are frozen too."""
+        super().train(mode)
+        for module in self.network.backbone_modules():
+            module.eval()
+        return self
+
+    def configure_optimizers(self) -> Any:
+        part = self.recipe.optimiser
+        optimisers = [make_optimiser(self.network.branches[name].parameters(), part) for name in self.names]
+        if part.schedule == "plateau":
+            return [
+                {
+                    "optimizer": o,
+                    "lr_scheduler": {
+                        "scheduler": ReduceLROnPlateau(o, factor=part.factor, patience=part.patience),
+                        "monitor": "val/error",
+                    },
+                }
+                for o in optimisers
+            ]
+        steps = int(self.trainer.max_epochs or 1) * int(self.trainer.num_training_batches)
+        an_epoch = int(self.trainer.num_training_batches)
+        return [
+            {
+                "optimizer": o,
+                "lr_scheduler": LambdaLR(o, lambda step: rate_at(part, step, steps, step // an_epoch)),
+            }
+            for o in optimisers
+        ]
+
+    def training_step(self, batch: Batch, index: int) -> None:
+        network, active = self.network, self.active()
+        optimisers = dict(zip(self.names, self._listed(self.optimizers()), strict=True))
+        losses = []
+        step = self.current_epoch * int(self.trainer.num_training_batches) + index
+        features = record(batch)
+        for stage in range(max(network.stage_of(name) for name in active) + 1):
+            with torch.no_grad():
+                features = network.stages[stage](features)
+            for name in active:
+                if network.stage_of(name) != stage:
+                    continue
+                torch.manual_seed(zlib.crc32(f"{name} {self.recipe.seed} {step} {self.global_rank}".encode()))
+                count = network.branches[name](features).value
+                error = (count - batch["count"]).abs().mean()
+                balanced = self.recipe.loss == "balanced"
+                losses.append(relative_error(count, batch["count"]) if balanced else error)
+                self.log(f"train/{name}", error)
+        # The branches share no weights: the gradient of the sum is each one's own.
+        self.manual_backward(torch.stack(losses).sum())
+        for name in active:
+            if self.recipe.optimiser.clip:
+                nn.utils.clip_grad_norm_(network.branches[name].parameters(), self.recipe.optimiser.clip)
+            optimisers[name].step()
+            optimisers[name].zero_grad()
+        if self.recipe.optimiser.schedule != "plateau":
+            for scheduler in self._listed(self.lr_schedulers()):
+                scheduler.step()
+        if self.average is not None:
+            self.average.update_parameters(network.branches)
+
+    @staticmethod
+    def _listed(one_or_more: Any) -> list[Any]:
+        return one_or_more if isinstance(one_or_more, list) else [one_or_more]
+
+    def validation_step(self, batch: Batch, _: int) -> None:
+        network = self.network
+        branches = self.average.module.eval() if self.average is not None else network.branches
+        features = record(batch)
+        for stage in range(max(network.stage_of(name) for name in self.names) + 1):
+            features = network.stages[stage](features)
+            for name in self.names:
+                if network.stage_of(name) == stage:
+                    value = cast(Any, branches)[name](features).value
+                    self.validation.add(name, batch["id"], value, batch["count"])
+
+    def on_validation_epoch_end(self) -> None:
+        tables = self.validation.collect()
+        if self.trainer.sanity_checking:
+            return
+        self.log_table(tables)
+        active = self.active()
+        branches = cast(Any, self.average.module if self.average is not None else self.network.branches)
+        for name, scheduler in zip(self.names, self._listed(self.lr_schedulers()), strict=True):
+            if name not in active:
+                continue
+            error = tables[name]["error"]
+            if isinstance(scheduler, ReduceLROnPlateau):
+                scheduler.step(error)
+            if error < self.best_of[name]:
+                self.best_of[name], self.stale[name] = error, 0
+                self.kept[name] = copy.deepcopy(branches[name].state_dict())
+            else:
+                self.stale[name] += 1
+        best = copy.deepcopy(self.network)
+        for name, state in self.kept.items():
+            best.branches[name].load_state_dict(state)
+        self.write(best, epoch=self.current_epoch, best=self.best_of, last=tables)
+        if not self.active():
+            self.trainer.should_stop = True
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["crowdexit_branches"] = (self.best_of, self.stale, self.kept)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.best_of, self.stale, self.kept = checkpoint["crowdexit_branches"]

@@ -1,0 +1,167 @@
+"""A recipe: one YAML file an experiment, checked to the last key before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from crowdexit.errors import CrowdExitError
+
+BUNDLED = Path(__file__).parent / "recipes"
+
+
+class RecipeError(CrowdExitError):
+    """A recipe that is not there, not YAML, or says something that means nothing."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ConditionsPart(_Part):
+    """Extreme conditions of Hu et al.; see :class:`crowdexit.data.augment.ConditionRange`."""
+
+    share: float = Field(0.0, ge=0, le=1)
+    brightness: tuple[float, float] = (0.05, 0.5)
+    noise: float = Field(50.0, ge=0, le=255)
+    black: float = Field(0.3, ge=0, lt=1)
+
+
+class DataPart(_Part):
+    """Which samples, and how they are laid before the network.
+
+    ``store`` may be left out and given on the command line. ``canvas`` is the (width, height) that training
+    sees (None: the model's native size). ``whole`` shows each picture whole and only flips it (the papers).
+    ``balance`` gives groups of ids (shell patterns) their share of the draws.
+    """
+
+    store: Path | None = None
+    train: str = "train"
+    val: str = "val"
+    train_ids: str = "*"
+    val_ids: str = "*"
+    balance: dict[str, float] | None = None
+    draws: int | None = Field(None, gt=0, description="draws an epoch; default: each sample once")
+    canvas: tuple[int, int] | None = None
+    whole: bool = False
+    scale: tuple[float, float] = (0.75, 1.3)
+    flip: bool = True
+    jitter: float = Field(0.2, ge=0, lt=1)
+    conditions: ConditionsPart = ConditionsPart()
+    hear: float = Field(0.5, ge=0, le=1, description="probability that a sample with sound is heard")
+    stride: Literal[1, 8] = 8
+    workers: int = Field(1, ge=0)
+
+    @model_validator(mode="after")
+    def _canvas_on_the_grid(self) -> DataPart:
+        if self.canvas is not None and (min(self.canvas) < 64 or any(side % 8 for side in self.canvas)):
+            raise ValueError("canvas sides have to be multiples of 8, 64 at least")
+        return self
+
+
+class OptimiserPart(_Part):
+    """``plateau`` multiplies by ``factor`` after ``patience`` epochs without a better validation error;
+    ``exponential`` by ``factor`` each epoch; ``cosine`` falls to ``floor`` of the rate over the whole run."""
+
+    name: Literal["adam", "adamw"] = "adamw"
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    schedule: Literal["plateau", "exponential", "cosine", "constant"] = "constant"
+    factor: float = Field(0.6, gt=0, le=1)
+    patience: int = Field(2, ge=0)
+    warmup: int = Field(0, ge=0, description="steps")
+    floor: float = Field(0.01, ge=0, le=1)
+    clip: float | None = Field(None, gt=0, description="largest norm of the gradient")
+
+
+class ExitPart(_Part):
+    """A branch to train: its name, place and kind."""
+
+    name: str
+    place: str
+    kind: str
+
+
+class Recipe(_Part):
+    """One experiment.
+
+    Attributes:
+        stage: what is trained. ``hearing``: VGGish alone, on the logarithm of the count. ``density``: stage
+            one, the whole backbone on density maps. ``count``: stage two, the backbone with its dense layer
+            on MAE. ``branches``: classifier-wise, all branches side by side on the frozen backbone.
+        model: a name of the zoo; ``changes`` its configuration's fields.
+        start: checkpoint whose weights are the start, as far as they fit (``hearing`` gives VGGish only).
+        loss: ``l2`` and ``mae`` are the papers'; ``balanced`` weighs dense and sparse pictures alike.
+        ema: decay of the averaged weights that are validated and kept; 0: none.
+        stop: early stopping after so many epochs without a better validation error.
+        tied: start the branches' heads as a mean over positions.
+    """
+
+    stage: Literal["hearing", "density", "count", "branches"]
+    model: str
+    changes: dict[str, Any] = {}
+    start: Path | None = None
+    exits: tuple[ExitPart, ...] = ()
+    data: DataPart = DataPart()
+    optimiser: OptimiserPart = OptimiserPart()
+    loss: Literal["l2", "mae", "balanced"] = "balanced"
+    epochs: int = Field(100, gt=0)
+    batch: int = Field(8, gt=0)
+    ema: float = Field(0.0, ge=0, lt=1)
+    stop: int | None = Field(None, gt=0)
+    tied: bool = False
+    precision: Literal["bf16-mixed", "32-true", "16-mixed"] = "bf16-mixed"
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        if self.stage == "branches" and not self.exits:
+            raise ValueError("the stage 'branches' needs exits")
+        if self.stage != "branches" and self.exits:
+            raise ValueError(f"the stage {self.stage!r} trains no exits")
+        return self
+
+
+def bundled() -> list[str]:
+    """The names of the recipes that come with the project."""
+    return sorted(path.stem for path in BUNDLED.glob("*.yaml"))
+
+
+def read_recipe(name: str | Path, changes: dict[str, Any] | None = None) -> Recipe:
+    """Read a recipe file, or a bundled one by its name.
+
+    Args:
+        changes: values by dotted key (``data.workers``) that replace the file's.
+
+    Raises:
+        RecipeError: no such file, not YAML, an unknown key or a value out of range; names key and problem.
+    """
+    path = Path(name)
+    if not path.is_file():
+        path = BUNDLED / f"{name}.yaml"
+    if not path.is_file():
+        raise RecipeError(f"{name}: no such recipe (bundled are {', '.join(bundled())})")
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys to values")
+    for key, value in (changes or {}).items():
+        *parents, last = key.split(".")
+        part: Any = content
+        for parent in parents:
+            part = part.setdefault(parent, {})
+            if not isinstance(part, dict):
+                raise RecipeError(f"{path}: {key}: {parent!r} is not a group of keys")
+        part[last] = value
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(place) for place in first["loc"]) or "recipe"
+        what = "unknown key" if first["type"] == "extra_forbidden" else first["msg"]
+        raise RecipeError(f"{path}: {where}: {what}") from None

@@ -1,0 +1,245 @@
+"""Names to networks: the configurations by name, and the weights that come with them.
+
+A checkpoint is one safetensors file. Its header says which network it belongs to, which exits stand on it
+and how it came about; nothing in it is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from crowdexit.backbones.audiocsrnet import PLACES, AudioCSRNet, AudioCSRNetConfig
+from crowdexit.errors import CrowdExitError
+
+FORMAT = "crowdexit-1"
+_FROM_NOTHING = {"front_norm": True, "rectify": True, "density_scale": 100.0}
+
+AUDIOCSRNETS: Mapping[str, AudioCSRNetConfig] = {
+    "audiocsrnet": AudioCSRNetConfig(),
+    "audiocsrnet-m": AudioCSRNetConfig(
+        size=(1024, 768),
+        width=0.75,
+        audio_width=0.5,
+        filters=16,
+        hidden=128,
+        **_FROM_NOTHING,  # type: ignore[arg-type]
+    ),
+    "audiocsrnet-s": AudioCSRNetConfig(
+        size=(1024, 768),
+        width=0.5,
+        audio_width=0.25,
+        dim=16,
+        filters=8,
+        hidden=64,
+        **_FROM_NOTHING,  # type: ignore[arg-type]
+    ),
+}
+
+
+class ZooError(CrowdExitError):
+    """A name that is not in the zoo, or a checkpoint that cannot be used."""
+
+
+@dataclass(frozen=True)
+class ExitSpec:
+    """An early exit on a network: its name, the place it stands at, and its kind."""
+
+    name: str
+    place: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A network by description: enough to build it without its weights.
+
+    Attributes:
+        model: a name of the zoo.
+        exits: early exits on it.
+        changes: fields of the configuration that differ from the zoo's.
+        meta: what else the checkpoint says of itself (recipe, data, calibration …).
+    """
+
+    model: str
+    exits: tuple[ExitSpec, ...] = ()
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+def both_kinds() -> tuple[ExitSpec, ...]:
+    """V1, AV1 and AV2 as SL-ViT, and the CNN baseline beside each as ``V1-cnn`` and so on."""
+    slvit = [ExitSpec(place, place, "slvit") for place in PLACES]
+    cnn = [ExitSpec(f"{place}-cnn", place, "cnn") for place in PLACES]
+    return (*slvit, *cnn)
+
+
+def build(spec: Spec) -> AudioCSRNet:
+    """A network with fresh weights.
+
+    Raises:
+        ZooError: for an unknown model, field of its configuration, place or kind.
+    """
+    if spec.model not in AUDIOCSRNETS:
+        raise ZooError(f"no model {spec.model!r} (there are {', '.join(names())})")
+    try:
+        changes = dict(spec.changes)
+        if "size" in changes:
+            changes["size"] = tuple(changes["size"])
+        network = AudioCSRNet(replace(AUDIOCSRNETS[spec.model], **changes))
+        for e in spec.exits:
+            network.add_branch(e.name, e.place, cast(Any, e.kind))
+    except (TypeError, ValueError) as error:
+        raise ZooError(f"{spec.model}: {error}") from None
+    return network
+
+
+def names() -> list[str]:
+    """All model names."""
+    return list(AUDIOCSRNETS)
+
+
+def checkpoints_folder() -> Path:
+    """Where the shipped weights lie: beside the package in a checkout, inside it in an installed wheel."""
+    inside = Path(__file__).parent / "checkpoints"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "checkpoints"
+
+
+def shipped() -> list[str]:
+    """The names whose weights come with the project."""
+    return [name for name in names() if (checkpoints_folder() / name / "model.safetensors").is_file()]
+
+
+def checkpoint_path(name: str | Path) -> Path:
+    """The checkpoint of a shipped model's name, or of a path to a file or to a folder with one.
+
+    Raises:
+        ZooError: if there is none.
+    """
+    if str(name) in names():
+        path = checkpoints_folder() / str(name) / "model.safetensors"
+        if not path.is_file():
+            raise ZooError(
+                f"{name}: no weights are shipped for it (there are some for {', '.join(shipped())})"
+            )
+        return path
+    path = Path(name)
+    if path.is_dir():
+        path = path / "model.safetensors"
+    if not path.is_file():
+        raise ZooError(f"{name}: neither a model's name ({', '.join(names())}) nor a checkpoint")
+    return path
+
+
+def save(network: AudioCSRNet, spec: Spec, path: Path, *, half: bool = False) -> None:
+    """Write a checkpoint whole (beside, then renamed).
+
+    Args:
+        half: matrices and kernels as float16; vectors (biases, norms, running statistics) stay float32.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in network.state_dict().items():
+        tensor = tensor.detach().cpu().contiguous()
+        tensors[name] = tensor.half() if half and tensor.dim() > 1 and tensor.is_floating_point() else tensor
+    header = {
+        "format": FORMAT,
+        "model": spec.model,
+        "exits": json.dumps([vars(e) for e in spec.exits]),
+        "changes": json.dumps(dict(spec.changes)),
+        "meta": json.dumps(dict(spec.meta)),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    save_file(tensors, part, metadata=header)
+    os.replace(part, path)
+
+
+def read_spec(path: Path) -> Spec:
+    """The description in a checkpoint's header.
+
+    Raises:
+        ZooError: if the file is no checkpoint of this project.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ZooError(f"{path}: not a checkpoint ({str(error).splitlines()[0]})") from None
+    if header.get("format") != FORMAT:
+        raise ZooError(f"{path}: a safetensors file, but not a CrowdExit checkpoint")
+    try:
+        return Spec(
+            header["model"],
+            tuple(ExitSpec(**e) for e in json.loads(header["exits"])),
+            json.loads(header["changes"]),
+            json.loads(header["meta"]),
+        )
+    except (KeyError, TypeError, ValueError):
+        raise ZooError(f"{path}: the checkpoint's header is damaged") from None
+
+
+def load(name: str | Path) -> tuple[AudioCSRNet, Spec]:
+    """A network with its weights, in evaluation mode.
+
+    Raises:
+        ZooError: if there is no such checkpoint, or it does not fit the network that it names.
+    """
+    path = checkpoint_path(name)
+    spec = read_spec(path)
+    network = build(spec)
+    fill(network, read_tensors(path), str(path))
+    return network.eval(), spec
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, floats as float32.
+
+    Raises:
+        ZooError: if it is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {
+                key: t.float() if (t := file.get_tensor(key)).is_floating_point() else t
+                for key in file.keys()
+            }
+    except (SafetensorError, OSError) as error:
+        raise ZooError(f"{path}: not a checkpoint ({str(error).splitlines()[0]})") from None
+
+
+def fill(
+    network: torch.nn.Module,
+    tensors: Mapping[str, Tensor],
+    source: str,
+    *,
+    optional: Callable[[str], bool] = lambda key: False,
+) -> None:
+    """Load tensors that have to fit; keys that ``optional`` accepts may be missing from the file.
+
+    Raises:
+        ZooError: naming the first key that is missing, left over, of another shape or not finite.
+    """
+    own = network.state_dict()
+    missing: Sequence[str] = [k for k in own if k not in tensors and not optional(k)]
+    extra = [k for k in tensors if k not in own]
+    shapes = [k for k in own if k in tensors and own[k].shape != tensors[k].shape]
+    for keys, what in (
+        (missing, "it lacks"),
+        (extra, "the network has no place for"),
+        (shapes, "it has another shape of"),
+    ):
+        if keys:
+            raise ZooError(f"{source}: a checkpoint of another architecture: {what} {keys[0]!r}")
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ZooError(f"{source}: {key!r} is not finite")
+    network.load_state_dict({k: tensors.get(k, own[k]) for k in own})
