@@ -8,9 +8,10 @@ import os
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -33,9 +34,7 @@ JPEG_QUALITY = 95
 DENSITY_STRIDE = 8  # stored density maps have the grid that the networks answer on
 
 CORES = os.cpu_count() or 1
-Jobs = Annotated[
-    int, typer.Option("--jobs", min=1, show_default="all cores", help="Processes that work at once.")
-]
+Jobs = Annotated[int, typer.Option("--jobs", min=1, show_default="all cores", help="Processes that work at once.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop with code 2 at the first unusable sample.")]
 
 
@@ -111,11 +110,16 @@ def prepare(
         raise CrowdExitError(f"{destination}: a folder, not a file to write to")
     try:
         done = _already_done(part, fingerprint)
-        with open_for_writing(destination) as file:
+        todo = [task for task in tasks if (task.split, task.id) not in done]
+        report.resumed = len(tasks) - len(todo)
+        columns = TextColumn("preparing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        with (
+            open_for_writing(destination) as file,
+            closing(_work(todo, make, jobs)) as results,
+            Progress(*columns, console=Console(stderr=True)) as progress,
+        ):
             file.attrs["prepared_with"] = fingerprint
-            todo = [task for task in tasks if (task.split, task.id) not in done]
-            report.resumed = len(tasks) - len(todo)
-            for task, result in _progress(_work(todo, make, jobs), len(todo)):
+            for task, result in progress.track(results, len(todo)):
                 if isinstance(result, CrowdExitError):
                     if strict:
                         raise CrowdExitError(f"{task.id}: {result}")
@@ -125,14 +129,12 @@ def prepare(
                 file.flush()  # what is on the disk stays readable if the run is killed
             _read_back(file, report)
             if not report.pictures:
-                reasons = f", first {report.skipped[0][0]}: {report.skipped[0][1]}" if report.skipped else ""
-                raise CrowdExitError(f"no sample could be prepared ({len(report.skipped)} skipped{reasons})")
+                file.close()
+                part.unlink()
+                first = ": ".join(report.skipped[0]) if report.skipped else "there is none"
+                raise CrowdExitError(f"no sample could be prepared; {first}")
     except OSError as error:
         raise CrowdExitError(f"{destination}: cannot be written ({error.strerror or error})") from error
-    except CrowdExitError:
-        if not report.pictures and not strict:
-            part.unlink(missing_ok=True)
-        raise
     report.skipped.sort()
     return report
 
@@ -146,6 +148,8 @@ def _already_done(part: Path, fingerprint: str) -> set[tuple[str, str]]:
             if file.attrs.get("prepared_with") == fingerprint:
                 # The height is the last that is written of a sample.
                 return {(s, id) for s, group in file.items() for id in group if "height" in group[id].attrs}
+    except BlockingIOError as error:
+        raise CrowdExitError(f"{part}: another run is writing it") from error
     except (OSError, RuntimeError, KeyError, ValueError):
         pass  # killed in the middle of a write: not readable, so started anew
     part.unlink()
@@ -180,14 +184,18 @@ def _start_worker() -> None:
 
 def _work(
     tasks: Sequence[T], make: Callable[[T], StoredSample], jobs: int
-) -> Iterator[tuple[T, StoredSample | CrowdExitError]]:
+) -> Generator[tuple[T, StoredSample | CrowdExitError], None, None]:
     """Each task and its result, as they get ready."""
     jobs = min(jobs, len(tasks))
     if jobs <= 1:
         yield from ((task, _attempt(make, task)) for task in tasks)
         return
     # Workers fork from a fresh server: threads of this process and its open file are not copied into them.
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("forkserver"), _start_worker)
+    # The server imports the script, and with it all that is slow to import, once for all workers.
+    context = multiprocessing.get_context("forkserver")
+    script = sys.modules["__main__"].__spec__
+    context.set_forkserver_preload([script.name] if script else [])
+    pool = ProcessPoolExecutor(jobs, context, _start_worker)
     waiting: dict[Future[StoredSample | CrowdExitError], T] = {}
     left = iter(tasks)
     try:
@@ -205,27 +213,19 @@ def _work(
         pool.shutdown(cancel_futures=True)
 
 
-def _progress(results: Iterator[Any], total: int) -> Iterator[Any]:
-    columns = TextColumn("preparing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task("", total=total)
-        for result in results:
-            yield result
-            progress.advance(bar)
-
-
 # typer shows the class of every misuse of a command line only as a parent of this one.
 _Misuse: type[Exception] = typer.BadParameter.__mro__[1]
 
 
-def run(app: typer.Typer) -> int:
+def run(app: typer.Typer, arguments: Sequence[str] | None = None) -> int:
     """Run a script's command: 0, or 2 with one line on stderr, or 130 after Ctrl-C."""
     try:
-        return typer.main.get_command(app)(standalone_mode=False) or 0
+        code = typer.main.get_command(app)(arguments, standalone_mode=False) or 0
+        if code == 130:
+            print("interrupted; the same command goes on where it was", file=sys.stderr)
+        return code
     except CrowdExitError as error:
         message = str(error)
-    except typer.Abort:
-        return 130
     except _Misuse as error:
         message = error.format_message()  # type: ignore[attr-defined]
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
