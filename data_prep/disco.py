@@ -91,9 +91,7 @@ def find_recordings(src: Path, heads: Path | None = None) -> list[Recording]:
             densities.setdefault(path.stem, []).append(path)
     if not densities:
         raise CrowdExitError(f"{src / 'density'}: no matrix ID.mat in {', '.join(SPLITS)}")
-    ids = {path.stem for pattern in ("imgs/*.jpg", "auds/*.wav") for path in src.glob(pattern)} | set(
-        densities
-    )
+    ids = {path.stem for pattern in ("imgs/*.jpg", "auds/*.wav") for path in src.glob(pattern)} | set(densities)
     annotations, strangers = _match_heads(sorted(heads.glob("*.txt")) if heads else [], ids)
 
     recordings = []
@@ -117,9 +115,7 @@ def find_recordings(src: Path, heads: Path | None = None) -> list[Recording]:
             )
         )
     unknown = "heads of an id that has no picture, sound or density"
-    return recordings + [
-        Recording(path.stem, "", Path(), Path(), Path(), path, problem=unknown) for path in strangers
-    ]
+    return recordings + [Recording(path.stem, "", Path(), Path(), Path(), path, problem=unknown) for path in strangers]
 
 
 def _match_heads(texts: Iterable[Path], ids: set[str]) -> tuple[dict[str, list[Path]], list[Path]]:
@@ -188,9 +184,7 @@ def read_density(path: Path) -> NDArray[np.float64]:
     matrix = read_mat(path, "map")
     matrix = matrix.toarray() if issparse(matrix) else matrix
     if matrix.ndim != 2 or matrix.size == 0 or matrix.dtype.kind not in "fiu":
-        raise CrowdExitError(
-            f"{path.name} holds a map of shape {matrix.shape} of {matrix.dtype}, not a matrix"
-        )
+        raise CrowdExitError(f"{path.name} holds a map of shape {matrix.shape} of {matrix.dtype}, not a matrix")
     if not np.isfinite(matrix).all() or matrix.min() < 0:
         raise CrowdExitError(f"{path.name} holds a map with values that are negative or not finite")
     return matrix.astype(np.float64)

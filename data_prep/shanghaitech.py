@@ -95,9 +95,7 @@ def find_parts(src: Path) -> list[tuple[str, Path]]:
 
     if any((src / half).is_dir() for half in ("train_data", "test_data")):
         return [(letter(src.resolve()) or "X", src)]
-    parts = [
-        (name, folder) for folder in sorted(src.iterdir()) if folder.is_dir() and (name := letter(folder))
-    ]
+    parts = [(name, folder) for folder in sorted(src.iterdir()) if folder.is_dir() and (name := letter(folder))]
     if not parts:
         raise CrowdExitError(f"{src}: holds neither part_A and part_B nor train_data or test_data")
     for (one, folder), (other, next_folder) in pairwise(parts):

@@ -17,9 +17,7 @@ CrowdPicture = Callable[..., tuple[bytes, NDArray[np.float64]]]
 def crowd_picture() -> CrowdPicture:
     """Makes a JPEG of light heads on a dark ground, and where they are: (bytes, (heads, 2) x y)."""
 
-    def make(
-        width: int = 96, height: int = 64, heads: int = 5, seed: int = 0
-    ) -> tuple[bytes, NDArray[np.float64]]:
+    def make(width: int = 96, height: int = 64, heads: int = 5, seed: int = 0) -> tuple[bytes, NDArray[np.float64]]:
         random = np.random.default_rng(seed)
         points = random.uniform((0, 0), (width, height), (heads, 2))
         pixels = random.integers(0, 40, (height, width, 3), np.uint8)

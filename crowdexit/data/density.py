@@ -27,7 +27,7 @@ def split_inside(points: ArrayLike, height: int, width: int) -> tuple[NDArray[np
         CrowdExitError: if the points are not an N×2 array of numbers.
     """
     try:
-        array = np.asarray(points, np.float32)
+        array = np.asarray(points, np.float64)
     except (TypeError, ValueError) as error:
         raise CrowdExitError("head points must be numbers, x y a head") from error
     if array.size == 0:
@@ -36,7 +36,9 @@ def split_inside(points: ArrayLike, height: int, width: int) -> tuple[NDArray[np
         raise CrowdExitError(f"head points must be an N×2 array, not of shape {array.shape}")
     x, y = array.T
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    return array[inside], int(len(array) - inside.sum())
+    # As float32 a head a hair inside the right or lower border would come to lie on it.
+    last = np.nextafter(np.array([width, height], np.float32), np.float32(0))
+    return np.minimum(array[inside].astype(np.float32), last), int(len(array) - inside.sum())
 
 
 def density_map(

@@ -82,9 +82,7 @@ def test_adaptive_spread_follows_the_neighbours():
 
 def test_adaptive_of_one_place():
     assert density_map([(5, 5)] * 6, 20, 20, kernel="adaptive").sum() == pytest.approx(6, rel=1e-4)
-    np.testing.assert_array_equal(
-        density_map([(5, 5)], 20, 20, kernel="adaptive"), density_map([(5, 5)], 20, 20)
-    )
+    np.testing.assert_array_equal(density_map([(5, 5)], 20, 20, kernel="adaptive"), density_map([(5, 5)], 20, 20))
 
 
 def test_heads_outside_are_dropped_and_counted():
@@ -94,6 +92,12 @@ def test_heads_outside_are_dropped_and_counted():
     np.testing.assert_array_equal(inside, np.float32(points[:2]))
     assert density_map(points, 5, 10).sum() == pytest.approx(2, rel=1e-4)
     assert split_inside([], 5, 10)[0].shape == (0, 2)
+
+
+def test_a_hair_inside_is_inside():
+    inside, outside = split_inside([(np.nextafter(1024, 0), np.nextafter(768, 0))], 768, 1024)
+    assert outside == 0
+    assert (inside < (1024, 768)).all()
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,7 @@ def reference(second):
     edges = [mel(125) + (mel(7500) - mel(125)) * i / 65 for i in range(66)]
     out = np.zeros((96, 64))
     for frame in range(96):
-        windowed = [
-            second[160 * frame + n] * (0.5 - 0.5 * np.cos(2 * np.pi * n / 400)) for n in range(400)
-        ] + [0] * 112
+        windowed = [second[160 * frame + n] * (0.5 - 0.5 * np.cos(2 * np.pi * n / 400)) for n in range(400)] + [0] * 112
         magnitude = np.abs(np.fft.fft(windowed))[:257]
         for band in range(64):
             low, centre, high = edges[band : band + 3]
