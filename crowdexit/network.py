@@ -60,9 +60,7 @@ class MultiExitNetwork(nn.Module):
         """The index of the stage after which an exit stands."""
         return len(self.stages) - 1 if name == FINAL else self._stage_of[name]
 
-    def stream(
-        self, features: Features, exits: Collection[str] | None = None
-    ) -> Iterator[tuple[str, Answer]]:
+    def stream(self, features: Features, exits: Collection[str] | None = None) -> Iterator[tuple[str, Answer]]:
         """Walk the chain and yield each wanted exit's answer as soon as it is there.
 
         Nothing behind the last wanted exit is computed, and nothing at all after the caller stops asking.

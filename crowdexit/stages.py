@@ -6,6 +6,7 @@ A network is a chain of stages; an exit reads the record that a stage hands over
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,7 @@ class Features:
 
     def select(self, keep: Tensor) -> Features:
         """The record of some samples only: ``keep`` is a bool mask or indices over the batch."""
-        kept = {
+        kept: dict[str, Any] = {
             f.name: value[keep] for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
         }
         return replace(self, **kept)

@@ -7,7 +7,6 @@ and how it came about; nothing in it is ever unpickled.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -128,9 +127,7 @@ def checkpoint_path(name: str | Path) -> Path:
     if str(name) in names():
         path = checkpoints_folder() / str(name) / "model.safetensors"
         if not path.is_file():
-            raise ZooError(
-                f"{name}: no weights are shipped for it (there are some for {', '.join(shipped())})"
-            )
+            raise ZooError(f"{name}: no weights are shipped for it (there are some for {', '.join(shipped())})")
         return path
     path = Path(name)
     if path.is_dir():
@@ -160,7 +157,7 @@ def save(network: AudioCSRNet, spec: Spec, path: Path, *, half: bool = False) ->
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     save_file(tensors, part, metadata=header)
-    os.replace(part, path)
+    part.replace(path)
 
 
 def read_spec(path: Path) -> Spec:
@@ -208,10 +205,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            return {
-                key: t.float() if (t := file.get_tensor(key)).is_floating_point() else t
-                for key in file.keys()
-            }
+            return {key: t.float() if (t := file.get_tensor(key)).is_floating_point() else t for key in file}
     except (SafetensorError, OSError) as error:
         raise ZooError(f"{path}: not a checkpoint ({str(error).splitlines()[0]})") from None
 

@@ -5,6 +5,7 @@ VGG front (V1) → VGGish (AV1) → first fusion block (AV2) → the other five 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -86,9 +87,7 @@ class FusionStage(Stage):
     def __init__(self, channels: int, outs: Sequence[int], audio: int) -> None:
         super().__init__()
         widths = [channels, *outs]
-        self.blocks = nn.ModuleList(
-            FusionBlock(a, b, audio) for a, b in zip(widths[:-1], widths[1:], strict=True)
-        )
+        self.blocks = nn.ModuleList(FusionBlock(a, b, audio) for a, b in itertools.pairwise(widths))
 
     def forward(self, features: Features) -> Features:
         assert features.audio is not None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from crowdexit.data.picture import Placement, fit, place
+from crowdexit.data.picture import Placement, place
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Conditions:
         if self.noise > 0:
             grain = np.empty(picture.shape, np.int16)
             cv2.setRNGSeed(int(rng.integers(2**31)))
-            cv2.randn(grain, 0, self.noise)
+            cv2.randn(cast(Any, grain), (0.0, 0.0, 0.0), (self.noise, self.noise, self.noise))
             picture = np.asarray(cv2.add(picture, grain, dtype=cv2.CV_8U), np.uint8)
         if self.black > 0:
             aspect = np.exp(rng.uniform(-0.5, 0.5))
@@ -137,6 +138,3 @@ def random_view(
         window = np.asarray(cv2.LUT(np.ascontiguousarray(window), table[None]), np.uint8)
     canvas = place(np.ascontiguousarray(window), view.canvas, offset)
     return canvas, moved + np.asarray(offset, np.float32), Placement(scale, offset, size)
-
-
-__all__ = ["ConditionRange", "Conditions", "View", "fit", "random_view"]

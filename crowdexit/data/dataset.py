@@ -94,9 +94,7 @@ class CrowdDataset(Dataset[dict[str, Any]]):
         if conditions != Conditions():
             picture = picture.copy()
             # The padding is no part of what the camera saw.
-            picture[y : y + h, x : x + w] = conditions.apply(
-                np.ascontiguousarray(picture[y : y + h, x : x + w]), rng
-            )
+            picture[y : y + h, x : x + w] = conditions.apply(np.ascontiguousarray(picture[y : y + h, x : x + w]), rng)
         density = self._density(sample, points, placement, canvas)
         log_mel, heard = self._sound(sample, rng)
         return {

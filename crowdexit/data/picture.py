@@ -44,9 +44,7 @@ def decode_picture(data: bytes, name: str = "picture") -> NDArray[np.uint8]:
             if min(width, height) < MIN_SIDE:
                 raise PictureError(f"{name}: {width}×{height} is too small to count in ({MIN_SIDE} at least)")
             if width * height > MAX_PIXELS:
-                raise PictureError(
-                    f"{name}: {width}×{height} is too large ({MAX_PIXELS // 10**6} megapixels at most)"
-                )
+                raise PictureError(f"{name}: {width}×{height} is too large ({MAX_PIXELS // 10**6} megapixels at most)")
             upright = ImageOps.exif_transpose(picture)
             if upright.mode.startswith("I;16"):  # 16-bit grey: PIL would clip it to white
                 upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
@@ -130,8 +128,5 @@ def place(picture: NDArray[np.uint8], canvas: tuple[int, int], offset: tuple[int
 
 def normalise(picture: NDArray[np.uint8]) -> NDArray[np.float32]:
     """H×W×3 uint8 → 3×H×W float32 with ImageNet's mean and deviation."""
-    scaled = cv2.multiply(
-        cv2.subtract(picture.astype(np.float32), (*(MEAN * 255).tolist(), 0.0)),
-        (*(1 / (STD * 255)).tolist(), 0.0),
-    )
+    scaled = (picture.astype(np.float32) - MEAN * 255) * (1 / (STD * 255))
     return np.ascontiguousarray(scaled.transpose(2, 0, 1))

@@ -164,9 +164,7 @@ class BackboneTraining(Experiment):
             self.vggish.layers.requires_grad_(True)
         self.average: AveragedModel | None = None
         if recipe.ema:
-            self.average = AveragedModel(
-                self.network, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True
-            )
+            self.average = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
             self.average.requires_grad_(False)
             self.average.eval()
 
@@ -198,9 +196,7 @@ class BackboneTraining(Experiment):
             answer = self.network(record(batch), [FINAL])[FINAL]
             if self.recipe.stage == "count":
                 error = (answer.value - batch["count"]).abs().mean()
-                loss = (
-                    relative_error(answer.value, batch["count"]) if self.recipe.loss == "balanced" else error
-                )
+                loss = relative_error(answer.value, batch["count"]) if self.recipe.loss == "balanced" else error
             else:
                 density = answer.density
                 assert density is not None

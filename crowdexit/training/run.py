@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -56,9 +55,7 @@ class CrowdData(L.LightningDataModule):
         conditions = ConditionRange(**data.conditions.model_dump())
         hear = 1.0 if recipe.stage == "hearing" else data.hear
         setting = Setting(canvas, view, conditions, hear=hear, stride=data.stride)
-        self.train_set = CrowdDataset(
-            store, data.train, store.ids(data.train, data.train_ids), setting, recipe.seed
-        )
+        self.train_set = CrowdDataset(store, data.train, store.ids(data.train, data.train_ids), setting, recipe.seed)
         self.val_set = CrowdDataset(store, data.val, store.ids(data.val, data.val_ids), Setting(native))
         counts = store.counts(data.train)
         self.median = float(np.median([counts[id] for id in self.train_set.ids]))
@@ -102,9 +99,9 @@ class _WholeFiles(TorchCheckpointIO):
     """Lightning's checkpoints, renamed into place: a kill while writing leaves the one before."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        part = f"{path}.part"
+        part = Path(f"{path}.part")
         super().save_checkpoint(checkpoint, part, storage_options)
-        os.replace(part, path)
+        part.replace(path)
 
 
 class _Lines(Callback):
@@ -186,7 +183,7 @@ def train(
     keep_freed_memory()
     L.seed_everything(recipe.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")
-    data = CrowdData(recipe, tuple(zoo.build(zoo.Spec(recipe.model, changes=recipe.changes)).config.size))
+    data = CrowdData(recipe, zoo.build(zoo.Spec(recipe.model, changes=recipe.changes)).config.size)
     L.seed_everything(recipe.seed, workers=True, verbose=False)
     experiment = make_experiment(recipe, out, data.median)
     out.mkdir(parents=True, exist_ok=True)
@@ -207,9 +204,7 @@ def train(
             logger=TensorBoardLogger(out, name=None, version="tensorboard"),
             plugins=[_WholeFiles()],
             callbacks=[
-                ModelCheckpoint(
-                    out, filename="last", enable_version_counter=False, save_on_train_epoch_end=True
-                ),
+                ModelCheckpoint(out, filename="last", enable_version_counter=False, save_on_train_epoch_end=True),
                 _Lines(console),
                 *([RichProgressBar()] if console.is_terminal else []),
             ],
