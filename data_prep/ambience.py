@@ -1,12 +1,13 @@
 """Gives a prepared set without sound a simulated ambience, marked so: ``python -m data_prep.ambience``.
 
-The acoustic model stands in ``crowdexit.data.ambience``, what is measured of it in ``data_prep.ambience_report``.
+The acoustic model stands in ``crowdexit.data.ambience``, the measuring in ``data_prep.ambience_report``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from fractions import Fraction
@@ -24,7 +25,7 @@ from crowdexit.data.log_mel import log_mel, read_audio
 from crowdexit.data.store import SPLITS, Store, StoredSample
 from crowdexit.errors import CrowdExitError
 from data_prep.ambience_report import measure, plot
-from data_prep.common import Jobs, Strict, Task, prepare, run
+from data_prep.common import CORES, Jobs, Strict, Task, prepare, run
 
 VOICES_UP_TO = {"train": 0.7, "val": 0.85}  # shares of the recordings, by the hash of their names
 
@@ -53,7 +54,7 @@ def main(
         Path | None, typer.Option("--plot", metavar="OUT.png", help="Draw some of the sounds, and measure.")
     ] = None,
     strict: Strict = False,
-    jobs: Jobs = 0,
+    jobs: Jobs = CORES,
 ) -> None:
     """Add a simulated second of sound to every picture that has none.
 
@@ -67,12 +68,8 @@ def main(
         raise CrowdExitError("nothing to do: give DST.h5, --measure or --plot")
     if dst is not None:
         if voices is None:
-            raise CrowdExitError(
-                "--voices is missing: a folder of voice recordings is needed to write DST.h5"
-            )
-        add_ambience(
-            src, dst, voices, voices_origin, seed=seed, takes=takes, strict=strict, jobs=jobs or None
-        )
+            raise CrowdExitError("--voices is missing: a folder of voice recordings is needed to write DST.h5")
+        add_ambience(src, dst, voices, voices_origin, seed=seed, takes=takes, strict=strict, jobs=jobs)
     if measured or plotted:
         results = measure(dst or src)
         print(*results, sep="\n")
@@ -89,7 +86,7 @@ def add_ambience(
     seed: int = 0,
     takes: int = 8,
     strict: bool = False,
-    jobs: int = 0,
+    jobs: int = CORES,
 ) -> None:
     """Copy a prepared file and give every sample without sound a simulated one; print the summary.
 
@@ -98,27 +95,25 @@ def add_ambience(
     """
     if src.resolve() == dst.resolve():
         raise CrowdExitError(f"{dst}: SRC and DST are the same file")
-    recordings = find_voices(voices)  # so that a wrong folder fails here and not in every worker
+    banks = read_voices(voices)  # also so that a wrong folder fails here, once, and not for every sample
     origin = voices_origin or voices.resolve().name
     with Store(src) as store:
         tasks = [Task(id, split) for split in store.splits() for id in store.file[split]]
-        silent = sum(store.file[task.split][task.id].attrs["audio_source"] == "none" for task in tasks)
-    make = partial(make_sample, store=store, voices=voices, voices_origin=origin, seed=seed, takes=takes)
-    stamp = src.stat()
-    settings = (
-        f"ambience {MODEL_VERSION} {src.resolve()} {stamp.st_size} {stamp.st_mtime_ns} {voices.resolve()} "
-        f"{len(recordings['train'])} {origin} {seed} {takes}"
-    )
-    prepare(dst, tasks, make, settings=settings, strict=strict, jobs=jobs).print()
-    print(
-        f"  sound: {silent} simulated here (model {MODEL_VERSION}), {len(tasks) - silent} left as they were"
-    )
+        make = partial(make_sample, store=store, voices=voices, voices_origin=origin, seed=seed, takes=takes)
+        stamp = src.stat()
+        settings = (
+            f"ambience {MODEL_VERSION} {src.resolve()} {stamp.st_size} {stamp.st_mtime_ns} "
+            f"{voices.resolve()} {[len(bank) for bank in banks.values()]} {origin} {seed} {takes}"
+        )
+        prepare(dst, tasks, make, settings=settings, strict=strict, jobs=jobs).print()
+    with Store(dst) as made:
+        groups = [made.file[split][id] for split in made.splits() for id in made.file[split]]
+        sources = Counter(str(group.attrs["audio_source"]) for group in groups)
+    print("  sound:", ", ".join(f"{number} {source}" for source, number in sorted(sources.items())))
 
 
-def make_sample(
-    task: Task, *, store: Store, voices: Path, voices_origin: str, seed: int, takes: int
-) -> StoredSample:
-    """Read a sample and, if it has no sound, simulate it (take 0; a training picture's further takes 1, 2, …).
+def make_sample(task: Task, *, store: Store, voices: Path, voices_origin: str, seed: int, takes: int) -> StoredSample:
+    """Read a sample and, if it has no sound, simulate it: take 0, and for a training picture takes 1, 2, …
 
     Raises:
         CrowdExitError: if the sample is damaged, or its count out of the model's range.
@@ -173,9 +168,7 @@ def find_voices(folder: Path) -> dict[str, list[Path]]:
         key=lambda path: hashlib.sha256(path.name.encode()).digest(),
     )
     if len(paths) < len(SPLITS):
-        raise CrowdExitError(
-            f"{folder}: {len(paths)} WAV files; at least {len(SPLITS)} are needed, one for each split"
-        )
+        raise CrowdExitError(f"{folder}: {len(paths)} WAV files; at least {len(SPLITS)} are needed, one for each split")
     train = min(round(VOICES_UP_TO["train"] * len(paths)), len(paths) - 2)
     val = min(max(round(VOICES_UP_TO["val"] * len(paths)), train + 1), len(paths) - 1)
     return {"train": paths[:train], "val": paths[train:val], "test": paths[val:]}
@@ -186,17 +179,21 @@ def read_voices(folder: Path) -> dict[str, VoiceBank]:
     """A bank of voices for each split, read once a process.
 
     Raises:
-        CrowdExitError: if there are too few, or one cannot be read.
+        CrowdExitError: if there are too few, one cannot be read, or all those of a split are silent.
     """
-    return {
-        split: VoiceBank.of([_read_voice(path) for path in paths])
-        for split, paths in find_voices(folder).items()
-    }
+    banks = {}
+    for split, paths in find_voices(folder).items():
+        recordings = [_read_voice(path) for path in paths]
+        try:
+            banks[split] = VoiceBank.of(recordings)
+        except CrowdExitError as error:
+            raise CrowdExitError(f"{folder}: {error} (those for {split!r})") from error
+    return banks
 
 
 def _read_voice(path: Path) -> NDArray[np.float32]:
     waveform, rate = read_audio(path)
-    ratio = Fraction(SAMPLE_RATE, rate)
+    ratio = Fraction(SAMPLE_RATE, rate).limit_denominator(1000)  # an odd rate would ask for a vast filter
     return np.asarray(resample_poly(waveform.mean(axis=0), ratio.numerator, ratio.denominator), np.float32)
 
 

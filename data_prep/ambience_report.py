@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
-import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve
@@ -125,9 +124,7 @@ def _explained(part: str, train: Heard, held_out: Heard) -> Explained:
     return Explained(part, float(r2), len(truth), len(train.ids))
 
 
-def _kernel_ridge(
-    x: NDArray[np.float64], y: NDArray[np.float64], x_new: NDArray[np.float64]
-) -> NDArray[np.float64]:
+def _kernel_ridge(x: NDArray[np.float64], y: NDArray[np.float64], x_new: NDArray[np.float64]) -> NDArray[np.float64]:
     """Ridge regression with a Gaussian kernel over standardised columns: the guesses for ``x_new``."""
     centre, scale = x.mean(axis=0), x.std(axis=0) + 1e-6
     x, x_new = (x - centre) / scale, (x_new - centre) / scale
@@ -150,6 +147,8 @@ def plot(path: Path, target: Path, results: Sequence[Explained]) -> None:
         target: where to write it; the ending says how (``.png``, ``.svg``, ``.pdf``).
         results: what ``measure`` gave, for the title.
     """
+    import matplotlib  # not needed by the workers, which import this too
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -158,7 +157,7 @@ def plot(path: Path, target: Path, results: Sequence[Explained]) -> None:
     shown = order[np.linspace(0, len(order) - 1, 4).round().astype(int)]
     lowest, highest = np.quantile(held_out.log_mels[shown], [0.01, 0.999])
     figure = pyplot.figure(figsize=(12, 7), layout="constrained")
-    pictures, scatter = figure.subfigures(2, 1, height_ratios=[1, 1.15])
+    pictures, scatter = figure.subfigures(2, 1, squeeze=False, height_ratios=[1, 1.15])[:, 0]
     axes = pictures.subplots(1, 4, sharey=True)
     for axis, i in zip(axes, shown, strict=True):
         image = axis.imshow(
