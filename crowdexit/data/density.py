@@ -16,6 +16,8 @@ Kernel = Literal["gaussian", "adaptive"]
 # cut off at 4 of it (their scipy filter's habit). Heads at one place would have no spread at all.
 _ADAPTIVE_SHARE, _ADAPTIVE_NEIGHBOURS, _ADAPTIVE_CUT, _SMALLEST_SIGMA = 0.3, 3, 4.0, 0.5
 
+_CELLS_AT_ONCE = 2**18  # of all windows together, which bounds the memory for thousands of heads
+
 
 def split_inside(points: ArrayLike, height: int, width: int) -> tuple[NDArray[np.float32], int]:
     """The heads inside a picture, and how many are not.
@@ -99,18 +101,21 @@ def _fixed(
     radius: int,
     stride: int,
 ) -> NDArray[np.float32]:
-    """All heads at once, one row of their windows after the other."""
+    """Many heads at once, all cells of all their windows."""
     # Float32 carries a few hundred heads well, and writing a large map in it takes half the time.
     density = np.zeros(shape, np.float32 if len(pixels) <= 500 and stride == 1 else np.float64)
     column, across = _axis_weights(pixels[:, 0], width, sigma, radius, stride)
     row, down = _axis_weights(pixels[:, 1], height, sigma, radius, stride)
+    across, down = across.astype(density.dtype), down.astype(density.dtype)
     # Cells past the border weigh nothing and may lie anywhere on the map.
     columns = np.minimum(column[:, None] + np.arange(across.shape[1]), shape[1] - 1)
-    flat = density.reshape(-1)
-    for offset in range(down.shape[1]):
-        rows = np.minimum(row + offset, shape[0] - 1)
-        weights = (down[:, offset, None] * across).astype(density.dtype, copy=False)
-        np.add.at(flat, rows[:, None] * shape[1] + columns, weights)
+    rows = np.minimum(row[:, None] + np.arange(down.shape[1]), shape[0] - 1)
+    at_once = max(1, _CELLS_AT_ONCE // (columns.shape[1] * rows.shape[1]))
+    for start in range(0, len(pixels), at_once):
+        some = slice(start, start + at_once)
+        cells = rows[some, :, None] * shape[1] + columns[some, None, :]
+        weights = down[some, :, None] * across[some, None, :]
+        np.add.at(density.reshape(-1), cells.reshape(-1), weights.reshape(-1))
     return density.astype(np.float32, copy=False)
 
 
