@@ -205,7 +205,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: t.float() if (t := file.get_tensor(key)).is_floating_point() else t for key in file}
+            keys = file.keys()  # the file itself is not iterable
+            return {key: t.float() if (t := file.get_tensor(key)).is_floating_point() else t for key in keys}
     except (SafetensorError, OSError) as error:
         raise ZooError(f"{path}: not a checkpoint ({str(error).splitlines()[0]})") from None
 
