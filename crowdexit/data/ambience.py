@@ -30,7 +30,7 @@ changes; with more talkers still only the level rises, by about 2 dB each time t
 How much that tells, on ShanghaiTech's training pictures with spoken digits as voices and seed 0 (R² of log
 count, kernel ridge regression on statistics of the log-mel, ``data_prep.ambience_report``): 0.58 on the 87
 held-out pictures (of part A alone 0.32, of part B alone 0.53), and 0.59 (0.45, 0.44) in five-fold
-cross-validation over all 700.
+cross-validation over all 700. It is a small set: the 87 heard nine times anew gave 0.53 to 0.68, 0.61 on average.
 """
 
 from __future__ import annotations
