@@ -1,0 +1,183 @@
+"""What each exit costs: every stage and every branch of a network counted once, without computing anything.
+
+The network is built and run on torch's meta device, where tensors have a shape but no numbers: a paper-size
+network takes a moment and no memory.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from crowdexit import zoo
+from crowdexit.backbones.audiocsrnet import PLACES, STRIDE
+from crowdexit.errors import CrowdExitError
+from crowdexit.network import FINAL, MultiExitNetwork
+from crowdexit.stages import Features, inputs
+
+KINDS = ("cnn", "slvit")
+MAX_SIDE = 16_384
+
+
+class CostError(CrowdExitError):
+    """A branch, a place or a size that the model does not have."""
+
+
+@dataclass(frozen=True)
+class ExitCost:
+    """What one early exit costs.
+
+    Attributes:
+        exit: the place it stands at (``V1`` …).
+        kind: of the branch (``cnn``, ``slvit``).
+        branch_params: parameters of the branch alone.
+        total_flops: of the stages up to its place, and of the branch.
+        total_macs: multiply-adds, half of ``total_flops``.
+        speedup: FLOPS of the backbone / ``total_flops``.
+    """
+
+    exit: str
+    kind: str
+    branch_params: int
+    total_flops: int
+    total_macs: int
+    speedup: float
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """What the exits of a model cost for one picture and one second of sound.
+
+    Attributes:
+        model: name or path, as asked for.
+        size: of the picture, ``WIDTHxHEIGHT`` in pixels.
+        backbone_flops: of all stages and the final exit, no branches.
+        exits: in the order of their places.
+    """
+
+    model: str
+    size: str
+    backbone_flops: int
+    exits: tuple[ExitCost, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: what ``crowdexit cost --format json`` prints."""
+        return {**asdict(self), "exits": [asdict(e) for e in self.exits]}
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The table in the units of the papers: exit, kind, parameters, FLOPS, multiply-adds, speedup."""
+        return [
+            (
+                e.exit,
+                e.kind,
+                f"{e.branch_params / 1e6:.2f}M",
+                f"{e.total_flops / 1e9:.2f}B",
+                f"{e.total_macs / 1e9:.2f}B",
+                f"{e.speedup:.2f}",
+            )
+            for e in self.exits
+        ]
+
+
+def cost(
+    model: str | Path, *, branch: str | None = None, layer: str | None = None, size: str | None = None
+) -> CostTable:
+    """What every early exit that the model can have costs (table VIII of the SL-ViT paper).
+
+    FLOPS are two for each multiply-add of convolutions, dense layers and attention's own two products, up to
+    and including the branch; what is linear in the features (norms, activations, pooling) is not counted.
+
+    Args:
+        model: a name of the zoo, or the path of a checkpoint.
+        branch: this kind only.
+        layer: this place only.
+        size: another picture size, ``WIDTHxHEIGHT``.
+
+    Raises:
+        CrowdExitError: for an unknown model, branch kind, place or size.
+    """
+    spec = _spec(model)
+    kinds = _chosen(branch, KINDS, f"no branch kind {branch!r} fits {spec.model}")
+    places = _chosen(layer, tuple(PLACES), f"no place {layer!r} in {spec.model}")
+    exits = tuple(zoo.ExitSpec(f"{place}-{kind}", place, kind) for place in places for kind in kinds)
+    if size is not None:
+        # The grid of patches has to fit; with the paper's 8×8 patches that is a multiple of 64.
+        spec = replace(spec, changes={**spec.changes, "size": parse_size(size, STRIDE * _patch(spec))})
+    with torch.device("meta"):
+        network = zoo.build(replace(spec, exits=exits)).eval()
+        width, height = network.config.size
+        stages, at_exit = measure(network, inputs(torch.empty(1, 3, height, width), torch.empty(1, 1, 96, 64)))
+    backbone = sum(stages) + at_exit[FINAL]
+    costs = []
+    for e in exits:
+        total = sum(stages[: network.stage_of(e.name) + 1]) + at_exit[e.name]
+        params = sum(p.numel() for p in network.exit_module(e.name).parameters())
+        costs.append(ExitCost(e.place, e.kind, params, total, total // 2, backbone / total))
+    return CostTable(str(model), f"{width}x{height}", backbone, tuple(costs))
+
+
+def measure(network: MultiExitNetwork, features: Features) -> tuple[list[int], dict[str, int]]:
+    """FLOPS of each stage alone, and of each exit alone by name (``final`` included)."""
+    stages: list[int] = []
+    exits: dict[str, int] = {}
+    for index, stage in enumerate(network.stages):
+        flops, features = _counted(stage, features)
+        stages.append(flops)
+        for name in network.exit_names:
+            if network.stage_of(name) == index:
+                exits[name], _ = _counted(network.exit_module(name), features)
+    return stages, exits
+
+
+def parse_size(text: str, step: int) -> tuple[int, int]:
+    """``1024x576`` → (1024, 576).
+
+    Raises:
+        CostError: if it is not two numbers, or they are not multiples of ``step`` up to 16,384.
+    """
+    match = re.fullmatch(r"([0-9]{1,6})[x×]([0-9]{1,6})", text.strip())
+    if match is None:
+        raise CostError(f"size {text!r}: give width and height like 1024x576")
+    width, height = int(match[1]), int(match[2])
+    if any(side % step or not 0 < side <= MAX_SIDE for side in (width, height)):
+        raise CostError(f"size {text!r}: width and height have to be multiples of {step}, {MAX_SIDE} at most")
+    return width, height
+
+
+def _spec(model: str | Path) -> zoo.Spec:
+    """The model's description: of the weights, where there are any, for they may differ from the zoo's."""
+    name = str(model)
+    if name in zoo.names() and name not in zoo.shipped():
+        return zoo.Spec(name)
+    return zoo.read_spec(zoo.checkpoint_path(model))
+
+
+def _patch(spec: zoo.Spec) -> int:
+    """The side of the SL-ViT branches' patches, in cells of the map."""
+    if spec.model not in zoo.AUDIOCSRNETS:
+        raise CostError(f"{spec.model}: its pictures have one size")
+    return int(spec.changes.get("patch", zoo.AUDIOCSRNETS[spec.model].patch))
+
+
+def _chosen(asked: str | None, there: tuple[str, ...], otherwise: str) -> tuple[str, ...]:
+    if asked is None:
+        return there
+    found = tuple(name for name in there if name.lower() == asked.lower())
+    if not found:
+        raise CostError(f"{otherwise} (there are {', '.join(there)})")
+    return found
+
+
+def _counted(module: nn.Module, features: Features) -> tuple[int, Any]:
+    """FLOPS of a module, and what it gives."""
+    # Only the math backend shows attention's two products as what they are, on every device.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        result = module(features)
+    return counter.get_total_flops(), result
