@@ -1,0 +1,236 @@
+"""Published weights into an AudioCSRNet, each file by the names that its own project gave its tensors.
+
+Nothing is unpickled: ``.pth`` files are read as tensors only.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from crowdexit.backbones.audiocsrnet import STRIDE, AudioCSRNet, FusionBlock
+from crowdexit.backbones.vgg import VGGFront, VGGish
+from crowdexit.data.picture import MEAN, STD
+from crowdexit.errors import CrowdExitError
+
+TORCHVISION = "torchvision"
+# Of the published AudioCSRNet (Hu et al.): how it normalises pictures, and its output for one head.
+_HU_MEAN = torch.tensor([0.410824894905, 0.370634973049, 0.359682112932])
+_HU_STD = torch.tensor([0.278580576181, 0.26925137639, 0.27156367898])
+_HU_SCALE = 100.0
+
+Tensors = Mapping[str, Tensor]
+
+
+class WeightsError(CrowdExitError):
+    """A file of weights that cannot be read, or that is not what it is said to be."""
+
+
+@dataclass(frozen=True)
+class Filled:
+    """What a file gave to a network.
+
+    Attributes:
+        kind: of the weights. source: the file, or ``torchvision``.
+        filled: the network's tensors that now come from the file.
+        unused: the file's tensors that the network has no place for.
+    """
+
+    kind: str
+    source: str
+    filled: tuple[str, ...]
+    unused: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.kind} from {self.source}: {len(self.filled)} tensors filled, {len(self.unused)} have no place"
+
+
+def apply_weights(network: AudioCSRNet, mapping: Mapping[str, str | Path]) -> list[Filled]:
+    """Fill a network from several published files: kind → path, in the order given (later ones win).
+
+    Raises:
+        WeightsError: as :func:`load_published`.
+    """
+    return [load_published(network, kind, path) for kind, path in mapping.items()]
+
+
+def load_published(network: AudioCSRNet, kind: str, path: str | Path) -> Filled:
+    """Fill what a published file has of a network; on an error nothing is changed.
+
+    Kinds:
+
+    - ``vgg16``: torchvision's VGG-16 (``features.N.…``) → the VGG front. ``torchvision`` in place of a path
+      has torchvision fetch its ImageNet weights.
+    - ``vggish``: the published ``pytorch_vggish.pth`` (``features.N.…``) → VGGish's six convolutions.
+    - ``csrnet``: a CSRNet (Li et al., ``frontend.N.…``) → the VGG front. Its back end has no batch normalisation
+      and no sound, and stays unused.
+    - ``audiocsrnet``: a checkpoint of Hu et al.'s code → all but the vector that stands in for absent sound. Its
+      picture normalisation moves into the first convolution (exact but for the outermost pixel, where its padding
+      was its own mean colour), its output of 100 a head into the last.
+
+    Raises:
+        WeightsError: an unknown kind, an unreadable file, or a tensor that is missing, not finite or of another shape.
+    """
+    if kind not in _KINDS:
+        raise WeightsError(f"no published weights of kind {kind!r} (there are {', '.join(_KINDS)})")
+    if network.config.front_norm:
+        raise WeightsError(f"{kind}: published weights fit no network with batch normalisation in its fronts")
+    tensors = _torchvision() if kind == "vgg16" and str(path) == TORCHVISION else read_published(path)
+    reader = _Reader(tensors, f"{kind}: {path}")
+    new = _KINDS[kind](network, reader)
+    own = network.state_dict()
+    with torch.no_grad():
+        for key, tensor in new.items():
+            own[key].copy_(tensor)
+    return Filled(kind, str(path), tuple(new), reader.unused())
+
+
+def read_published(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a ``.pth``/``.pth.tar`` or ``.safetensors`` file, by name.
+
+    A training checkpoint's ``state_dict`` or ``net`` is taken out, and the prefixes of wrapping modules
+    (``module.``, and ``CCN.`` of Hu et al.'s code) are dropped.
+
+    Raises:
+        WeightsError: no such file, damaged, more than tensors in it, or none.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file")
+    try:
+        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error):
+            raise WeightsError(f"{path}: refused: reading it would run code that is stored in it") from None
+        raise WeightsError(f"{path}: not a file of weights, or a damaged one") from None
+    except Exception:  # a damaged pickle fails in every way there is
+        raise WeightsError(f"{path}: not a file of weights, or a damaged one") from None
+    for wrapper in ("state_dict", "net"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    tensors = {}
+    if isinstance(content, Mapping):
+        tensors = {_bare(key): t for key, t in content.items() if isinstance(key, str) and isinstance(t, Tensor)}
+    if not tensors:
+        raise WeightsError(f"{path}: no weights in it")
+    return tensors
+
+
+def _bare(key: str) -> str:
+    while key.startswith(("module.", "CCN.")):
+        key = key.partition(".")[2]
+    return key
+
+
+def _torchvision() -> Tensors:
+    from torchvision.models import VGG16_Weights  # slow to import, and only wanted here
+
+    try:
+        weights: dict[str, Tensor] = VGG16_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True, weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WeightsError(f"vgg16: torchvision could not fetch its weights ({reason}); give a file instead") from None
+    return weights
+
+
+class _Reader:
+    """Hands out a file's tensors by name, checked, and remembers which nobody asked for."""
+
+    def __init__(self, tensors: Tensors, source: str) -> None:
+        self.tensors = tensors
+        self.source = source
+        self.asked: set[str] = set()
+
+    def take(self, key: str, shape: torch.Size) -> Tensor:
+        if key not in self.tensors:
+            raise WeightsError(f"{self.source}: it lacks {key!r}")
+        tensor = self.tensors[key]
+        if tensor.shape != shape:
+            raise WeightsError(f"{self.source}: {key!r} is {_by(tensor.shape)}, wanted {_by(shape)}")
+        if not torch.isfinite(tensor).all():
+            raise WeightsError(f"{self.source}: {key!r} is not finite")
+        self.asked.add(key)
+        return tensor.float()
+
+    def unused(self) -> tuple[str, ...]:
+        return tuple(key for key in self.tensors if key not in self.asked)
+
+
+def _by(shape: torch.Size) -> str:
+    return "×".join(map(str, shape)) or "one number"
+
+
+def _convolutions(network: AudioCSRNet, stage: type[nn.Module], reader: _Reader, prefix: str) -> dict[str, Tensor]:
+    """A front's convolutions; without batch normalisation the layers' numbers are the published ones."""
+    index = next(i for i, s in enumerate(network.stages) if isinstance(s, stage))
+    own = f"stages.{index}.layers."
+    return {
+        key: reader.take(prefix + key.removeprefix(own), tensor.shape)
+        for key, tensor in network.state_dict().items()
+        if key.startswith(own)
+    }
+
+
+def _vgg16(network: AudioCSRNet, reader: _Reader) -> dict[str, Tensor]:
+    return _convolutions(network, VGGFront, reader, "features.")
+
+
+def _vggish(network: AudioCSRNet, reader: _Reader) -> dict[str, Tensor]:
+    return _convolutions(network, VGGish, reader, "features.")
+
+
+def _csrnet(network: AudioCSRNet, reader: _Reader) -> dict[str, Tensor]:
+    return _convolutions(network, VGGFront, reader, "frontend.")
+
+
+def _audiocsrnet(network: AudioCSRNet, reader: _Reader) -> dict[str, Tensor]:
+    new = _convolutions(network, VGGFront, reader, "frontend.")
+    _renormalise(new, "stages.0.layers.0.")
+    new |= _convolutions(network, VGGish, reader, "audio_vgg.features.")
+    blocks = [(name, module) for name, module in network.named_modules() if isinstance(module, FusionBlock)]
+    for i, (name, block) in enumerate(blocks):
+        # Theirs is a plain Sequential: convolution 3i with a bias, batch normalisation 3i + 1 without γ and β, ReLU.
+        channels = block.norm.bias.shape
+        new[f"{name}.conv.weight"] = reader.take(f"backend.{3 * i}.weight", block.conv.weight.shape)
+        bias = reader.take(f"backend.{3 * i}.bias", channels)
+        # A bias before batch normalisation only shifts the running mean.
+        new[f"{name}.norm.running_mean"] = reader.take(f"backend.{3 * i + 1}.running_mean", channels) - bias
+        new[f"{name}.norm.running_var"] = reader.take(f"backend.{3 * i + 1}.running_var", channels)
+        new[f"{name}.norm.weight"] = torch.ones(channels)
+        new[f"{name}.norm.bias"] = torch.zeros(channels)
+        for part in ("weight", "bias"):
+            shape = getattr(block.fuse.linear, part).shape
+            new[f"{name}.fuse.linear.{part}"] = reader.take(f"fully_connected.{i}.{part}", shape)
+    # Their map is enlarged by repetition, so that each cell counts once for each of its pixels.
+    scale = network.config.density_scale * STRIDE**2 / _HU_SCALE
+    for part in ("weight", "bias"):
+        shape = getattr(network.final.conv, part).shape
+        new[f"final.conv.{part}"] = reader.take(f"output_layer.{part}", shape) * scale
+    known = ("audio_vgg.fc.", "audio_vgg.embeddings.")
+    for key in reader.unused():
+        if not key.startswith(known) and not key.endswith("num_batches_tracked"):
+            raise WeightsError(f"{reader.source}: another architecture than AudioCSRNet: it has {key!r}")
+    return new
+
+
+def _renormalise(new: dict[str, Tensor], layer: str) -> None:
+    """Have a first convolution that was trained on Hu et al.'s normalisation take ImageNet's instead."""
+    weight, bias = new[layer + "weight"], new[layer + "bias"]  # O×3×3×3, O
+    mean, std = torch.from_numpy(MEAN), torch.from_numpy(STD)
+    shift = (mean - _HU_MEAN) / _HU_STD
+    new[layer + "bias"] = bias + (weight.sum((2, 3)) * shift).sum(1)
+    new[layer + "weight"] = weight * (std / _HU_STD)[:, None, None]
+
+
+_KINDS: dict[str, Callable[[AudioCSRNet, _Reader], dict[str, Tensor]]] = {
+    "vgg16": _vgg16,
+    "vggish": _vggish,
+    "csrnet": _csrnet,
+    "audiocsrnet": _audiocsrnet,
+}
