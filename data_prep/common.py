@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from scipy.io import loadmat
 
+from crowdexit import command
 from crowdexit.data.store import StoredSample, open_for_writing, write_sample
 from crowdexit.errors import CrowdExitError
 
@@ -213,23 +214,9 @@ def _work(
         pool.shutdown(cancel_futures=True)
 
 
-# typer shows the class of every misuse of a command line only as a parent of this one.
-_Misuse: type[Exception] = typer.BadParameter.__mro__[1]
-
-
 def run(app: typer.Typer, arguments: Sequence[str] | None = None) -> int:
-    """Run a script's command: 0, or 2 with one line on stderr, or 130 after Ctrl-C."""
-    try:
-        code = typer.main.get_command(app)(arguments, standalone_mode=False) or 0
-        if code == 130:
-            print("interrupted; the same command goes on where it was", file=sys.stderr)
-        return code
-    except CrowdExitError as error:
-        message = str(error)
-    except _Misuse as error:
-        message = error.format_message()  # type: ignore[attr-defined]
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+    """Run a script's command; see :func:`crowdexit.command.run`."""
+    return command.run(app, arguments, interrupted="interrupted; the same command goes on where it was")
 
 
 def read_picture(path: Path) -> tuple[NDArray[np.uint8], Image.Image]:

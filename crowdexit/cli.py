@@ -1,0 +1,260 @@
+"""The command line: ``crowdexit count``, ``evaluate``, ``cost``, ``train``, ``demo`` and ``app``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from crowdexit import command
+from crowdexit.errors import CrowdExitError
+
+# Everything heavy is imported where it is used: `--help` and a mistyped option answer at once.
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Count a crowd from picture and sound; an answer whenever the time is up.",
+)
+
+DEFAULT_MODEL = "audiocsrnet-s"
+Model = Annotated[str, typer.Option("--model", help="A shipped model's name, or a checkpoint's path.")]
+RuntimeName = Annotated[str, typer.Option("--runtime", help="auto, eager, eager-bf16, cuda or cuda-bf16.")]
+
+
+class CountFormat(StrEnum):
+    table = "table"
+    json = "json"
+    csv = "csv"
+
+
+class Format(StrEnum):
+    table = "table"
+    json = "json"
+
+
+@app.command(epilog="Example: `crowdexit count street.jpg clip.mp4 --format json --out counts.jsonl`")
+def count(
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT…", help="Pictures, folders, videos, mixed.")],
+    audio: Annotated[Path | None, typer.Option(help="Sound for the picture, or in place of the video's.")] = None,
+    model: Model = DEFAULT_MODEL,
+    exit: Annotated[str, typer.Option("--exit", help="The exit to stop at, or auto: the last in time.")] = "auto",
+    deadline_ms: Annotated[float | None, typer.Option(help="Answer with the latest exit by then.")] = None,
+    runtime: RuntimeName = "auto",
+    fps: Annotated[float | None, typer.Option(help="Counted frames a second of video.")] = None,
+    format: Annotated[CountFormat, typer.Option()] = CountFormat.table,
+    out: Annotated[Path | None, typer.Option(help="Write here instead of the screen.")] = None,
+    density: Annotated[
+        Path | None, typer.Option(help="Density over the picture: PNG, .npy, .mp4 for a video, or a folder.")
+    ] = None,
+) -> None:
+    """Count people in pictures, folders and videos."""
+    from crowdexit.inference.counter import load
+    from crowdexit.inference.sources import expand
+    from crowdexit.inference.video import count_inputs
+
+    expand(inputs)  # a mistyped path is said before the weights are read
+    counter = load(model, runtime=runtime)
+    count_inputs(
+        counter,
+        inputs,
+        audio=audio,
+        exit=exit,
+        deadline_ms=deadline_ms,
+        fps=fps,
+        format=format.value,
+        out=out,
+        density=density,
+        progress=sys.stderr.isatty(),
+    )
+
+
+@app.command(
+    epilog="Example: `crowdexit evaluate --model audiocsrnet-s --data crowd.h5 --split val --ids 'B_*' --no-audio`"
+)
+def evaluate(
+    data: Annotated[Path, typer.Option(help="A prepared HDF5 file.")],
+    model: Model = DEFAULT_MODEL,
+    split: Annotated[str, typer.Option()] = "test",
+    ids: Annotated[str, typer.Option(help="Only samples whose id matches this shell pattern.")] = "*",
+    audio: Annotated[bool, typer.Option("--audio/--no-audio", help="Hear the sound where there is some.")] = True,
+    brightness: Annotated[float, typer.Option(min=0, help="Pictures darkened (or lit) by this factor.")] = 1.0,
+    noise: Annotated[float, typer.Option(min=0, max=255, help="Gaussian noise of this σ, of 255.")] = 0.0,
+    black: Annotated[float, typer.Option(min=0, max=0.99, help="Share of the picture under a black area.")] = 0.0,
+    runtime: RuntimeName = "auto",
+    format: Annotated[Format, typer.Option()] = Format.table,
+) -> None:
+    """Every exit's error on a prepared set, with or without sound, also under extreme conditions."""
+    from crowdexit.data.augment import Conditions
+    from crowdexit.data.store import Store
+    from crowdexit.inference.counter import load
+    from crowdexit.inference.evaluate import evaluate as run_evaluation
+
+    with Store(data) as store:
+        wanted = store.ids(split, ids)
+        counter = load(model, runtime=runtime)
+        counter.exits = counter.network.exit_names
+        with _progress("evaluating", len(wanted)) as advance:
+            result = run_evaluation(
+                counter,
+                store,
+                split,
+                wanted,
+                audio=audio,
+                conditions=Conditions(brightness, noise, black),
+                progress=advance,
+            )
+    _print_evaluation({"model": model, "data": str(data), **result}, format)
+
+
+def _print_evaluation(result: dict[str, Any], format: Format) -> None:
+    if format is Format.json:
+        print(json.dumps(result))
+        return
+    table = Table(title=f"{result['model']} on {result['split']} ({result['samples']} pictures)")
+    table.caption = f"sound: {result['audio']}"
+    for name in ("exit", "MAE", "RMSE", "latency ms"):
+        table.add_column(name, justify="left" if name == "exit" else "right")
+    for row in result["exits"]:
+        table.add_row(row["exit"], f"{row['mae']:.2f}", f"{row['rmse']:.2f}", f"{row['latency_ms']:.1f}")
+    Console().print(table)
+
+
+@app.command(epilog="Example: `crowdexit cost --model audiocsrnet --branch slvit --format json`")
+def cost(
+    model: Model = "audiocsrnet",
+    branch: Annotated[str | None, typer.Option(help="Only this kind of branch: cnn or slvit.")] = None,
+    layer: Annotated[str | None, typer.Option(help="Only this place: V1, AV1 or AV2.")] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT; default: the model's own.")] = None,
+    format: Annotated[Format, typer.Option()] = Format.table,
+) -> None:
+    """Parameters, FLOPS and speedup of every branch, up to and including it."""
+    from crowdexit.analysis.cost import cost as run_cost
+
+    result = run_cost(model, branch=branch, layer=layer, size=size).to_dict()
+    if format is Format.json:
+        print(json.dumps(result))
+        return
+    table = Table(title=f"{result['model']} at {result['size']}: backbone {result['backbone_flops'] / 1e9:.2f} GFLOPS")
+    for name in ("exit", "kind", "branch parameters", "FLOPS", "multiply-adds", "speedup"):
+        table.add_column(name, justify="left" if name in ("exit", "kind") else "right")
+    for row in result["exits"]:
+        table.add_row(
+            str(row["exit"]),
+            row["kind"],
+            f"{row['branch_params'] / 1e6:.2f}M",
+            f"{row['total_flops'] / 1e9:.2f}B",
+            f"{row['total_macs'] / 1e9:.2f}B",
+            f"{row['speedup']:.2f}",
+        )
+    Console().print(table)
+
+
+@app.command(epilog="Example: `crowdexit train audiocsrnet-s-density --data crowd.h5 --out runs/mine --resume`")
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or a bundled recipe's name.")],
+    data: Annotated[Path | None, typer.Option(help="A prepared HDF5 file, in place of the recipe's.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/NAME.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is there.")] = False,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value, e.g. data.hear=0.7.")
+    ] = None,
+    devices: Annotated[int, typer.Option(min=1, help="GPUs, or processes on the CPU.")] = 1,
+    accelerator: Annotated[str, typer.Option(help="auto, cpu or gpu.")] = "auto",
+) -> None:
+    """Run one experiment: a recipe."""
+    from crowdexit.training.recipe import read_recipe
+    from crowdexit.training.run import train as run_training
+
+    changes: dict[str, Any] = {}
+    for item in set_ or []:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise CrowdExitError(f"--set {item}: write KEY=VALUE")
+        try:
+            changes[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise CrowdExitError(f"--set {item}: the value is not YAML") from None
+    if data is not None:
+        changes["data.store"] = str(data)
+    folder = out or Path("runs") / Path(recipe).stem
+    path = run_training(
+        read_recipe(recipe, changes),
+        folder,
+        resume=resume,
+        devices=devices,
+        accelerator=accelerator,
+        console=Console(stderr=True),
+    )
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        print(path)
+
+
+@app.command(epilog="Example: `crowdexit demo`")
+def demo(
+    model: Model = DEFAULT_MODEL,
+    out: Annotated[Path, typer.Option(help="Folder for the annotated clip.")] = Path("demo-out"),
+    runtime: RuntimeName = "auto",
+) -> None:
+    """Count the bundled clip, whose true count is known, and write it annotated."""
+    from crowdexit.inference.counter import load
+    from crowdexit.inference.demo import run_demo
+
+    run_demo(load(model, runtime=runtime), out, Console())
+
+
+@app.command("app", epilog="Example: `crowdexit app --port 7860`")
+def page(
+    model: Model = DEFAULT_MODEL,
+    host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
+    runtime: RuntimeName = "auto",
+) -> None:
+    """Open the page: drop a picture in, see the count at every exit."""
+    # The page stands on the same floor; it is found by name so that the command line works without it.
+    from importlib import import_module
+
+    import_module("app.page").launch(model, host=host, port=port, runtime=runtime)
+
+
+class _progress:
+    """A bar with the time left on stderr, only where somebody looks."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self.bar = Progress(
+            TextColumn(what),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+            disable=not sys.stderr.isatty(),
+        )
+        self.task = self.bar.add_task(what, total=total)
+
+    def __enter__(self) -> Any:
+        self.bar.start()
+        return lambda: self.bar.advance(self.task)
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+
+def main() -> None:
+    """The entry point of the ``crowdexit`` command."""
+    sys.exit(command.run(app))
+
+
+if __name__ == "__main__":
+    main()
