@@ -1,0 +1,106 @@
+"""Costs are the papers' (table VIII of the SL-ViT paper), count each part once, and need no memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from crowdexit.analysis.cost import CostTable, cost, measure
+from crowdexit.backbones.audiocsrnet import AudioCSRNet, AudioCSRNetConfig
+from crowdexit.errors import CrowdExitError
+from crowdexit.stages import inputs
+
+# place: parameters CNN, SL-ViT as printed; FLOPS CNN, SL-ViT in 10⁹; speedup
+TABLE_VIII = {
+    "V1": ("2.50M", "2.35M", 329.77, 328.72, 1.49),
+    "AV1": ("2.52M", "2.36M", 331.37, 330.31, 1.48),
+    "AV2": ("2.50M", "2.35M", 374.86, 373.81, 1.31),
+}
+
+
+@pytest.fixture(scope="module")
+def paper() -> CostTable:
+    return cost("audiocsrnet")
+
+
+def test_table_viii(paper):
+    assert [(e.exit, e.kind) for e in paper.exits] == [(p, k) for p in TABLE_VIII for k in ("cnn", "slvit")]
+    printed = {(row[0], row[1]): row[2] for row in paper.rows()}
+    for e in paper.exits:
+        params_cnn, params_slvit, flops_cnn, flops_slvit, speedup = TABLE_VIII[e.exit]
+        assert printed[e.exit, e.kind] == (params_cnn if e.kind == "cnn" else params_slvit)
+        assert e.total_flops / 1e9 == pytest.approx(flops_cnn if e.kind == "cnn" else flops_slvit, rel=0.001)
+        assert e.speedup == pytest.approx(speedup, rel=0.005)
+        assert e.total_flops == 2 * e.total_macs
+        assert e.speedup == paper.backbone_flops / e.total_flops
+
+
+def test_plain_data_is_what_the_command_promises(paper):
+    data = paper.to_dict()
+    assert list(data) == ["model", "size", "backbone_flops", "exits"]
+    assert (data["model"], data["size"]) == ("audiocsrnet", "1024x576")
+    assert list(data["exits"][0]) == ["exit", "kind", "branch_params", "total_flops", "total_macs", "speedup"]
+
+
+def test_by_hand():
+    """A small network's multiply-adds written out: layers as (channels in, out, cells, kernel)."""
+    config = AudioCSRNetConfig(size=(128, 64), width=1 / 16, audio_width=1 / 16, patch=4, dim=8, heads=2, hidden=16)
+    network = AudioCSRNet(config).eval()
+    network.add_branch("AV1", "AV1", "slvit")
+    network.add_branch("V1", "V1", "cnn")
+    stages, exits = measure(network, inputs(torch.zeros(1, 3, 64, 128), torch.zeros(1, 1, 96, 64)))
+    full, cells = 128 * 64, 16 * 8
+    vgg = full * 9 * (3 * 4 + 4 * 4) + full // 4 * 9 * (4 * 8 + 8 * 8)
+    vgg += full // 16 * 9 * (8 * 16 + 2 * 16 * 16) + cells * 9 * (16 * 32 + 2 * 32 * 32)
+    mel = 96 * 64
+    hears = mel * 9 * 4 + mel // 4 * 9 * 4 * 8 + mel // 16 * 9 * (8 * 16 + 16 * 16) + mel // 64 * 9 * 32 * (16 + 32)
+    fuse = [cells * 9 * a * b + 32 * 2 * b for a, b in [(32, 32), (32, 32), (32, 32), (32, 16), (16, 8), (8, 4)]]
+    assert stages == [2 * vgg, 2 * hears, 2 * fuse[0], 2 * sum(fuse[1:])]
+    tokens, d, h = 8 + 1, 8, 2
+    slvit = 8 * 32 * 16 * d + 32 * d  # eight patches, and the sound's through the summed kernel
+    slvit += tokens * d * 4 * h * d + 2 * h * tokens**2 * d  # projections; queries by keys, weights by values
+    slvit += tokens * 2 * d * 2 * d + (tokens * d * 16 + 16 * 16 + 16)
+    cnn = cells * 9 * 32 * 16 + (16 * 8 * 16 + 16 * 16 + 16)
+    assert exits == {"V1": 2 * cnn, "AV1": 2 * slvit, "final": 2 * cells * 4}
+
+
+def test_one_branch_at_one_place(paper):
+    table = cost("audiocsrnet", branch="slvit", layer="av1")
+    assert table.exits == (paper.exits[3],)
+    assert table.backbone_flops == paper.backbone_flops
+
+
+def test_another_size(paper):
+    table = cost("audiocsrnet", size="512x576")
+    assert table.size == "512x576"
+    assert table.exits[0].total_flops / paper.exits[0].total_flops == pytest.approx(0.5, rel=0.001)
+
+
+def test_checkpoint_with_changes(tmp_path):
+    from crowdexit import zoo
+
+    spec = zoo.Spec("audiocsrnet-s", (), {"size": [128, 64], "width": 1 / 16, "audio_width": 1 / 16})
+    zoo.save(zoo.build(spec), spec, tmp_path / "model.safetensors")
+    table = cost(tmp_path)
+    assert table.size == "128x64"
+    assert table.backbone_flops < 1e9
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"model": "nothing"}, "neither a model's name"),
+        ({"branch": "vit"}, "no branch kind 'vit'"),
+        ({"layer": "V2"}, "no place 'V2'"),
+        ({"size": "1024"}, "like 1024x576"),
+        ({"size": "-64x64"}, "like 1024x576"),
+        ({"size": "1000x576"}, "multiples of 64"),
+        ({"size": "0x64"}, "multiples of 64"),
+        ({"size": "64000x64"}, "16384 at most"),
+    ],
+)
+def test_one_clear_line(asked, says):
+    with pytest.raises(CrowdExitError) as error:
+        cost(asked.pop("model", "audiocsrnet"), **asked)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
