@@ -34,11 +34,14 @@ class Conditions:
         if self.noise > 0:
             grain = np.empty(picture.shape, np.int16)
             cv2.setRNGSeed(int(rng.integers(2**31)))
-            cv2.randn(cast(Any, grain), (0.0, 0.0, 0.0), (self.noise, self.noise, self.noise))
+            each = cast(Any, (self.noise,) * 3)  # one number would mean the first channel alone
+            cv2.randn(cast(Any, grain), cast(Any, (0.0,) * 3), each)
             picture = np.asarray(cv2.add(picture, grain, dtype=cv2.CV_8U), np.uint8)
         if self.black > 0:
             aspect = np.exp(rng.uniform(-0.5, 0.5))
-            w = int(min(width, round(width * np.sqrt(self.black) * aspect)))
+            # No narrower than a stripe from top to bottom has to be, or the share could not be reached.
+            narrowest = int(np.ceil(width * min(1.0, self.black)))
+            w = int(np.clip(round(width * np.sqrt(self.black) * aspect), narrowest, width))
             h = int(min(height, round(self.black * width * height / max(w, 1))))
             x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
             picture = picture.copy()
@@ -52,7 +55,10 @@ class ConditionRange:
 
     Attributes:
         share: of the pictures that get any at all.
-        brightness: lowest and highest factor.
+        dark: of these, the share that gets ``brightness`` and ``noise`` together, as cameras have it.
+        covered: of the dark ones, the share that gets a black area too; those that are not dark all do.
+        brightness: lowest and highest factor; drawn evenly in the logarithm, so that each halving of the light
+            comes as often as the one before, or, from a lowest of 0, evenly in the factor (Hu et al.).
         noise: σ from 0 up to this.
         black: share of the picture from 0 up to this.
     """
@@ -61,16 +67,18 @@ class ConditionRange:
     brightness: tuple[float, float] = (0.05, 0.5)
     noise: float = 50.0
     black: float = 0.3
+    dark: float = 0.8
+    covered: float = 0.3
 
     def draw(self, rng: np.random.Generator) -> Conditions:
-        """Conditions for one picture: darkness with noise (as cameras have it) or a black area, or both."""
+        """Conditions for one picture: darkness with noise or a black area, or both, or none."""
         if rng.random() >= self.share:
             return Conditions()
-        dark, covered = rng.random() < 0.8, rng.random() < 0.3
+        dark, covered = rng.random() < self.dark, rng.random() < self.covered
         low, high = self.brightness
+        factor = np.exp(rng.uniform(np.log(low), np.log(high))) if low > 0 else rng.uniform(low, high)
         return Conditions(
-            # even in the logarithm: each halving of the light as often as the one before
-            brightness=float(np.exp(rng.uniform(np.log(low), np.log(high)))) if dark else 1.0,
+            brightness=float(factor) if dark else 1.0,
             noise=float(rng.uniform(0, self.noise)) if dark else 0.0,
             black=float(rng.uniform(0, self.black)) if covered or not dark else 0.0,
         )
@@ -124,17 +132,24 @@ def random_view(
         int(rng.integers((view.canvas[0] - size[0]) // 8 + 1)) * 8,
         int(rng.integers((view.canvas[1] - size[1]) // 8 + 1)) * 8,
     )
-    factor = np.array([size[0] / w, size[1] / h], np.float32)
-    moved = (points - np.array([x, y], np.float32)) * factor
-    moved = moved[((moved >= 0) & (moved < np.array(size, np.float32))).all(1)]
+    origin = np.array([x, y], np.float32)
+    seen = points[((points >= origin) & (points < origin + np.array([w, h], np.float32))).all(1)]
+    moved = (seen - origin) * np.array([size[0] / w, size[1] / h], np.float32)
     if view.flip and rng.random() < 0.5:
         window = window[:, ::-1]
-        # The last representable place left of the border, so that a head at x = 0 stays in the picture.
-        moved[:, 0] = np.minimum(size[0] - moved[:, 0], np.nextafter(np.float32(size[0]), np.float32(0)))
+        moved[:, 0] = size[0] - moved[:, 0]
     if view.jitter:
         gain = 1 + rng.uniform(-view.jitter, view.jitter, 3) * 0.5 + rng.uniform(-view.jitter, view.jitter)
         shift = rng.uniform(-view.jitter, view.jitter) * 128
         table = np.clip(np.arange(256)[:, None] * gain + shift, 0, 255).astype(np.uint8)
         window = np.asarray(cv2.LUT(np.ascontiguousarray(window), table[None]), np.uint8)
     canvas = place(np.ascontiguousarray(window), view.canvas, offset)
-    return canvas, moved + np.asarray(offset, np.float32), Placement(scale, offset, size)
+    placement = Placement(scale, offset, size)
+    return canvas, keep_inside(moved + np.asarray(offset, np.float32), placement), placement
+
+
+def keep_inside(points: NDArray[np.float32], placement: Placement) -> NDArray[np.float32]:
+    """Heads (N, 2) of a placed picture that rounding or mirroring put on its border, back by the least step."""
+    first = np.array(placement.offset, np.float32)
+    last = np.nextafter(first + np.array(placement.size, np.float32), np.float32(0))
+    return np.clip(points, first, last)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from crowdexit.data.augment import ConditionRange, Conditions, View, random_view
+from crowdexit.data.augment import ConditionRange, Conditions, View, keep_inside, random_view
 from crowdexit.data.density import density_map
 from crowdexit.data.picture import Placement, fit, normalise
 from crowdexit.data.store import Store, StoredSample, StoreError
@@ -36,6 +36,8 @@ class Setting:
     Attributes:
         view: random crop and scale for training; None lays the whole picture on ``canvas``.
         canvas: (width, height), for ``view`` None.
+        flip: with ``view`` None, whether half of the pictures are mirrored.
+        takes: whether a sample's further simulated seconds are drawn as well as its own (training).
         conditions: drawn anew for each picture in training, fixed in evaluation.
         hear: probability that a sample with sound is heard (modality dropout).
         stride: of the density map: 8 is the network's grid, 1 the full resolution of the papers.
@@ -43,6 +45,8 @@ class Setting:
 
     canvas: tuple[int, int]
     view: View | None = None
+    flip: bool = False
+    takes: bool = False
     conditions: ConditionRange | Conditions = field(default_factory=Conditions)
     hear: float = 1.0
     stride: int = STRIDE
@@ -56,11 +60,33 @@ def _decode(sample: StoredSample) -> np.ndarray:
     return cast(np.ndarray, picture)
 
 
+def only_density(sample: StoredSample) -> bool:
+    """Whether a sample's people are known from a density map alone (DISCO without its head annotations)."""
+    return sample.density is not None and len(sample.points) == 0 and sample.count > 0
+
+
+def lay_density(density: np.ndarray, placement: Placement, canvas: tuple[int, int], stride: int) -> np.ndarray:
+    """A stored density map of any size over where its picture lies on the canvas (width, height), its sum kept.
+
+    Returns (height/stride, width/stride) float32.
+    """
+    (x, y), (w, h) = placement.offset, placement.size
+    size = (max(1, w // stride), max(1, h // stride))
+    shrinks = size[0] <= density.shape[1] and size[1] <= density.shape[0]
+    fitted = cv2.resize(density, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    fitted = fitted * (density.sum(dtype=np.float64) / max(float(fitted.sum(dtype=np.float64)), 1e-12))
+    laid = np.zeros((canvas[1] // stride, canvas[0] // stride), np.float32)
+    laid[y // stride :, x // stride :][: size[1], : size[0]] = fitted
+    return laid
+
+
 class CrowdDataset(Dataset[dict[str, Any]]):
     """Samples of a prepared file as tensors.
 
     An item is asked for by ``(index, draw)``: what is random about it depends on the seed, the draw and the
     sample alone, so that neither workers nor processes nor a resumed run change it. A plain index draws 0.
+
+    A sample with a published density map in place of heads can only be shown whole.
 
     Items: ``image`` 3×H×W normalised, ``density`` 1×H/s×W/s, ``inside`` 1×H/8×W/8, ``count`` (heads on the
     canvas), ``total`` (of the whole picture), ``log_mel`` 1×96×64, ``heard`` bool, ``id``.
@@ -76,16 +102,24 @@ class CrowdDataset(Dataset[dict[str, Any]]):
         index, draw = key if isinstance(key, tuple) else (key, 0)
         s = self.setting
         rng = np.random.default_rng((self.seed, index, draw))
-        sample = self.store.read(self.split, self.ids[index], with_takes=s.view is not None)
+        sample = self.store.read(self.split, self.ids[index], with_takes=s.takes)
         picture = _decode(sample)
+        laid = sample.density if only_density(sample) else None
         placement: Placement
         if s.view is not None:
+            if laid is not None:
+                raise StoreError(f"{self.store.path}: {sample.id} has only a density map: it can only be shown whole")
             picture, points, placement = random_view(picture, sample.points, s.view, rng)
             count = float(len(points))
             canvas = s.view.canvas
         else:
+            points = sample.points
+            if s.flip and rng.random() < 0.5:
+                points = np.stack([picture.shape[1] - points[:, 0], points[:, 1]], axis=1)
+                picture = np.ascontiguousarray(picture[:, ::-1])
+                laid = None if laid is None else np.ascontiguousarray(laid[:, ::-1])
             picture, placement = fit(picture, s.canvas)
-            points, count, canvas = placement.points(sample.points), sample.count, s.canvas
+            points, count, canvas = keep_inside(placement.points(points), placement), sample.count, s.canvas
         wanted = s.conditions
         conditions = wanted.draw(rng) if isinstance(wanted, ConditionRange) else wanted
         x, y = placement.offset
@@ -95,7 +129,7 @@ class CrowdDataset(Dataset[dict[str, Any]]):
             picture = picture.copy()
             # The padding is no part of what the camera saw.
             picture[y : y + h, x : x + w] = conditions.apply(np.ascontiguousarray(picture[y : y + h, x : x + w]), rng)
-        density = self._density(sample, points, placement, canvas)
+        density = self._density(points, canvas) if laid is None else lay_density(laid, placement, canvas, s.stride)
         log_mel, heard = self._sound(sample, rng)
         return {
             "image": torch.from_numpy(normalise(picture)),
@@ -108,31 +142,10 @@ class CrowdDataset(Dataset[dict[str, Any]]):
             "id": sample.id,
         }
 
-    def _density(
-        self, sample: StoredSample, points: np.ndarray, placement: Placement, canvas: tuple[int, int]
-    ) -> np.ndarray:
-        s = self.setting
-        if len(points) == 0 and sample.density is not None and sample.count > 0:
-            if s.view is not None:
-                raise StoreError(f"{sample.id}: only a density map is stored, and a crop of it has no heads")
-            # Published density matrices: laid where the picture lies, the mass kept.
-            (x, y), (w, h) = placement.offset, placement.size
-            size = (max(1, w // s.stride), max(1, h // s.stride))
-            laid = np.zeros((canvas[1] // s.stride, canvas[0] // s.stride), np.float32)
-            shrunk = cv2.resize(sample.density, size, interpolation=cv2.INTER_AREA)
-            shrunk *= sample.density.sum() / max(float(shrunk.sum()), 1e-12)
-            laid[y // s.stride :, x // s.stride :][: size[1], : size[0]] = shrunk
-            return laid
-        k = s.kernel
-        return density_map(
-            points,
-            canvas[1],
-            canvas[0],
-            kernel=cast(Any, k.kind),
-            sigma=k.sigma,
-            size=k.size,
-            stride=s.stride,
-        )
+    def _density(self, points: np.ndarray, canvas: tuple[int, int]) -> np.ndarray:
+        k, stride = self.setting.kernel, self.setting.stride
+        kind = cast(Any, k.kind)
+        return density_map(points, canvas[1], canvas[0], kernel=kind, sigma=k.sigma, size=k.size, stride=stride)
 
     def _sound(self, sample: StoredSample, rng: np.random.Generator) -> tuple[np.ndarray, bool]:
         heard = sample.log_mel is not None and (self.setting.hear >= 1 or rng.random() < self.setting.hear)
@@ -186,7 +199,7 @@ class EpochPlan(Sampler[tuple[int, int]]):
         rest = self.length
         for number, (share, members) in enumerate(self.groups):
             last = number == len(self.groups) - 1
-            n = rest if last else round(share * self.length)
+            n = rest if last else min(rest, round(share * self.length))
             rest -= n
             rounds = [rng.permutation(members) for _ in range(-(-n // len(members)))]
             chosen.append(np.concatenate(rounds)[:n] if rounds else members[:0])

@@ -7,6 +7,7 @@ import math
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,12 +22,17 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from crowdexit import zoo
 from crowdexit.backbones.audiocsrnet import STRIDE, AudioCSRNet, upsample_sum
 from crowdexit.backbones.vgg import VGGish
+from crowdexit.errors import CrowdExitError
 from crowdexit.exits import MLPHead
 from crowdexit.network import FINAL
 from crowdexit.stages import Features, inputs
 from crowdexit.training.recipe import OptimiserPart, Recipe
 
 Batch = dict[str, Any]
+
+
+class TrainingError(CrowdExitError):
+    """A run that cannot start or go on."""
 
 
 def record(batch: Batch) -> Features:
@@ -73,6 +79,11 @@ def rate_at(part: OptimiserPart, step: int, steps: int, epoch: int) -> float:
     return warm
 
 
+def listed(one_or_more: Any) -> list[Any]:
+    """Lightning hands over one optimiser or scheduler bare, several as a list."""
+    return one_or_more if isinstance(one_or_more, list) else [one_or_more]
+
+
 class Validation:
     """Collects counts over an epoch, over all processes, and sums them up by group of ids.
 
@@ -95,6 +106,7 @@ class Validation:
             dist.all_gather_object(everywhere, rows)
             rows = [row for part in everywhere for row in part]
         self.rows = []
+        rows = sorted(rows)  # the figures do not depend on who counted what
         groups: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
         for name, group, count, true in rows:
             groups[name][group].append((count, true))
@@ -121,9 +133,15 @@ class Experiment(L.LightningModule):
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.spec, self.recipe, self.out = spec, recipe, out
         self.validation = Validation()
-        self.best = math.inf
-        self.best_epoch = -1
         self.summary = ""
+
+    def finished(self) -> bool:
+        """Whether early stopping has ended the run."""
+        raise NotImplementedError  # abstract
+
+    def on_fit_start(self) -> None:
+        # A run that had stopped early and is resumed has nothing left to do.
+        self.trainer.should_stop = self.finished()
 
     def log_table(self, tables: dict[str, dict[str, float]]) -> None:
         """Log every figure, and keep one line of them for the console."""
@@ -136,17 +154,11 @@ class Experiment(L.LightningModule):
 
     def write(self, network: AudioCSRNet, **figures: Any) -> None:
         """Write the checkpoint, from the first process."""
-        if not self.trainer.is_global_zero or self.trainer.sanity_checking:
+        if not self.trainer.is_global_zero:
             return
         meta = {**self.spec.meta, "recipe": self.recipe.model_dump(mode="json"), "validation": figures}
         spec = zoo.Spec(self.spec.model, self.spec.exits, self.spec.changes, meta)
         zoo.save(network, spec, self.out / "model.safetensors")
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["crowdexit_best"] = (self.best, self.best_epoch)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.best, self.best_epoch = checkpoint["crowdexit_best"]
 
 
 class BackboneTraining(Experiment):
@@ -154,6 +166,7 @@ class BackboneTraining(Experiment):
 
     def __init__(self, network: AudioCSRNet, spec: zoo.Spec, recipe: Recipe, out: Path) -> None:
         super().__init__(network, spec, recipe, out)
+        self.best, self.best_epoch, self.stale = math.inf, -1, 0
         self.vggish = next(stage for stage in network.stages if isinstance(stage, VGGish))
         self.listener: nn.Module | None = None
         if recipe.stage == "hearing":
@@ -173,6 +186,9 @@ class BackboneTraining(Experiment):
             return [*self.vggish.layers.parameters(), *self.listener.parameters()]
         return self.network.parameters()
 
+    def finished(self) -> bool:
+        return self.recipe.stop is not None and self.stale >= self.recipe.stop
+
     def evaluated(self) -> AudioCSRNet:
         """The averaged network where there is one."""
         return cast(AudioCSRNet, self.average.module) if self.average is not None else self.network
@@ -183,10 +199,16 @@ class BackboneTraining(Experiment):
         if part.schedule == "plateau":
             plateau = ReduceLROnPlateau(optimiser, factor=part.factor, patience=part.patience)
             return {"optimizer": optimiser, "lr_scheduler": {"scheduler": plateau, "monitor": "val/error"}}
+        # Set up the data, too.
         steps = int(self.trainer.estimated_stepping_batches)
         an_epoch = max(1, steps // self.recipe.epochs)
         schedule = LambdaLR(optimiser, lambda step: rate_at(part, step, steps, step // an_epoch))
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        # Lightning asks after the checkpoint is written; a plateau is stepped with the validation instead.
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step()
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         if self.listener is not None:
@@ -208,6 +230,16 @@ class BackboneTraining(Experiment):
         if self.average is not None:
             self.average.update_parameters(self.network)
 
+    def on_validation_start(self) -> None:
+        if self.trainer.world_size == 1:
+            return
+        # The processes saw different samples: their running statistics become one again.
+        for module in (self.network, self.average):
+            for buffer in module.buffers() if module is not None else ():
+                if buffer.is_floating_point():
+                    dist.all_reduce(buffer)
+                    buffer /= self.trainer.world_size
+
     def validation_step(self, batch: Batch, _: int) -> None:
         network = self.evaluated().eval()
         if self.listener is not None:
@@ -217,27 +249,42 @@ class BackboneTraining(Experiment):
             return
         features = record(batch)
         seen = network.stages[0](features)
-        states = {"silent": torch.zeros_like(batch["heard"])}
+        self._count("silent", batch, replace(seen, heard=torch.zeros_like(seen.heard)))
         if batch["heard"].any():
-            states["sound"] = batch["heard"]
-        for name, heard in states.items():
-            state = Features(seen.visual, seen.log_mel, heard, seen.inside)
-            for stage in network.stages[1:]:
-                state = stage(state)
-            self.validation.add(name, batch["id"], network.final(state).value, batch["count"])
+            self._count("sound", batch, seen, batch["heard"])
+
+    def _count(self, name: str, batch: Batch, features: Features, of: Tensor | None = None) -> None:
+        """Go on from the first stage and note the counts of the whole batch, or of some samples (B bool)."""
+        network = self.evaluated()
+        for stage in network.stages[1:]:
+            features = stage(features)
+        value, count, ids = network.final(features).value, batch["count"], batch["id"]
+        if of is not None:
+            value, count, ids = value[of], count[of], [id for id, kept in zip(ids, of.tolist(), strict=True) if kept]
+        self.validation.add(name, ids, value, count)
 
     def on_validation_epoch_end(self) -> None:
         tables = self.validation.collect()
         error = sum(table["error"] for table in tables.values()) / len(tables)
         self.log("val/error", error, prog_bar=True)
-        if self.trainer.sanity_checking:
-            return
         self.log_table(tables)
+        if not math.isfinite(error):
+            raise TrainingError(f"epoch {self.current_epoch + 1}: the network diverged; try a lower optimiser.lr")
+        for scheduler in listed(self.lr_schedulers()):
+            if isinstance(scheduler, ReduceLROnPlateau):
+                scheduler.step(error)
+        self.stale += 1
         if error < self.best:
-            self.best, self.best_epoch = error, self.current_epoch
+            self.best, self.best_epoch, self.stale = error, self.current_epoch, 0
             self.write(self.evaluated(), epoch=self.current_epoch, **tables)
-        elif self.recipe.stop and self.current_epoch - self.best_epoch >= self.recipe.stop:
-            self.trainer.should_stop = True
+        self.trainer.should_stop = self.finished()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["crowdexit_best"] = (self.best, self.best_epoch)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.best, self.best_epoch = checkpoint["crowdexit_best"]
+        self.stale = checkpoint["epoch"] - self.best_epoch
 
 
 class BranchTraining(Experiment):
@@ -264,16 +311,24 @@ class BranchTraining(Experiment):
         self.best_of = dict.fromkeys(self.names, math.inf)
         self.stale = dict.fromkeys(self.names, 0)
         self.kept: dict[str, dict[str, Tensor]] = {}
+        self.kept_tables: dict[str, dict[str, float]] = {}
+        self.train()  # Lightning leaves the modes as they are
 
     @staticmethod
     def start_branches(network: AudioCSRNet, recipe: Recipe, median: float) -> None:
         """Add the recipe's branches, their weights fixed by name and seed.
 
         The output starts at the training pictures' median count, not at zero.
+
+        Raises:
+            TrainingError: for a place or kind that the network does not have.
         """
         for e in recipe.exits:
             torch.manual_seed(zlib.crc32(f"{e.name} {recipe.seed}".encode()))
-            network.add_branch(e.name, e.place, cast(Any, e.kind))
+            try:
+                network.add_branch(e.name, e.place, cast(Any, e.kind))
+            except ValueError as error:
+                raise TrainingError(f"exit {e.name!r}: {error}") from None
             branch = network.branches[e.name]
             head = cast(MLPHead, branch.head)
             with torch.no_grad():
@@ -286,11 +341,16 @@ class BranchTraining(Experiment):
         limit = self.recipe.stop
         return [name for name in self.names if limit is None or self.stale[name] < limit]
 
+    def finished(self) -> bool:
+        return not self.active()
+
     def train(self, mode: bool = True) -> BranchTraining:
         """The backbone stays in evaluation mode: its running statistics are frozen too."""
         super().train(mode)
         for module in self.network.backbone_modules():
             module.eval()
+        if self.average is not None:
+            self.average.eval()
         return self
 
     def configure_optimizers(self) -> Any:
@@ -298,17 +358,11 @@ class BranchTraining(Experiment):
         optimisers = [make_optimiser(self.network.branches[name].parameters(), part) for name in self.names]
         if part.schedule == "plateau":
             return [
-                {
-                    "optimizer": o,
-                    "lr_scheduler": {
-                        "scheduler": ReduceLROnPlateau(o, factor=part.factor, patience=part.patience),
-                        "monitor": "val/error",
-                    },
-                }
+                {"optimizer": o, "lr_scheduler": ReduceLROnPlateau(o, factor=part.factor, patience=part.patience)}
                 for o in optimisers
             ]
-        steps = int(self.trainer.max_epochs or 1) * int(self.trainer.num_training_batches)
-        an_epoch = int(self.trainer.num_training_batches)
+        steps = int(self.trainer.estimated_stepping_batches)
+        an_epoch = max(1, steps // self.recipe.epochs)
         return [
             {
                 "optimizer": o,
@@ -319,7 +373,7 @@ class BranchTraining(Experiment):
 
     def training_step(self, batch: Batch, index: int) -> None:
         network, active = self.network, self.active()
-        optimisers = dict(zip(self.names, self._listed(self.optimizers()), strict=True))
+        optimisers = dict(zip(self.names, listed(self.optimizers()), strict=True))
         losses = []
         step = self.current_epoch * int(self.trainer.num_training_batches) + index
         features = record(batch)
@@ -343,55 +397,52 @@ class BranchTraining(Experiment):
             optimisers[name].step()
             optimisers[name].zero_grad()
         if self.recipe.optimiser.schedule != "plateau":
-            for scheduler in self._listed(self.lr_schedulers()):
+            for scheduler in listed(self.lr_schedulers()):
                 scheduler.step()
         if self.average is not None:
             self.average.update_parameters(network.branches)
 
-    @staticmethod
-    def _listed(one_or_more: Any) -> list[Any]:
-        return one_or_more if isinstance(one_or_more, list) else [one_or_more]
+    def evaluated(self) -> nn.ModuleDict:
+        """The averaged branches where there are some."""
+        return cast(nn.ModuleDict, self.average.module) if self.average is not None else self.network.branches
 
     def validation_step(self, batch: Batch, _: int) -> None:
-        network = self.network
-        branches = self.average.module.eval() if self.average is not None else network.branches
+        network, active, branches = self.network, self.active(), self.evaluated()
         features = record(batch)
-        for stage in range(max(network.stage_of(name) for name in self.names) + 1):
+        for stage in range(max(network.stage_of(name) for name in active) + 1):
             features = network.stages[stage](features)
-            for name in self.names:
+            for name in active:
                 if network.stage_of(name) == stage:
-                    value = cast(Any, branches)[name](features).value
-                    self.validation.add(name, batch["id"], value, batch["count"])
+                    self.validation.add(name, batch["id"], branches[name](features).value, batch["count"])
 
     def on_validation_epoch_end(self) -> None:
-        tables = self.validation.collect()
-        if self.trainer.sanity_checking:
-            return
+        collected = self.validation.collect()
+        tables = {name: collected[name] for name in self.names if name in collected}
         self.log_table(tables)
-        active = self.active()
-        branches = cast(Any, self.average.module if self.average is not None else self.network.branches)
-        for name, scheduler in zip(self.names, self._listed(self.lr_schedulers()), strict=True):
-            if name not in active:
-                continue
+        branches = self.evaluated()
+        for name, scheduler in zip(self.names, listed(self.lr_schedulers()), strict=True):
+            if name not in tables:
+                continue  # it has stopped
             error = tables[name]["error"]
             if isinstance(scheduler, ReduceLROnPlateau):
                 scheduler.step(error)
+            self.stale[name] += 1
             if error < self.best_of[name]:
                 self.best_of[name], self.stale[name] = error, 0
-                self.kept[name] = copy.deepcopy(branches[name].state_dict())
-            else:
-                self.stale[name] += 1
-        best = copy.deepcopy(self.network)
-        for name, state in self.kept.items():
-            best.branches[name].load_state_dict(state)
-        self.write(best, epoch=self.current_epoch, best=self.best_of, last=tables)
-        if not self.active():
-            self.trainer.should_stop = True
+                self.kept[name] = {k: v.detach().cpu().clone() for k, v in branches[name].state_dict().items()}
+                self.kept_tables[name] = {"epoch": self.current_epoch, **tables[name]}
+        for name in self.names:
+            if name not in self.kept:
+                raise TrainingError(f"the exit {name!r} diverged at once; try a lower optimiser.lr")
+        if any(self.stale[name] == 0 for name in tables):
+            best = copy.deepcopy(self.network)
+            for name, state in self.kept.items():
+                best.branches[name].load_state_dict(state)
+            self.write(best, **self.kept_tables)
+        self.trainer.should_stop = self.finished()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["crowdexit_branches"] = (self.best_of, self.stale, self.kept)
+        checkpoint["crowdexit_branches"] = (self.best_of, self.stale, self.kept, self.kept_tables)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        self.best_of, self.stale, self.kept = checkpoint["crowdexit_branches"]
+        self.best_of, self.stale, self.kept, self.kept_tables = checkpoint["crowdexit_branches"]

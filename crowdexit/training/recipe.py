@@ -28,14 +28,23 @@ class ConditionsPart(_Part):
     brightness: tuple[float, float] = (0.05, 0.5)
     noise: float = Field(50.0, ge=0, le=255)
     black: float = Field(0.3, ge=0, lt=1)
+    dark: float = Field(0.8, ge=0, le=1)
+    covered: float = Field(0.3, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> ConditionsPart:
+        if not 0 <= self.brightness[0] <= self.brightness[1] or self.brightness[1] == 0:
+            raise ValueError("brightness is a lowest and a highest factor, from 0 up")
+        return self
 
 
 class DataPart(_Part):
     """Which samples, and how they are laid before the network.
 
     ``store`` may be left out and given on the command line. ``canvas`` is the (width, height) that training
-    sees (None: the model's native size). ``whole`` shows each picture whole and only flips it (the papers).
-    ``balance`` gives groups of ids (shell patterns) their share of the draws.
+    sees (None: the model's native size). ``whole`` shows each picture whole and at most flips it (the papers).
+    ``balance`` gives groups of ids (shell patterns) their share of the draws. ``hear`` is the probability that
+    a sample with sound is heard, ``stride`` the density map's (1 is the papers').
     """
 
     store: Path | None = None
@@ -51,14 +60,18 @@ class DataPart(_Part):
     flip: bool = True
     jitter: float = Field(0.2, ge=0, lt=1)
     conditions: ConditionsPart = ConditionsPart()
-    hear: float = Field(0.5, ge=0, le=1, description="probability that a sample with sound is heard")
+    hear: float = Field(0.5, ge=0, le=1, description="probability")
     stride: Literal[1, 8] = 8
     workers: int = Field(1, ge=0)
 
     @model_validator(mode="after")
-    def _canvas_on_the_grid(self) -> DataPart:
+    def _of_use(self) -> DataPart:
         if self.canvas is not None and (min(self.canvas) < 64 or any(side % 8 for side in self.canvas)):
             raise ValueError("canvas sides have to be multiples of 8, 64 at least")
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError("scale is a lowest and a highest factor above 0")
+        if self.balance is not None and (not self.balance or min(self.balance.values()) <= 0):
+            raise ValueError("balance gives each group of ids a share above 0")
         return self
 
 
@@ -80,7 +93,7 @@ class OptimiserPart(_Part):
 class ExitPart(_Part):
     """A branch to train: its name, place and kind."""
 
-    name: str
+    name: str = Field(pattern="^[A-Za-z0-9_-]+$")
     place: str
     kind: str
 
@@ -93,8 +106,12 @@ class Recipe(_Part):
             one, the whole backbone on density maps. ``count``: stage two, the backbone with its dense layer
             on MAE. ``branches``: classifier-wise, all branches side by side on the frozen backbone.
         model: a name of the zoo; ``changes`` its configuration's fields.
-        start: checkpoint whose weights are the start, as far as they fit (``hearing`` gives VGGish only).
-        loss: ``l2`` and ``mae`` are the papers'; ``balanced`` weighs dense and sparse pictures alike.
+        start: checkpoint whose weights are the start.
+        weights: published weights to start from in its place, by kind (``vgg16``, ``vggish`` …): a file, or
+            ``torchvision`` for its download.
+        loss: ``l2`` (density) and ``mae`` (counts) are the papers'; ``balanced`` weighs dense and sparse
+            pictures alike, both on maps and on counts.
+        batch: of all processes together.
         ema: decay of the averaged weights that are validated and kept; 0: none.
         stop: early stopping after so many epochs without a better validation error.
         tied: start the branches' heads as a mean over positions.
@@ -104,6 +121,7 @@ class Recipe(_Part):
     model: str
     changes: dict[str, Any] = {}
     start: Path | None = None
+    weights: dict[str, str] = {}
     exits: tuple[ExitPart, ...] = ()
     data: DataPart = DataPart()
     optimiser: OptimiserPart = OptimiserPart()
@@ -113,7 +131,7 @@ class Recipe(_Part):
     ema: float = Field(0.0, ge=0, lt=1)
     stop: int | None = Field(None, gt=0)
     tied: bool = False
-    precision: Literal["bf16-mixed", "32-true", "16-mixed"] = "bf16-mixed"
+    precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed"
     seed: int = 0
 
     @model_validator(mode="after")
@@ -122,6 +140,13 @@ class Recipe(_Part):
             raise ValueError("the stage 'branches' needs exits")
         if self.stage != "branches" and self.exits:
             raise ValueError(f"the stage {self.stage!r} trains no exits")
+        if len({e.name for e in self.exits}) < len(self.exits):
+            raise ValueError("two exits have the same name")
+        wrong = {"density": "mae", "count": "l2", "branches": "l2"}.get(self.stage)
+        if self.loss == wrong:
+            raise ValueError(f"the loss {wrong!r} is not for the stage {self.stage!r}")
+        if self.start is not None and self.weights:
+            raise ValueError("start and weights exclude each other")
         return self
 
 
@@ -146,6 +171,8 @@ def read_recipe(name: str | Path, changes: dict[str, Any] | None = None) -> Reci
         raise RecipeError(f"{name}: no such recipe (bundled are {', '.join(bundled())})")
     try:
         content = yaml.safe_load(path.read_text("utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(content, dict):
@@ -163,5 +190,5 @@ def read_recipe(name: str | Path, changes: dict[str, Any] | None = None) -> Reci
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(place) for place in first["loc"]) or "recipe"
-        what = "unknown key" if first["type"] == "extra_forbidden" else first["msg"]
+        what = "unknown key" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
         raise RecipeError(f"{path}: {where}: {what}") from None
