@@ -97,8 +97,8 @@ def build(spec: Spec) -> AudioCSRNet:
         network = AudioCSRNet(replace(AUDIOCSRNETS[spec.model], **changes))
         for e in spec.exits:
             network.add_branch(e.name, e.place, cast(Any, e.kind))
-    except (TypeError, ValueError) as error:
-        raise ZooError(f"{spec.model}: {error}") from None
+    except (TypeError, ValueError, KeyError, ArithmeticError, RuntimeError) as error:
+        raise ZooError(f"{spec.model}: {str(error).partition(chr(10))[0]}") from None
     return network
 
 
@@ -174,13 +174,13 @@ def read_spec(path: Path) -> Spec:
     if header.get("format") != FORMAT:
         raise ZooError(f"{path}: a safetensors file, but not a CrowdExit checkpoint")
     try:
-        return Spec(
-            header["model"],
-            tuple(ExitSpec(**e) for e in json.loads(header["exits"])),
-            json.loads(header["changes"]),
-            json.loads(header["meta"]),
-        )
-    except (KeyError, TypeError, ValueError):
+        exits, changes, meta = (json.loads(header[key]) for key in ("exits", "changes", "meta"))
+        specs = tuple(ExitSpec(**e) for e in exits)
+        texts = all(isinstance(text, str) for e in specs for text in vars(e).values())
+        if not (texts and isinstance(exits, list) and isinstance(changes, dict) and isinstance(meta, dict)):
+            raise TypeError
+        return Spec(header["model"], specs, changes, meta)
+    except (KeyError, TypeError, ValueError, RecursionError):
         raise ZooError(f"{path}: the checkpoint's header is damaged") from None
 
 

@@ -39,6 +39,9 @@ class AudioCSRNetConfig:
         patch, dim, heads: of the SL-ViT branches. filters, pool: of the CNN branches.
         hidden, dropout: of the MLP heads.
         second_residual: of the SL-ViT encoder.
+
+    Raises:
+        ValueError: for a size that the stride of the front does not divide.
     """
 
     size: tuple[int, int] = (1024, 576)
@@ -56,6 +59,10 @@ class AudioCSRNetConfig:
     hidden: int = 256
     dropout: float = 0.5
     second_residual: bool = True
+
+    def __post_init__(self) -> None:
+        if len(self.size) != 2 or any(side <= 0 or side % STRIDE for side in self.size):
+            raise ValueError(f"size {self.size}: wanted width and height, multiples of {STRIDE}")
 
     @property
     def grid(self) -> tuple[int, int]:

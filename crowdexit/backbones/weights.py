@@ -106,7 +106,7 @@ def read_published(path: str | Path) -> dict[str, Tensor]:
     try:
         content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error):
+        if "Unsupported global" in str(error):
             raise WeightsError(f"{path}: refused: reading it would run code that is stored in it") from None
         raise WeightsError(f"{path}: not a file of weights, or a damaged one") from None
     except Exception:  # a damaged pickle fails in every way there is
