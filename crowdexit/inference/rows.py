@@ -1,0 +1,185 @@
+"""Counts written down as they come: a table, JSON lines or CSV, to the screen or into a file that appears whole."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, Protocol, TextIO, get_args
+
+from rich.console import Console
+from rich.table import Table
+
+from crowdexit.errors import CrowdExitError
+from crowdexit.inference.counter import CountResult
+from crowdexit.inference.video import FrameRow
+
+Format = Literal["table", "json", "csv"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+COLUMNS = ("source", "frame", "time_s", "count", "chosen_exit", "latency_ms")
+
+
+class RowError(CrowdExitError):
+    """Rows that cannot be written."""
+
+
+class Rows(Protocol):
+    """Takes counted pictures and frames, and writes each at once."""
+
+    def picture(self, source: str, result: CountResult) -> None: ...
+
+    def frame(self, row: FrameRow) -> None: ...
+
+
+def checked_format(format: str) -> Format:
+    """The name itself.
+
+    Raises:
+        RowError: if it is none of :data:`FORMATS`.
+    """
+    for known in FORMATS:
+        if format == known:
+            return known
+    raise RowError(f"no format {format!r} (there are {', '.join(FORMATS)})")
+
+
+def writer(format: Format, file: TextIO, sources: Sequence[str], *, single: bool) -> Rows:
+    """A writer of that format.
+
+    Args:
+        sources: the names that will come (a table is as wide as they are).
+        single: one picture is all that comes; a table then shows every exit.
+    """
+    if format == "json":
+        return JSONRows(file)
+    if format == "csv":
+        return CSVRows(file)
+    return ExitTable(file) if single else TableRows(file, max(map(len, sources), default=0))
+
+
+@contextmanager
+def opened(out: Path | None) -> Iterator[TextIO]:
+    """A file to write rows into: the standard output, or one that takes the name ``out`` when all went well.
+
+    After a failure the rows until then stand in ``out`` with ``.part`` behind it; without any, nothing does.
+
+    Raises:
+        RowError: if it cannot be written.
+    """
+    if out is None:
+        yield sys.stdout
+        return
+    part = out.with_name(out.name + ".part")
+    if out.is_dir():
+        raise RowError(f"{out}: a folder, not a file to write to")
+    try:
+        with part.open("w", encoding="utf-8", newline="") as file:
+            yield file
+        part.replace(out)
+    except BaseException as error:
+        kept = part.is_file() and part.stat().st_size > 0
+        if part.is_file() and not kept:
+            part.unlink()
+        note = f" (the rows until then are in {part})" if kept else ""
+        if isinstance(error, OSError):
+            raise RowError(f"{out}: cannot be written ({error.strerror}){note}") from None
+        if isinstance(error, CrowdExitError):
+            raise type(error)(f"{error}{note}") from error
+        if kept:
+            print(note.strip(" ()"), file=sys.stderr)
+        raise
+
+
+class JSONRows:
+    """One JSON object a line."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file = file
+
+    def picture(self, source: str, result: CountResult) -> None:
+        self._write(result.to_dict(source))
+
+    def frame(self, row: FrameRow) -> None:
+        self._write(row.to_dict())
+
+    def _write(self, row: dict[str, object]) -> None:
+        print(json.dumps(row, ensure_ascii=False), file=self.file, flush=True)
+
+
+class CSVRows:
+    """One line a picture or frame under the names of the columns; a picture has no frame and no time."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file = file
+        self.csv = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
+        self._begun = False
+
+    def picture(self, source: str, result: CountResult) -> None:
+        self._write(result.to_dict(source))
+
+    def frame(self, row: FrameRow) -> None:
+        self._write(row.to_dict())
+
+    def _write(self, row: dict[str, object]) -> None:
+        if not self._begun:
+            self.csv.writeheader()
+            self._begun = True
+        self.csv.writerow(row)
+        self.file.flush()
+
+
+class TableRows:
+    """Aligned lines, written one by one: a table that had to be complete would keep a long video waiting."""
+
+    def __init__(self, file: TextIO, width: int) -> None:
+        self.file, self.width = file, max(6, width)
+        self._begun = False
+
+    def picture(self, source: str, result: CountResult) -> None:
+        self._write(source, "", "", result.count, result.chosen.exit, result.chosen.latency_ms)
+
+    def frame(self, row: FrameRow) -> None:
+        time = f"{row.time_s:.2f}"
+        self._write(row.source, str(row.frame), time, row.count, row.chosen_exit, row.latency_ms)
+
+    def _write(self, source: str, frame: str, time: str, count: float, exit: str, latency: float) -> None:
+        if not self._begun:
+            self._line("source", "frame", "time s", "count", "exit", "ms")
+            self._begun = True
+        self._line(source, frame, time, f"{count:.1f}", exit, f"{latency:.0f}")
+
+    def _line(self, source: str, frame: str, time: str, count: str, exit: str, latency: str) -> None:
+        line = f"{source:<{self.width}}  {frame:>7}  {time:>9}  {count:>9}  {exit:<8}  {latency:>7}"
+        print(line, file=self.file, flush=True)
+
+
+class ExitTable:
+    """What every exit says of one picture, the chosen one marked."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file = file
+
+    def picture(self, source: str, result: CountResult) -> None:
+        with_interval = any(e.interval for e in result.exits)
+        table = Table()
+        table.add_column("exit")
+        table.add_column("count", justify="right")
+        if with_interval:
+            table.add_column("interval", justify="right")
+        table.add_column("ms", justify="right")
+        table.add_column("")
+        for e in result.exits:
+            chosen = e is result.chosen
+            cells = [e.exit, f"{e.count:.1f}"]
+            if with_interval:
+                cells.append("" if e.interval is None else f"{e.interval[0]:.0f} to {e.interval[1]:.0f}")
+            cells += [f"{e.latency_ms:.0f}", "◀ chosen" if chosen else ""]
+            table.add_row(*cells, style="bold" if chosen else None)
+        print(f"{source}: {result.count:.1f} people", file=self.file)
+        Console(file=self.file).print(table)
+
+    def frame(self, row: FrameRow) -> None:
+        raise AssertionError("a single picture has no frames")

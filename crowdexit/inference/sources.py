@@ -1,0 +1,115 @@
+"""What a user names, as pictures and videos: files by their names or contents, folders by what stands in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import av
+from PIL import Image
+
+from crowdexit.data.picture import SUFFIXES
+from crowdexit.errors import CrowdExitError
+
+VIDEO_SUFFIXES = (
+    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts"),
+    *(".wmv", ".flv", ".ogv", ".3gp"),
+)
+SOUND_SUFFIX = ".wav"
+# FFmpeg would show a text as a video of its letters, and a picture as a video of one frame.
+_NOT_VIDEO = ("tty", "image2", "_pipe", "gif", "ass", "srt", "webvtt", "hls", "concat", "dash")
+
+Kind = Literal["picture", "video"]
+
+
+class SourceError(CrowdExitError):
+    """An input that is not there or cannot be counted."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One picture or video to count.
+
+    Attributes:
+        path: of the file.
+        kind: picture or video.
+        sound: of a picture ``x.jpg``, the file ``x.wav`` beside it, if there is one.
+        named: the user named the file itself, not just its folder.
+    """
+
+    path: Path
+    kind: Kind
+    sound: Path | None = None
+    named: bool = True
+
+
+def expand(inputs: Sequence[str | Path]) -> list[Source]:
+    """Pictures, videos and folders as a list of sources, in the order given and each folder by name.
+
+    A file is what its suffix says; one without a known suffix is looked into. Of a folder, what stands in it
+    is taken, not what stands in its folders; other kinds of files in it and hidden ones are passed over.
+
+    Raises:
+        SourceError: for an input that is missing, neither picture nor video, or a folder without any.
+    """
+    if not inputs:
+        raise SourceError("nothing to count: name a picture, a video or a folder")
+    sources: list[Source] = []
+    for name in inputs:
+        path = Path(name)
+        sources += _folder(path) if path.is_dir() else [_named(path)]
+    return sources
+
+
+def kind_of(path: Path) -> Kind | None:
+    """Whether a file is a picture or a video, by its suffix or else by its contents; None: neither."""
+    suffix = path.suffix.lower()
+    if suffix in SUFFIXES:
+        return "picture"
+    if suffix in VIDEO_SUFFIXES:
+        return "video"
+    if suffix == SOUND_SUFFIX:
+        return None
+    try:
+        with Image.open(path):
+            return "picture"
+    except Exception:  # whatever a reader makes of a file that is not its own
+        pass
+    try:
+        with av.open(str(path.absolute())) as container:
+            moving = any(not s.disposition & s.disposition.attached_pic for s in container.streams.video)
+            return "video" if moving and not any(n in container.format.name for n in _NOT_VIDEO) else None
+    except (av.FFmpegError, ValueError, OSError):
+        return None
+
+
+def _named(path: Path) -> Source:
+    if not path.exists():
+        raise SourceError(f"{path}: no such file or folder")
+    if not path.is_file():
+        raise SourceError(f"{path}: not a file")
+    if path.stat().st_size == 0:
+        raise SourceError(f"{path}: the file is empty")
+    kind = kind_of(path)
+    if kind is None:
+        raise SourceError(f"{path}: neither a picture nor a video")
+    return Source(path, kind, _sound_of(path, kind))
+
+
+def _folder(folder: Path) -> list[Source]:
+    try:
+        files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    except OSError as error:
+        raise SourceError(f"{folder}: the folder cannot be read ({error.strerror})") from None
+    kinds = [(path, kind_of(path)) for path in files]
+    sources = [Source(path, kind, _sound_of(path, kind), named=False) for path, kind in kinds if kind is not None]
+    if not sources:
+        raise SourceError(f"{folder}: no picture or video in this folder")
+    return sources
+
+
+def _sound_of(path: Path, kind: Kind) -> Path | None:
+    beside = path.with_suffix(SOUND_SUFFIX)
+    return beside if kind == "picture" and beside.is_file() else None
