@@ -26,6 +26,8 @@ def test_tied_start_is_blind_to_position():
     assert not torch.allclose(head(x.flatten(1)), head(moved.flatten(1)), atol=1e-4)
     head.start_tied(6)
     torch.testing.assert_close(head(x.flatten(1)), head(moved.flatten(1)), rtol=1e-5, atol=1e-6)
+    # a fresh dense layer of four inputs lies within ±1/2; the mean of six positions within a sixth of it
+    assert 0.2 / 6 < head[0].weight.abs().max() <= 0.5 / 6
     # a mean: more of the same changes nothing, another content does
     once = head(x[:, :1].repeat(1, 6, 1).flatten(1))
     shared = MLPHead(4, 1, hidden=16).eval()
