@@ -42,10 +42,13 @@ def overlay(picture: Picture, density: NDArray[np.float32], *, strength: float =
     """
     height, width = picture.shape[:2]
     # A little smoothing first: single cells are squares, and a crowd is none.
-    smooth = cv2.GaussianBlur(np.maximum(np.nan_to_num(density), 0).astype(np.float32), (0, 0), 0.8)
+    people = np.maximum(np.nan_to_num(density), 0).astype(np.float32)
+    smooth = np.asarray(cv2.GaussianBlur(people, (0, 0), 0.8), np.float32)
     shade = np.clip(smooth / _peak(smooth), 0, 1) ** 0.7  # the thin parts of a dense crowd stay visible
     shade = np.clip(cv2.resize(shade, (width, height), interpolation=cv2.INTER_CUBIC), 0, 1)
-    colours = cv2.cvtColor(cv2.applyColorMap((shade * 255).astype(np.uint8), cv2.COLORMAP_PLASMA), cv2.COLOR_BGR2RGB)
+    # The map's darkest sixth is left out: it would vanish on dark clothes.
+    levels = ((0.16 + 0.84 * shade) * 255).astype(np.uint8)
+    colours = cv2.cvtColor(cv2.applyColorMap(levels, cv2.COLORMAP_PLASMA), cv2.COLOR_BGR2RGB)
     # Opacity climbs faster than the colour and is zero for the faint noise that any network leaves.
     alpha = strength * np.clip((shade - 0.06) / 0.4, 0, 1)
     return np.asarray(cv2.blendLinear(picture, colours, 1 - alpha, alpha), np.uint8)
@@ -117,7 +120,7 @@ def bars(results: Sequence[ExitResult]) -> Figure:
     """
     from matplotlib.figure import Figure  # only the page draws charts; counting need not wait for matplotlib
 
-    figure = Figure(figsize=(7, 1.1 + 0.42 * max(1, len(results))), dpi=150, layout="constrained")
+    figure = Figure(figsize=(5.2, 0.5 + 0.36 * max(1, len(results))), dpi=200, layout="constrained")
     figure.patch.set_alpha(0)
     names = [result.exit for result in results]
     counts = [result.count for result in results]
@@ -139,7 +142,7 @@ def bars(results: Sequence[ExitResult]) -> Figure:
             axes.annotate(
                 f"{value:,.0f}", (end, row), (5, 0), textcoords="offset points", va="center", color=grey, fontsize=10
             )
-        axes.set_xlim(0, 1.25 * max([*ends, 1e-9]) if any(ends) else 1)
+        axes.set_xlim(0, 1.4 * max([*ends, 1e-9]) if any(ends) else 1)
         axes.set_title(unit, color=grey, fontsize=10, loc="left")
         axes.tick_params(colors=grey, labelsize=10, length=0)
         axes.xaxis.set_visible(False)

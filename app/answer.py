@@ -1,0 +1,201 @@
+"""What the page shows for a request, free of the web framework: words, table, chart and picture as the exits answer."""
+
+from __future__ import annotations
+
+import html
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, TypeVar
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from crowdexit.data.log_mel import read_audio
+from crowdexit.data.picture import decode_picture
+from crowdexit.errors import CrowdExitError
+from crowdexit.inference.counter import CrowdCounter, ExitResult, tile_boxes
+from crowdexit.inference.draw import bars, overlay
+from crowdexit.network import FINAL
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+T = TypeVar("T")
+
+LONGEST_SIDE = 1600  # pixels of the picture shown; more only makes the page slow
+WELCOME = '<p class="ce-hint">Choose a picture, or try one of the examples.</p>'
+_EXPLANATION = (
+    '<p class="ce-note">Each exit answers as soon as the network has come that far. The later, the more exact. '
+    "Times count from the request to the answer.</p>"
+)
+
+# One thread for everything that a model computes: requests take turns, and no new pool of compute threads has to
+# be set up for each of them.
+_MODEL_THREAD = ThreadPoolExecutor(1, "model")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What stands on the page at one moment.
+
+    Attributes:
+        headline: HTML, the count in words, or what is wrong.
+        table: HTML, one row an exit; empty: no table.
+        chart: count and latency for each exit, once all are there.
+        picture: H×W×3 uint8 RGB, the density over the picture, once the final exit has answered.
+    """
+
+    headline: str
+    table: str = ""
+    chart: Figure | None = None
+    picture: NDArray[np.uint8] | None = None
+
+
+def in_model_thread(work: Callable[[], T]) -> T:
+    """Run something in the thread that belongs to the models, and wait for it."""
+    return _MODEL_THREAD.submit(work).result()
+
+
+def answers(
+    counter: CrowdCounter, picture: str | Path | None, sound: str | Path | None, use_sound: bool = True
+) -> Iterator[Shown]:
+    """What to show, moment by moment: at once, at each exit's answer, and at the end with chart and picture.
+
+    Args:
+        picture: the uploaded file; nothing is taken from its name.
+        sound: the uploaded file, if any.
+        use_sound: whether it is heard.
+
+    Input that cannot be used gives one moment with the reason, and no exception.
+    """
+    if picture is None:
+        yield problem("Choose a picture first.")
+        return
+    try:
+        pixels = decode_picture(Path(picture).read_bytes(), "The picture file")
+        waveform = _read_sound(sound) if sound is not None and use_sound else None
+        yield Shown('<p class="ce-hint" role="status">Counting…</p>', table([], counter.exits))
+        tiled = len(tile_boxes(pixels.shape[1], pixels.shape[0], counter.size)) > 1
+        senses = _senses(waveform is not None, sound is not None, tiled)
+        results: list[ExitResult] = []
+        for result in _ahead(counter.stream(pixels, waveform)):
+            results.append(result)
+            if len(results) < len(counter.exits):
+                yield Shown(headline(result, "still counting"), table(results, counter.exits))
+        last = results[-1]
+        drawn = None if last.density is None else overlay(_shrunk(pixels), last.density)
+        yield Shown(headline(last, senses), table(results, counter.exits), bars(results), drawn)
+    except CrowdExitError as error:
+        yield problem(str(error))
+    except OSError:
+        yield problem("The file is no longer there. Choose it again.")
+
+
+def problem(message: str) -> Shown:
+    """One plain line that says what is wrong, and nothing else."""
+    return Shown(f'<p class="ce-problem" role="alert">{_text(message)}</p>')
+
+
+def headline(result: ExitResult, remark: str) -> str:
+    """The count as a sentence (HTML), and below it, small, its interval and how it came about."""
+    name = "final exit" if result.exit == FINAL else f"exit {result.exit}"
+    interval = f"likely {result.interval[0]:,.0f} to {result.interval[1]:,.0f} · " if result.interval else ""
+    return (
+        f'<p class="ce-count" role="status">{_people(result.count)}</p>'
+        f'<p class="ce-note">{interval}{_text(name)} after {_time(result.latency_ms)} · {_text(remark)}</p>'
+    )
+
+
+def table(results: Sequence[ExitResult], exits: Sequence[str]) -> str:
+    """A row for each exit (HTML), those that have not answered yet waiting."""
+    by_name = {result.exit: result for result in results}
+    intervals = any(result.interval for result in results)
+    rows = []
+    for name in exits:
+        result = by_name.get(name)
+        cells = [f'<th scope="row">{_text(name)}</th>', f"<td>{result.count:,.1f}</td>" if result else "<td>…</td>"]
+        if intervals:
+            span = result.interval if result else None
+            cells.append(f"<td>{span[0]:,.0f} – {span[1]:,.0f}</td>" if span else "<td></td>")
+        cells.append(f"<td>{_time(result.latency_ms)}</td>" if result else "<td>…</td>")
+        rows.append(f'<tr class="{"done" if result else "waiting"}">{"".join(cells)}</tr>')
+    head = ["Exit", "People", *(["Likely"] if intervals else []), "Time"]
+    return (
+        '<table class="ce-exits"><thead><tr>'
+        + "".join(f'<th scope="col">{title}</th>' for title in head)
+        + f"</tr></thead><tbody>{''.join(rows)}</tbody></table>{_EXPLANATION}"
+    )
+
+
+def _people(count: float) -> str:
+    number = round(count)
+    if number == 0:
+        return "Nobody is seen"
+    return f"About <b>{number:,}</b> {'person' if number == 1 else 'people'}"
+
+
+def _time(milliseconds: float) -> str:
+    return f"{milliseconds:,.0f} ms" if milliseconds < 9999.5 else f"{milliseconds / 1000:,.1f} s"
+
+
+def _senses(heard: bool, given: bool, tiled: bool) -> str:
+    """How the picture and the sound were used, in words."""
+    if tiled:
+        return "counted in parts, the picture is very large" + ("; the sound was not used" if heard else "")
+    if heard:
+        return "from picture and sound"
+    return "from the picture alone, the sound is switched off" if given else "from the picture alone"
+
+
+def _text(plain: str) -> str:
+    """Plain text for the page's HTML; braces and dollars too, which the page's template language would read."""
+    escaped = html.escape(plain)
+    return escaped.replace("{", "&#123;").replace("}", "&#125;").replace("$", "&#36;").replace("`", "&#96;")
+
+
+def _read_sound(sound: str | Path) -> tuple[NDArray[np.float32], int]:
+    try:
+        return read_audio(sound)
+    except CrowdExitError as error:
+        # The reader names the file; its name here is one that the page gave it.
+        raise CrowdExitError(str(error).replace(str(sound), "The sound file")) from None
+
+
+def _shrunk(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    scale = LONGEST_SIDE / max(picture.shape[:2])
+    if scale >= 1:
+        return picture
+    size = (max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[0] * scale)))
+    return np.asarray(cv2.resize(picture, size, interpolation=cv2.INTER_AREA), np.uint8)
+
+
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, computed ahead in the model thread.
+
+    Latencies run from the request to the answer: were the stream to wait while the page is drawn, the drawing
+    would count into every later exit.
+    """
+    queue: SimpleQueue[tuple[T] | None] = SimpleQueue()
+    unwanted = threading.Event()
+
+    def work() -> None:
+        try:
+            for item in items:
+                queue.put((item,))
+                if unwanted.is_set():
+                    return
+        finally:
+            queue.put(None)
+
+    done = _MODEL_THREAD.submit(work)
+    try:
+        while (entry := queue.get()) is not None:
+            yield entry[0]
+        done.result()  # raises what the stream raised
+    finally:
+        unwanted.set()

@@ -1,0 +1,300 @@
+"""The page: what it says at each moment, and that a real browser gets there."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import wave
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import cv2
+import gradio as gr
+import numpy as np
+import pytest
+
+from app import answer
+from app.answer import answers, problem, table
+from app.page import SAMPLES, make_page, serve
+from crowdexit import zoo
+from crowdexit.errors import CrowdExitError
+from crowdexit.inference import counter as counting
+from crowdexit.inference.counter import CrowdCounter, ExitResult
+
+TINY = {"width": 0.0625, "audio_width": 0.0625, "size": [128, 64], "dim": 4, "heads": 2, "hidden": 8, "filters": 2}
+EXITS = ["V1", "AV1", "AV2", "final"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint") / "model.safetensors"
+    spec = zoo.Spec("audiocsrnet-s", zoo.both_kinds(), TINY, {"intervals": {"V1": 0.3, "final": 0.1}})
+    zoo.save(zoo.build(spec), spec, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def counter(checkpoint: Path) -> CrowdCounter:
+    return counting.load(checkpoint, runtime="eager")
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "picture.png"
+    cv2.imwrite(str(path), np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8))
+    return path
+
+
+def write_wav(path: Path, samples: int) -> Path:
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16_000)
+        file.writeframes(np.random.default_rng(0).integers(-9000, 9000, samples, np.int16).tobytes())
+    return path
+
+
+def test_the_table_fills_exit_by_exit_and_the_picture_comes_last(counter: CrowdCounter, picture: Path) -> None:
+    shown = list(answers(counter, picture, None))
+    assert [moment.table.count('class="done"') for moment in shown] == [0, 1, 2, 3, 4]
+    assert all(re.findall(r'scope="row">(.*?)<', moment.table) == EXITS for moment in shown)
+    assert [moment.picture is not None for moment in shown] == [False] * 4 + [True]
+    assert [moment.chart is not None for moment in shown] == [False] * 4 + [True]
+    last = shown[-1]
+    assert last.picture is not None
+    assert last.picture.shape == (90, 120, 3)
+    assert "the picture alone" in last.headline
+
+
+def test_the_first_answer_is_there_before_the_last_is_computed(counter: CrowdCounter, picture: Path) -> None:
+    moments = answers(counter, picture, None)
+    next(moments)
+    assert "exit V1" in next(moments).headline
+    moments.close()  # type: ignore[attr-defined]  # a visitor who leaves does no harm to the next one
+    assert len(list(answers(counter, picture, None))) == 5
+
+
+def test_sound_is_heard_unless_it_is_switched_off(
+    counter: CrowdCounter, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[bool] = []
+    stream = counter.stream
+
+    def listening(image: object, audio: object = None, **more: object) -> Iterator[ExitResult]:
+        heard.append(audio is not None)
+        return stream(image, audio, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(counter, "stream", listening)
+    sound = write_wav(tmp_path / "sound.wav", 16_000)
+    with_sound = list(answers(counter, picture, sound))[-1]
+    without = list(answers(counter, picture, sound, use_sound=False))[-1]
+    assert heard == [True, False]
+    assert "picture and sound" in with_sound.headline
+    assert "switched off" in without.headline
+
+
+def bad_text(folder: Path) -> tuple[Path, Path | None]:
+    (folder / "a.jpg").write_text("not a picture")
+    return folder / "a.jpg", None
+
+
+def bad_empty(folder: Path) -> tuple[Path, Path | None]:
+    (folder / "a.jpg").touch()
+    return folder / "a.jpg", None
+
+
+def bad_truncated(folder: Path) -> tuple[Path, Path | None]:
+    (folder / "a.jpg").write_bytes((SAMPLES / "street.jpg").read_bytes()[:20_000])
+    return folder / "a.jpg", None
+
+
+def bad_small(folder: Path) -> tuple[Path, Path | None]:
+    cv2.imwrite(str(folder / "a.png"), np.zeros((10, 10, 3), np.uint8))
+    return folder / "a.png", None
+
+
+def bad_large(folder: Path) -> tuple[Path, Path | None]:
+    cv2.imwrite(str(folder / "a.png"), np.zeros((13_000, 12_000), np.uint8))
+    return folder / "a.png", None
+
+
+def bad_silence(folder: Path) -> tuple[Path, Path | None]:
+    return SAMPLES / "street.jpg", write_wav(folder / "a.wav", 0)
+
+
+def bad_sound(folder: Path) -> tuple[Path, Path | None]:
+    (folder / "a.wav").write_text("not a sound")
+    return SAMPLES / "street.jpg", folder / "a.wav"
+
+
+def bad_gone(folder: Path) -> tuple[Path, Path | None]:
+    return folder / "deleted.jpg", None
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (bad_text, "picture file: not a picture"),
+        (bad_empty, "picture file: the file is empty"),
+        (bad_truncated, "damaged or truncated"),
+        (bad_small, "10×10 is too small"),
+        (bad_large, "too large"),
+        (bad_silence, "sound file: "),
+        (bad_sound, "sound file: not a readable audio file"),
+        (bad_gone, "no longer there"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(
+    counter: CrowdCounter, tmp_path: Path, make: Callable[[Path], tuple[Path, Path | None]], words: str
+) -> None:
+    picture, sound = make(tmp_path)
+    (shown,) = answers(counter, picture, sound)
+    assert words in shown.headline
+    assert "ce-problem" in shown.headline
+    assert "\n" not in shown.headline
+    assert str(tmp_path) not in shown.headline
+    assert (shown.table, shown.chart, shown.picture) == ("", None, None)
+
+
+def test_no_picture_is_asked_for(counter: CrowdCounter) -> None:
+    (shown,) = answers(counter, None, None)
+    assert "Choose a picture" in shown.headline
+
+
+def test_a_failure_on_the_way_is_told(counter: CrowdCounter, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object) -> Iterator[ExitResult]:
+        yield ExitResult("V1", 1.0, None, 1.0)
+        raise CrowdExitError("it went wrong")
+
+    monkeypatch.setattr(counter, "stream", failing)
+    assert "it went wrong" in list(answers(counter, picture, None))[-1].headline
+
+
+def test_a_very_large_picture_is_shown_small_and_its_sound_not_claimed(counter: CrowdCounter, tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "a.jpg"), np.full((300, 2000, 3), 90, np.uint8))
+    last = list(answers(counter, tmp_path / "a.jpg", write_wav(tmp_path / "a.wav", 16_000)))[-1]
+    assert last.picture is not None
+    assert last.picture.shape == (240, answer.LONGEST_SIDE, 3)
+    assert "sound was not used" in last.headline
+
+
+def test_words() -> None:
+    def said(count: float) -> str:
+        return answer.headline(ExitResult("final", count, None, 12.0), "").split("</p>")[0]
+
+    assert "Nobody" in said(0.2)
+    assert "About <b>1</b> person" in said(1.2)
+    assert "About <b>1,235</b> people" in said(1234.6)
+    assert "Likely" not in table([ExitResult("V1", 3.0, None, 1.0)], EXITS)
+    assert "2 – 9" in table([ExitResult("V1", 3.0, (2.0, 9.0), 1.0)], EXITS)
+    assert "12.3 s" in table([ExitResult("V1", 3.0, None, 12_345.0)], EXITS)
+
+
+def test_messages_cannot_bring_markup() -> None:
+    shown = problem("<script>${1 + 1} {{x}}").headline
+    assert "<script>" not in shown
+    assert "${" not in shown
+    assert "{{" not in shown
+
+
+def test_the_page_takes_no_account_of_anybody(counter: CrowdCounter) -> None:
+    page = make_page(counter)
+    assert page.analytics_enabled is False
+    handlers = [fn for fn in page.fns.values() if fn.concurrency_id == "model"]
+    assert len(handlers) == 2  # the button and the examples
+    assert {fn.concurrency_limit for fn in handlers} == {1}
+    assert not [b for b in page.blocks.values() if isinstance(b, gr.Dropdown)]  # one model: nothing to choose
+
+
+def test_several_shipped_models_can_be_chosen(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("audiocsrnet-s", "audiocsrnet-m"):
+        (tmp_path / name).mkdir()
+        shutil.copy(checkpoint, tmp_path / name)
+    monkeypatch.setattr(zoo, "checkpoints_folder", lambda: tmp_path)
+    page = make_page("audiocsrnet-s", runtime="eager")
+    (chooser,) = (b for b in page.blocks.values() if isinstance(b, gr.Dropdown))
+    assert {value for _, value in chooser.choices} == {"audiocsrnet-s", "audiocsrnet-m"}
+    assert chooser.value == "audiocsrnet-s"
+    handler = next(fn.fn for fn in page.fns.values() if fn.concurrency_id == "model")
+    assert handler is not None
+    file = {"path": str(SAMPLES / "street.jpg")}
+    *_, last = handler(file, None, True, "audiocsrnet-m")
+    assert "About" in last[0] or "Nobody" in last[0]
+    *_, last = handler(file, None, True, "no-such-model")
+    assert "no such model" in last[0]
+
+
+def test_a_model_or_a_port_that_cannot_be_used_is_told(counter: CrowdCounter, tmp_path: Path) -> None:
+    with pytest.raises(CrowdExitError, match="neither a model's name"):
+        make_page(tmp_path / "nothing")
+    page = make_page(counter)
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(CrowdExitError, match="cannot serve"):
+        serve(page, port=taken.getsockname()[1])
+    with pytest.raises(CrowdExitError, match="not a port"):
+        serve(page, port=99_999)
+    with pytest.raises(CrowdExitError, match="cannot serve"):
+        serve(page, "no.such.host.invalid", 7860)
+
+
+CHROMIUM = shutil.which("chromium")
+CHROMIUM_ARGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine (Debian: apt-get install chromium)")
+def test_in_a_browser(checkpoint: Path, picture: Path, tmp_path: Path) -> None:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="the Python package playwright is not installed")
+    sound = write_wav(tmp_path / "sound.wav", 16_000)
+    fake = tmp_path / "fake.jpg"
+    fake.write_text("not a picture")
+    page = make_page(checkpoint, runtime="eager")
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    address = serve(page, port=port)
+    try:
+        with sync_api.sync_playwright() as playwright:
+            browser = playwright.chromium.launch_persistent_context(
+                tmp_path / "profile", executable_path=CHROMIUM, args=CHROMIUM_ARGS
+            )
+            requests: list[str] = []
+            browser.on("request", lambda request: requests.append(request.url))
+            tab = browser.new_page()
+            tab.set_default_timeout(30_000)
+            tab.goto(address)
+            tab.set_input_files("#picture input[type=file]", picture)
+            tab.locator("#picture img").wait_for()
+            tab.set_input_files("#sound input[type=file]", sound)
+            tab.locator("#sound [aria-label=Clear]").wait_for()
+            tab.click("#count")
+            tab.locator("#density img").wait_for()
+            assert tab.locator("#exits tr.done").count() == len(EXITS)
+            assert tab.locator("#exits tbody th").all_inner_texts() == EXITS
+            assert "from picture and sound" in tab.locator("#headline").inner_text()
+            tab.locator("#chart img").wait_for()
+
+            tab.set_viewport_size({"width": 360, "height": 740})  # a telephone: nothing sticks out
+            assert tab.evaluate("document.documentElement.scrollWidth") <= 360
+
+            tab.click("#picture [aria-label='Remove Image']")
+            tab.set_input_files("#picture input[type=file]", fake)
+            tab.locator("#picture img").wait_for(state="attached")
+            tab.click("#count")
+            tab.locator(".ce-problem").wait_for()
+            assert tab.locator(".ce-problem").inner_text() == "The picture file: not a picture"
+            assert tab.locator("#density").count() == 0 or not tab.locator("#density").is_visible()
+            browser.close()
+        assert requests
+        assert [url for url in requests if not url.startswith((address, "data:", "blob:"))] == []
+    finally:
+        page.close(verbose=False)
