@@ -274,6 +274,7 @@ class AnnotatedVideo:
         self._video: Any = None
         self._audio: Any = None
         try:
+            self._part.touch()  # PyAV opens it with the first picture only; this says at once that it cannot be
             self._container = av.open(str(self._part.absolute()), "w", format="mp4", options={"movflags": "faststart"})
         except (av.FFmpegError, OSError, ValueError) as error:
             raise VideoWriteError(f"{path}: cannot be written ({getattr(error, 'strerror', error)})") from None

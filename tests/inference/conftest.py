@@ -1,0 +1,45 @@
+"""A counter small enough for tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from crowdexit import zoo
+from crowdexit.inference.counter import CrowdCounter
+from crowdexit.inference.runtime import Runtime
+
+# A density that is not lost in rounding, from random weights.
+TINY = {
+    "width": 0.0625,
+    "audio_width": 0.0625,
+    "size": [128, 64],
+    "dim": 4,
+    "heads": 2,
+    "hidden": 8,
+    "filters": 2,
+    "density_scale": 0.1,
+}
+
+
+@pytest.fixture(scope="session")
+def counter() -> CrowdCounter:
+    """Random weights on a canvas of 128×64, all exits of both kinds there, eager float32."""
+    torch.manual_seed(3)
+    network = zoo.build(zoo.Spec("audiocsrnet-s", exits=zoo.both_kinds(), changes=TINY))
+    return CrowdCounter(network, "tiny", runtime=Runtime("eager"))
+
+
+@pytest.fixture
+def picture_file(tmp_path, crowd_picture):
+    """Writes a JPEG of that name into the test's folder."""
+
+    def write(name: str = "crowd.jpg", **options) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(crowd_picture(**options)[0])
+        return path
+
+    return write

@@ -1,0 +1,353 @@
+"""Frames by their time stamps, each with the second of sound around it, in memory that does not grow."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from videos import grey, index_of, make_video, tone
+
+from crowdexit.data.log_mel import AudioError, read_audio
+from crowdexit.inference import video as module
+from crowdexit.inference.video import (
+    AnnotatedVideo,
+    SoundTrack,
+    VideoError,
+    VideoWriteError,
+    count_video,
+    expected_rows,
+    read_frames,
+)
+
+TENTHS = [i / 10 for i in range(30)]
+
+
+def refuse(line: str) -> None:
+    raise AssertionError(f"unexpected warning: {line}")
+
+
+def frames(path: Path, **options):
+    return list(read_frames(path, **{"warn": refuse, **options}))
+
+
+def loudness(frame) -> float:
+    return 0.0 if frame.sound is None else float(np.abs(frame.sound[0]).mean())
+
+
+@pytest.mark.parametrize(
+    ("fps", "expected"),
+    [
+        (None, [0, 10, 20]),
+        (2.0, list(range(0, 30, 5))),
+        (3.0, [0, 4, 7, 10, 14, 17, 20, 24, 27]),
+        (0.5, [0, 20]),
+        (1000.0, list(range(30))),
+    ],
+)
+def test_frames_are_taken_by_their_time_stamps(tmp_path, fps, expected):
+    path = make_video(tmp_path / "v.mp4", TENTHS)
+    got = frames(path, fps=fps)
+    assert [f.index for f in got] == expected
+    assert [index_of(f.picture) for f in got] == expected
+    assert [f.time_s for f in got] == pytest.approx([TENTHS[i] for i in expected])
+    assert all(f.sound is None for f in got)
+    assert got[0].picture.shape == (64, 96, 3)
+    assert got[0].picture.dtype == np.uint8
+
+
+@pytest.mark.parametrize("name", ["v.mp4", "v.mkv"])
+def test_variable_frame_rate(tmp_path, name):
+    times = [0.0, 0.1, 0.15, 0.9, 1.04, 1.2, 3.7, 3.8, 4.0]
+    path = make_video(tmp_path / name, times)
+    # The first at or after 0, 1, 2 (and 3: nothing came sooner), 4.
+    got = frames(path)
+    assert [f.index for f in got] == [0, 4, 6, 8]
+    assert [f.time_s for f in got] == pytest.approx([0, 1.04, 3.7, 4.0], abs=0.0015)
+    assert [f.time_s for f in frames(path, fps=1000)] == pytest.approx(times, abs=0.0015)
+
+
+def test_rounded_time_stamps_do_not_shift_the_choice(tmp_path):
+    # Thirds of a second in Matroska's whole milliseconds lie a little before the thirds themselves.
+    path = make_video(tmp_path / "v.mkv", [i / 30 for i in range(60)])
+    assert [f.index for f in frames(path, fps=3)] == [0, 10, 20, 30, 40, 50]
+
+
+def test_time_begins_with_the_first_frame(tmp_path):
+    """MPEG-TS begins anywhere; the tone still falls on its frames."""
+    path = make_video(tmp_path / "v.ts", [7 + t for t in TENTHS], sound=tone(3, begin=1.5, end=2), sound_at=7)
+    with av.open(str(path)) as container:
+        assert container.start_time > 5 * av.time_base
+    got = frames(path)
+    assert [f.time_s for f in got] == pytest.approx([0, 1, 2], abs=0.001)
+    assert loudness(got[0]) < 0.01 < loudness(got[2])
+
+
+@pytest.mark.parametrize("rotation", [90, -90, 180])
+def test_rotation(tmp_path, rotation):
+    path = make_video(tmp_path / "v.mp4", [0, 0.1], rotation=rotation, left_dark=True)
+    picture = frames(path)[0].picture
+    expected = np.full((64, 96), float(grey(0)))
+    expected[:, :48] = 0
+    expected = np.rot90(expected, rotation // 90)  # both turn anticlockwise
+    assert picture.shape[:2] == expected.shape
+    assert np.abs(picture.mean(axis=2) - expected).mean() < 4
+
+
+@pytest.mark.parametrize(("name", "codec", "rate"), [("v.mp4", "aac", 44_100), ("v.mkv", "pcm_s16le", 16_000)])
+def test_the_second_around_each_frame(tmp_path, name, codec, rate):
+    sound = tone(4, begin=1.6, end=2.4, rate=rate)
+    path = make_video(tmp_path / name, [i / 10 for i in range(40)], sound=sound, rate=rate, sound_codec=codec)
+    got = frames(path, fps=2)
+    assert [f.sound[1] for f in got] == [rate] * 8
+    assert all(len(f.sound[0]) == rate for f in got)
+    # 0.3 s of the tone are within half a second of 1.5 s, all of it of 2 s, none of it of 1 s (ends at 1.5 s).
+    mean = 0.5 * 2 / np.pi
+    expected = [0, 0, 0, 0.4, 0.8, 0.4, 0, 0]
+    assert [loudness(f) / mean for f in got] == pytest.approx(expected, abs=0.02)
+    # The middle sample is the frame's own time, to a few milliseconds.
+    at = got[3].sound[0]
+    assert np.flatnonzero(np.abs(at) > 0.05)[0] == pytest.approx(0.6 * rate, abs=0.005 * rate)
+
+
+def test_the_ends_of_the_sound_are_padded(tmp_path):
+    path = make_video(tmp_path / "v.mkv", TENTHS, sound=tone(3), sound_codec="pcm_s16le")
+    first, *_, last = frames(path, fps=10)
+    assert not first.sound[0][:7_900].any()
+    assert np.abs(first.sound[0][8_000:]).mean() > 0.2
+    assert np.abs(last.sound[0][:9_500]).mean() > 0.2  # 2.9 s: 0.6 s of sound are left
+    assert not last.sound[0][9_700:].any()
+
+
+def test_beyond_its_sound_a_video_is_not_heard(tmp_path):
+    path = make_video(tmp_path / "v.mp4", TENTHS, sound=tone(1.5))
+    heard = {f.index: f.sound is not None for f in frames(path, fps=10)}
+    assert heard[14]  # 0.6 s before the end of the sound are in its second
+    assert not heard[17]
+    assert not any(heard[i] for i in range(17, 30))
+
+
+def test_sound_from_another_file(tmp_path):
+    path = make_video(tmp_path / "v.mp4", TENTHS, sound=tone(3, begin=0, end=0.5))
+    other = make_video(tmp_path / "other.mkv", [0, 0.1], sound=tone(3, begin=2), sound_codec="pcm_s16le")
+    own, replaced = frames(path), frames(path, audio=other)
+    assert [loudness(f) > 0.01 for f in own] == [True, False, False]
+    assert [loudness(f) > 0.01 for f in replaced] == [False, False, True]
+    with pytest.raises(AudioError, match="no sound track"):
+        frames(path, audio=make_video(tmp_path / "mute.mp4", [0, 0.1]))
+    with pytest.raises(AudioError, match="no such"):
+        frames(path, audio=tmp_path / "none.wav")
+
+
+def test_neither_pictures_nor_sound_pile_up(tmp_path):
+    path = make_video(tmp_path / "v.mp4", [i / 10 for i in range(200)], sound=tone(20))
+    made, alive, most_samples = [], 0, 0
+    for frame in read_frames(path, fps=10, warn=refuse):
+        made.append(weakref.ref(frame.picture))
+        del frame
+        alive = max(alive, sum(ref() is not None for ref in made))
+    assert len(made) == 200
+    assert alive <= 1
+    track = SoundTrack(path, 0.0, refuse)
+    for tenth in range(200):
+        track.second_around(tenth / 10)
+        most_samples = max(most_samples, sum(len(samples) for _, samples in track._held))
+    assert most_samples < 1.3 * 16_000
+    # Also when a long stretch is passed over at once.
+    track = SoundTrack(path, 0.0, refuse)
+    assert track.second_around(19.0) is not None
+    assert sum(len(samples) for _, samples in track._held) < 1.3 * 16_000
+
+
+def test_rows_hold_what_the_counter_says_of_each_frame_alone(tmp_path, counter):
+    path = make_video(tmp_path / "v.mp4", TENTHS, sound=tone(3, begin=1))
+    rows = list(count_video(counter, path, fps=2, warn=refuse))
+    assert [r.frame for r in rows] == [0, 5, 10, 15, 20, 25]
+    got = frames(path, fps=2)
+    alone = [counter.count(f.picture, f.sound).count for f in got]
+    assert [r.count for r in rows] == pytest.approx(alone, rel=1e-5)
+    assert len(set(alone)) == 6
+    assert {r.chosen_exit for r in rows} == {"final"}
+    assert rows[1].to_dict() == {
+        "source": str(path),
+        "frame": 5,
+        "time_s": 0.5,
+        "count": round(rows[1].count, 2),
+        "chosen_exit": "final",
+        "latency_ms": round(rows[1].latency_ms, 2),
+    }
+    # In a batch, too.
+    from crowdexit.inference.counter import hear
+
+    batch = counter.count_batch([f.picture for f in got], [hear(f.sound) for f in got])
+    assert batch["final"] == pytest.approx(alone, rel=1e-4)
+
+
+def test_the_sound_reaches_the_count(tmp_path, counter):
+    path = make_video(tmp_path / "v.mp4", [0, 0.5, 1.0], sound=tone(2))
+    mute = make_video(tmp_path / "mute.mp4", [0, 0.5, 1.0])
+    heard, unheard = (list(count_video(counter, p, warn=refuse)) for p in (path, mute))
+    assert [r.count for r in heard] != pytest.approx([r.count for r in unheard], rel=1e-6)
+
+
+def test_exit_and_deadline(tmp_path, counter):
+    path = make_video(tmp_path / "v.mp4", TENTHS)
+    assert {r.chosen_exit for r in count_video(counter, path, exit="AV1")} == {"AV1"}
+    assert {r.chosen_exit for r in count_video(counter, path, deadline_ms=1e-3)} == {"V1"}
+
+
+@pytest.mark.parametrize("name", ["v.mp4", "v.mkv"])
+def test_cut_short(tmp_path, name, counter):
+    """The frames until there are counted, and it is said once."""
+    whole = make_video(tmp_path / name, [i / 10 for i in range(40)], codec="mpeg4", key_every=1)
+    data = whole.read_bytes()
+    if name == "v.mp4":  # the index at its front, as in most files for the web
+        with (
+            av.open(str(whole)) as source,
+            av.open(str(tmp_path / "front.mp4"), "w", options={"movflags": "faststart"}) as out,
+        ):
+            stream = out.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(source.streams.video[0]):
+                if packet.dts is not None:
+                    packet.stream = stream
+                    out.mux(packet)
+        data = (tmp_path / "front.mp4").read_bytes()
+    cut = tmp_path / ("cut" + whole.suffix)
+    cut.write_bytes(data[: int(0.6 * len(data))])
+    lines: list[str] = []
+    rows = list(count_video(counter, cut, warn=lines.append))
+    assert 1 < len(rows) < 4
+    assert len(lines) == 1
+    assert str(cut) in lines[0]
+    assert "\n" not in lines[0]
+
+
+def test_damaged_in_the_middle(tmp_path, counter, capfd):
+    path = make_video(tmp_path / "v.mkv", [i / 10 for i in range(40)], codec="mpeg4", key_every=1)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
+    path.write_bytes(bytes(data))
+    lines: list[str] = []
+    rows = list(count_video(counter, path, warn=lines.append))
+    assert [r.frame for r in rows] in ([0, 10], [0, 10, 20])  # the damage begins about frame 20
+    assert len(lines) == 1
+    assert capfd.readouterr() == ("", "")
+
+
+def test_by_default_damage_is_a_warning(tmp_path, counter):
+    path = make_video(tmp_path / "v.mkv", [i / 10 for i in range(40)], codec="mpeg4", key_every=1)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.warns(UserWarning, match="v.mkv"):
+        list(count_video(counter, path))
+
+
+def test_sound_that_is_damaged_is_not_heard_further(tmp_path):
+    path = make_video(tmp_path / "v.mp4", TENTHS, sound=tone(3))
+
+    def broken(*arguments, **options):
+        yield from itertools.islice(whole(*arguments, **options), 12)
+
+    whole = module._sound_blocks
+    # Twelve blocks of 1024 samples at 16 kHz: 0.77 s, as of a sound track that ends there.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_sound_blocks", broken)
+        assert [f.sound is not None for f in frames(path)] == [True, False, False]
+
+
+def test_no_frames(tmp_path):
+    path = tmp_path / "v.mp4"
+    with av.open(str(path), "w") as container:
+        audio = container.add_stream("aac", rate=16_000, layout="mono")
+        block = av.AudioFrame.from_ndarray(tone(1)[None], format="fltp", layout="mono")
+        block.sample_rate = 16_000
+        container.mux(audio.encode(block))
+        container.mux(audio.encode())
+    with pytest.raises(VideoError, match="no moving picture"):
+        frames(path)
+    empty = make_video(tmp_path / "empty.avi", [], codec="mpeg4")
+    with pytest.raises(VideoError, match=r"empty\.avi: "):
+        frames(empty)
+
+
+@pytest.mark.parametrize("content", [b"", b"no video at all" * 100, b"\x00\x00\x00\x18ftypmp42" + bytes(500)])
+def test_not_a_video(tmp_path, content):
+    path = tmp_path / "v.mp4"
+    path.write_bytes(content)
+    with pytest.raises(VideoError, match=r"v\.mp4: ") as caught:
+        frames(path)
+    assert "\n" not in str(caught.value)
+    assert expected_rows(path) == 0
+
+
+@pytest.mark.parametrize("fps", [0.0, -1.0, float("nan"), float("inf")])
+def test_impossible_rates(tmp_path, fps):
+    with pytest.raises(VideoError, match="frames a second"):
+        frames(make_video(tmp_path / "v.mp4", [0, 0.1]), fps=fps)
+
+
+def test_too_small_is_said_with_the_name(tmp_path, counter):
+    path = make_video(tmp_path / "v.mp4", [0, 0.1], size=(16, 16))
+    with pytest.raises(VideoError, match=r"v\.mp4.*too small"):
+        list(count_video(counter, path))
+
+
+def test_names_with_colons_are_no_addresses(tmp_path, monkeypatch):
+    make_video(tmp_path / "v.mp4", [0, 0.1]).rename(tmp_path / "10:30.mp4")
+    monkeypatch.chdir(tmp_path)
+    assert len(frames(Path("10:30.mp4"))) == 1
+
+
+def test_expected_rows(tmp_path):
+    path = make_video(tmp_path / "v.mp4", TENTHS)
+    assert expected_rows(path) == 3
+    assert expected_rows(path, 2) == 6
+    assert expected_rows(path, 100) == 30
+
+
+def test_annotated_video(tmp_path):
+    """The frames at their times, and the sound in step with them."""
+    path = make_video(tmp_path / "v.mp4", [i / 10 for i in range(40)], sound=tone(4, begin=2), size=(97 // 2 * 2, 64))
+    out = tmp_path / "out.mp4"
+    with AnnotatedVideo(out, path, 0.5) as drawn:
+        for frame in frames(path, fps=2):
+            drawn.add(np.ascontiguousarray(frame.picture[:63, :95]), frame)  # odd sides
+            assert not out.exists()
+    got = frames(out, fps=100)
+    assert [f.time_s for f in got] == pytest.approx([0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5], abs=0.002)
+    assert [index_of(f.picture) for f in got] == list(range(0, 40, 5))
+    assert got[0].picture.shape == (62, 94, 3)
+    waveform, rate = read_audio(out)
+    assert np.flatnonzero(np.abs(waveform[0]) > 0.1)[0] / rate == pytest.approx(2, abs=0.02)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_annotated_video_of_a_late_clock_and_another_rate(tmp_path):
+    path = make_video(
+        tmp_path / "v.ts", [7 + t for t in TENTHS], sound=tone(3, begin=2, rate=48_000), rate=48_000, sound_at=7
+    )
+    out = tmp_path / "out.mp4"
+    with AnnotatedVideo(out, path, 1) as drawn:
+        for frame in frames(path):
+            drawn.add(frame.picture, frame)
+    waveform, rate = read_audio(out)
+    assert np.flatnonzero(np.abs(waveform[0]) > 0.1)[0] / rate == pytest.approx(2, abs=0.05)
+
+
+def test_an_annotated_video_appears_whole_or_not(tmp_path):
+    path = make_video(tmp_path / "v.mp4", [0, 0.1])
+    out = tmp_path / "out.mp4"
+    frame = frames(path)[0]
+
+    def write() -> None:
+        with AnnotatedVideo(out, None, 1) as drawn:
+            drawn.add(frame.picture, frame)
+            raise KeyError("something else")
+
+    with pytest.raises(KeyError):
+        write()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["v.mp4"]
+    with pytest.raises(VideoWriteError, match=r"out\.mp4: cannot be written"):
+        AnnotatedVideo(tmp_path / "nowhere" / "out.mp4", None, 1)

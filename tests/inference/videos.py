@@ -1,0 +1,70 @@
+"""Makes small videos whose frames and sound are known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+
+def grey(index: int) -> int:
+    """The brightness of a made video's frame, by which it is known again."""
+    return 10 + 6 * (index % 40)
+
+
+def index_of(picture: NDArray[np.uint8]) -> int:
+    """Which frame of a made video this is, of the first forty."""
+    return round((float(picture.mean()) - 10) / 6)
+
+
+def make_video(
+    path: Path,
+    times: Sequence[float],
+    *,
+    sound: NDArray[np.float32] | None = None,
+    rate: int = 16_000,
+    sound_at: float = 0.0,
+    size: tuple[int, int] = (96, 64),
+    rotation: int = 0,
+    codec: str = "libx264",
+    sound_codec: str = "aac",
+    left_dark: bool = False,
+    key_every: int = 250,
+) -> Path:
+    """Write a video of grey frames at these times, with a sound (samples,) that begins at ``sound_at``."""
+    with av.open(str(path), "w") as container:
+        video = container.add_stream(codec, rate=10)
+        video.width, video.height, video.pix_fmt = *size, "yuv420p"
+        video.codec_context.time_base = Fraction(1, 1000)
+        video.codec_context.gop_size = key_every
+        if rotation:
+            video.set_display_rotation(rotation)
+        if sound is not None:
+            audio = container.add_stream(sound_codec, rate=rate, layout="mono")
+        for index, time in enumerate(times):
+            picture = np.full((size[1], size[0], 3), grey(index), np.uint8)
+            if left_dark:
+                picture[:, : size[0] // 2] = 0
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = round(time * 1000), Fraction(1, 1000)
+            container.mux(video.encode(frame))
+        container.mux(video.encode())
+        if sound is not None:
+            format = "s16" if sound_codec == "pcm_s16le" else "fltp"
+            samples = (sound * 32767).astype(np.int16) if format == "s16" else sound.astype(np.float32)
+            block = av.AudioFrame.from_ndarray(samples[None], format=format, layout="mono")
+            block.sample_rate, block.pts, block.time_base = rate, round(sound_at * rate), Fraction(1, rate)
+            container.mux(audio.encode(block))
+            container.mux(audio.encode())
+    return path
+
+
+def tone(seconds: float, *, begin: float = 0.0, end: float | None = None, rate: int = 16_000) -> NDArray[np.float32]:
+    """A sound of that length, a tone of 440 Hz between two times and silence elsewhere."""
+    time = np.arange(round(seconds * rate)) / rate
+    on = (time >= begin) & (time < (seconds if end is None else end))
+    return (0.5 * np.sin(2 * np.pi * 440 * time) * on).astype(np.float32)
