@@ -148,14 +148,16 @@ class CrowdDataset(Dataset[dict[str, Any]]):
         return density_map(points, canvas[1], canvas[0], kernel=kind, sigma=k.sigma, size=k.size, stride=stride)
 
     def _sound(self, sample: StoredSample, rng: np.random.Generator) -> tuple[np.ndarray, bool]:
-        heard = sample.log_mel is not None and (self.setting.hear >= 1 or rng.random() < self.setting.hear)
-        if not heard or sample.log_mel is None:
+        if sample.log_mel is None:
             return np.zeros((96, 64), np.float32), False
+        heard = self.setting.hear >= 1 or bool(rng.random() < self.setting.hear)
+        # What is dropped is still handed over: a batch normalisation then only ever sees real sounds.
         if sample.takes is not None:
             take = int(rng.integers(len(sample.takes) + 1))
             if take:
-                return sample.takes[take - 1].astype(np.float32), True
-        return sample.log_mel, True
+                return sample.takes[take - 1].astype(np.float32), heard
+        return sample.log_mel, heard
+
 
 
 class EpochPlan(Sampler[tuple[int, int]]):

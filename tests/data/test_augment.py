@@ -1,0 +1,132 @@
+"""Views keep heads on the picture and its people whole; conditions do what they say, to every channel."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crowdexit.data.augment import ConditionRange, Conditions, View, random_view
+from crowdexit.data.density import density_map
+
+GREY = np.full((120, 160, 3), 128, np.uint8)
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    size=st.tuples(st.integers(32, 300), st.integers(32, 300)),
+    canvas=st.sampled_from([(64, 64), (128, 64), (256, 256)]),
+    scale=st.sampled_from([(1.0, 1.0), (0.3, 0.6), (0.75, 1.3), (2.0, 4.0)]),
+)
+def test_heads_stay_on_the_picture(seed, size, canvas, scale):
+    width, height = size
+    picture = np.zeros((height, width, 3), np.uint8)
+    corners = [[0, 0], [np.nextafter(np.float32(width), 0), np.nextafter(np.float32(height), 0)]]
+    points = np.concatenate([rng(seed).uniform((0, 0), size, (30, 2)), corners]).astype(np.float32)
+    seen, moved, placement = random_view(picture, points, View(canvas, (256, 128), scale), rng(seed))
+    assert seen.shape == (canvas[1], canvas[0], 3)
+    first, last = np.array(placement.offset), np.array(placement.offset) + placement.size
+    assert (moved >= first).all()
+    assert (moved < last).all()
+    assert (last <= canvas).all()
+    for stride in (1, 8):
+        total = density_map(moved, canvas[1], canvas[0], stride=stride).sum()
+        assert total == pytest.approx(len(moved), abs=1e-3)
+    if scale[1] <= 1.0 and canvas == (256, 256):  # the whole picture is there, and everybody on it
+        assert len(moved) == len(points)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_heads_move_with_what_they_stand_on(flip):
+    """A light square a head: wherever the view puts the heads, it is light there."""
+    picture = np.zeros((128, 256, 3), np.uint8)
+    points = np.array([[40, 30], [200, 90], [130, 64]], np.float32)
+    for x, y in points.astype(int):
+        picture[y - 6 : y + 6, x - 6 : x + 6] = 255
+    mirrored = 0
+    for seed in range(20):
+        view = View((128, 128), (256, 128), (0.75, 1.3), flip=flip, jitter=0.0)
+        seen, moved, _ = random_view(picture, points, view, rng(seed))
+        for x, y in moved.astype(int):
+            near = seen[max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2]
+            assert near.max() > 200
+        wide, _, _ = random_view(picture, points, View((256, 128), (256, 128), (1.0, 1.0), flip, 0.0), rng(seed))
+        mirrored += not np.array_equal(wide, picture)
+        if not np.array_equal(wide, picture):
+            assert np.array_equal(wide, picture[:, ::-1])
+    assert (0 < mirrored < 20) if flip else mirrored == 0
+
+
+def test_jitter_moves_the_light_and_nothing_else():
+    view = View((160, 120), (160, 120), (1.0, 1.0), flip=False, jitter=0.2)
+    means = [random_view(GREY, np.zeros((0, 2), np.float32), view, rng(seed))[0].mean((0, 1)) for seed in range(40)]
+    assert np.ptp(means, axis=0).min() > 20
+    assert abs(np.mean(means) - 128) < 15
+
+
+def test_brightness_scales_every_channel():
+    picture = rng().integers(0, 256, (50, 60, 3), np.uint8)
+    dark = Conditions(brightness=0.25).apply(picture, rng())
+    np.testing.assert_allclose(dark, picture * 0.25, atol=0.51)
+
+
+@pytest.mark.parametrize("sigma", [25.0, 50.0])
+def test_noise_is_gaussian_in_every_channel_and_its_own_in_each(sigma):
+    noisy = Conditions(noise=sigma).apply(GREY, rng()).astype(float) - 128
+    np.testing.assert_allclose(noisy.mean((0, 1)), 0, atol=sigma / 20)
+    np.testing.assert_allclose(noisy.std((0, 1)), sigma, rtol=0.03)
+    correlation = np.corrcoef(noisy.reshape(-1, 3).T)
+    np.testing.assert_allclose(correlation, np.eye(3), atol=0.03)
+    again = Conditions(noise=sigma).apply(GREY, rng(1))
+    assert not np.array_equal(again, noisy + 128)
+
+
+@settings(max_examples=50, deadline=None)
+@given(share=st.floats(0.01, 1.0), seed=st.integers(0, 1000))
+def test_black_covers_the_share_it_says_with_a_rectangle(share, seed):
+    covered = Conditions(black=share).apply(GREY, rng(seed))
+    black = (covered == 0).all(2)
+    assert np.array_equal(black, (covered == 0).any(2)), "all channels"
+    assert black.mean() == pytest.approx(share, abs=0.01)
+    rows, columns = black.any(1), black.any(0)
+    assert np.array_equal(black, np.outer(rows, columns))
+    assert (covered[~black] == 128).all()
+    assert (GREY == 128).all(), "the input stays"
+
+
+def test_neutral_conditions_change_nothing():
+    assert Conditions().apply(GREY, rng()) is GREY
+
+
+def draws(wanted: ConditionRange, n: int = 2000) -> list[Conditions]:
+    random = rng()
+    return [wanted.draw(random) for _ in range(n)]
+
+
+def test_conditions_are_drawn_as_described():
+    drawn = draws(ConditionRange(share=0.5, brightness=(0.05, 0.5), noise=40, black=0.3))
+    hit = [c for c in drawn if c != Conditions()]
+    assert len(hit) / len(drawn) == pytest.approx(0.5, abs=0.04)
+    dark = [c for c in hit if c.brightness < 1]
+    assert len(dark) / len(hit) == pytest.approx(0.8, abs=0.04)
+    assert all(0.05 <= c.brightness <= 0.5 and 0 <= c.noise <= 40 for c in dark)
+    assert np.median([c.brightness for c in dark]) == pytest.approx(np.sqrt(0.05 * 0.5), rel=0.1)
+    assert sum(c.black > 0 for c in dark) / len(dark) == pytest.approx(0.3, abs=0.05)
+    assert all(0 < c.black <= 0.3 and c.noise == 0 for c in hit if c.brightness == 1)
+
+
+def test_the_conditions_of_hu_et_al():
+    light = draws(ConditionRange(share=1, dark=1, covered=0, brightness=(0, 0.2), noise=0))
+    assert all(c.black == c.noise == 0 for c in light)
+    assert np.mean([c.brightness for c in light]) == pytest.approx(0.1, abs=0.005)
+    black = draws(ConditionRange(share=1, dark=0, black=0.3))
+    assert all(c.brightness == 1 and c.noise == 0 for c in black)
+    noise = draws(ConditionRange(share=1, dark=1, covered=0, brightness=(1, 1), noise=25))
+    assert all(c.brightness == 1 and c.black == 0 for c in noise)
+    assert max(c.noise for c in noise) > 24

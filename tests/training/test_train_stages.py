@@ -1,0 +1,157 @@
+"""Every stage runs from a recipe to a checkpoint that loads; what cannot be trained says so in one line."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import TINY, best, run, same, tiny, write_store
+
+from crowdexit import zoo
+from crowdexit.errors import CrowdExitError
+from crowdexit.training.modules import TrainingError
+from crowdexit.training.run import train
+
+WHOLE_L2 = {"loss": "l2", "data": {"stride": 1, "whole": True, "draws": 12, "balance": {"A_*": 0.5, "B_*": 0.5}}}
+
+
+@pytest.mark.parametrize(
+    ("stage", "keys"),
+    [
+        ("hearing", {"data": {"canvas": [64, 64]}, "ema": 0.5}),
+        ("density", {"ema": 0.5, "data": {"canvas": [64, 64], "conditions": {"share": 1}}, "precision": "bf16-mixed"}),
+        ("density", WHOLE_L2),
+        ("branches", {"precision": "bf16-mixed", "loss": "balanced"}),
+    ],
+    ids=["hearing", "balanced", "l2", "branches"],
+)
+def test_stage(store, backbone, tmp_path, stage, keys):
+    start = {"start": backbone} if stage == "branches" else {}
+    recipe = tiny(store, stage, epochs=2, **start, **keys)
+    run(recipe, tmp_path)
+    network, spec = zoo.load(tmp_path)
+    assert network.config.size == (128, 64)
+    assert spec.meta["recipe"]["stage"] == stage
+    assert spec.meta["validation"]
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_the_right_weights_learn(store, tmp_path):
+    begin = zoo.build(zoo.Spec("audiocsrnet-s", changes=TINY))
+    save = tmp_path / "begin.safetensors"
+    zoo.save(begin, zoo.Spec("audiocsrnet-s", changes=TINY), save)
+    start = {k: v.clone() for k, v in begin.state_dict().items()}
+
+    run(tiny(store, "hearing", epochs=1, start=save, data={"canvas": [64, 64]}), tmp_path / "hearing")
+    moved = {k for k, v in best(tmp_path / "hearing").items() if not torch.equal(v, start[k])}
+    assert moved == {k for k in start if k.startswith("stages.1.layers.")}
+
+    run(tiny(store, "density", epochs=1, start=save), tmp_path / "density")
+    moved = {k for k, v in best(tmp_path / "density").items() if not torch.equal(v, start[k])}
+    assert moved == set(start)
+
+
+def test_stage_two_starts_as_the_sum_and_learns_it(store, backbone, tmp_path):
+    changes = {**TINY, "regressor": True}
+    begun, _ = zoo.load(backbone)
+    run(tiny(store, "count", epochs=1, start=backbone, changes=changes, data={"whole": True}, loss="mae"), tmp_path)
+    network, _ = zoo.load(tmp_path)
+    weight = network.final.regressor.weight.detach()
+    assert not torch.equal(weight, torch.ones_like(weight))
+    assert float((weight - 1).abs().max()) < 0.05, "it began at one"
+    assert not torch.equal(network.final.conv.weight, begun.final.conv.weight), "the whole network goes on"
+    with pytest.raises(TrainingError, match="stage two needs the regressor"):
+        run(tiny(store, "count", start=backbone, loss="mae"), tmp_path / "no")
+
+
+def test_pictures_with_a_density_map_alone(tmp_path):
+    path = write_store(tmp_path / "density.h5", only_density=True)
+    run(tiny(path, "density", epochs=1, **WHOLE_L2), tmp_path / "whole")
+    assert zoo.load(tmp_path / "whole")
+    with pytest.raises(TrainingError, match="train/A_0 has only a density map and cannot be cropped") as error:
+        run(tiny(path, "density"), tmp_path / "crops")
+    assert "\n" not in str(error.value)
+
+
+def test_published_weights_are_the_start(store, tmp_path):
+    changes = {**TINY, "front_norm": False}
+    donor = zoo.build(zoo.Spec("audiocsrnet-s", changes=changes))
+    layers = {f"features.{k}": v for k, v in donor.stages[0].layers.state_dict().items()}
+    save_file(layers, tmp_path / "vgg.safetensors")
+    recipe = tiny(
+        store,
+        "density",
+        epochs=1,
+        changes=changes,
+        weights={"vgg16": str(tmp_path / "vgg.safetensors")},
+        optimiser={"lr": 1e-9},
+    )
+    weights = run(recipe, tmp_path / "out")
+    for key, tensor in donor.stages[0].layers.state_dict().items():
+        torch.testing.assert_close(weights[f"network.stages.0.layers.{key}"], tensor, atol=1e-6, rtol=0)
+    torch.manual_seed(recipe.seed)
+    assert not same(dict(donor.state_dict()), dict(zoo.build(zoo.Spec("audiocsrnet-s", changes=changes)).state_dict()))
+
+
+def test_stops_early(store, tmp_path):
+    run(
+        tiny(store, "density", epochs=8, stop=1, optimiser={"lr": 0.1}, changes={**TINY, "density_scale": 1.0}),
+        tmp_path,
+    )
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert state["epoch"] == state["crowdexit_best"][1] + 1 < 7
+
+
+def test_what_is_written_and_said(store, tmp_path):
+    text = io.StringIO()
+    train(tiny(store, "density", epochs=2), tmp_path, accelerator="cpu", console=Console(file=text, width=40))
+    lines = text.getvalue().splitlines()
+    assert [line.split()[:2] for line in lines] == [["epoch", "1/2"], ["epoch", "2/2"]], "one line an epoch"
+    assert "silent: A " in lines[0]
+    assert lines[1].endswith("0:00:00 left")
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    tags = events.Tags()["scalars"]
+    assert "val/error" in tags
+    assert "val/silent/mae/A" in tags
+    assert "val/sound/error" in tags
+
+
+def test_lightning_is_silent(store, tmp_path, capfd):
+    train(tiny(store, "density", epochs=1), tmp_path, accelerator="cpu", console=Console(file=io.StringIO()))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ({"stage": "branches"}, "classifier-wise training needs a trained backbone: set start"),
+        ({"start": "nowhere"}, "nowhere: neither a model's name"),
+        ({"data": {"train_ids": "C_*"}}, "no sample in 'train' matches 'C_\\*'"),
+        ({"data": {"balance": {"C_*": 1}}}, "no training sample matches 'C_\\*'"),
+        ({"data": {"store": "nowhere.h5"}}, "nowhere.h5: no such prepared file"),
+        ({"data": {"store": None}}, "no data: give a prepared file with --data"),
+        ({"optimiser": {"lr": 1e9, "clip": None}}, "epoch 1: the network diverged; try a lower optimiser.lr"),
+        ({"data": {"canvas": [64, 64]}, "stage": "count"}, "needs the model's native size"),
+    ],
+)
+def test_bad_input_is_one_line(store, tmp_path, keys, problem):
+    keys = dict(keys)
+    with pytest.raises(CrowdExitError, match=problem) as error:
+        run(tiny(store, keys.pop("stage", "density"), **keys), tmp_path / "out")
+    assert "\n" not in str(error.value)
+
+
+def test_damage_found_while_training_is_one_line(store, tmp_path):
+    import h5py
+
+    broken = tmp_path / "broken.h5"
+    broken.write_bytes(store.read_bytes())
+    with h5py.File(broken, "a") as file:
+        file["train/A_0/image"][:] = 0
+    with pytest.raises(CrowdExitError, match="train/A_0: the stored picture is damaged") as error:
+        run(tiny(broken, "density"), tmp_path / "out")
+    assert "\n" not in str(error.value)
