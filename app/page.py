@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -226,24 +228,40 @@ def serve(page: gr.Blocks, host: str = "127.0.0.1", port: int = 7860) -> str:
         raise CrowdExitError(f"cannot serve the page on {host}:{port} ({error.strerror or error})") from None
     except OverflowError:
         raise CrowdExitError(f"{port} is not a port (1 to 65535)") from None
-    _, address, _ = page.launch(
-        server_name=host,
-        server_port=port,
-        prevent_thread_lock=True,
-        quiet=True,
-        share=False,
-        inbrowser=False,
-        ssr_mode=False,
-        pwa=False,
-        mcp_server=False,
-        enable_monitoring=False,
-        run_history=False,
-        footer_links=[],
-        max_file_size=MAX_FILE_SIZE,
-        theme=_theme(),
-        css=_CSS,
-    )
+    with _not_through_a_proxy():
+        _, address, _ = page.launch(
+            server_name=f"[{host}]" if ":" in host else host,  # IPv6 as in an address line
+            server_port=port,
+            prevent_thread_lock=True,
+            quiet=True,
+            share=False,
+            inbrowser=False,
+            ssr_mode=False,
+            pwa=False,
+            mcp_server=False,
+            enable_monitoring=False,
+            run_history=False,
+            footer_links=[],
+            max_file_size=MAX_FILE_SIZE,
+            theme=_theme(),
+            css=_CSS,
+        )
     return address
+
+
+@contextmanager
+def _not_through_a_proxy() -> Iterator[None]:
+    """The framework asks its own server whether it is up; where a proxy is set, it would ask that."""
+    before = {name: os.environ.get(name) for name in ("NO_PROXY", "no_proxy")}
+    os.environ.update(dict.fromkeys(before, "*"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def launch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import socket
@@ -239,6 +240,27 @@ def test_a_model_or_a_port_that_cannot_be_used_is_told(counter: CrowdCounter, tm
         serve(page, "no.such.host.invalid", 7860)
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_serving_does_not_go_through_a_proxy(counter: CrowdCounter, host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    try:
+        port = free_port(host)
+    except OSError:
+        pytest.skip(f"{host} is not on this machine")
+    page = make_page(counter)
+    address = serve(page, host, port)
+    page.close(verbose=False)
+    assert f":{port}" in address
+    assert "NO_PROXY" not in os.environ
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        return int(probe.getsockname()[1])
+
+
 CHROMIUM = shutil.which("chromium")
 CHROMIUM_ARGS = [
     "--headless",
@@ -259,9 +281,7 @@ def test_in_a_browser(checkpoint: Path, picture: Path, tmp_path: Path) -> None:
     fake = tmp_path / "fake.jpg"
     fake.write_text("not a picture")
     page = make_page(checkpoint, runtime="eager")
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    address = serve(page, port=port)
+    address = serve(page, port=free_port())
     try:
         with sync_api.sync_playwright() as playwright:
             browser = playwright.chromium.launch_persistent_context(
