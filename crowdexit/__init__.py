@@ -1,1 +1,21 @@
 """CrowdExit: how many people are in front of the camera, from picture and sound, whenever the time is up."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from crowdexit.errors import CrowdExitError
+
+if TYPE_CHECKING:
+    from crowdexit.inference.counter import CountResult, CrowdCounter, ExitResult, load
+
+__all__ = ["CountResult", "CrowdCounter", "CrowdExitError", "ExitResult", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load what counts only when it is asked for: ``crowdexit --help`` does not need torch."""
+    if name in __all__:
+        from crowdexit.inference import counter
+
+        return getattr(counter, name)
+    raise AttributeError(f"module 'crowdexit' has no attribute {name!r}")

@@ -31,6 +31,8 @@ from data_prep.common import (
     run,
 )
 
+_SALT = 1  # see split_of
+
 
 @dataclass(frozen=True)
 class Picture(Task):
@@ -127,8 +129,13 @@ def find_pictures(half: Path, part: str) -> list[Picture]:
 
 
 def split_of(id: str) -> str:
-    """``val`` for an eighth of the training pictures, those whose id's CRC-32 is a multiple of 8."""
-    return "val" if crc32(id.encode()) % 8 == 0 else "train"
+    """``val`` for about an eighth of the training pictures, fixed by the id alone.
+
+    Those whose salted CRC-32 is a multiple of 8. The salt is the smallest for which, in both parts, the mean
+    count of the validation pictures is within 5 % of the others', and median, spread and distance from the
+    median within 15 %: an unsalted draw had made part A's a sixth denser. No network took part in the choice.
+    """
+    return "val" if crc32(f"{_SALT} {id}".encode()) % 8 == 0 else "train"
 
 
 def make_sample(task: Picture, *, kernel: Kernel | None, max_side: int | None) -> StoredSample:

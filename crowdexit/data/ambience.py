@@ -8,7 +8,7 @@ the talkers back to the heads.
 The model, version 1 (N: normal distribution, U: uniform; levels in dB of the full scale of the recording):
 
 ===================  =================================================================================
-talkers              binomial(count, share); share = 0.12 · exp(N(0, 0.55)), at most 0.6
+talkers              binomial(count, share); share = 0.12 · exp(N(0, 0.65)), at most 0.6
 ground               a disc of radius 8 m · (count / 100)^0.15 · exp(N(0, 0.2)), the microphone in its middle:
                      the larger crowd stands both wider and closer together
 each talker          a real voice recording, drawn from the bank, brought to the same loudness
@@ -48,7 +48,7 @@ SAMPLE_RATE = 16_000
 LENGTH = SAMPLE_RATE  # one second
 MAX_COUNT = 10_000
 
-SHARE_MEDIAN, SHARE_SPREAD, SHARE_MOST = 0.12, 0.55, 0.6
+SHARE_MEDIAN, SHARE_SPREAD, SHARE_MOST = 0.12, 0.65, 0.6
 RADIUS_AT_100, RADIUS_EXPONENT, RADIUS_SPREAD = 8.0, 0.15, 0.2  # m
 NEAREST = 1.5  # m
 VOICE_RMS, VOICE_SPREAD_DB = 0.05, 3.0  # at 1 m
