@@ -17,6 +17,8 @@ from crowdexit.errors import CrowdExitError
 MIN_SIDE = 32
 MAX_PIXELS = 150_000_000
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+# Of all that Pillow reads; some of the rest it hands to other programs (PostScript).
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
 # ImageNet's, which the published weights of all backbones expect.
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 STD = np.array([0.229, 0.224, 0.225], np.float32)
@@ -38,8 +40,8 @@ def decode_picture(data: bytes, name: str = "picture") -> NDArray[np.uint8]:
         raise PictureError(f"{name}: the file is empty")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture = Image.open(io.BytesIO(data))
+            warnings.simplefilter("ignore")  # of sizes, which are checked here, and of faults that do not matter
+            picture = Image.open(io.BytesIO(data), formats=FORMATS)
             width, height = picture.size
             if min(width, height) < MIN_SIDE:
                 raise PictureError(f"{name}: {width}×{height} is too small to count in ({MIN_SIDE} at least)")

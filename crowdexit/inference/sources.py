@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Literal
 import av
 from PIL import Image
 
-from crowdexit.data.picture import SUFFIXES
+from crowdexit.data.picture import FORMATS, SUFFIXES
 from crowdexit.errors import CrowdExitError
 
 VIDEO_SUFFIXES = (
@@ -73,7 +74,7 @@ def kind_of(path: Path) -> Kind | None:
     if suffix == SOUND_SUFFIX:
         return None
     try:
-        with Image.open(path):
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS):
             return "picture"
     except Exception:  # whatever a reader makes of a file that is not its own
         pass

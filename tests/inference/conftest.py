@@ -6,22 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import TINY
 
 from crowdexit import zoo
 from crowdexit.inference.counter import CrowdCounter
 from crowdexit.inference.runtime import Runtime
-
-# A density that is not lost in rounding, from random weights.
-TINY = {
-    "width": 0.0625,
-    "audio_width": 0.0625,
-    "size": [128, 64],
-    "dim": 4,
-    "heads": 2,
-    "hidden": 8,
-    "filters": 2,
-    "density_scale": 0.1,
-}
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,359 @@
+"""The counter: the same count whatever the door, the batch or the tiles; exits, deadlines, sounds, bad pictures."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import struct
+import time
+import wave
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import TINY
+from videos import tone
+
+from crowdexit import zoo
+from crowdexit.data.log_mel import AudioError, log_mel
+from crowdexit.data.picture import PictureError, decode_picture
+from crowdexit.inference import counter as module
+from crowdexit.inference.counter import CounterError, CrowdCounter, hear, load, served_exits, tile_boxes
+from crowdexit.inference.runtime import Runtime, RuntimeUnavailable
+
+
+def noise(width: int, height: int, seed: int = 0) -> np.ndarray:
+    """A picture with rough and smooth parts, so that counts differ from place to place."""
+    random = np.random.default_rng(seed)
+    rough = random.integers(0, 255, (height // 8 + 1, width // 8 + 1, 3), np.uint8)
+    return np.ascontiguousarray(rough.repeat(8, 0).repeat(8, 1)[:height, :width])
+
+
+def encoded(picture: np.ndarray, format: str = "PNG", **options) -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(picture).save(data, format, **options)
+    return data.getvalue()
+
+
+def test_count_and_stream_say_the_same(counter):
+    picture = noise(256, 128)
+    streamed = list(counter.stream(picture))
+    result = counter.count(picture)
+    assert [r.exit for r in streamed] == [r.exit for r in result.exits] == ["V1", "AV1", "AV2", "final"]
+    assert [r.count for r in streamed] == pytest.approx([r.count for r in result.exits], rel=1e-6)
+    assert result.chosen is result.exits[-1]
+    assert result.count == result.chosen.count > 0
+    assert counter.count(noise(256, 128, seed=1)).count != pytest.approx(result.count, rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [(128, 64), (256, 128), (100, 100), (64, 200), (300, 40), (61, 33), (511, 255)])
+def test_the_density_sums_to_the_count(counter, size):
+    """Padding counts for nothing, and the map covers the picture alone."""
+    result = counter.count(noise(*size))
+    density = result.exits[-1].density
+    assert density is not None
+    assert density.dtype == np.float32
+    assert float(density.sum()) == pytest.approx(result.count, rel=1e-4)
+    # As wide and high as the picture is, up to a cell.
+    assert abs(density.shape[1] / density.shape[0] - size[0] / size[1]) <= size[0] / size[1] * (2 / min(density.shape))
+    assert all(r.density is None for r in result.exits[:-1])
+
+
+def test_what_lies_in_the_padding_is_not_counted(counter):
+    """A letterboxed picture's count comes from the cells of the picture: half of them, about half the count."""
+    whole, half = counter.count(noise(128, 64)), counter.count(noise(64, 64))
+    assert half.exits[-1].density.shape == (8, 8)
+    assert whole.exits[-1].density.shape == (8, 16)
+    assert 0.3 < half.count / whole.count < 0.7
+
+
+@pytest.mark.parametrize("size", [(1024, 256), (600, 300), (520, 900), (4000, 40)])
+def test_a_tiled_picture_counts_as_the_sum_of_its_tiles(counter, size):
+    picture = noise(*size)
+    boxes = tile_boxes(*size, counter.size)
+    assert len(boxes) > 1
+    tiles = [counter.count(np.ascontiguousarray(picture[y : y + h, x : x + w])).count for x, y, w, h in boxes]
+    result = counter.count(picture)
+    assert result.count == pytest.approx(sum(tiles), rel=1e-4)
+    density = result.exits[-1].density
+    assert float(density.sum()) == pytest.approx(result.count, rel=1e-3)
+    # Where a tile is, its mass is.
+    scale = density.shape[1] / size[0]
+    x, y, w, h = boxes[-1]
+    mass = density[round(y * scale) : round((y + h) * scale), round(x * scale) : round((x + w) * scale)].sum()
+    assert float(mass) == pytest.approx(tiles[-1], rel=0.1)
+    assert [r.exit for r in result.exits] == ["V1", "AV1", "AV2", "final"]
+
+
+def test_tiles_cover_the_picture_once(counter):
+    for width, height in [(128, 64), (512, 256), (513, 256), (999, 777), (33, 5000), (10_000, 32)]:
+        boxes = tile_boxes(width, height, (128, 64))
+        covered = np.zeros((height, width), np.uint8)
+        for x, y, w, h in boxes:
+            assert min(128 / w, 64 / h) >= module.LEAST_SCALE * 0.99
+            covered[y : y + h, x : x + w] += 1
+        assert (covered == 1).all()
+    assert len(tile_boxes(512, 256, (128, 64))) == 1
+    assert len(tile_boxes(513, 256, (128, 64))) == 2
+
+
+def test_how_many_tiles_run_at_once_changes_no_count(counter, monkeypatch):
+    picture = noise(1500, 600)
+    four = counter.count(picture)
+    monkeypatch.setattr(module, "TILES_AT_ONCE", 1)
+    one = counter.count(picture)
+    assert [r.count for r in one.exits] == pytest.approx([r.count for r in four.exits], rel=1e-4, abs=1e-5)
+
+
+def test_a_batch_counts_as_its_pictures_alone(counter):
+    pictures = [noise(128, 64, 1), noise(64, 64, 2), noise(300, 100, 3), noise(128, 64, 4)]
+    sounds = [None, log_mel(tone(1), 16_000), None, log_mel(0.1 * tone(1, begin=0.5), 16_000)]
+    together = counter.count_batch(pictures, sounds, exits=["AV1", "AV2", "final"])
+    assert list(together) == ["AV1", "AV2", "final"]
+    for i, (picture, sound) in enumerate(zip(pictures, sounds, strict=True)):
+        alone = {r.exit: r.count for r in counter.stream(picture, sound)}
+        for name, counts in together.items():
+            assert counts.shape == (4,)
+            assert counts[i] == pytest.approx(alone[name], rel=1e-4, abs=1e-5)
+
+
+def test_exif_orientation(counter, tmp_path):
+    upright = noise(128, 64)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise for viewing
+    lying = np.ascontiguousarray(np.rot90(upright))
+    (tmp_path / "p.png").write_bytes(encoded(lying, exif=exif))
+    assert counter.count(tmp_path / "p.png").count == pytest.approx(counter.count(upright).count, rel=1e-6)
+    assert counter.count(lying).count != pytest.approx(counter.count(upright).count, rel=1e-3)
+
+
+def test_kinds_of_pictures(counter, tmp_path):
+    """Grey, palette, transparent and 16-bit files are what they show."""
+    grey = noise(128, 64)[..., 0]
+    expected = counter.count(np.repeat(grey[..., None], 3, 2)).count
+    image = Image.fromarray(grey)
+    sixteen = Image.fromarray(grey.astype(np.uint16) * 257)
+    for number, form in enumerate([image, image.convert("P"), image.convert("RGBA"), image.convert("LA"), sixteen]):
+        path = tmp_path / f"{number}.png"
+        form.save(path)
+        assert counter.count(path).count == pytest.approx(expected, rel=1e-5), form.mode
+        assert counter.count(str(path)).count == counter.count(path).count
+
+
+def test_exit_stops_the_network(counter, monkeypatch):
+    """What stands behind the asked exit is not computed."""
+    ran: list[int] = []
+    handles = [
+        stage.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, stage in enumerate(counter.network.stages)
+    ]
+    try:
+        for name, stages, answers in [
+            ("V1", [0], ["V1"]),
+            ("AV1", [0, 1], ["V1", "AV1"]),
+            ("AV2", [0, 1, 2], ["V1", "AV1", "AV2"]),
+            ("AV1-cnn", [0, 1], ["V1", "AV1", "AV1-cnn"]),
+            ("final", [0, 1, 2, 3], ["V1", "AV1", "AV2", "final"]),
+            ("auto", [0, 1, 2, 3], ["V1", "AV1", "AV2", "final"]),
+        ]:
+            ran.clear()
+            result = counter.count(noise(128, 64), exit=name)
+            assert ran == stages
+            assert [r.exit for r in result.exits] == answers
+            assert result.chosen.exit == answers[-1]
+        ran.clear()
+        list(itertools.islice(counter.stream(noise(128, 64)), 1))
+        assert ran == [0]
+    finally:
+        for handle in handles:
+            handle.remove()
+    with pytest.raises(CounterError, match=r"no exit 'V2' in tiny \(it has V1,"):
+        counter.count(noise(128, 64), exit="V2")
+    with pytest.raises(CounterError, match="no exit"):
+        list(counter.stream(noise(128, 64), exits=["V1", "other"]))
+
+
+def test_deadline(counter):
+    """The latest answer in time; the first if none is; stages behind the deadline do not run."""
+    picture = noise(128, 64)
+    slow = counter.network.stages[2].register_forward_pre_hook(lambda *_: time.sleep(0.5))
+    ran: list[int] = []
+    last = counter.network.stages[3].register_forward_hook(lambda *_: ran.append(3))
+    try:
+        late = counter.count(picture, deadline_ms=400)
+        assert late.chosen.exit == "AV1"
+        assert [r.exit for r in late.exits] == ["V1", "AV1"]
+        assert late.chosen.latency_ms <= 400
+        assert not ran
+        assert counter.count(picture, deadline_ms=60_000).chosen.exit == "final"
+        first = counter.count(picture, deadline_ms=1e-6)
+        assert [r.exit for r in first.exits] == ["V1"]
+        assert counter.count(picture, deadline_ms=400, exit="V1").chosen.exit == "V1"
+    finally:
+        slow.remove()
+        last.remove()
+    for wrong in (0, -5, float("nan")):
+        with pytest.raises(CounterError, match="deadline"):
+            counter.count(picture, deadline_ms=wrong)
+
+
+def test_forms_of_sound(counter, tmp_path):
+    """A file, samples and a log-mel are the same sound; none is another count than silence."""
+    sound = tone(1.5, begin=0.4)
+    path = tmp_path / "s.wav"
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16_000)
+        file.writeframes((sound * 32768).astype("<i2").tobytes())
+    picture = noise(128, 64)
+    forms = [path, str(path), (sound, 16_000), (np.stack([sound, sound]), 16_000), log_mel(sound, 16_000)]
+    counts = [counter.count(picture, form).count for form in forms]
+    assert counts == pytest.approx([counts[0]] * 5, rel=1e-4)
+    unheard = counter.count(picture)
+    silent = counter.count(picture, (0 * sound, 16_000))
+    assert len({round(c, 4) for c in (counts[0], unheard.count, silent.count)}) == 3
+    # V1 stands before the ear.
+    assert unheard.exits[0].count == pytest.approx(silent.exits[0].count, rel=1e-6)
+
+
+def test_sounds_that_cannot_be_heard(tmp_path):
+    assert hear(None) is None
+    for wrong in (np.zeros((64, 96), np.float32), np.full((96, 64), np.nan, np.float32)):
+        with pytest.raises(CounterError, match=r"\(96, 64\)"):
+            hear(wrong)
+    with pytest.raises(AudioError, match="without samples"):
+        hear((np.zeros(0, np.float32), 16_000))
+    with pytest.raises(AudioError, match="no such"):
+        hear(tmp_path / "none.wav")
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        np.zeros((64, 64), np.uint8),
+        np.zeros((64, 64, 4), np.uint8),
+        np.zeros((64, 64, 3), np.float32),
+        np.zeros((31, 64, 3), np.uint8),
+        np.zeros((0, 0, 3), np.uint8),
+    ],
+)
+def test_arrays_that_are_no_pictures(counter, picture):
+    with pytest.raises(PictureError):
+        counter.count(picture)
+
+
+def header_only(width: int, height: int) -> bytes:
+    """A PNG of a hundred bytes that claims a size."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+
+
+GOOD = encoded(noise(96, 64), "JPEG")
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        (b"", "empty"),
+        (b"these are words", "not a picture"),
+        (GOOD[: len(GOOD) // 2], "truncated"),
+        (encoded(noise(96, 64))[:500], "truncated"),
+        (encoded(noise(1, 1)), "too small"),
+        (encoded(noise(31, 500)), "too small"),
+        (header_only(100_000, 100_000), "too large"),
+        (header_only(20_000, 8_000), "too large"),
+        (header_only(2**31 - 1, 2**31 - 1), "too large"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n%%EndComments\nshowpage\n", "not a picture"),
+    ],
+    ids=["empty", "words", "half jpeg", "half png", "1x1", "31x500", "10 GP", "160 MP", "2^62", "postscript"],
+)
+def test_bad_pictures(counter, tmp_path, data, line):
+    path = tmp_path / "p.jpg"
+    path.write_bytes(data)
+    began = time.perf_counter()
+    with pytest.raises(PictureError, match=line) as caught:
+        counter.count(path)
+    assert time.perf_counter() - began < 2
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF"])
+def test_damaged_pictures_end_in_the_one_error(format):
+    """Whatever a damaged file makes Pillow raise."""
+    options = {"compression": "tiff_lzw"} if format == "TIFF" else {}
+    good = encoded(noise(64, 48), format, **options)
+    assert decode_picture(good).shape == (48, 64, 3)
+    random = np.random.default_rng(0)
+    refused = 0
+    for _ in range(150):
+        data = bytearray(good)
+        for at in random.integers(
+            0, len(data) if random.random() < 0.5 else min(200, len(data)), random.integers(1, 6)
+        ):
+            data[at] = random.integers(0, 256)
+        if random.random() < 0.3:
+            data = data[: random.integers(1, len(data))]
+        try:
+            assert decode_picture(bytes(data)).ndim == 3
+        except PictureError:
+            refused += 1
+    assert refused > 5
+
+
+def test_served_exits():
+    def network(*exits):
+        return zoo.build(zoo.Spec("audiocsrnet-s", exits=exits, changes=TINY))
+
+    both = zoo.both_kinds()
+    assert served_exits(network(*both)) == ["V1", "AV1", "AV2", "final"]
+    assert served_exits(network(*both[3:])) == ["V1-cnn", "AV1-cnn", "AV2-cnn", "final"]
+    assert served_exits(network()) == ["final"]
+    chosen = CrowdCounter(network(*both), "tiny", runtime=Runtime("eager"), exits=["AV2", "V1"])
+    assert [r.exit for r in chosen.stream(noise(128, 64))] == ["V1", "AV2"]
+    with pytest.raises(CounterError, match="no exit 'V7'"):
+        CrowdCounter(network(), "tiny", runtime=Runtime("eager"), exits=["V7"])
+
+
+def test_load(counter, tmp_path):
+    """A checkpoint counts as the network that it was saved from, with its intervals."""
+    spec = zoo.Spec("audiocsrnet-s", exits=zoo.both_kinds(), changes=TINY, meta={"intervals": {"final": 0.25}})
+    zoo.save(counter.network, spec, tmp_path / "m" / "model.safetensors")
+    again = load(tmp_path / "m", runtime="eager")
+    picture = noise(128, 64)
+    result = again.count(picture)
+    assert result.model == "audiocsrnet-s"
+    assert result.count == pytest.approx(counter.count(picture).count, rel=1e-5)
+    low, high = result.chosen.interval
+    half = 0.25 * (result.count + 10)
+    assert (low, high) == pytest.approx((max(0, result.count - half), result.count + half))
+    assert result.exits[0].interval is None
+    row = result.to_dict("p.jpg")
+    assert row["exits"][-1]["interval"] == [round(low, 2), round(high, 2)]
+    for name, runtime, line in [
+        (tmp_path / "none", "eager", "none"),
+        (tmp_path / "m", "abacus", "no runtime 'abacus'"),
+    ]:
+        with pytest.raises((zoo.ZooError, RuntimeUnavailable), match=line):
+            load(name, runtime=runtime)
+
+
+def test_no_crowd_is_negative_and_no_count_is_nan():
+    torch.manual_seed(0)
+    network = zoo.build(zoo.Spec("audiocsrnet-s", exits=zoo.both_kinds()[:1], changes=TINY))
+    head = [m for m in network.branches["V1"].modules() if isinstance(m, torch.nn.Linear)][-1]
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.constant_(head.bias, -3.0)
+    tiny = CrowdCounter(network, "tiny", runtime=Runtime("eager"), intervals={"V1": 0.5})
+    first = next(tiny.stream(noise(128, 64)))
+    assert (first.count, first.interval) == (0.0, (0.0, 5.0))
+    assert tiny.count_batch([noise(128, 64)], [None])["V1"][0] == 0
+    torch.nn.init.constant_(head.bias, float("nan"))
+    with pytest.raises(CounterError, match="V1 did not give a number"):
+        next(tiny.stream(noise(128, 64)))

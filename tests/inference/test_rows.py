@@ -1,0 +1,325 @@
+"""From inputs to rows: the forms that others rely on, files that appear whole, and what is said of bad ones."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import struct
+import sys
+import wave
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from videos import make_video, tone
+
+from crowdexit.data.picture import PictureError
+from crowdexit.errors import CrowdExitError
+from crowdexit.inference.rows import RowError, opened
+from crowdexit.inference.run import RunError, count_inputs
+from crowdexit.inference.video import VideoError, read_frames
+
+
+@pytest.fixture
+def street(picture_file) -> Path:
+    return picture_file("street.jpg", width=256, height=128)
+
+
+@pytest.fixture
+def film(tmp_path) -> Path:
+    return make_video(tmp_path / "film.mp4", [i / 10 for i in range(20)], sound=tone(2))
+
+
+def write_sound(path: Path, sound) -> Path:
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16_000)
+        file.writeframes((sound * 32767).astype("<i2").tobytes())
+    return path
+
+
+def json_lines(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_json_of_a_picture(counter, street, capsys):
+    assert count_inputs(counter, [street], format="json") == 1
+    out, err = capsys.readouterr()
+    assert err == ""
+    row = json.loads(out)
+    assert list(row) == ["source", "model", "count", "chosen_exit", "latency_ms", "exits"]
+    assert (row["source"], row["model"], row["chosen_exit"]) == (str(street), "tiny", "final")
+    assert [list(e) for e in row["exits"]] == [["exit", "count", "interval", "latency_ms"]] * 4
+    assert [e["exit"] for e in row["exits"]] == ["V1", "AV1", "AV2", "final"]
+    expected = counter.count(street)
+    assert row["count"] == row["exits"][-1]["count"] == pytest.approx(expected.count, abs=0.006)
+    assert row["count"] > 0
+    latencies = [e["latency_ms"] for e in row["exits"]]
+    assert latencies == sorted(latencies)
+
+
+def test_json_of_mixed_inputs(counter, street, film, capsys):
+    assert count_inputs(counter, [film, street], format="json", fps=2) == 5
+    *frames, picture = json_lines(capsys.readouterr().out)
+    assert [list(f) for f in frames] == [["source", "frame", "time_s", "count", "chosen_exit", "latency_ms"]] * 4
+    assert [(f["source"], f["frame"], f["time_s"]) for f in frames] == [
+        (str(film), 0, 0.0),
+        (str(film), 5, 0.5),
+        (str(film), 10, 1.0),
+        (str(film), 15, 1.5),
+    ]
+    assert picture["source"] == str(street)
+    assert "exits" in picture
+
+
+def test_csv(counter, street, film, tmp_path):
+    out = tmp_path / "rows.csv"
+    assert count_inputs(counter, [street, film], format="csv", out=out) == 3
+    with out.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [list(r) for r in rows] == [["source", "frame", "time_s", "count", "chosen_exit", "latency_ms"]] * 3
+    assert [(r["frame"], r["time_s"]) for r in rows] == [("", ""), ("0", "0.0"), ("10", "1.0")]
+    assert float(rows[0]["count"]) == pytest.approx(counter.count(street).count, abs=0.006)
+
+
+def test_table_of_one_picture(counter, street, capsys):
+    count_inputs(counter, [street], exit="AV2")
+    lines = capsys.readouterr().out.splitlines()
+    marked = [line for line in lines if "chosen" in line]
+    assert len(marked) == 1
+    assert "AV2" in marked[0]
+    assert [name for name in ("V1", "AV1", "AV2", "final") if any(f" {name} " in line for line in lines)] == [
+        "V1",
+        "AV1",
+        "AV2",
+    ]
+    assert str(street) in lines[0]
+
+
+def test_table_of_several(counter, street, film, capsys):
+    count_inputs(counter, [street, film])
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["source", "frame", "time", "s", "count", "exit", "ms"]
+    assert len(rows) == 3
+    assert len({len(line) for line in (header, *rows)}) == 1
+    assert rows[2].split()[:3] == [str(film), "10", "1.00"]
+
+
+def test_sounds(counter, street, film, tmp_path, capsys):
+    """The file beside a picture is heard; --audio goes before it, and before a video's own."""
+
+    def counts(*inputs, **options) -> list[float]:
+        count_inputs(counter, inputs, format="json", **options)
+        return [row["count"] for row in json_lines(capsys.readouterr().out)]
+
+    loud = write_sound(tmp_path / "loud.wav", tone(3))
+    quiet = write_sound(tmp_path / "quiet.wav", 0 * tone(3))
+    expected = {None: counter.count(street).count} | {s: counter.count(street, s).count for s in (loud, quiet)}
+    assert len({round(value, 2) for value in expected.values()}) == 3
+    assert counts(street) == pytest.approx([expected[None]], abs=0.006)
+    assert counts(street, audio=loud) == pytest.approx([expected[loud]], abs=0.006)
+    quiet.rename(street.with_suffix(".wav"))
+    assert counts(street) == pytest.approx([expected[quiet]], abs=0.006)
+    assert counts(street, audio=loud) == pytest.approx([expected[loud]], abs=0.006)
+    assert counts(film) != counts(film, audio=street.with_suffix(".wav"))
+    with pytest.raises(RunError, match="--audio"):
+        count_inputs(counter, [street, film], audio=loud)
+    with pytest.raises(CrowdExitError, match="no such audio file"):
+        count_inputs(counter, [street], audio=tmp_path / "none.wav")
+
+
+def test_a_broken_sound_beside_a_picture_is_told(counter, street, capsys):
+    street.with_suffix(".wav").write_bytes(b"RIFF")
+    count_inputs(counter, [street], format="json")
+    out, err = capsys.readouterr()
+    assert json.loads(out)["count"] == pytest.approx(counter.count(street).count, abs=0.006)
+    assert "street.wav" in err
+    assert len(err.splitlines()) == 1
+
+
+def png_of_claimed_size(width: int, height: int) -> bytes:
+    """A PNG whose header claims a size that its data does not have."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+
+
+def bad_pictures(good: bytes) -> dict[str, bytes]:
+    tiny = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(tiny, "PNG")
+    return {
+        "empty.jpg": b"",
+        "head-only.jpg": good[:20],
+        "text.jpg": b"these are words\n",
+        "tiny.png": tiny.getvalue(),
+        "truncated.jpg": good[: len(good) // 2],
+        "vast.png": png_of_claimed_size(100_000, 100_000),
+        "wide.png": png_of_claimed_size(20_000, 8_000),
+    }
+
+
+def test_a_bad_picture_named_itself_is_an_error_of_one_line(counter, street, tmp_path):
+    for name, data in bad_pictures(street.read_bytes()).items():
+        path = tmp_path / name
+        path.write_bytes(data)
+        with pytest.raises(CrowdExitError) as caught:
+            count_inputs(counter, [path])
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_bad_files_of_a_folder_are_told_and_passed_over(counter, street, tmp_path, capsys):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    bad = bad_pictures(street.read_bytes()) | {"film.mp4": b"no film"}
+    for name, data in bad.items():
+        (folder / name).write_bytes(data)
+    with pytest.raises(RunError, match="none of the files"):
+        count_inputs(counter, [folder])
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == len(bad)
+    assert all(sum(f"{folder / name}:" in line for line in told) == 1 for name in bad)
+    street.rename(folder / "street.jpg")
+    make_video(folder / "z.mp4", [0, 0.1])
+    assert count_inputs(counter, [folder], format="json") == 2
+    out, err = capsys.readouterr()
+    assert [row["source"] for row in json_lines(out)] == [str(folder / "street.jpg"), str(folder / "z.mp4")]
+    assert len(err.splitlines()) == len(bad)
+
+
+def test_what_is_no_fault_of_a_file_ends_the_run(counter, street, capsys):
+    with pytest.raises(CrowdExitError, match="no exit 'V9'"):
+        count_inputs(counter, [street.parent], exit="V9")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_out_appears_whole(counter, street, film, tmp_path):
+    out = tmp_path / "rows.json"
+    with opened(out) as file:
+        print("{}", file=file)
+        assert not out.exists()
+    assert out.read_text() == "{}\n"
+
+    def interrupted(say: str) -> None:
+        with opened(out) as file:
+            print(say, end="", file=file)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted("half")
+    assert out.read_text() == "{}\n"  # as it was
+    assert (tmp_path / "rows.json.part").read_text() == "half"
+    with pytest.raises(KeyboardInterrupt):
+        interrupted("")
+    assert not (tmp_path / "rows.json.part").exists()
+
+
+def test_rows_before_an_error_are_kept(counter, street, film, tmp_path):
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(b"words")
+    out = tmp_path / "rows.json"
+    with pytest.raises(PictureError, match=r"bad\.jpg.*rows\.json\.part"):
+        count_inputs(counter, [film, bad], format="json", out=out)
+    assert not out.exists()
+    assert len(json_lines((tmp_path / "rows.json.part").read_text())) == 2
+    with pytest.raises(PictureError) as caught:
+        count_inputs(counter, [bad], format="json", out=tmp_path / "other.json")
+    assert "part" not in str(caught.value)
+    assert not list(tmp_path.glob("other*"))
+
+
+def test_out_that_cannot_be(counter, street, tmp_path):
+    for out, line in {
+        tmp_path: "a folder",
+        tmp_path / "nowhere" / "rows.csv": "cannot be written",
+        street: "would be overwritten",
+    }.items():
+        before = street.read_bytes()
+        with pytest.raises(CrowdExitError, match=line):
+            count_inputs(counter, [street], out=out)
+        assert street.read_bytes() == before
+    with pytest.raises(RowError, match="no format 'xml'"):
+        count_inputs(counter, [street], format="xml")  # type: ignore[arg-type]
+
+
+def test_density_of_a_picture(counter, street, tmp_path):
+    count_inputs(counter, [street], density=tmp_path / "map.npy", out=tmp_path / "o")
+    density = np.load(tmp_path / "map.npy", allow_pickle=False)
+    result = counter.count(street)
+    assert density.dtype == np.float32
+    assert density.shape == (8, 16)
+    assert float(density.sum()) == pytest.approx(result.count, rel=1e-4)
+    count_inputs(counter, [street], density=tmp_path / "map.png", out=tmp_path / "o")
+    with Image.open(tmp_path / "map.png") as picture:
+        assert (picture.format, picture.size) == ("PNG", (256, 128))
+        assert np.abs(np.asarray(picture).astype(int) - np.asarray(Image.open(street))).max() > 20
+
+
+def test_density_of_a_video(counter, film, tmp_path):
+    count_inputs(counter, [film], density=tmp_path / "counted.mp4", out=tmp_path / "o", fps=5)
+    frames = list(read_frames(tmp_path / "counted.mp4", fps=100))
+    assert [f.time_s for f in frames] == pytest.approx([i / 5 for i in range(10)], abs=0.002)
+    assert frames[0].sound is not None
+
+
+def test_densities_of_several_go_into_a_folder(counter, street, film, tmp_path):
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    for name in ("street.png", "a/street.jpg"):
+        Image.open(street).save(tmp_path / "in" / name)
+    folder = tmp_path / "maps"
+    count_inputs(counter, [tmp_path / "in", tmp_path / "in" / "a", film], density=folder, out=tmp_path / "o")
+    assert sorted(p.name for p in folder.iterdir()) == ["film.mp4", "street-2.png", "street.png"]
+
+
+def test_densities_that_cannot_be(counter, street, film, tmp_path, capsys):
+    for inputs, path, options, line in [
+        ([street], "map.mp4", {}, r"of a picture this ends in \.png or \.npy"),
+        ([film], "map.png", {}, r"of a video this ends in \.mp4"),
+        ([street, film], "map.png", {}, "has to be a folder"),
+        ([street], "map.png", {"exit": "V1"}, "the exit V1 makes no map"),
+        ([street], "nowhere/map.png", {}, "cannot be written"),
+    ]:
+        with pytest.raises(RunError, match=line):
+            count_inputs(counter, inputs, density=tmp_path / path, **options)
+    with pytest.raises(RunError, match="would be overwritten"):
+        count_inputs(counter, [film], density=film)
+    capsys.readouterr()
+    count_inputs(counter, [street], density=tmp_path / "map.png", deadline_ms=1e-3)
+    assert "no density map" in capsys.readouterr().err
+    assert not (tmp_path / "map.png").exists()
+
+
+def test_rows_of_a_video_that_breaks_off_are_kept(counter, tmp_path, capsys):
+    path = make_video(tmp_path / "v.mkv", [i / 10 for i in range(40)], codec="mpeg4", key_every=1)
+    path.write_bytes(path.read_bytes()[: int(0.6 * path.stat().st_size)])
+    assert count_inputs(counter, [path], format="json") == 3
+    out, err = capsys.readouterr()
+    assert len(json_lines(out)) == 3
+    assert len(err.splitlines()) == 1
+    assert str(path) in err
+    (tmp_path / "no.mp4").write_bytes(b"no film at all")
+    with pytest.raises(VideoError):
+        count_inputs(counter, [tmp_path / "no.mp4"])
+
+
+def test_rows_come_as_they_are_counted(counter, film, street, monkeypatch):
+    """A long video's first row does not wait for its last."""
+    seen: list[int] = []
+
+    class Screen(io.StringIO):
+        def flush(self) -> None:
+            seen.append(self.getvalue().count("\n"))
+
+    for format in ("json", "csv", "table"):
+        seen.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", Screen())
+            count_inputs(counter, [film, street], format=format, fps=2)
+        assert len(set(seen)) >= 5, format

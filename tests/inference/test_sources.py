@@ -1,0 +1,108 @@
+"""What a user names becomes pictures and videos, or one clear line."""
+
+from __future__ import annotations
+
+import shutil
+import wave
+from pathlib import Path
+
+import av
+import pytest
+from videos import make_video, tone
+
+from crowdexit.inference.sources import SourceError, expand, kind_of
+
+
+def write_wav(path: Path, samples: int = 16_000) -> Path:
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16_000)
+        file.writeframes(bytes(2 * samples))
+    return path
+
+
+def names(sources) -> list[tuple[str, str]]:
+    return [(s.path.name, s.kind) for s in sources]
+
+
+def test_mixed_inputs_in_their_order(tmp_path, picture_file):
+    folder = tmp_path / "folder"
+    for name in ("b.jpg", "a.JPG", "sub/deep.jpg", ".hidden.jpg"):
+        picture_file(f"folder/{name}")
+    make_video(folder / "c.mp4", [0, 0.1])
+    (folder / "notes.txt").write_text("not for counting")
+    (folder / "heads.csv").write_text("x,y\n1,2\n")
+    write_wav(folder / "alone.wav")
+    last = picture_file("z.jpg")
+    film = make_video(tmp_path / "film.mkv", [0, 0.1])
+    sources = expand([film, str(folder), last])
+    assert names(sources) == [
+        ("film.mkv", "video"),
+        ("a.JPG", "picture"),
+        ("b.jpg", "picture"),
+        ("c.mp4", "video"),
+        ("z.jpg", "picture"),
+    ]
+    assert [s.named for s in sources] == [True, False, False, False, True]
+
+
+def test_the_sound_beside_a_picture(tmp_path, picture_file):
+    for name in ("a.jpg", "b.jpg"):
+        picture_file(name)
+    make_video(tmp_path / "c.mp4", [0, 0.1])
+    for name in ("a.wav", "c.wav"):
+        write_wav(tmp_path / name)
+    assert [s.sound for s in expand([tmp_path])] == [tmp_path / "a.wav", None, None]
+    assert expand([tmp_path / "a.jpg"])[0].sound == tmp_path / "a.wav"
+
+
+def test_without_a_known_suffix_the_contents_decide(tmp_path, picture_file):
+    shutil.copy(picture_file("p.jpg"), tmp_path / "picture")
+    shutil.copy(make_video(tmp_path / "v.mp4", [0, 0.1]), tmp_path / "video.dat")
+    assert kind_of(tmp_path / "picture") == "picture"
+    assert kind_of(tmp_path / "video.dat") == "video"
+    (tmp_path / "letters.txt").write_text("FFmpeg shows a text as a video of its letters\n" * 50)
+    assert kind_of(tmp_path / "letters.txt") is None
+    assert kind_of(write_wav(tmp_path / "s.wav")) is None
+    write_wav(tmp_path / "s.wav").rename(tmp_path / "sound")
+    assert kind_of(tmp_path / "sound") is None
+
+
+def test_a_cover_makes_no_video_of_a_sound(tmp_path):
+    path = tmp_path / "song.m4a"
+    with av.open(str(path), "w", format="mp4") as container:
+        sound = container.add_stream("aac", rate=16_000, layout="mono")
+        cover = container.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 32, 32, "yuvj420p"
+        cover.disposition = cover.disposition.attached_pic
+        picture = av.VideoFrame(32, 32, "yuvj420p")
+        container.mux(cover.encode(picture))
+        container.mux(cover.encode())
+        block = av.AudioFrame.from_ndarray(tone(1)[None], format="fltp", layout="mono")
+        block.sample_rate = 16_000
+        container.mux(sound.encode(block))
+        container.mux(sound.encode())
+    with av.open(str(path)) as container:
+        assert [s.disposition.name for s in container.streams.video] == ["attached_pic"]
+    assert kind_of(path) is None
+
+
+def test_what_cannot_be_counted_is_said_in_one_line(tmp_path, picture_file):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "only-deeper").mkdir()
+    picture_file("only-deeper/sub/p.jpg")
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "words.doc").write_text("words")
+    for name, line in {
+        "missing.jpg": "no such file or folder",
+        "empty": "no picture or video in this folder",
+        "only-deeper": "no picture or video in this folder",
+        "empty.jpg": "the file is empty",
+        "words.doc": "neither a picture nor a video",
+    }.items():
+        with pytest.raises(SourceError) as caught:
+            expand([picture_file(), tmp_path / name])
+        assert str(caught.value) == f"{tmp_path / name}: {line}"
+    with pytest.raises(SourceError, match="nothing to count"):
+        expand([])
