@@ -21,7 +21,7 @@ from crowdexit.backbones.audiocsrnet import PLACES, AudioCSRNet, AudioCSRNetConf
 from crowdexit.errors import CrowdExitError
 
 FORMAT = "crowdexit-1"
-_FROM_NOTHING = {"front_norm": True, "rectify": True, "density_scale": 100.0}
+_FROM_NOTHING = {"front_norm": True, "rectify": True, "density_scale": 100.0, "count_scale": 100.0}
 
 AUDIOCSRNETS: Mapping[str, AudioCSRNetConfig] = {
     "audiocsrnet": AudioCSRNetConfig(),

@@ -35,6 +35,7 @@ class AudioCSRNetConfig:
         front_norm: batch normalisation in the two fronts, so that they train from nothing.
         rectify: ReLU on the density (a network from nothing needs it, the paper's has none).
         density_scale: the network's output per head; 100 keeps a from-scratch network's numbers near one.
+        count_scale: an early exit's count per unit of its head's output, for the same reason.
         regressor: the dense layer of stage two in place of the plain sum.
         patch, dim, heads: of the SL-ViT branches. filters, pool: of the CNN branches.
         hidden, dropout: of the MLP heads.
@@ -50,6 +51,7 @@ class AudioCSRNetConfig:
     front_norm: bool = False
     rectify: bool = False
     density_scale: float = 1.0
+    count_scale: float = 1.0
     regressor: bool = False
     patch: int = 8
     dim: int = 32
@@ -175,7 +177,12 @@ class AudioCSRNet(MultiExitNetwork):
         if place not in self.places:
             raise ValueError(f"no place {place!r} in AudioCSRNet (it has {', '.join(self.places)})")
         audio = self._audio if place == "AV1" else 0
-        shared: dict[str, Any] = {"audio": audio, "hidden": c.hidden, "dropout": c.dropout}
+        shared: dict[str, Any] = {
+            "audio": audio,
+            "hidden": c.hidden,
+            "dropout": c.dropout,
+            "scale": c.count_scale,
+        }
         branch: Exit
         if kind == "cnn":
             branch = CNNExit(self._channels[place], c.grid, filters=c.filters, pool=c.pool, **shared)

@@ -42,6 +42,7 @@ class CNNExit(Exit):
         pool: of the max pooling: 2 on the classifiers, 4 on AudioCSRNet.
         padding: 1 keeps the size (AudioCSRNet), 0 does not (classifiers).
         audio: length of the sound's vector to fuse with γ and β (AV1), or 0.
+        scale: the answer is the head's output times this; 100 keeps a count's weights near one.
     """
 
     kind = "cnn"
@@ -58,23 +59,33 @@ class CNNExit(Exit):
         audio: int = 0,
         hidden: int = 256,
         dropout: float = 0.5,
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
+        self.scale = scale
         self.conv = nn.Conv2d(channels, filters, 3, padding=padding)
         self.fuse = GammaBeta(audio, filters) if audio else None
         self.pool = nn.MaxPool2d(pool)
         shrink = 2 - 2 * padding
-        self.cells = ((size[0] - shrink) // pool) * ((size[1] - shrink) // pool)
+        self.token_grid = ((size[0] - shrink) // pool, (size[1] - shrink) // pool)
+        self.dim = filters
+        self.cells = self.token_grid[0] * self.token_grid[1]
         self.head = MLPHead(filters * self.cells, outputs, hidden, dropout)
 
-    def forward(self, features: Features) -> Answer:
+    def tokens(self, features: Features) -> Tensor:
+        """What the head sees of each pooled cell, B×N×filters; position-major, as in SL-ViT."""
         y = self.conv(features.grid())
         if self.fuse is not None:
             assert features.audio is not None
             y = self.fuse(y, features.audio)
-        y = self.pool(F.relu(y))  # B×16×h×w
-        y = y.flatten(2).transpose(1, 2)  # position-major, as in SL-ViT
-        return Answer(as_answer(self.head(y.flatten(1)).float()))
+        return self.pool(F.relu(y)).flatten(2).transpose(1, 2)
+
+    def answer(self, tokens: Tensor) -> Answer:
+        """The head's answer to B×N×filters."""
+        return Answer(as_answer(self.head(tokens.flatten(1)).float()) * self.scale)
+
+    def forward(self, features: Features) -> Answer:
+        return self.answer(self.tokens(features))
 
 
 class WideAttention(nn.Module):
@@ -129,6 +140,7 @@ class SLViTExit(Exit):
         outputs: classes, or 1 for a count.
         patch: p. dim: d. heads: h.
         audio: length of the sound's vector (AV1), or 0.
+        scale: the answer is the head's output times this; 100 keeps a count's weights near one.
 
     Raises:
         ValueError: if the patch size does not divide the map.
@@ -149,15 +161,18 @@ class SLViTExit(Exit):
         second_residual: bool = True,
         hidden: int = 256,
         dropout: float = 0.5,
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
+        self.scale = scale
         if size[0] % patch or size[1] % patch:
             raise ValueError(f"a patch of {patch} does not divide a map of {size[0]}×{size[1]}")
         self.project = nn.Conv2d(channels, dim, patch, stride=patch)
         self.hears = audio > 0
         self.audio_to_map = nn.Linear(audio, channels) if audio not in (0, channels) else nn.Identity()
-        patches = (size[0] // patch) * (size[1] // patch)
-        self.cells = patches + self.hears
+        self.token_grid = (size[0] // patch, size[1] // patch)
+        self.dim = dim
+        self.cells = self.token_grid[0] * self.token_grid[1] + self.hears
         self.position = nn.Parameter(torch.empty(1, self.cells, dim))
         nn.init.trunc_normal_(self.position, std=0.02)
         self.encoder = EncoderLayer(dim, heads, second_residual)
@@ -174,9 +189,17 @@ class SLViTExit(Exit):
         audio = F.linear(self.audio_to_map(features.audio), kernel.to(visual.dtype), self.project.bias)
         return torch.cat([visual, audio.unsqueeze(1).to(visual.dtype)], dim=1) + self.position
 
+    def tokens(self, features: Features) -> Tensor:
+        """What the head sees, B×N×d: the encoded patches in reading order, the audio patch last."""
+        encoded: Tensor = self.encoder(self.embed(features))
+        return encoded
+
+    def answer(self, tokens: Tensor) -> Answer:
+        """The head's answer to B×N×d."""
+        return Answer(as_answer(self.head(tokens.flatten(1)).float()) * self.scale)
+
     def forward(self, features: Features) -> Answer:
-        y = self.encoder(self.embed(features))
-        return Answer(as_answer(self.head(y.flatten(1)).float()))
+        return self.answer(self.tokens(features))
 
 
 def patch_size(height: int, width: int) -> int:
