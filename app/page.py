@@ -133,6 +133,7 @@ def make_page(model: CrowdCounter | str | Path = "audiocsrnet-s", *, runtime: st
         for shown in answers(counter, _path(picture), _path(sound), use_sound):
             yield _updates(shown)
 
+    gr.set_static_paths([SAMPLES])  # served where they lie: copies would be deleted with the old uploads
     with gr.Blocks(title="CrowdExit", analytics_enabled=False, delete_cache=(600, KEPT_SECONDS)) as page:
         gr.HTML(_HEADING, elem_classes="ce-heading")
         with gr.Row():

@@ -208,6 +208,15 @@ def test_the_page_takes_no_account_of_anybody(counter: CrowdCounter) -> None:
     assert not [b for b in page.blocks.values() if isinstance(b, gr.Dropdown)]  # one model: nothing to choose
 
 
+def test_examples_outlive_the_deletion_of_old_files(counter: CrowdCounter) -> None:
+    page = make_page(counter)
+    load = next(fn.fn for fn in page.fns.values() if getattr(fn.fn, "__name__", "") == "load_example")
+    assert load is not None
+    loaded = load((0, [str(SAMPLES / "street.jpg"), str(SAMPLES / "street-simulated.wav")]))
+    # The samples themselves, not copies in the folder that is swept.
+    assert [Path(update["value"]["path"]).parent for update in loaded] == [SAMPLES, SAMPLES]
+
+
 def test_several_shipped_models_can_be_chosen(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
