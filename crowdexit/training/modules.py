@@ -23,7 +23,7 @@ from crowdexit import zoo
 from crowdexit.backbones.audiocsrnet import STRIDE, AudioCSRNet, upsample_sum
 from crowdexit.backbones.vgg import VGGish
 from crowdexit.errors import CrowdExitError
-from crowdexit.exits import MLPHead
+from crowdexit.exits import CNNExit, MLPHead, SLViTExit
 from crowdexit.network import FINAL
 from crowdexit.stages import Features, inputs
 from crowdexit.training.recipe import OptimiserPart, Recipe
@@ -82,6 +82,19 @@ def rate_at(part: OptimiserPart, step: int, steps: int, epoch: int) -> float:
 def listed(one_or_more: Any) -> list[Any]:
     """Lightning hands over one optimiser or scheduler bare, several as a list."""
     return one_or_more if isinstance(one_or_more, list) else [one_or_more]
+
+
+def local_error(counts: Tensor, density: Tensor, heads: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Σ |local count − local heads| / (n + 10), meaned: what :func:`relative_error` asks of the whole, of each part.
+
+    Args:
+        counts: B×N, N cells of ``grid`` (rows, columns) in reading order.
+        density: B×1×h×w, heads per cell of a finer grid that ``grid`` divides.
+        heads: B, n.
+    """
+    kernel = (density.shape[2] // grid[0], density.shape[3] // grid[1])
+    local = F.avg_pool2d(density, kernel).flatten(1) * (kernel[0] * kernel[1])
+    return ((counts - local).abs().sum(1) / (heads + 10)).mean()
 
 
 class Validation:
@@ -199,7 +212,6 @@ class BackboneTraining(Experiment):
         if part.schedule == "plateau":
             plateau = ReduceLROnPlateau(optimiser, factor=part.factor, patience=part.patience)
             return {"optimizer": optimiser, "lr_scheduler": {"scheduler": plateau, "monitor": "val/error"}}
-        # Set up the data, too.
         steps = int(self.trainer.estimated_stepping_batches)
         an_epoch = max(1, steps // self.recipe.epochs)
         schedule = LambdaLR(optimiser, lambda step: rate_at(part, step, steps, step // an_epoch))
@@ -245,23 +257,25 @@ class BackboneTraining(Experiment):
         if self.listener is not None:
             vggish = next(stage for stage in network.stages if isinstance(stage, VGGish))
             counts = torch.expm1(self.listener(vggish.embed(batch["log_mel"])).squeeze(1).float())
-            self.validation.add("sound", batch["id"], counts, batch["count"])
+            self._note("sound", batch, counts, batch["heard"])
             return
         features = record(batch)
         seen = network.stages[0](features)
-        self._count("silent", batch, replace(seen, heard=torch.zeros_like(seen.heard)))
-        if batch["heard"].any():
-            self._count("sound", batch, seen, batch["heard"])
+        heard = batch["heard"]
+        for name, features, of in (
+            ("silent", replace(seen, heard=torch.zeros_like(heard)), torch.ones_like(heard)),
+            ("sound", seen, heard),
+        ):
+            if not of.any():
+                continue
+            for stage in network.stages[1:]:
+                features = stage(features)
+            self._note(name, batch, network.final(features).value, of)
 
-    def _count(self, name: str, batch: Batch, features: Features, of: Tensor | None = None) -> None:
-        """Go on from the first stage and note the counts of the whole batch, or of some samples (B bool)."""
-        network = self.evaluated()
-        for stage in network.stages[1:]:
-            features = stage(features)
-        value, count, ids = network.final(features).value, batch["count"], batch["id"]
-        if of is not None:
-            value, count, ids = value[of], count[of], [id for id, kept in zip(ids, of.tolist(), strict=True) if kept]
-        self.validation.add(name, ids, value, count)
+    def _note(self, name: str, batch: Batch, counts: Tensor, of: Tensor) -> None:
+        """Note the counts B of some samples of a batch (B bool)."""
+        ids = [id for id, wanted in zip(batch["id"], of.tolist(), strict=True) if wanted]
+        self.validation.add(name, ids, counts[of], batch["count"][of])
 
     def on_validation_epoch_end(self) -> None:
         tables = self.validation.collect()
@@ -308,6 +322,12 @@ class BranchTraining(Experiment):
                 network.branches, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True
             )
             self.average.requires_grad_(False)
+        # Thrown away afterwards: one reading of each token, so that every part of a picture teaches its count.
+        self.readouts = nn.ModuleDict()
+        if recipe.local:
+            for name in self.names:
+                torch.manual_seed(zlib.crc32(f"{name} {recipe.seed} readout".encode()))
+                self.readouts[name] = nn.Linear(cast(int, network.branches[name].dim), 1)
         self.best_of = dict.fromkeys(self.names, math.inf)
         self.stale = dict.fromkeys(self.names, 0)
         self.kept: dict[str, dict[str, Tensor]] = {}
@@ -332,7 +352,7 @@ class BranchTraining(Experiment):
             branch = network.branches[e.name]
             head = cast(MLPHead, branch.head)
             with torch.no_grad():
-                cast(nn.Linear, head[-1]).bias.fill_(median)
+                cast(nn.Linear, head[-1]).bias.fill_(median / cast(float, branch.scale))
             if recipe.tied:
                 head.start_tied(cast(int, branch.cells))
 
@@ -355,7 +375,7 @@ class BranchTraining(Experiment):
 
     def configure_optimizers(self) -> Any:
         part = self.recipe.optimiser
-        optimisers = [make_optimiser(self.network.branches[name].parameters(), part) for name in self.names]
+        optimisers = [make_optimiser(self.parameters_of(name), part) for name in self.names]
         if part.schedule == "plateau":
             return [
                 {"optimizer": o, "lr_scheduler": ReduceLROnPlateau(o, factor=part.factor, patience=part.patience)}
@@ -371,6 +391,11 @@ class BranchTraining(Experiment):
             for o in optimisers
         ]
 
+    def parameters_of(self, name: str) -> list[nn.Parameter]:
+        """All that is trained for one branch."""
+        readout = self.readouts[name].parameters() if name in self.readouts else []
+        return [*self.network.branches[name].parameters(), *readout]
+
     def training_step(self, batch: Batch, index: int) -> None:
         network, active = self.network, self.active()
         optimisers = dict(zip(self.names, listed(self.optimizers()), strict=True))
@@ -384,16 +409,24 @@ class BranchTraining(Experiment):
                 if network.stage_of(name) != stage:
                     continue
                 torch.manual_seed(zlib.crc32(f"{name} {self.recipe.seed} {step} {self.global_rank}".encode()))
-                count = network.branches[name](features).value
+                branch = cast(CNNExit | SLViTExit, network.branches[name])
+                tokens = branch.tokens(features)
+                count = branch.answer(tokens).value
                 error = (count - batch["count"]).abs().mean()
                 balanced = self.recipe.loss == "balanced"
                 losses.append(relative_error(count, batch["count"]) if balanced else error)
+                if name in self.readouts:
+                    rows, columns = branch.token_grid
+                    local = self.readouts[name](tokens[:, : rows * columns]).squeeze(2).float()
+                    losses.append(
+                        self.recipe.local * local_error(local, batch["density"], batch["count"], branch.token_grid)
+                    )
                 self.log(f"train/{name}", error)
         # The branches share no weights: the gradient of the sum is each one's own.
         self.manual_backward(torch.stack(losses).sum())
         for name in active:
             if self.recipe.optimiser.clip:
-                nn.utils.clip_grad_norm_(network.branches[name].parameters(), self.recipe.optimiser.clip)
+                nn.utils.clip_grad_norm_(self.parameters_of(name), self.recipe.optimiser.clip)
             optimisers[name].step()
             optimisers[name].zero_grad()
         if self.recipe.optimiser.schedule != "plateau":

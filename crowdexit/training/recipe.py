@@ -115,6 +115,7 @@ class Recipe(_Part):
         ema: decay of the averaged weights that are validated and kept; 0: none.
         stop: early stopping after so many epochs without a better validation error.
         tied: start the branches' heads as a mean over positions.
+        local: weight of a further loss of the branches, the error of each token's local count.
     """
 
     stage: Literal["hearing", "density", "count", "branches"]
@@ -131,6 +132,7 @@ class Recipe(_Part):
     ema: float = Field(0.0, ge=0, lt=1)
     stop: int | None = Field(None, gt=0)
     tied: bool = False
+    local: float = Field(0.0, ge=0)
     precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed"
     seed: int = 0
 
