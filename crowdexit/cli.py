@@ -61,8 +61,8 @@ def count(
 ) -> None:
     """Count people in pictures, folders and videos."""
     from crowdexit.inference.counter import load
+    from crowdexit.inference.run import count_inputs
     from crowdexit.inference.sources import expand
-    from crowdexit.inference.video import count_inputs
 
     expand(inputs)  # a mistyped path is said before the weights are read
     counter = load(model, runtime=runtime)
