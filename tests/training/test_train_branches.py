@@ -8,7 +8,7 @@ from tiny import EXITS, TINY, best, last, run, same, tiny
 
 from crowdexit import zoo
 from crowdexit.backbones.vgg import VGGFront
-from crowdexit.training.modules import BranchTraining, TrainingError
+from crowdexit.training.modules import BranchTraining, TrainingError, local_error
 
 
 def part(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -28,9 +28,9 @@ def test_backbone_is_left_alone(store, backbone, tmp_path, ema):
     assert same(backbone_of(best(tmp_path)), before)
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "plateau"])
-def test_together_and_alone_agree(store, backbone, tmp_path, schedule):
-    keys = {"start": backbone, "ema": 0.5, "optimiser": {"schedule": schedule, "patience": 0}}
+@pytest.mark.parametrize(("schedule", "local"), [("cosine", 1.0), ("plateau", 0.0)])
+def test_together_and_alone_agree(store, backbone, tmp_path, schedule, local):
+    keys = {"start": backbone, "ema": 0.5, "local": 1.0, "optimiser": {"schedule": schedule, "patience": 0}}
     together = run(tiny(store, "branches", **keys), tmp_path / "together")
     for e in EXITS:
         name = e["name"]
@@ -41,6 +41,25 @@ def test_together_and_alone_agree(store, backbone, tmp_path, schedule):
     fresh, _ = zoo.load(backbone)
     BranchTraining.start_branches(fresh, tiny(store, "branches", start=backbone), 0.0)
     assert not same(dict(fresh.branches["V1"].state_dict()), part(together, "network.branches.V1."))
+
+
+def test_local_error_is_of_each_part():
+    density = torch.zeros(2, 1, 4, 6)
+    density[0, 0, 0, 0], density[0, 0, 3, 5], density[1, 0, 1, 2] = 2.0, 3.0, 5.0
+    grid, heads = (2, 3), torch.tensor([5.0, 5.0])
+    right = torch.tensor([[2.0, 0, 0, 0, 0, 3.0], [0, 5.0, 0, 0, 0, 0]])
+    assert local_error(right, density, heads, grid).item() == pytest.approx(0, abs=1e-6)
+    # The sum is right but the people are looked for elsewhere.
+    assert local_error(right.flip(1), density, heads, grid).item() == pytest.approx((2 + 10) / 15 / 2)
+
+
+def test_local_counts_are_learned(store, backbone, tmp_path):
+    without = run(tiny(store, "branches", start=backbone), tmp_path / "without")
+    local = run(tiny(store, "branches", start=backbone, local=1.0), tmp_path / "local")
+    assert not any(key.startswith("readouts.") for key in without)
+    assert any(key.startswith("readouts.V1.") for key in local)
+    assert not same(part(local, "network.branches.V1.encoder."), part(without, "network.branches.V1.encoder."))
+    assert best(tmp_path / "local").keys() == best(tmp_path / "without").keys()  # the readouts are thrown away
 
 
 def test_each_stops_on_its_own_and_keeps_its_best(store, backbone, tmp_path, monkeypatch):
@@ -110,7 +129,7 @@ def test_tied_heads_start_at_the_median_wherever_people_stand(store, backbone):
         branch = network.branches[name]
         first = branch.head[0].weight.unflatten(1, (branch.cells, -1))
         assert torch.equal(first, first[:, :1].expand_as(first))
-        assert branch.head[-1].bias.item() == 12.0
+        assert branch.head[-1].bias.item() * branch.scale == pytest.approx(12.0)
 
 
 @pytest.mark.parametrize(
