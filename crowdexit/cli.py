@@ -201,6 +201,19 @@ def train(
         print(path)
 
 
+@app.command(epilog="Example: `crowdexit pack runs/audiocsrnet-s-branches checkpoints/audiocsrnet-s/model.safetensors`")
+def pack(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A trained run's folder or checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="The smaller checkpoint.")],
+) -> None:
+    """Write a checkpoint with kernels and matrices as float16: half the size, to be shipped."""
+    from crowdexit import zoo
+
+    network, spec = zoo.load(model)
+    zoo.save(network, spec, out, half=True)
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+
+
 @app.command(epilog="Example: `crowdexit demo`")
 def demo(
     model: Model = DEFAULT_MODEL,

@@ -159,7 +159,6 @@ class CrowdDataset(Dataset[dict[str, Any]]):
         return sample.log_mel, heard
 
 
-
 class EpochPlan(Sampler[tuple[int, int]]):
     """Which samples an epoch sees, in what order: fixed by seed and epoch, dealt out to the processes.
 

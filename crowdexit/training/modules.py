@@ -166,10 +166,14 @@ class Experiment(L.LightningModule):
         )
 
     def write(self, network: AudioCSRNet, **figures: Any) -> None:
-        """Write the checkpoint, from the first process."""
+        """Write the checkpoint, from the first process; it tells of this run and of those before it."""
         if not self.trainer.is_global_zero:
             return
-        meta = {**self.spec.meta, "recipe": self.recipe.model_dump(mode="json"), "validation": figures}
+        known = dict(self.spec.meta)
+        earlier = [*known.pop("before", [])]
+        if "recipe" in known:
+            earlier.append({key: known.get(key) for key in ("recipe", "validation")})
+        meta = {**known, "before": earlier, "recipe": self.recipe.described(), "validation": figures}
         spec = zoo.Spec(self.spec.model, self.spec.exits, self.spec.changes, meta)
         zoo.save(network, spec, self.out / "model.safetensors")
 

@@ -151,6 +151,19 @@ class Recipe(_Part):
             raise ValueError("start and weights exclude each other")
         return self
 
+    def described(self) -> dict[str, Any]:
+        """The recipe as plain data for a checkpoint's header: files by their names, not where they lay."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: plain(item) for key, item in value.items()}
+            if isinstance(value, Path):
+                return "/".join(value.parts[-2:]) if value.name == "model.safetensors" else value.name
+            return list(value) if isinstance(value, tuple) else value
+
+        weights = {kind: Path(path).name for kind, path in self.weights.items()}
+        return {**{key: plain(value) for key, value in self.model_dump().items()}, "weights": weights}
+
 
 def bundled() -> list[str]:
     """The names of the recipes that come with the project."""
