@@ -174,25 +174,40 @@ def test_exit_stops_the_network(counter, monkeypatch):
         list(counter.stream(noise(128, 64), exits=["V1", "other"]))
 
 
-def test_deadline(counter):
+def test_deadline(counter, monkeypatch):
     """The latest answer in time; the first if none is; stages behind the deadline do not run."""
     picture = noise(128, 64)
-    slow = counter.network.stages[2].register_forward_pre_hook(lambda *_: time.sleep(0.5))
+    clock = itertools.count()  # seconds: every stage takes one, the machine itself takes none
+    now = [0.0]
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
     ran: list[int] = []
-    last = counter.network.stages[3].register_forward_hook(lambda *_: ran.append(3))
+
+    def run(index: int) -> None:
+        ran.append(index)
+        now[0] = float(next(clock) + 1)
+
+    handles = [
+        stage.register_forward_pre_hook(lambda *_, i=i: run(i)) for i, stage in enumerate(counter.network.stages)
+    ]
+
+    def count(**options):
+        nonlocal clock
+        clock, now[0] = itertools.count(), 0.0
+        ran.clear()
+        return counter.count(picture, **options)
+
     try:
-        late = counter.count(picture, deadline_ms=400)
+        late = count(deadline_ms=2500)  # V1 after 1 s, AV1 after 2 s, AV2 would come after 3 s
         assert late.chosen.exit == "AV1"
-        assert [r.exit for r in late.exits] == ["V1", "AV1"]
-        assert late.chosen.latency_ms <= 400
-        assert not ran
-        assert counter.count(picture, deadline_ms=60_000).chosen.exit == "final"
-        first = counter.count(picture, deadline_ms=1e-6)
-        assert [r.exit for r in first.exits] == ["V1"]
-        assert counter.count(picture, deadline_ms=400, exit="V1").chosen.exit == "V1"
+        assert [(r.exit, r.latency_ms) for r in late.exits] == [("V1", 1000), ("AV1", 2000)]
+        assert 3 not in ran
+        assert count(deadline_ms=4000).chosen.exit == "final"
+        assert [r.exit for r in count(deadline_ms=1).exits] == ["V1"]
+        assert ran == [0]
+        assert count(deadline_ms=2500, exit="V1").chosen.exit == "V1"
     finally:
-        slow.remove()
-        last.remove()
+        for handle in handles:
+            handle.remove()
     for wrong in (0, -5, float("nan")):
         with pytest.raises(CounterError, match="deadline"):
             counter.count(picture, deadline_ms=wrong)
@@ -276,10 +291,10 @@ GOOD = encoded(noise(96, 64), "JPEG")
 def test_bad_pictures(counter, tmp_path, data, line):
     path = tmp_path / "p.jpg"
     path.write_bytes(data)
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(PictureError, match=line) as caught:
         counter.count(path)
-    assert time.perf_counter() - began < 2
+    assert time.process_time() - began < 2
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
 
