@@ -157,6 +157,7 @@ def save(network: AudioCSRNet, spec: Spec, path: Path, *, half: bool = False) ->
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     save_file(tensors, part, metadata=header)
+    part.chmod(0o644)  # the writer makes it readable by its owner alone
     part.replace(path)
 
 
