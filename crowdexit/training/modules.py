@@ -444,13 +444,17 @@ class BranchTraining(Experiment):
         return cast(nn.ModuleDict, self.average.module) if self.average is not None else self.network.branches
 
     def validation_step(self, batch: Batch, _: int) -> None:
+        """Each branch's counts with the sound there is and, where there is some, without it too."""
         network, active, branches = self.network, self.active(), self.evaluated()
-        features = record(batch)
-        for stage in range(max(network.stage_of(name) for name in active) + 1):
-            features = network.stages[stage](features)
-            for name in active:
-                if network.stage_of(name) == stage:
-                    self.validation.add(name, batch["id"], branches[name](features).value, batch["count"])
+        last = max(network.stage_of(name) for name in active)
+        seen = network.stages[0](record(batch))
+        silent = replace(seen, heard=torch.zeros_like(seen.heard))
+        for features in (seen, silent) if seen.heard.any() else (seen,):
+            for stage in range(last + 1):
+                features = network.stages[stage](features) if stage else features
+                for name in active:
+                    if network.stage_of(name) == stage:
+                        self.validation.add(name, batch["id"], branches[name](features).value, batch["count"])
 
     def on_validation_epoch_end(self) -> None:
         collected = self.validation.collect()
