@@ -232,13 +232,13 @@ class CrowdCounter:
         image: Picture,
         audio: Sound | None = None,
         *,
-        exit: str = FINAL,
+        exit: str = "auto",
         deadline_ms: float | None = None,
     ) -> CountResult:
         """Count with every exit up to ``exit``, and choose one.
 
         Args:
-            exit: the last exit to run and the one to choose; ``auto`` is the final one.
+            exit: the last exit to run and the one to choose; ``auto`` is the last that this counter serves.
             deadline_ms: choose the latest answer that is there by then; when not even the first exit's is,
                 that one is waited for. Checked between stages.
 
@@ -247,7 +247,7 @@ class CrowdCounter:
         """
         if deadline_ms is not None and not deadline_ms > 0:
             raise CounterError(f"a deadline of {deadline_ms:g} ms cannot be kept")
-        last = FINAL if exit == "auto" else self._known([exit])[0]
+        last = self.exits[-1] if exit == "auto" else self._known([exit])[0]
         until = self.network.stage_of(last)
         wanted = [name for name in self.exits if self.network.stage_of(name) <= until and name != FINAL]
         wanted = [name for name in wanted if name != last] + [last]
