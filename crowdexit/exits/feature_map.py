@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crowdexit.exits.head import MLPHead, as_answer
+from crowdexit.exits.head import MLPHead, as_answer, ask
 from crowdexit.stages import Answer, Exit, Features
 
 
@@ -82,7 +82,7 @@ class CNNExit(Exit):
 
     def answer(self, tokens: Tensor) -> Answer:
         """The head's answer to B×N×filters."""
-        return Answer(as_answer(self.head(tokens.flatten(1)).float()) * self.scale)
+        return Answer(as_answer(ask(self.head, tokens)) * self.scale)
 
     def forward(self, features: Features) -> Answer:
         return self.answer(self.tokens(features))
@@ -196,7 +196,7 @@ class SLViTExit(Exit):
 
     def answer(self, tokens: Tensor) -> Answer:
         """The head's answer to B×N×d."""
-        return Answer(as_answer(self.head(tokens.flatten(1)).float()) * self.scale)
+        return Answer(as_answer(ask(self.head, tokens)) * self.scale)
 
     def forward(self, features: Features) -> Answer:
         return self.answer(self.tokens(features))

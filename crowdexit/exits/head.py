@@ -44,6 +44,13 @@ class MLPHead(nn.Sequential):
         first.bias.copy_(shared.bias)
 
 
+def ask(head: MLPHead, tokens: Tensor) -> Tensor:
+    """The head's output for B×N×d in float32 whatever the features came in: bfloat16 knows few counts."""
+    with torch.autocast(tokens.device.type, enabled=False):
+        scores: Tensor = head(tokens.flatten(1).to(head[0].weight.dtype))
+        return scores
+
+
 def as_answer(scores: Tensor) -> Tensor:
     """B×1 → B for a count; class scores B×K stay."""
     return scores.squeeze(1) if scores.shape[1] == 1 else scores

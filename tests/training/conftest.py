@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import run, tiny, write_store
+from tiny_runs import run, tiny, write_store
 
 from crowdexit.training.modules import Experiment
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import EXITS, TINY, best, last, run, same, tiny
+from tiny_runs import EXITS, TINY, best, last, run, same, tiny
 
 from crowdexit import zoo
 from crowdexit.backbones.vgg import VGGFront

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny import EXITS, last, run, same, tiny
+from tiny_runs import EXITS, last, run, same, tiny
 
 from crowdexit import zoo
 from crowdexit.data.dataset import CrowdDataset, Setting

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny import TINY, best, last, run, same, tiny
+from tiny_runs import TINY, best, last, run, same, tiny
 
 from crowdexit.training.modules import Experiment, TrainingError
 

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import TINY, best, run, same, tiny, write_store
+from tiny_runs import TINY, best, run, same, tiny, write_store
 
 from crowdexit import zoo
 from crowdexit.errors import CrowdExitError
