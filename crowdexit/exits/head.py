@@ -46,8 +46,9 @@ class MLPHead(nn.Sequential):
 
 def ask(head: MLPHead, tokens: Tensor) -> Tensor:
     """The head's output for B×N×d in float32 whatever the features came in: bfloat16 knows few counts."""
+    weight = next(head.parameters())
     with torch.autocast(tokens.device.type, enabled=False):
-        scores: Tensor = head(tokens.flatten(1).to(head[0].weight.dtype))
+        scores: Tensor = head(tokens.flatten(1).to(weight.dtype))
         return scores
 
 
