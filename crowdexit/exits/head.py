@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -46,10 +48,11 @@ class MLPHead(nn.Sequential):
 
 def ask(head: MLPHead, tokens: Tensor) -> Tensor:
     """The head's output for B×N×d in float32 whatever the features came in: bfloat16 knows few counts."""
-    weight = next(head.parameters())
-    with torch.autocast(tokens.device.type, enabled=False):
-        scores: Tensor = head(tokens.flatten(1).to(weight.dtype))
-        return scores
+    flat = tokens.flatten(1).to(next(head.parameters()).dtype)
+    device = flat.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        scores: Tensor = head(flat)
+    return scores
 
 
 def as_answer(scores: Tensor) -> Tensor:

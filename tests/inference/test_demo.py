@@ -37,7 +37,7 @@ def test_demo(counter, tmp_path):
 
     drawn = list(read_frames(tmp_path / "out" / "clip-counted.mp4", fps=2))
     assert len(drawn) == 20
-    assert drawn[0].picture.shape == (360, 640, 3)
+    assert drawn[0].picture.shape == (432, 768, 3)
     own, _ = read_audio(SAMPLES / "clip.mp4")
     kept, _ = read_audio(tmp_path / "out" / "clip-counted.mp4")
     length = min(own.shape[1], kept.shape[1])
