@@ -192,30 +192,16 @@ class BackboneTraining(Experiment):
             nn.init.constant_(self.listener.bias, 5.0)  # about the logarithm of 150
             self.network.requires_grad_(False)
             self.vggish.layers.requires_grad_(True)
-        if recipe.only:
-            for name, parameter in network.named_parameters():
-                parameter.requires_grad_(name.startswith(recipe.only))
-            if not any(parameter.requires_grad for parameter in network.parameters()):
-                raise TrainingError(f"no weight of {recipe.model} begins with {' or '.join(recipe.only)}")
         self.average: AveragedModel | None = None
         if recipe.ema:
             self.average = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
             self.average.requires_grad_(False)
-        self.train()  # Lightning leaves the modes as they are
+            self.average.eval()
 
     def trained(self) -> Iterable[nn.Parameter]:
         if self.listener is not None:
             return [*self.vggish.layers.parameters(), *self.listener.parameters()]
-        return [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-
-    def train(self, mode: bool = True) -> BackboneTraining:
-        """Where only a part is trained, all running statistics are frozen, its own too."""
-        super().train(mode)
-        if self.recipe.only:
-            self.network.eval()
-        if self.average is not None:
-            self.average.eval()
-        return self
+        return self.network.parameters()
 
     def finished(self) -> bool:
         return self.recipe.stop is not None and self.stale >= self.recipe.stop

@@ -114,7 +114,6 @@ class Recipe(_Part):
         batch: of all processes together.
         ema: decay of the averaged weights that are validated and kept; 0: none.
         stop: early stopping after so many epochs without a better validation error.
-        only: train just the backbone weights whose names begin so; all running statistics stay.
         tied: start the branches' heads as a mean over positions.
         local: weight of a further loss of the branches, the error of each token's local count.
     """
@@ -132,7 +131,6 @@ class Recipe(_Part):
     batch: int = Field(8, gt=0)
     ema: float = Field(0.0, ge=0, lt=1)
     stop: int | None = Field(None, gt=0)
-    only: tuple[str, ...] = ()
     tied: bool = False
     local: float = Field(0.0, ge=0)
     precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed"
