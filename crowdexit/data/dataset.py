@@ -103,7 +103,10 @@ class CrowdDataset(Dataset[dict[str, Any]]):
         s = self.setting
         rng = np.random.default_rng((self.seed, index, draw))
         sample = self.store.read(self.split, self.ids[index], with_takes=s.takes)
-        picture = _decode(sample)
+        wanted = s.conditions
+        conditions = wanted.draw(rng) if isinstance(wanted, ConditionRange) else wanted
+        # Before any scaling: the camera is in the dark, and its grain grows with the picture.
+        picture = conditions.apply(_decode(sample), rng)
         laid = sample.density if only_density(sample) else None
         placement: Placement
         if s.view is not None:
@@ -120,19 +123,10 @@ class CrowdDataset(Dataset[dict[str, Any]]):
                 laid = None if laid is None else np.ascontiguousarray(laid[:, ::-1])
             picture, placement = fit(picture, s.canvas)
             points, count, canvas = keep_inside(placement.points(points), placement), sample.count, s.canvas
-        wanted = s.conditions
-        conditions = wanted.draw(rng) if isinstance(wanted, ConditionRange) else wanted
-        x, y = placement.offset
-        w, h = placement.size
-        picture = np.ascontiguousarray(picture)
-        if conditions != Conditions():
-            picture = picture.copy()
-            # The padding is no part of what the camera saw.
-            picture[y : y + h, x : x + w] = conditions.apply(np.ascontiguousarray(picture[y : y + h, x : x + w]), rng)
         density = self._density(points, canvas) if laid is None else lay_density(laid, placement, canvas, s.stride)
         log_mel, heard = self._sound(sample, rng)
         return {
-            "image": torch.from_numpy(normalise(picture)),
+            "image": torch.from_numpy(normalise(np.ascontiguousarray(picture))),
             "density": torch.from_numpy(density)[None],
             "inside": torch.from_numpy(placement.inside(canvas))[None],
             "count": torch.tensor(count, dtype=torch.float32),

@@ -15,7 +15,7 @@ from tiny_runs import TINY, best, last, run, same, tiny
 
 from crowdexit.training.modules import Experiment, TrainingError
 
-PLATEAU = {"schedule": "plateau", "patience": 0, "factor": 0.3}
+PLATEAU = {"schedule": "plateau", "patience": 0, "factor": 0.3, "lr": 2e-2}
 
 
 class Lost(BaseException):
