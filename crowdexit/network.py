@@ -3,12 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from typing import Any, Literal, Protocol
 
 from torch import nn
 
 from crowdexit.stages import Answer, Exit, Features, Stage
 
 FINAL = "final"
+
+
+class Config(Protocol):
+    """Everything that shapes a network; a frozen dataclass of plain values."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of the picture that the network sees at once, in pixels."""
+
+    @property
+    def scene(self) -> tuple[int, int]:
+        """(width, height) at which a whole picture is looked at, in one view or in several tiles."""
+
+    @property
+    def view(self) -> Literal["fit", "tiles"]:
+        """Whether a picture is fitted into one view, or cut into several that are added."""
+
+    @property
+    def step(self) -> int:
+        """What the sides of ``size`` have to be multiples of, every kind of branch considered."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for a checkpoint's header."""
 
 
 class MultiExitNetwork(nn.Module):
@@ -18,15 +42,46 @@ class MultiExitNetwork(nn.Module):
         stages: the backbone f = f_L ∘ … ∘ f_1, cut at the places of the branches.
         final: reads the record after the last stage.
         places: the names of the places where branches may stand, each with the index of the stage it follows.
+        config: what shapes it.
+
+    Attributes:
+        hears: whether sound reaches the final exit.
     """
 
-    def __init__(self, stages: Sequence[Stage], final: Exit, places: dict[str, int]) -> None:
+    hears = False
+
+    def __init__(self, stages: Sequence[Stage], final: Exit, places: dict[str, int], config: Config) -> None:
         super().__init__()
+        self.config = config
         self.stages = nn.ModuleList(stages)
         self.final = final
         self.places = dict(places)
         self.branches = nn.ModuleDict()
         self._stage_of: dict[str, int] = {}
+
+    def branch_kinds(self, place: str) -> tuple[str, ...]:
+        """The kinds of branches that this backbone can have at a place."""
+        raise NotImplementedError  # abstract
+
+    def make_branch(self, place: str, kind: str) -> Exit:
+        """A fresh branch of a kind that :meth:`branch_kinds` names, fitted to the place."""
+        raise NotImplementedError  # abstract
+
+    def add_branch(self, name: str, place: str, kind: str) -> None:
+        """Put a fresh branch of a kind at a place.
+
+        Raises:
+            ValueError: for a place or a kind that this network does not have, or a name that is taken.
+        """
+        self._check_place(place)
+        kinds = self.branch_kinds(place)
+        if kind not in kinds:
+            raise ValueError(f"no branch of kind {kind!r} fits place {place} of this network ({', '.join(kinds)} do)")
+        self.add_exit(name, place, self.make_branch(place, kind))
+
+    def _check_place(self, place: str) -> None:
+        if place not in self.places:
+            raise ValueError(f"no place {place!r} in this network (it has {', '.join(self.places)})")
 
     def add_exit(self, name: str, place: str, branch: Exit) -> None:
         """Put an early exit called ``name`` at a place.
@@ -34,8 +89,7 @@ class MultiExitNetwork(nn.Module):
         Raises:
             ValueError: if the place is not one of this network's, or the name is taken.
         """
-        if place not in self.places:
-            raise ValueError(f"no place {place!r} in this network (it has {', '.join(self.places)})")
+        self._check_place(place)
         if name in self.branches or name == FINAL:
             raise ValueError(f"there is an exit {name!r} already")
         self.branches[name] = branch

@@ -53,6 +53,10 @@ class Features:
         """The same record with other visual features."""
         return replace(self, visual=visual)
 
+    def with_tokens(self, tokens: Tensor, grid: tuple[int, int]) -> Features:
+        """The same record with tokens B×(1+N)×D for its visual features, their patches on ``grid``."""
+        return replace(self, visual=tokens, token_grid=grid)
+
     def select(self, keep: Tensor) -> Features:
         """The record of some samples only: ``keep`` is a bool mask or indices over the batch."""
         kept: dict[str, Any] = {

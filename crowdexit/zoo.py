@@ -10,15 +10,17 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from crowdexit.backbones.audiocsrnet import PLACES, AudioCSRNet, AudioCSRNetConfig
+from crowdexit.backbones.audiocsrnet import AudioCSRNet, AudioCSRNetConfig
+from crowdexit.backbones.vit import ViT, ViTConfig
 from crowdexit.errors import CrowdExitError
+from crowdexit.network import MultiExitNetwork
 
 FORMAT = "crowdexit-1"
 _FROM_NOTHING = {"front_norm": True, "rectify": True, "density_scale": 100.0, "count_scale": 100.0}
@@ -43,6 +45,21 @@ AUDIOCSRNETS: Mapping[str, AudioCSRNetConfig] = {
         **_FROM_NOTHING,  # type: ignore[arg-type]
     ),
 }
+# ViT-B, ViT-S and ViT-Ti of timm; what trains from nothing has a stem of convolutions, and ears.
+_M: Mapping[str, Any] = {"dim": 384, "heads": 6, "stem": "conv", "audio_width": 0.25, "count_scale": 100.0}
+_S: Mapping[str, Any] = {"dim": 192, "heads": 3, "stem": "conv", "audio_width": 0.25, "count_scale": 100.0}
+VITS: Mapping[str, ViTConfig] = {
+    "transcrowd-token": ViTConfig(),
+    "transcrowd-token-m": ViTConfig(**_M),
+    "transcrowd-token-s": ViTConfig(**_S, hidden=64, slvit_dim=16, filters=8),
+    "transcrowd-gap": ViTConfig(task="gap"),
+    "transcrowd-gap-m": ViTConfig(task="gap", **_M),
+    "transcrowd-gap-s": ViTConfig(task="gap", **_S, hidden=64, slvit_dim=16, filters=8),
+    "vit-b16": ViTConfig(task="class", outputs=10),
+    "vit-s16": ViTConfig(task="class", outputs=10, dim=384, heads=6),
+    "vit-ti16": ViTConfig(task="class", outputs=10, dim=192, heads=3),
+}
+MODELS: Mapping[str, AudioCSRNetConfig | ViTConfig] = {**AUDIOCSRNETS, **VITS}
 
 
 class ZooError(CrowdExitError):
@@ -75,28 +92,22 @@ class Spec:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
 
-def both_kinds() -> tuple[ExitSpec, ...]:
-    """V1, AV1 and AV2 as SL-ViT, and the CNN baseline beside each as ``V1-cnn`` and so on."""
-    slvit = [ExitSpec(place, place, "slvit") for place in PLACES]
-    cnn = [ExitSpec(f"{place}-cnn", place, "cnn") for place in PLACES]
-    return (*slvit, *cnn)
-
-
-def build(spec: Spec) -> AudioCSRNet:
+def build(spec: Spec) -> MultiExitNetwork:
     """A network with fresh weights.
 
     Raises:
         ZooError: for an unknown model, field of its configuration, place or kind.
     """
-    if spec.model not in AUDIOCSRNETS:
+    if spec.model not in MODELS:
         raise ZooError(f"no model {spec.model!r} (there are {', '.join(names())})")
     try:
         changes = dict(spec.changes)
         if "size" in changes:
             changes["size"] = tuple(changes["size"])
-        network = AudioCSRNet(replace(AUDIOCSRNETS[spec.model], **changes))
+        config = replace(MODELS[spec.model], **changes)
+        network = ViT(config) if isinstance(config, ViTConfig) else AudioCSRNet(config)
         for e in spec.exits:
-            network.add_branch(e.name, e.place, cast(Any, e.kind))
+            network.add_branch(e.name, e.place, e.kind)
     except (TypeError, ValueError, KeyError, ArithmeticError, RuntimeError) as error:
         raise ZooError(f"{spec.model}: {str(error).partition(chr(10))[0]}") from None
     return network
@@ -104,7 +115,7 @@ def build(spec: Spec) -> AudioCSRNet:
 
 def names() -> list[str]:
     """All model names."""
-    return list(AUDIOCSRNETS)
+    return list(MODELS)
 
 
 def checkpoints_folder() -> Path:
@@ -137,7 +148,7 @@ def checkpoint_path(name: str | Path) -> Path:
     return path
 
 
-def save(network: AudioCSRNet, spec: Spec, path: Path, *, half: bool = False) -> None:
+def save(network: MultiExitNetwork, spec: Spec, path: Path, *, half: bool = False) -> None:
     """Write a checkpoint whole (beside, then renamed).
 
     Args:
@@ -185,7 +196,7 @@ def read_spec(path: Path) -> Spec:
         raise ZooError(f"{path}: the checkpoint's header is damaged") from None
 
 
-def load(name: str | Path) -> tuple[AudioCSRNet, Spec]:
+def load(name: str | Path) -> tuple[MultiExitNetwork, Spec]:
     """A network with its weights, in evaluation mode.
 
     Raises:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from crowdexit.backbones.audiocsrnet import AudioCSRNetConfig
 from crowdexit.network import FINAL, MultiExitNetwork
 from crowdexit.stages import Answer, Exit, Features, Stage, inputs
 
@@ -34,7 +35,8 @@ class Reading(Exit):
 
 @pytest.fixture
 def network() -> MultiExitNetwork:
-    made = MultiExitNetwork([Counting() for _ in range(4)], Reading(), {"one": 0, "two": 1, "three": 2})
+    places = {"one": 0, "two": 1, "three": 2}
+    made = MultiExitNetwork([Counting() for _ in range(4)], Reading(), places, AudioCSRNetConfig())
     made.add_exit("late", "three", Reading())
     made.add_exit("early", "one", Reading())
     made.add_exit("early-too", "one", Reading())

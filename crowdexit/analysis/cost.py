@@ -17,12 +17,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from crowdexit import zoo
-from crowdexit.backbones.audiocsrnet import PLACES, STRIDE
 from crowdexit.errors import CrowdExitError
 from crowdexit.network import FINAL, MultiExitNetwork
 from crowdexit.stages import Features, inputs
 
-KINDS = ("cnn", "slvit")
 MAX_SIDE = 16_384
 
 
@@ -103,15 +101,18 @@ def cost(
     Raises:
         CrowdExitError: for an unknown model, branch kind, place or size.
     """
-    spec = _spec(model)
-    kinds = _chosen(branch, KINDS, f"no branch kind {branch!r} fits {spec.model}")
-    places = _chosen(layer, tuple(PLACES), f"no place {layer!r} in {spec.model}")
-    exits = tuple(zoo.ExitSpec(f"{place}-{kind}", place, kind) for place in places for kind in kinds)
-    if size is not None:
-        # The grid of patches has to fit; with the paper's 8×8 patches that is a multiple of 64.
-        spec = replace(spec, changes={**spec.changes, "size": parse_size(size, STRIDE * _patch(spec))})
+    spec = replace(_spec(model), exits=())
     with torch.device("meta"):
-        network = zoo.build(replace(spec, exits=exits)).eval()
+        if size is not None:
+            step = zoo.build(spec).config.step
+            spec = replace(spec, changes={**spec.changes, "size": parse_size(size, step)})
+        network = zoo.build(spec).eval()
+        exits = []
+        for place in _chosen(layer, tuple(network.places), f"no place {layer!r} in {spec.model}"):
+            there = network.branch_kinds(place)
+            for kind in _chosen(branch, there, f"no branch kind {branch!r} fits {spec.model}"):
+                exits.append(zoo.ExitSpec(f"{place}-{kind}", place, kind))
+        network = zoo.build(replace(spec, exits=tuple(exits))).eval().requires_grad_(False)
         width, height = network.config.size
         stages, at_exit = measure(network, inputs(torch.empty(1, 3, height, width), torch.empty(1, 1, 96, 64)))
     backbone = sum(stages) + at_exit[FINAL]
@@ -157,13 +158,6 @@ def _spec(model: str | Path) -> zoo.Spec:
     if name in zoo.names() and name not in zoo.shipped():
         return zoo.Spec(name)
     return zoo.read_spec(zoo.checkpoint_path(model))
-
-
-def _patch(spec: zoo.Spec) -> int:
-    """The side of the SL-ViT branches' patches, in cells of the map."""
-    if spec.model not in zoo.AUDIOCSRNETS:
-        raise CostError(f"{spec.model}: its pictures have one size")
-    return int(spec.changes.get("patch", zoo.AUDIOCSRNETS[spec.model].patch))
 
 
 def _chosen(asked: str | None, there: tuple[str, ...], otherwise: str) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from crowdexit.stages import Answer, Exit, Features, Stage
 STRIDE = 8
 FUSION_CHANNELS = (512, 512, 512, 256, 128, 64)
 PLACES = {"V1": 0, "AV1": 1, "AV2": 2}
+KINDS = ("cnn", "slvit")
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,21 @@ class AudioCSRNetConfig:
     def grid(self) -> tuple[int, int]:
         """(height, width) of the feature map."""
         return self.size[1] // STRIDE, self.size[0] // STRIDE
+
+    @property
+    def step(self) -> int:
+        """Sides are multiples of this where SL-ViT branches are to fit: a patch in pixels."""
+        return STRIDE * self.patch
+
+    @property
+    def scene(self) -> tuple[int, int]:
+        """The whole picture is seen at once."""
+        return self.size
+
+    @property
+    def view(self) -> Literal["fit"]:
+        """A picture of another shape is fitted into ``size``."""
+        return "fit"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for a checkpoint's header."""
@@ -153,49 +169,38 @@ class DensityExit(Exit):
 
 
 class AudioCSRNet(MultiExitNetwork):
-    """AudioCSRNet with its three places V1, AV1 and AV2."""
+    """AudioCSRNet with its three places V1, AV1 and AV2.
+
+    At AV1 a branch takes the sound itself; at AV2 the map has it already.
+    """
+
+    config: AudioCSRNetConfig
+    hears = True
 
     def __init__(self, config: AudioCSRNetConfig | None = None) -> None:
-        self.config = config or AudioCSRNetConfig()
-        c = self.config
+        c = config or AudioCSRNetConfig()
         vgg = VGGFront(c.width, c.front_norm)
         vggish = VGGish(c.audio_width, c.front_norm)
         outs = [round(n * c.width) for n in FUSION_CHANNELS]
         first = FusionStage(vgg.channels, outs[:1], vggish.channels)
         rest = FusionStage(outs[0], outs[1:], vggish.channels)
-        super().__init__([vgg, vggish, first, rest], DensityExit(outs[-1], c), PLACES)
+        super().__init__([vgg, vggish, first, rest], DensityExit(outs[-1], c), PLACES, c)
         self._audio = vggish.channels
         self._channels = {"V1": vgg.channels, "AV1": vgg.channels, "AV2": outs[0]}
 
-    def add_branch(self, name: str, place: str, kind: Literal["cnn", "slvit"]) -> None:
-        """Add a branch of the SL-ViT paper; at AV1 it takes the sound itself, at AV2 the map has it already.
+    def branch_kinds(self, place: str) -> tuple[str, ...]:
+        return KINDS
 
-        Raises:
-            ValueError: for a place or a kind that this network does not have.
-        """
+    def make_branch(self, place: str, kind: str) -> Exit:
         c = self.config
-        if place not in self.places:
-            raise ValueError(f"no place {place!r} in AudioCSRNet (it has {', '.join(self.places)})")
-        audio = self._audio if place == "AV1" else 0
         shared: dict[str, Any] = {
-            "audio": audio,
+            "audio": self._audio if place == "AV1" else 0,
             "hidden": c.hidden,
             "dropout": c.dropout,
             "scale": c.count_scale,
         }
-        branch: Exit
+        channels = self._channels[place]
         if kind == "cnn":
-            branch = CNNExit(self._channels[place], c.grid, filters=c.filters, pool=c.pool, **shared)
-        elif kind == "slvit":
-            branch = SLViTExit(
-                self._channels[place],
-                c.grid,
-                patch=c.patch,
-                dim=c.dim,
-                heads=c.heads,
-                second_residual=c.second_residual,
-                **shared,
-            )
-        else:
-            raise ValueError(f"no branch kind {kind!r} fits AudioCSRNet (it takes cnn and slvit)")
-        self.add_exit(name, place, branch)
+            return CNNExit(channels, c.grid, filters=c.filters, pool=c.pool, **shared)
+        wide: dict[str, Any] = {"patch": c.patch, "dim": c.dim, "heads": c.heads}
+        return SLViTExit(channels, c.grid, second_residual=c.second_residual, **wide, **shared)

@@ -1,4 +1,4 @@
-"""Published weights into an AudioCSRNet, each file by the names that its own project gave its tensors.
+"""Published weights into AudioCSRNet and vision transformers, by the names that their own projects gave them.
 
 Nothing is unpickled: ``.pth`` files are read as tensors only.
 """
@@ -9,15 +9,19 @@ import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from crowdexit.backbones.audiocsrnet import STRIDE, AudioCSRNet, FusionBlock
 from crowdexit.backbones.vgg import VGGFront, VGGish
+from crowdexit.backbones.vit import Embedding, Encoder, ViT
 from crowdexit.data.picture import MEAN, STD
 from crowdexit.errors import CrowdExitError
+from crowdexit.network import MultiExitNetwork
 
 TORCHVISION = "torchvision"
 # Of the published AudioCSRNet (Hu et al.): how it normalises pictures, and its output for one head.
@@ -51,7 +55,7 @@ class Filled:
         return f"{self.kind} from {self.source}: {len(self.filled)} tensors filled, {len(self.unused)} have no place"
 
 
-def apply_weights(network: AudioCSRNet, mapping: Mapping[str, str | Path]) -> list[Filled]:
+def apply_weights(network: MultiExitNetwork, mapping: Mapping[str, str | Path]) -> list[Filled]:
     """Fill a network from several published files: kind → path, in the order given (later ones win).
 
     Raises:
@@ -60,7 +64,7 @@ def apply_weights(network: AudioCSRNet, mapping: Mapping[str, str | Path]) -> li
     return [load_published(network, kind, path) for kind, path in mapping.items()]
 
 
-def load_published(network: AudioCSRNet, kind: str, path: str | Path) -> Filled:
+def load_published(network: MultiExitNetwork, kind: str, path: str | Path) -> Filled:
     """Fill what a published file has of a network; on an error nothing is changed.
 
     Kinds:
@@ -73,17 +77,26 @@ def load_published(network: AudioCSRNet, kind: str, path: str | Path) -> Filled:
     - ``audiocsrnet``: a checkpoint of Hu et al.'s code → all but the vector that stands in for absent sound. Its
       picture normalisation moves into the first convolution (exact but for the outermost pixel, where its padding
       was its own mean colour), its output of 100 a head into the last.
+    - ``vit``: timm's or DeiT's vision transformer → patch embedding and encoders; a classifier's last layer too,
+      where it has as many classes. Positions of another picture size are resampled.
+    - ``transcrowd``: a checkpoint of the official TransCrowd, of the same variant → all.
 
     Raises:
-        WeightsError: an unknown kind, an unreadable file, or a tensor that is missing, not finite or of another shape.
+        WeightsError: an unknown kind or one of another network, an unreadable file, or a tensor that is missing,
+            not finite or of another shape.
     """
     if kind not in _KINDS:
         raise WeightsError(f"no published weights of kind {kind!r} (there are {', '.join(_KINDS)})")
-    if network.config.front_norm:
+    fill, of = _KINDS[kind]
+    if not isinstance(network, of):
+        raise WeightsError(f"{kind}: weights for {of.__name__}, not for {type(network).__name__}")
+    if isinstance(network, AudioCSRNet) and network.config.front_norm:
         raise WeightsError(f"{kind}: published weights fit no network with batch normalisation in its fronts")
+    if isinstance(network, ViT) and network.config.stem != "patch":
+        raise WeightsError(f"{kind}: published weights fit no network with a stem of convolutions")
     tensors = _torchvision() if kind == "vgg16" and str(path) == TORCHVISION else read_published(path)
     reader = _Reader(tensors, f"{kind}: {path}")
-    new = _KINDS[kind](network, reader)
+    new = fill(network, reader)
     own = network.state_dict()
     with torch.no_grad():
         for key, tensor in new.items():
@@ -94,7 +107,7 @@ def load_published(network: AudioCSRNet, kind: str, path: str | Path) -> Filled:
 def read_published(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a ``.pth``/``.pth.tar`` or ``.safetensors`` file, by name.
 
-    A training checkpoint's ``state_dict`` or ``net`` is taken out, and the prefixes of wrapping modules
+    A training checkpoint's ``state_dict``, ``net`` or ``model`` is taken out, and the prefixes of wrapping modules
     (``module.``, and ``CCN.`` of Hu et al.'s code) are dropped.
 
     Raises:
@@ -111,7 +124,7 @@ def read_published(path: str | Path) -> dict[str, Tensor]:
         raise WeightsError(f"{path}: not a file of weights, or a damaged one") from None
     except Exception:  # a damaged pickle fails in every way there is
         raise WeightsError(f"{path}: not a file of weights, or a damaged one") from None
-    for wrapper in ("state_dict", "net"):
+    for wrapper in ("state_dict", "net", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
     tensors = {}
@@ -228,9 +241,69 @@ def _renormalise(new: dict[str, Tensor], layer: str) -> None:
     new[layer + "weight"] = weight * (std / _HU_STD)[:, None, None]
 
 
-_KINDS: dict[str, Callable[[AudioCSRNet, _Reader], dict[str, Tensor]]] = {
-    "vgg16": _vgg16,
-    "vggish": _vggish,
-    "csrnet": _csrnet,
-    "audiocsrnet": _audiocsrnet,
+def _encoders(network: ViT, reader: _Reader) -> dict[str, Tensor]:
+    """Patch embedding and encoders by timm's names."""
+    new: dict[str, Tensor] = {}
+    layer = 0
+    for index, stage in enumerate(network.stages):
+        if not isinstance(stage, Encoder):
+            continue
+        if isinstance(stage.embedding, Embedding):
+            own = f"stages.{index}.embedding."
+            for key in ("patch_embed.proj.weight", "patch_embed.proj.bias", "cls_token"):
+                new[own + key] = reader.take(key, stage.embedding.get_parameter(key).shape)
+            published = reader.tensors.get("pos_embed")
+            shape = stage.embedding.pos_embed.shape if published is None else published.shape
+            if len(shape) != 3 or shape[2] != network.config.dim or not _is_square(shape[1] - 1):
+                raise WeightsError(f"{reader.source}: 'pos_embed' is {_by(shape)}, no square of positions")
+            positions = reader.take("pos_embed", shape)
+            new[own + "pos_embed"] = resample_abs_pos_embed(positions, list(network.config.grid))
+        for key, tensor in stage.block.state_dict().items():
+            new[f"stages.{index}.block.{key}"] = reader.take(f"blocks.{layer}.{key}", tensor.shape)
+        layer += 1
+    for part in ("weight", "bias"):
+        new[f"final.norm.{part}"] = reader.take(f"norm.{part}", getattr(network.final.norm, part).shape)
+    return new
+
+
+def _is_square(number: int) -> bool:
+    return number > 0 and round(number**0.5) ** 2 == number
+
+
+def _vit(network: ViT, reader: _Reader) -> dict[str, Tensor]:
+    new = _encoders(network, reader)
+    head = reader.tensors.get("head.weight")
+    if network.config.task == "class" and head is not None and len(head) == network.config.outputs:
+        for part in ("weight", "bias"):
+            new[f"final.head.{part}"] = reader.take(f"head.{part}", getattr(network.final.head, part).shape)
+    return new
+
+
+def _transcrowd(network: ViT, reader: _Reader) -> dict[str, Tensor]:
+    # Theirs → ours; the GAP variant keeps a ``head`` that it does not use.
+    names = {
+        "token": {"head": "layers.0", "output1.2": "layers.3"},
+        "gap": {"output1.1": "layers.1", "output1.4": "layers.4"},
+        "class": {},
+    }[network.config.task]
+    if not names:
+        raise WeightsError(f"{reader.source}: TransCrowd counts, this network tells classes apart")
+    new = _encoders(network, reader)
+    for theirs, ours in names.items():
+        for part in ("weight", "bias"):
+            shape = network.final.get_parameter(f"{ours}.{part}").shape
+            new[f"final.{ours}.{part}"] = reader.take(f"{theirs}.{part}", shape)
+    last = list(names.values())[-1]
+    for part in ("weight", "bias"):  # their output is the count itself
+        new[f"final.{last}.{part}"] = new[f"final.{last}.{part}"] / network.config.count_scale
+    return new
+
+
+_KINDS: dict[str, tuple[Callable[[Any, _Reader], dict[str, Tensor]], type[MultiExitNetwork]]] = {
+    "vgg16": (_vgg16, AudioCSRNet),
+    "vggish": (_vggish, AudioCSRNet),
+    "csrnet": (_csrnet, AudioCSRNet),
+    "audiocsrnet": (_audiocsrnet, AudioCSRNet),
+    "vit": (_vit, ViT),
+    "transcrowd": (_transcrowd, ViT),
 }

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, Sampler
 
 from crowdexit.data.augment import ConditionRange, Conditions, View, keep_inside, random_view
 from crowdexit.data.density import density_map
-from crowdexit.data.picture import Placement, fit, normalise
+from crowdexit.data.picture import Placement, fit, normalise, tiles
 from crowdexit.data.store import Store, StoredSample, StoreError
 
 STRIDE = 8
@@ -36,6 +36,7 @@ class Setting:
     Attributes:
         view: random crop and scale for training; None lays the whole picture on ``canvas``.
         canvas: (width, height), for ``view`` None.
+        tiles: with ``view`` None, the picture as tiles of the canvas' size, T×3×H×W (no density map then).
         flip: with ``view`` None, whether half of the pictures are mirrored.
         takes: whether a sample's further simulated seconds are drawn as well as its own (training).
         conditions: drawn anew for each picture in training, fixed in evaluation.
@@ -45,6 +46,7 @@ class Setting:
 
     canvas: tuple[int, int]
     view: View | None = None
+    tiles: bool = False
     flip: bool = False
     takes: bool = False
     conditions: ConditionRange | Conditions = field(default_factory=Conditions)
@@ -88,8 +90,9 @@ class CrowdDataset(Dataset[dict[str, Any]]):
 
     A sample with a published density map in place of heads can only be shown whole.
 
-    Items: ``image`` 3×H×W normalised, ``density`` 1×H/s×W/s, ``inside`` 1×H/8×W/8, ``count`` (heads on the
-    canvas), ``total`` (of the whole picture), ``log_mel`` 1×96×64, ``heard`` bool, ``id``.
+    Items: ``image`` 3×H×W normalised (or tiles T×3×H×W), ``density`` 1×H/s×W/s (not of tiles), ``inside``
+    1×H/8×W/8, ``count`` (heads on the canvas), ``total`` (of the whole picture), ``log_mel`` 1×96×64, ``heard``
+    bool, ``id``.
     """
 
     def __init__(self, store: Store, split: str, ids: Sequence[str], setting: Setting, seed: int = 0) -> None:
@@ -107,6 +110,17 @@ class CrowdDataset(Dataset[dict[str, Any]]):
         conditions = wanted.draw(rng) if isinstance(wanted, ConditionRange) else wanted
         # Before any scaling: the camera is in the dark, and its grain grows with the picture.
         picture = conditions.apply(_decode(sample), rng)
+        log_mel, heard = self._sound(sample, np.random.default_rng((self.seed, index, draw, 1)))
+        common = {
+            "total": torch.tensor(sample.count, dtype=torch.float32),
+            "log_mel": torch.from_numpy(log_mel)[None],
+            "heard": torch.tensor(heard),
+            "id": sample.id,
+        }
+        if s.tiles:
+            seen = [torch.from_numpy(normalise(tile)) for tile in tiles(picture, s.canvas)]
+            inside = torch.ones(len(seen), 1, s.canvas[1] // STRIDE, s.canvas[0] // STRIDE)
+            return {"image": torch.stack(seen), "inside": inside, "count": common["total"], **common}
         laid = sample.density if only_density(sample) else None
         placement: Placement
         if s.view is not None:
@@ -124,16 +138,12 @@ class CrowdDataset(Dataset[dict[str, Any]]):
             picture, placement = fit(picture, s.canvas)
             points, count, canvas = keep_inside(placement.points(points), placement), sample.count, s.canvas
         density = self._density(points, canvas) if laid is None else lay_density(laid, placement, canvas, s.stride)
-        log_mel, heard = self._sound(sample, rng)
         return {
             "image": torch.from_numpy(normalise(np.ascontiguousarray(picture))),
             "density": torch.from_numpy(density)[None],
             "inside": torch.from_numpy(placement.inside(canvas))[None],
             "count": torch.tensor(count, dtype=torch.float32),
-            "total": torch.tensor(sample.count, dtype=torch.float32),
-            "log_mel": torch.from_numpy(log_mel)[None],
-            "heard": torch.tensor(heard),
-            "id": sample.id,
+            **common,
         }
 
     def _density(self, points: np.ndarray, canvas: tuple[int, int]) -> np.ndarray:

@@ -6,6 +6,7 @@ import io
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from crowdexit.errors import CrowdExitError
 
 MIN_SIDE = 32
+TILES = 3  # along the longer side
 MAX_PIXELS = 150_000_000
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 # Of all that Pillow reads; some of the rest it hands to other programs (PostScript).
@@ -115,6 +117,33 @@ def fit(picture: NDArray[np.uint8], canvas: tuple[int, int]) -> tuple[NDArray[np
         picture = np.asarray(cv2.resize(picture, size, interpolation=interpolation), np.uint8)
     placement = Placement(scale, offset, size)
     return place(picture, canvas, offset), placement
+
+
+def tiles(picture: NDArray[np.uint8], side: tuple[int, int]) -> list[NDArray[np.uint8]]:
+    """TransCrowd's protocol: resize a picture to three views (width, height) along its longer side, and cut it.
+
+    Along the shorter side there are as many views, one to three, as come nearest to the picture's shape, which is
+    bent a little to fit them: 1024×768 becomes 1152×768 and six tiles of 384×384, as in the official code.
+    """
+    height, width = picture.shape[:2]
+    longer = max(width, height)
+    columns, rows = (max(1, round(TILES * edge / longer)) for edge in (width, height))
+    size = (columns * side[0], rows * side[1])
+    shrinks = size[0] * size[1] < width * height
+    interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    resized = np.asarray(cv2.resize(picture, size, interpolation=interpolation), np.uint8)
+    bands = [resized[r * side[1] : (r + 1) * side[1]] for r in range(rows)]
+    return [band[:, c * side[0] : (c + 1) * side[0]] for band in bands for c in range(columns)]
+
+
+def views(
+    picture: NDArray[np.uint8], canvas: tuple[int, int], view: Literal["fit", "tiles"]
+) -> list[tuple[NDArray[np.uint8], Placement]]:
+    """All that a network with this canvas sees of a picture: one view with everything in it, or tiles to be added."""
+    if view == "fit":
+        return [fit(picture, canvas)]
+    everywhere = Placement(1.0, (0, 0), canvas)
+    return [(tile, everywhere) for tile in tiles(picture, canvas)]
 
 
 def place(picture: NDArray[np.uint8], canvas: tuple[int, int], offset: tuple[int, int]) -> NDArray[np.uint8]:

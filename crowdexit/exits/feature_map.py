@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crowdexit.exits.head import MLPHead, as_answer, ask
-from crowdexit.stages import Answer, Exit, Features
+from crowdexit.exits.head import Branch, MLPHead
+from crowdexit.stages import Features
 
 
 class GammaBeta(nn.Module):
@@ -31,7 +31,7 @@ class GammaBeta(nn.Module):
         return torch.addcmul(beta, gamma, visual)
 
 
-class CNNExit(Exit):
+class CNNExit(Branch):
     """The baseline branch: 3×3 convolution of 16 filters, ReLU, max pooling, flatten, MLP head.
 
     Args:
@@ -80,13 +80,6 @@ class CNNExit(Exit):
             y = self.fuse(y, features.audio)
         return self.pool(F.relu(y)).flatten(2).transpose(1, 2)
 
-    def answer(self, tokens: Tensor) -> Answer:
-        """The head's answer to B×N×filters."""
-        return Answer(as_answer(ask(self.head, tokens)) * self.scale)
-
-    def forward(self, features: Features) -> Answer:
-        return self.answer(self.tokens(features))
-
 
 class WideAttention(nn.Module):
     """Multi-head self-attention whose heads are each as wide as the token.
@@ -127,7 +120,7 @@ class EncoderLayer(nn.Module):
         return x + y if self.second_residual else y
 
 
-class SLViTExit(Exit):
+class SLViTExit(Branch):
     """Single-layer vision transformer: patches p×p of the map, one encoder, all tokens flattened into the head.
 
     With sound (AV1), the audio vector is one more patch: tiled over p×p so that the *same* projection takes
@@ -193,13 +186,6 @@ class SLViTExit(Exit):
         """What the head sees, B×N×d: the encoded patches in reading order, the audio patch last."""
         encoded: Tensor = self.encoder(self.embed(features))
         return encoded
-
-    def answer(self, tokens: Tensor) -> Answer:
-        """The head's answer to B×N×d."""
-        return Answer(as_answer(ask(self.head, tokens)) * self.scale)
-
-    def forward(self, features: Features) -> Answer:
-        return self.answer(self.tokens(features))
 
 
 def patch_size(height: int, width: int) -> int:

@@ -1,4 +1,4 @@
-"""The MLP head in which every early exit ends, and what it answers."""
+"""What every early exit has in common: it reads tokens off the features and ends in the same MLP head."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
+
+from crowdexit.stages import Answer, Exit, Features
 
 
 class MLPHead(nn.Sequential):
@@ -44,6 +46,34 @@ class MLPHead(nn.Sequential):
         shared = nn.Linear(first.in_features // positions, first.out_features)
         first.weight.copy_((shared.weight / positions).repeat(1, positions))
         first.bias.copy_(shared.bias)
+
+
+class Branch(Exit):
+    """An early exit: tokens of the features, flattened into the MLP head.
+
+    Attributes:
+        head: ends the branch; its input is position-major.
+        cells: N, the positions that the head sees. dim: d, the length of each.
+        token_grid: (rows, columns) of the first of them over the picture, or None where they stand for all of it.
+        scale: the answer is the head's output times this; 100 keeps a count's weights near one.
+    """
+
+    head: MLPHead
+    cells: int
+    dim: int
+    token_grid: tuple[int, int] | None = None
+    scale: float = 1.0
+
+    def tokens(self, features: Features) -> Tensor:
+        """What the head sees, B×N×d, in reading order."""
+        raise NotImplementedError  # abstract
+
+    def answer(self, tokens: Tensor) -> Answer:
+        """The head's answer to B×N×d."""
+        return Answer(as_answer(ask(self.head, tokens)) * self.scale)
+
+    def forward(self, features: Features) -> Answer:
+        return self.answer(self.tokens(features))
 
 
 def ask(head: MLPHead, tokens: Tensor) -> Tensor:

@@ -15,13 +15,13 @@ import torch
 from numpy.typing import NDArray
 
 from crowdexit import zoo
-from crowdexit.backbones.audiocsrnet import STRIDE, AudioCSRNet
+from crowdexit.backbones.audiocsrnet import STRIDE
 from crowdexit.data.log_mel import log_mel, read_audio
-from crowdexit.data.picture import MIN_SIDE, PictureError, Placement, fit, normalise, read_picture
+from crowdexit.data.picture import MIN_SIDE, PictureError, Placement, normalise, read_picture, views
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.runtime import Runtime
 from crowdexit.memory import keep_freed_memory
-from crowdexit.network import FINAL
+from crowdexit.network import FINAL, MultiExitNetwork
 from crowdexit.stages import Features, inputs
 
 Picture = NDArray[np.uint8] | str | Path
@@ -139,7 +139,7 @@ class CrowdCounter:
 
     def __init__(
         self,
-        network: AudioCSRNet,
+        network: MultiExitNetwork,
         model: str,
         *,
         runtime: Runtime | None = None,
@@ -161,8 +161,8 @@ class CrowdCounter:
 
     @property
     def size(self) -> tuple[int, int]:
-        """The native (width, height)."""
-        return self.network.config.size
+        """The (width, height) at which a picture is looked at."""
+        return self.network.config.scene
 
     def stream(
         self, image: Picture, audio: Sound | None = None, *, exits: Sequence[str] | None = None
@@ -212,11 +212,16 @@ class CrowdCounter:
         exits: Sequence[str],
     ) -> Iterator[tuple[str, NDArray[np.float32], NDArray[np.float32] | None, list[Placement]]]:
         """Run a batch of pictures: (exit, counts (B,), density (B, h, w) or None, placements)."""
-        laid = [fit(picture, self.size) for picture in pictures]
+        config = self.network.config
+        seen = [views(picture, config.size, config.view) for picture in pictures]
+        laid = [view for of_one in seen for view in of_one]
+        heard = [sound for sound, of_one in zip(sounds, seen, strict=True) for _ in of_one]
+        starts = np.cumsum([0, *(len(of_one) for of_one in seen[:-1])])
         placements = [placement for _, placement in laid]
-        for name, answer in self.runtime.stream(self.network, batch_of(laid, sounds, self.size), exits):
+        for name, answer in self.runtime.stream(self.network, batch_of(laid, heard, config.size), exits):
             density = None if answer.density is None else answer.density[:, 0].float().cpu().numpy()
-            yield name, answer.value.float().cpu().numpy(), density, placements
+            counts = np.add.reduceat(answer.value.float().cpu().numpy(), starts)
+            yield name, counts, density, placements
 
     def _result(self, name: str, count: float, density: NDArray[np.float32] | None, begun: float) -> ExitResult:
         if not math.isfinite(count):
@@ -273,7 +278,7 @@ class CrowdCounter:
         return {name: np.maximum(values, 0) for name, values, _, _ in self._pass(pictures, sounds, wanted)}
 
 
-def served_exits(network: AudioCSRNet) -> list[str]:
+def served_exits(network: MultiExitNetwork) -> list[str]:
     """The exits to run unless told otherwise: one a place, the one named like the place, and the final."""
     plain = [name for name in network.exit_names if name in network.places or name == FINAL]
     return plain if len(plain) > 1 else network.exit_names

@@ -20,11 +20,11 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from crowdexit import zoo
-from crowdexit.backbones.audiocsrnet import STRIDE, AudioCSRNet, upsample_sum
+from crowdexit.backbones.audiocsrnet import STRIDE, upsample_sum
 from crowdexit.backbones.vgg import VGGish
 from crowdexit.errors import CrowdExitError
-from crowdexit.exits import CNNExit, MLPHead, SLViTExit
-from crowdexit.network import FINAL
+from crowdexit.exits import Branch
+from crowdexit.network import FINAL, MultiExitNetwork
 from crowdexit.stages import Features, inputs
 from crowdexit.training.recipe import OptimiserPart, Recipe
 
@@ -36,31 +36,63 @@ class TrainingError(CrowdExitError):
 
 
 def record(batch: Batch) -> Features:
-    """The network's input of a collated batch, channels last."""
-    image = batch["image"].contiguous(memory_format=torch.channels_last)
-    return inputs(image, batch["log_mel"], batch["heard"], batch["inside"])
+    """The network's input of a collated batch, channels last; of tiles, one picture's as a batch of their own."""
+    image, log_mel, heard, inside = (batch[key] for key in ("image", "log_mel", "heard", "inside"))
+    if image.dim() == 5:  # B×T×3×H×W
+        tiles = image.shape[1]
+        image, inside = image.flatten(0, 1), inside.flatten(0, 1)
+        log_mel, heard = log_mel.repeat_interleave(tiles, 0), heard.repeat_interleave(tiles, 0)
+    return inputs(image.contiguous(memory_format=torch.channels_last), log_mel, heard, inside)
 
 
-def relative_error(count: Tensor, heads: Tensor) -> Tensor:
-    """|Σ − n| / (n + 10), meaned: an error of ten in fifty weighs like one of a hundred in six hundred."""
-    return ((count - heads).abs() / (heads + 10)).mean()
+def of_pictures(counts: Tensor, batch: Batch) -> Tensor:
+    """Counts B of the batch's pictures, from those of all their tiles."""
+    return counts.view(len(batch["id"]), -1).sum(1)
 
 
-def density_loss(density: Tensor, count: Tensor, batch: Batch, kind: str, stride: int) -> Tensor:
+def heard_and_silent(network: MultiExitNetwork, features: Features) -> dict[str, Features]:
+    """The record after the first stage, as it is heard and as if it were not.
+
+    A first stage that only looks is run once for both.
+    """
+    seen = network.stages[0](features)
+    silence = torch.zeros_like(features.heard)
+    if isinstance(network.stages[0], VGGish):
+        return {"sound": seen, "silent": network.stages[0](replace(features, heard=silence))}
+    return {"sound": seen, "silent": replace(seen, heard=silence)}
+
+
+def evened(crowding: Tensor, usual: float, even: float) -> Tensor:
+    """What a balanced loss divides a picture's error by: ``crowding`` at ``even`` 1, the same for all at 0.
+
+    Between the two a power of it, scaled so that a picture of ``usual`` crowding weighs the same throughout.
+    """
+    return crowding**even * usual ** (1 - even)
+
+
+def relative_error(count: Tensor, heads: Tensor, even: float = 1.0) -> Tensor:
+    """|Σ − n| / (n + 10), meaned: an error of ten in fifty weighs like one of a hundred in six hundred.
+
+    With ``even`` below 1 dense pictures weigh more, see :func:`evened`.
+    """
+    return ((count - heads).abs() / evened(heads + 10, 110, even)).mean()
+
+
+def density_loss(density: Tensor, count: Tensor, batch: Batch, recipe: Recipe) -> Tensor:
     """Stage one's loss.
 
     ``l2``: the squared error summed over the map, meaned over the batch (SL-ViT paper, IV).
-    ``balanced``: the mean squared error of density × 100, each picture's divided by (1 + n/20), plus
-    :func:`relative_error`; dense pictures do not own it. Measured from scratch on ShanghaiTech.
+    ``balanced``: the mean squared error of density × 100, each picture's divided by (1 + n/20), times the
+    recipe's ``map``, plus :func:`relative_error`; dense pictures do not own it. Measured from scratch on ShanghaiTech.
     """
     heads = batch["count"]
-    if stride == 1:
+    if recipe.data.stride == 1:
         density = upsample_sum(density, STRIDE)
     squared = (density - batch["density"]).square()
-    if kind == "l2":
+    if recipe.loss == "l2":
         return squared.sum((1, 2, 3)).mean()
-    weighted = 1e4 * squared.mean((1, 2, 3)) / (1 + heads / 20)
-    return weighted.mean() + relative_error(count, heads)
+    weighted = 1e4 * squared.mean((1, 2, 3)) / evened(1 + heads / 20, 6, recipe.even)
+    return recipe.map * weighted.mean() + relative_error(count, heads, recipe.even)
 
 
 def make_optimiser(parameters: Iterable[nn.Parameter], part: OptimiserPart) -> torch.optim.Optimizer:
@@ -95,6 +127,18 @@ def local_error(counts: Tensor, density: Tensor, heads: Tensor, grid: tuple[int,
     kernel = (density.shape[2] // grid[0], density.shape[3] // grid[1])
     local = F.avg_pool2d(density, kernel).flatten(1) * (kernel[0] * kernel[1])
     return ((counts - local).abs().sum(1) / (heads + 10)).mean()
+
+
+def ears(network: MultiExitNetwork) -> VGGish:
+    """The network's VGGish.
+
+    Raises:
+        TrainingError: if it has none.
+    """
+    for stage in network.stages:
+        if isinstance(stage, VGGish):
+            return stage
+    raise TrainingError("this network does not hear: there is no VGGish to train")
 
 
 class Validation:
@@ -141,7 +185,7 @@ class Experiment(L.LightningModule):
     ``OUT/model.safetensors`` always holds the best network by validation.
     """
 
-    def __init__(self, network: AudioCSRNet, spec: zoo.Spec, recipe: Recipe, out: Path) -> None:
+    def __init__(self, network: MultiExitNetwork, spec: zoo.Spec, recipe: Recipe, out: Path) -> None:
         super().__init__()
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.spec, self.recipe, self.out = spec, recipe, out
@@ -165,7 +209,7 @@ class Experiment(L.LightningModule):
             for name, table in tables.items()
         )
 
-    def write(self, network: AudioCSRNet, **figures: Any) -> None:
+    def write(self, network: MultiExitNetwork, **figures: Any) -> None:
         """Write the checkpoint, from the first process; it tells of this run and of those before it."""
         if not self.trainer.is_global_zero:
             return
@@ -179,19 +223,19 @@ class Experiment(L.LightningModule):
 
 
 class BackboneTraining(Experiment):
-    """Stage zero (``hearing``), one (``density``) and two (``count``) of a backbone."""
+    """Stage zero (``hearing``), one (``density``) and two (``count``) of a backbone; TransCrowd has ``count`` alone."""
 
-    def __init__(self, network: AudioCSRNet, spec: zoo.Spec, recipe: Recipe, out: Path) -> None:
+    def __init__(self, network: MultiExitNetwork, spec: zoo.Spec, recipe: Recipe, out: Path) -> None:
         super().__init__(network, spec, recipe, out)
         self.best, self.best_epoch, self.stale = math.inf, -1, 0
-        self.vggish = next(stage for stage in network.stages if isinstance(stage, VGGish))
         self.listener: nn.Module | None = None
         if recipe.stage == "hearing":
             # Thrown away afterwards: VGGish has to find what the sound says, not how it is said.
-            self.listener = nn.Linear(self.vggish.channels, 1)
+            vggish = ears(network)
+            self.listener = nn.Linear(vggish.channels, 1)
             nn.init.constant_(self.listener.bias, 5.0)  # about the logarithm of 150
             self.network.requires_grad_(False)
-            self.vggish.layers.requires_grad_(True)
+            vggish.layers.requires_grad_(True)
         self.average: AveragedModel | None = None
         if recipe.ema:
             self.average = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
@@ -200,15 +244,15 @@ class BackboneTraining(Experiment):
 
     def trained(self) -> Iterable[nn.Parameter]:
         if self.listener is not None:
-            return [*self.vggish.layers.parameters(), *self.listener.parameters()]
+            return [*ears(self.network).layers.parameters(), *self.listener.parameters()]
         return self.network.parameters()
 
     def finished(self) -> bool:
         return self.recipe.stop is not None and self.stale >= self.recipe.stop
 
-    def evaluated(self) -> AudioCSRNet:
+    def evaluated(self) -> MultiExitNetwork:
         """The averaged network where there is one."""
-        return cast(AudioCSRNet, self.average.module) if self.average is not None else self.network
+        return cast(MultiExitNetwork, self.average.module) if self.average is not None else self.network
 
     def configure_optimizers(self) -> Any:
         part = self.recipe.optimiser
@@ -228,17 +272,18 @@ class BackboneTraining(Experiment):
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         if self.listener is not None:
-            log_count = self.listener(self.vggish.embed(batch["log_mel"])).squeeze(1)
+            log_count = self.listener(ears(self.network).embed(batch["log_mel"])).squeeze(1)
             loss = F.smooth_l1_loss(log_count.float(), torch.log1p(batch["total"]))
         else:
             answer = self.network(record(batch), [FINAL])[FINAL]
             if self.recipe.stage == "count":
                 error = (answer.value - batch["count"]).abs().mean()
-                loss = relative_error(answer.value, batch["count"]) if self.recipe.loss == "balanced" else error
+                balanced = relative_error(answer.value, batch["count"], self.recipe.even)
+                loss = balanced if self.recipe.loss == "balanced" else error
             else:
                 density = answer.density
                 assert density is not None
-                loss = density_loss(density, answer.value, batch, self.recipe.loss, self.recipe.data.stride)
+                loss = density_loss(density, answer.value, batch, self.recipe)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -259,22 +304,18 @@ class BackboneTraining(Experiment):
     def validation_step(self, batch: Batch, _: int) -> None:
         network = self.evaluated().eval()
         if self.listener is not None:
-            vggish = next(stage for stage in network.stages if isinstance(stage, VGGish))
-            counts = torch.expm1(self.listener(vggish.embed(batch["log_mel"])).squeeze(1).float())
+            counts = torch.expm1(self.listener(ears(network).embed(batch["log_mel"])).squeeze(1).float())
             self._note("sound", batch, counts, batch["heard"])
             return
-        features = record(batch)
-        seen = network.stages[0](features)
+        ways = heard_and_silent(network, record(batch))
         heard = batch["heard"]
-        for name, features, of in (
-            ("silent", replace(seen, heard=torch.zeros_like(heard)), torch.ones_like(heard)),
-            ("sound", seen, heard),
-        ):
+        for name, of in (("silent", torch.ones_like(heard)), ("sound", heard & network.hears)):
             if not of.any():
                 continue
+            features = ways[name]
             for stage in network.stages[1:]:
                 features = stage(features)
-            self._note(name, batch, network.final(features).value, of)
+            self._note(name, batch, of_pictures(network.final(features).value, batch), of)
 
     def _note(self, name: str, batch: Batch, counts: Tensor, of: Tensor) -> None:
         """Note the counts B of some samples of a batch (B bool)."""
@@ -305,6 +346,11 @@ class BackboneTraining(Experiment):
         self.stale = checkpoint["epoch"] - self.best_epoch
 
 
+def branch_of(network: MultiExitNetwork, name: str) -> Branch:
+    """The early exit of that name."""
+    return cast(Branch, network.branches[name])
+
+
 class BranchTraining(Experiment):
     """Classifier-wise (multi-exit ViT paper, III): the backbone frozen, all branches on one pass of it.
 
@@ -312,7 +358,7 @@ class BranchTraining(Experiment):
     the step), so that it comes out the same whichever branches are trained beside it.
     """
 
-    def __init__(self, network: AudioCSRNet, spec: zoo.Spec, recipe: Recipe, out: Path) -> None:
+    def __init__(self, network: MultiExitNetwork, spec: zoo.Spec, recipe: Recipe, out: Path) -> None:
         super().__init__(network, spec, recipe, out)
         self.automatic_optimization = False
         self.names = [e.name for e in recipe.exits]
@@ -330,8 +376,10 @@ class BranchTraining(Experiment):
         self.readouts = nn.ModuleDict()
         if recipe.local:
             for name in self.names:
+                if branch_of(network, name).token_grid is None:
+                    continue  # its one token stands for the whole picture
                 torch.manual_seed(zlib.crc32(f"{name} {recipe.seed} readout".encode()))
-                self.readouts[name] = nn.Linear(cast(int, network.branches[name].dim), 1)
+                self.readouts[name] = nn.Linear(branch_of(network, name).dim, 1)
         self.best_of = dict.fromkeys(self.names, math.inf)
         self.stale = dict.fromkeys(self.names, 0)
         self.kept: dict[str, dict[str, Tensor]] = {}
@@ -339,7 +387,7 @@ class BranchTraining(Experiment):
         self.train()  # Lightning leaves the modes as they are
 
     @staticmethod
-    def start_branches(network: AudioCSRNet, recipe: Recipe, median: float) -> None:
+    def start_branches(network: MultiExitNetwork, recipe: Recipe, median: float) -> None:
         """Add the recipe's branches, their weights fixed by name and seed.
 
         The output starts at the training pictures' median count, not at zero.
@@ -350,15 +398,14 @@ class BranchTraining(Experiment):
         for e in recipe.exits:
             torch.manual_seed(zlib.crc32(f"{e.name} {recipe.seed}".encode()))
             try:
-                network.add_branch(e.name, e.place, cast(Any, e.kind))
+                network.add_branch(e.name, e.place, e.kind)
             except ValueError as error:
                 raise TrainingError(f"exit {e.name!r}: {error}") from None
-            branch = network.branches[e.name]
-            head = cast(MLPHead, branch.head)
+            branch = branch_of(network, e.name)
             with torch.no_grad():
-                cast(nn.Linear, head[-1]).bias.fill_(median / cast(float, branch.scale))
+                cast(nn.Linear, branch.head[-1]).bias.fill_(median / branch.scale)
             if recipe.tied:
-                head.start_tied(cast(int, branch.cells))
+                branch.head.start_tied(branch.cells)
 
     def active(self) -> list[str]:
         """The branches that have not stopped."""
@@ -413,13 +460,14 @@ class BranchTraining(Experiment):
                 if network.stage_of(name) != stage:
                     continue
                 torch.manual_seed(zlib.crc32(f"{name} {self.recipe.seed} {step} {self.global_rank}".encode()))
-                branch = cast(CNNExit | SLViTExit, network.branches[name])
+                branch = branch_of(network, name)
                 tokens = branch.tokens(features)
                 count = branch.answer(tokens).value
                 error = (count - batch["count"]).abs().mean()
-                balanced = self.recipe.loss == "balanced"
-                losses.append(relative_error(count, batch["count"]) if balanced else error)
+                balanced = relative_error(count, batch["count"], self.recipe.even)
+                losses.append(balanced if self.recipe.loss == "balanced" else error)
                 if name in self.readouts:
+                    assert branch.token_grid is not None
                     rows, columns = branch.token_grid
                     local = self.readouts[name](tokens[:, : rows * columns]).squeeze(2).float()
                     losses.append(
@@ -447,14 +495,14 @@ class BranchTraining(Experiment):
         """Each branch's counts with the sound there is and, where there is some, without it too."""
         network, active, branches = self.network, self.active(), self.evaluated()
         last = max(network.stage_of(name) for name in active)
-        seen = network.stages[0](record(batch))
-        silent = replace(seen, heard=torch.zeros_like(seen.heard))
-        for features in (seen, silent) if seen.heard.any() else (seen,):
+        ways = heard_and_silent(network, record(batch))
+        for features in ways.values() if batch["heard"].any() else (ways["sound"],):
             for stage in range(last + 1):
                 features = network.stages[stage](features) if stage else features
                 for name in active:
                     if network.stage_of(name) == stage:
-                        self.validation.add(name, batch["id"], branches[name](features).value, batch["count"])
+                        counts = of_pictures(branches[name](features).value, batch)
+                        self.validation.add(name, batch["id"], counts, batch["count"])
 
     def on_validation_epoch_end(self) -> None:
         collected = self.validation.collect()

@@ -111,6 +111,9 @@ class Recipe(_Part):
             ``torchvision`` for its download.
         loss: ``l2`` (density) and ``mae`` (counts) are the papers'; ``balanced`` weighs dense and sparse
             pictures alike, both on maps and on counts.
+        even: how far ``balanced`` goes: 1 weighs errors relative to the crowd, 0 as they are.
+        map: weight of the density map's squared error in ``balanced``, beside the count's own error. Where heads
+            stand to the pixel is noise to a network that knows how many there are: less of it late in training.
         batch: of all processes together.
         ema: decay of the averaged weights that are validated and kept; 0: none.
         stop: early stopping after so many epochs without a better validation error.
@@ -127,6 +130,8 @@ class Recipe(_Part):
     data: DataPart = DataPart()
     optimiser: OptimiserPart = OptimiserPart()
     loss: Literal["l2", "mae", "balanced"] = "balanced"
+    even: float = Field(1.0, ge=0, le=1)
+    map: float = Field(1.0, ge=0)
     epochs: int = Field(100, gt=0)
     batch: int = Field(8, gt=0)
     ema: float = Field(0.0, ge=0, lt=1)

@@ -33,6 +33,7 @@ from crowdexit.data.dataset import CrowdDataset, EpochPlan, Setting
 from crowdexit.data.store import Store
 from crowdexit.errors import CrowdExitError
 from crowdexit.memory import keep_freed_memory
+from crowdexit.network import Config, MultiExitNetwork
 from crowdexit.training.modules import BackboneTraining, BranchTraining, Experiment, TrainingError
 from crowdexit.training.recipe import Recipe
 
@@ -42,16 +43,17 @@ LAST = "last.ckpt"
 class CrowdData(L.LightningDataModule):
     """The recipe's samples, dealt out to the processes so that each is seen as the plan says."""
 
-    def __init__(self, recipe: Recipe, native: tuple[int, int]) -> None:
+    def __init__(self, recipe: Recipe, config: Config) -> None:
         super().__init__()
         data = recipe.data
         if data.store is None:
             raise TrainingError("no data: give a prepared file with --data")
         self.recipe = recipe
+        native = config.size
         canvas = data.canvas or native
         if recipe.stage in ("branches", "count") and canvas != native:
             raise TrainingError(f"the stage {recipe.stage!r} needs the model's native size as canvas")
-        view = None if data.whole else View(canvas, native, data.scale, data.flip, data.jitter)
+        view = None if data.whole else View(canvas, config.scene, data.scale, data.flip, data.jitter)
         setting = Setting(
             canvas,
             view,
@@ -78,7 +80,7 @@ class CrowdData(L.LightningDataModule):
                     )
         self.median = float(np.median([counts[id] for id in ids]))
         self.train_set = CrowdDataset(store, data.train, ids, setting, recipe.seed)
-        self.val_set = CrowdDataset(store, data.val, val_ids, Setting(native))
+        self.val_set = CrowdDataset(store, data.val, val_ids, Setting(native, tiles=config.view == "tiles"))
 
     def _processes(self) -> tuple[int, int]:
         trainer = self.trainer
@@ -104,7 +106,8 @@ class CrowdData(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Any]:
         rank, world = self._processes()
         mine = Subset(self.val_set, range(rank, len(self.val_set), world))
-        return DataLoader(mine, batch_size=4, num_workers=0)
+        # Pictures differ in their number of tiles.
+        return DataLoader(mine, batch_size=1 if self.val_set.setting.tiles else 4, num_workers=0)
 
 
 class _WholeFiles(TorchCheckpointIO):
@@ -153,7 +156,7 @@ class _Termination(Callback):
         signal.signal(signal.SIGTERM, stop)  # Lightning restores the former handler
 
 
-def starting_network(recipe: Recipe) -> tuple[AudioCSRNet, zoo.Spec]:
+def starting_network(recipe: Recipe) -> tuple[MultiExitNetwork, zoo.Spec]:
     """The network that the recipe starts from, without its new exits, and the description with them.
 
     Raises:
@@ -184,19 +187,22 @@ def starting_network(recipe: Recipe) -> tuple[AudioCSRNet, zoo.Spec]:
     return network, spec
 
 
-def make_experiment(network: AudioCSRNet, spec: zoo.Spec, recipe: Recipe, out: Path, median: float) -> Experiment:
+def make_experiment(network: MultiExitNetwork, spec: zoo.Spec, recipe: Recipe, out: Path, median: float) -> Experiment:
     """The starting network in the loop that the recipe's stage wants.
 
     Args:
         median: count of the training pictures, at which branches start.
 
     Raises:
-        TrainingError: for an exit that does not fit, or stage two without its dense layer.
+        TrainingError: for an exit that does not fit, stage one of a network without a density map, or stage two
+            of one without its dense layer.
     """
     if recipe.stage == "branches":
         BranchTraining.start_branches(network, recipe, median)
         return BranchTraining(network, spec, recipe, out)
-    if recipe.stage == "count" and network.final.regressor is None:
+    if recipe.stage == "density" and not isinstance(network, AudioCSRNet):
+        raise TrainingError(f"{recipe.model} makes no density map: its stage is 'count'")
+    if recipe.stage == "count" and isinstance(network, AudioCSRNet) and network.final.regressor is None:
         raise TrainingError("stage two needs the regressor: set changes: {regressor: true}")
     return BackboneTraining(network, spec, recipe, out)
 
@@ -251,7 +257,7 @@ def train(
     torch.set_float32_matmul_precision("high")
     L.seed_everything(recipe.seed, workers=True, verbose=False)
     network, spec = starting_network(recipe)
-    data = CrowdData(recipe, network.config.size)
+    data = CrowdData(recipe, network.config)
     if len(data.val_set) < devices * machines:
         raise TrainingError(f"fewer validation samples ({len(data.val_set)}) than processes")
     L.seed_everything(recipe.seed, workers=True, verbose=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -104,3 +106,37 @@ def test_one_clear_line(asked, says):
         cost(asked.pop("model", "audiocsrnet"), **asked)
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+# Multi-exit ViT paper, a branch after layer 6 of TransCrowd: multiply-adds in 10⁹.
+LAYER_6 = {
+    "mlp": 28.04,
+    "cnn-ignore": 28.10,
+    "cnn-add": 28.10,
+    "cnn-project": 28.16,
+    "vit": 32.65,
+    "mixer": 31.11,
+    "resmlp": 31.02,
+}
+
+
+def test_multiply_adds_of_the_multi_exit_paper():
+    """Within 0.5 %: attention's own products are counted, normalisation and activations are not."""
+    table = cost("transcrowd-token")
+    assert {e.exit for e in table.exits} == {str(layer) for layer in range(1, 12)}
+    at_six = {e.kind: e.total_macs / 1e9 for e in table.exits if e.exit == "6"}
+    for kind, printed in LAYER_6.items():
+        assert at_six[kind] == pytest.approx(printed, rel=0.005), kind
+    by_layer = [e.total_macs for e in table.exits if e.kind == "mlp"]
+    tokens, dim = 577, 768
+    encoder = 12 * dim**2 * tokens + 2 * tokens**2 * dim
+    assert [b - a for a, b in itertools.pairwise(by_layer)] == [encoder] * 10
+    assert by_layer[0] == 576 * 768 * dim + encoder + 768 * 256 + 256 * 256 + 256
+
+
+def test_other_sizes_of_a_transformer():
+    narrow = cost("transcrowd-token", branch="mlp", layer="1", size="192x96")
+    tokens, dim = 12 * 6 + 1, 768
+    wanted = 72 * 768 * dim + 12 * dim**2 * tokens + 2 * tokens**2 * dim + 768 * 256 + 256 * 256 + 256
+    assert narrow.exits[0].total_macs == wanted
+    assert narrow.size == "192x96"

@@ -14,6 +14,7 @@ import cv2
 import gradio as gr
 import numpy as np
 import pytest
+from branches import both_kinds
 
 from app import answer
 from app.answer import answers, problem, table
@@ -30,7 +31,7 @@ EXITS = ["V1", "AV1", "AV2", "final"]
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("checkpoint") / "model.safetensors"
-    spec = zoo.Spec("audiocsrnet-s", zoo.both_kinds(), TINY, {"intervals": {"V1": 0.3, "final": 0.1}})
+    spec = zoo.Spec("audiocsrnet-s", both_kinds(), TINY, {"intervals": {"V1": 0.3, "final": 0.1}})
     zoo.save(zoo.build(spec), spec, path)
     return path
 

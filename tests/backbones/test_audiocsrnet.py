@@ -216,7 +216,7 @@ def test_places_and_kinds_are_checked():
     network = AudioCSRNet(AudioCSRNetConfig(**SMALL))
     with pytest.raises(ValueError, match="no place 'V2'"):
         network.add_branch("x", "V2", "cnn")
-    with pytest.raises(ValueError, match="no branch kind 'vit'"):
+    with pytest.raises(ValueError, match="no branch of kind 'vit'"):
         network.add_branch("x", "V1", "vit")
 
 

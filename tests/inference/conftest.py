@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from branches import both_kinds
 from tiny import TINY
 
 from crowdexit import zoo
@@ -17,7 +18,7 @@ from crowdexit.inference.runtime import Runtime
 def counter() -> CrowdCounter:
     """Random weights on a canvas of 128×64, all exits of both kinds there, eager float32."""
     torch.manual_seed(3)
-    network = zoo.build(zoo.Spec("audiocsrnet-s", exits=zoo.both_kinds(), changes=TINY))
+    network = zoo.build(zoo.Spec("audiocsrnet-s", exits=both_kinds(), changes=TINY))
     return CrowdCounter(network, "tiny", runtime=Runtime("eager"))
 
 

@@ -12,6 +12,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from branches import both_kinds
 from PIL import Image
 from tiny import TINY
 from videos import tone
@@ -326,7 +327,7 @@ def test_served_exits():
     def network(*exits):
         return zoo.build(zoo.Spec("audiocsrnet-s", exits=exits, changes=TINY))
 
-    both = zoo.both_kinds()
+    both = both_kinds()
     assert served_exits(network(*both)) == ["V1", "AV1", "AV2", "final"]
     assert served_exits(network(*both[3:])) == ["V1-cnn", "AV1-cnn", "AV2-cnn", "final"]
     assert served_exits(network()) == ["final"]
@@ -338,7 +339,7 @@ def test_served_exits():
 
 def test_load(counter, tmp_path):
     """A checkpoint counts as the network that it was saved from, with its intervals."""
-    spec = zoo.Spec("audiocsrnet-s", exits=zoo.both_kinds(), changes=TINY, meta={"intervals": {"final": 0.25}})
+    spec = zoo.Spec("audiocsrnet-s", exits=both_kinds(), changes=TINY, meta={"intervals": {"final": 0.25}})
     zoo.save(counter.network, spec, tmp_path / "m" / "model.safetensors")
     again = load(tmp_path / "m", runtime="eager")
     picture = noise(128, 64)
@@ -361,7 +362,7 @@ def test_load(counter, tmp_path):
 
 def test_no_crowd_is_negative_and_no_count_is_nan():
     torch.manual_seed(0)
-    network = zoo.build(zoo.Spec("audiocsrnet-s", exits=zoo.both_kinds()[:1], changes=TINY))
+    network = zoo.build(zoo.Spec("audiocsrnet-s", exits=both_kinds()[:1], changes=TINY))
     head = [m for m in network.branches["V1"].modules() if isinstance(m, torch.nn.Linear)][-1]
     torch.nn.init.zeros_(head.weight)
     torch.nn.init.constant_(head.bias, -3.0)

@@ -136,7 +136,7 @@ def test_tied_heads_start_at_the_median_wherever_people_stand(store, backbone):
     ("exits", "problem"),
     [
         ([{"name": "X", "place": "AV9", "kind": "cnn"}], "exit 'X': no place 'AV9'"),
-        ([{"name": "X", "place": "V1", "kind": "mixer"}], "exit 'X': no branch kind 'mixer'"),
+        ([{"name": "X", "place": "V1", "kind": "mixer"}], "exit 'X': no branch of kind 'mixer' fits place V1"),
         ([{"name": "final", "place": "V1", "kind": "cnn"}], "an exit 'final' already"),
     ],
 )

@@ -1,0 +1,38 @@
+"""How a picture is laid before a network: fitted whole, or cut into tiles."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from crowdexit.data.picture import tiles, views
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "columns", "rows"),
+    [(1024, 768, 3, 2), (768, 1024, 2, 3), (1920, 1080, 3, 2), (500, 500, 3, 3), (2000, 200, 3, 1), (90, 1000, 1, 3)],
+)
+def test_tiles_of_the_official_protocol(width, height, columns, rows):
+    cut = tiles(np.zeros((height, width, 3), np.uint8), (48, 32))
+    assert len(cut) == columns * rows
+    assert {tile.shape for tile in cut} == {(32, 48, 3)}
+
+
+def test_tiles_put_together_are_the_picture():
+    picture = np.random.default_rng(0).integers(0, 255, (64, 96, 3), np.uint8)
+    cut = tiles(picture, (32, 32))
+    rows = [np.concatenate(cut[r * 3 : r * 3 + 3], axis=1) for r in range(2)]
+    assert np.array_equal(np.concatenate(rows), picture)
+
+
+@given(st.integers(32, 300), st.integers(32, 300))
+def test_any_shape_is_seen(width, height):
+    picture = np.full((height, width, 3), 200, np.uint8)
+    seen = views(picture, (64, 64), "tiles")
+    assert 3 <= len(seen) <= 9
+    assert all((canvas == 200).all() and placement.inside((64, 64)).all() for canvas, placement in seen)
+    ((canvas, placement),) = views(picture, (64, 64), "fit")
+    assert canvas.shape == (64, 64, 3)
+    assert 0 < placement.inside((64, 64)).mean() <= 1

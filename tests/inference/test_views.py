@@ -1,0 +1,69 @@
+"""A transformer counts a picture in tiles, or fitted into one view; the counts add up whatever the batch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from crowdexit import zoo
+from crowdexit.data.picture import tiles, views
+from crowdexit.inference.counter import CrowdCounter, batch_of
+from crowdexit.inference.runtime import Runtime
+
+VIT = {"size": [64, 64], "dim": 12, "depth": 3, "heads": 2, "hidden": 8, "slvit_dim": 4, "audio_width": 0.0625}
+EXITS = (zoo.ExitSpec("1-mlp", "1", "mlp"), zoo.ExitSpec("2-heard", "2", "slvit-audio"))
+
+
+def made(view: str) -> CrowdCounter:
+    torch.manual_seed(0)
+    spec = zoo.Spec("transcrowd-token-s", EXITS, {**VIT, "view": view})
+    network = zoo.build(spec)
+    for name in ("1-mlp", "2-heard"):
+        torch.nn.init.constant_(network.branches[name].head[-1].bias, 0.3)
+    torch.nn.init.constant_(network.final.layers[-1].bias, 1.0)
+    return CrowdCounter(network, spec.model, runtime=Runtime("eager"))
+
+
+@pytest.fixture
+def pictures():
+    random = np.random.default_rng(0)
+    return [random.integers(0, 255, shape, np.uint8) for shape in ((96, 128, 3), (128, 96, 3), (64, 64, 3))]
+
+
+@pytest.fixture
+def sound():
+    return np.random.default_rng(1).normal(size=(96, 64)).astype(np.float32)
+
+
+def test_tiles_are_added(pictures, sound):
+    counter = made("tiles")
+    assert counter.size == (192, 128)
+    result = {r.exit: r for r in counter.stream(pictures[0], sound)}
+    assert list(result) == ["1-mlp", "2-heard", "final"]
+    alone = dict.fromkeys(result, 0.0)
+    for tile in tiles(pictures[0], (64, 64)):
+        one = views(tile, (64, 64), "fit")
+        with torch.inference_mode():
+            for name, answer in counter.network.stream(batch_of(one, [sound], (64, 64))):
+                alone[name] += float(answer.value)
+    for name, value in alone.items():
+        assert result[name].count == pytest.approx(value, rel=1e-4)
+        assert result[name].density is None
+
+
+@pytest.mark.parametrize("view", ["tiles", "fit"])
+def test_the_batch_does_not_matter(view, pictures, sound):
+    counter = made(view)
+    sounds = [sound, None, sound]
+    together = counter.count_batch(pictures, sounds)
+    for i, (picture, heard) in enumerate(zip(pictures, sounds, strict=True)):
+        for result in counter.stream(picture, heard):
+            assert together[result.exit][i] == pytest.approx(result.count, rel=1e-4)
+
+
+def test_a_huge_picture_is_several_scenes(pictures):
+    counter = made("tiles")
+    huge = np.tile(pictures[0], (12, 12, 1))
+    counts = {r.exit: r.count for r in counter.stream(huge)}
+    assert counts["final"] > 2 * counter.count(pictures[0]).count

@@ -1,0 +1,66 @@
+"""TransCrowd trains from the same recipes: its count on crops, validated on tiles, and its branches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_runs import best, run, tiny
+
+from crowdexit import zoo
+from crowdexit.errors import CrowdExitError
+from crowdexit.training.run import train
+
+VIT = {"size": [64, 64], "dim": 12, "depth": 3, "heads": 2, "hidden": 8, "slvit_dim": 4, "slvit_heads": 2}
+SMALL = {"model": "transcrowd-token-s", "changes": {**VIT, "audio_width": 0.0625}}
+EXITS = [
+    {"name": "1-mlp", "place": "1", "kind": "mlp"},
+    {"name": "1-add", "place": "1", "kind": "cnn-add"},
+    {"name": "2-mixer", "place": "2", "kind": "mixer"},
+    {"name": "2-heard", "place": "2", "kind": "slvit-audio"},
+]
+
+
+@pytest.fixture(scope="module")
+def trained(store, tmp_path_factory):
+    out = tmp_path_factory.mktemp("vit")
+    run(tiny(store, "count", epochs=2, loss="balanced", ema=0.5, **SMALL), out)
+    return out / "model.safetensors"
+
+
+@pytest.mark.parametrize("view", ["tiles", "fit"])
+@pytest.mark.parametrize("variant", ["token", "gap"])
+def test_counts(store, tmp_path, view, variant):
+    changes = {**SMALL["changes"], "view": view}
+    run(tiny(store, "count", epochs=1, loss="mae", model=f"transcrowd-{variant}-s", changes=changes), tmp_path)
+    network, spec = zoo.load(tmp_path)
+    assert (network.config.view, network.config.task) == (view, variant)
+    # The final exit is deaf: there is one figure, not the same one twice.
+    assert set(spec.meta["validation"]) == {"epoch", "silent"}
+
+
+def test_the_ears_first(store, tmp_path):
+    run(tiny(store, "hearing", epochs=1, **SMALL), tmp_path)
+    assert zoo.load(tmp_path)[1].meta["validation"]["sound"]
+
+
+def test_branches_leave_the_backbone_alone(store, trained, tmp_path):
+    keys = {"start": trained, "exits": EXITS, "loss": "balanced", "local": 1.0, "tied": True, "ema": 0.5}
+    run(tiny(store, "branches", epochs=2, **SMALL, **keys), tmp_path / "all")
+    before, after = best(trained.parent), best(tmp_path / "all")
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    assert len(after) > len(before)
+    network, _ = zoo.load(tmp_path / "all")
+    assert network.exit_names == ["1-mlp", "1-add", "2-mixer", "2-heard", "final"]
+    # A branch comes out the same whichever are trained beside it.
+    run(tiny(store, "branches", epochs=2, **SMALL, **{**keys, "exits": EXITS[3:]}), tmp_path / "one")
+    alone = best(tmp_path / "one")
+    for name in alone:
+        if name.startswith("branches.2-heard"):
+            torch.testing.assert_close(alone[name], after[name], rtol=1e-5, atol=1e-6)
+
+
+def test_what_it_cannot_be_trained_for(store, tmp_path):
+    with pytest.raises(CrowdExitError, match="transcrowd-token-s makes no density map: its stage is 'count'"):
+        train(tiny(store, "density", **SMALL), tmp_path)
+    with pytest.raises(CrowdExitError, match="does not hear"):
+        train(tiny(store, "hearing", model="transcrowd-token-s", changes={**VIT, "audio_width": 0}), tmp_path)
