@@ -33,8 +33,8 @@ class Runtime:
 
     @classmethod
     def pick(cls, name: str) -> Runtime:
-        """The runtime of that name; ``auto``: a GPU where there is one, bfloat16 where the CPU has matrix
-        instructions for it, else float32.
+        """The runtime of that name; ``auto``: a GPU where there is one, bfloat16 where the CPU multiplies in it
+        (AMX, AVX512-BF16), else float32.
 
         Raises:
             RuntimeUnavailable: for an unknown name, or a GPU that is not there.
@@ -42,7 +42,8 @@ class Runtime:
         if name == "auto":
             if torch.cuda.is_available():
                 return cls("cuda-bf16")
-            return cls("eager-bf16" if torch.cpu._is_amx_tile_supported() else "eager")
+            multiplies = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+            return cls("eager-bf16" if multiplies else "eager")
         if name not in cls._NAMES:
             raise RuntimeUnavailable(f"no runtime {name!r} (there are {', '.join(cls.names())})")
         if name.startswith("cuda") and not torch.cuda.is_available():

@@ -1,10 +1,8 @@
-"""The training loops: stage zero to two of a backbone, and classifier-wise branches, each a Lightning module."""
+"""What all training loops share, and the loop for stage zero to two of a backbone, as Lightning modules."""
 
 from __future__ import annotations
 
-import copy
 import math
-import zlib
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
@@ -20,15 +18,12 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from crowdexit import zoo
-from crowdexit.backbones.audiocsrnet import STRIDE, upsample_sum
 from crowdexit.backbones.vgg import VGGish
 from crowdexit.errors import CrowdExitError
-from crowdexit.exits import Branch
 from crowdexit.network import FINAL, MultiExitNetwork
 from crowdexit.stages import Features, inputs
+from crowdexit.training.losses import Batch, count_loss, exit_loss
 from crowdexit.training.recipe import OptimiserPart, Recipe
-
-Batch = dict[str, Any]
 
 
 class TrainingError(CrowdExitError):
@@ -62,39 +57,6 @@ def heard_and_silent(network: MultiExitNetwork, features: Features) -> dict[str,
     return {"sound": seen, "silent": replace(seen, heard=silence)}
 
 
-def evened(crowding: Tensor, usual: float, even: float) -> Tensor:
-    """What a balanced loss divides a picture's error by: ``crowding`` at ``even`` 1, the same for all at 0.
-
-    Between the two a power of it, scaled so that a picture of ``usual`` crowding weighs the same throughout.
-    """
-    return crowding**even * usual ** (1 - even)
-
-
-def relative_error(count: Tensor, heads: Tensor, even: float = 1.0) -> Tensor:
-    """|Σ − n| / (n + 10), meaned: an error of ten in fifty weighs like one of a hundred in six hundred.
-
-    With ``even`` below 1 dense pictures weigh more, see :func:`evened`.
-    """
-    return ((count - heads).abs() / evened(heads + 10, 110, even)).mean()
-
-
-def density_loss(density: Tensor, count: Tensor, batch: Batch, recipe: Recipe) -> Tensor:
-    """Stage one's loss.
-
-    ``l2``: the squared error summed over the map, meaned over the batch (SL-ViT paper, IV).
-    ``balanced``: the mean squared error of density × 100, each picture's divided by (1 + n/20), times the
-    recipe's ``map``, plus :func:`relative_error`; dense pictures do not own it. Measured from scratch on ShanghaiTech.
-    """
-    heads = batch["count"]
-    if recipe.data.stride == 1:
-        density = upsample_sum(density, STRIDE)
-    squared = (density - batch["density"]).square()
-    if recipe.loss == "l2":
-        return squared.sum((1, 2, 3)).mean()
-    weighted = 1e4 * squared.mean((1, 2, 3)) / evened(1 + heads / 20, 6, recipe.even)
-    return recipe.map * weighted.mean() + relative_error(count, heads, recipe.even)
-
-
 def make_optimiser(parameters: Iterable[nn.Parameter], part: OptimiserPart) -> torch.optim.Optimizer:
     """The recipe's optimiser over these parameters."""
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[part.name]
@@ -114,19 +76,6 @@ def rate_at(part: OptimiserPart, step: int, steps: int, epoch: int) -> float:
 def listed(one_or_more: Any) -> list[Any]:
     """Lightning hands over one optimiser or scheduler bare, several as a list."""
     return one_or_more if isinstance(one_or_more, list) else [one_or_more]
-
-
-def local_error(counts: Tensor, density: Tensor, heads: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Σ |local count − local heads| / (n + 10), meaned: what :func:`relative_error` asks of the whole, of each part.
-
-    Args:
-        counts: B×N, N cells of ``grid`` (rows, columns) in reading order.
-        density: B×1×h×w, heads per cell of a finer grid that ``grid`` divides.
-        heads: B, n.
-    """
-    kernel = (density.shape[2] // grid[0], density.shape[3] // grid[1])
-    local = F.avg_pool2d(density, kernel).flatten(1) * (kernel[0] * kernel[1])
-    return ((counts - local).abs().sum(1) / (heads + 10)).mean()
 
 
 def ears(network: MultiExitNetwork) -> VGGish:
@@ -222,6 +171,15 @@ class Experiment(L.LightningModule):
         zoo.save(network, spec, self.out / "model.safetensors")
 
 
+def averaged(network: nn.Module, recipe: Recipe) -> AveragedModel | None:
+    """The recipe's running average of a network over its steps, buffers too."""
+    if not recipe.ema:
+        return None
+    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
+    average.requires_grad_(False)
+    return average.eval()
+
+
 class BackboneTraining(Experiment):
     """Stage zero (``hearing``), one (``density``) and two (``count``) of a backbone; TransCrowd has ``count`` alone."""
 
@@ -236,11 +194,7 @@ class BackboneTraining(Experiment):
             nn.init.constant_(self.listener.bias, 5.0)  # about the logarithm of 150
             self.network.requires_grad_(False)
             vggish.layers.requires_grad_(True)
-        self.average: AveragedModel | None = None
-        if recipe.ema:
-            self.average = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
-            self.average.requires_grad_(False)
-            self.average.eval()
+        self.average = averaged(self.network, recipe)
 
     def trained(self) -> Iterable[nn.Parameter]:
         if self.listener is not None:
@@ -277,13 +231,9 @@ class BackboneTraining(Experiment):
         else:
             answer = self.network(record(batch), [FINAL])[FINAL]
             if self.recipe.stage == "count":
-                error = (answer.value - batch["count"]).abs().mean()
-                balanced = relative_error(answer.value, batch["count"], self.recipe.even)
-                loss = balanced if self.recipe.loss == "balanced" else error
+                loss = count_loss(answer.value, batch, self.recipe)
             else:
-                density = answer.density
-                assert density is not None
-                loss = density_loss(density, answer.value, batch, self.recipe)
+                loss = exit_loss(answer, batch, self.recipe)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -344,194 +294,3 @@ class BackboneTraining(Experiment):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.best, self.best_epoch = checkpoint["crowdexit_best"]
         self.stale = checkpoint["epoch"] - self.best_epoch
-
-
-def branch_of(network: MultiExitNetwork, name: str) -> Branch:
-    """The early exit of that name."""
-    return cast(Branch, network.branches[name])
-
-
-class BranchTraining(Experiment):
-    """Classifier-wise (multi-exit ViT paper, III): the backbone frozen, all branches on one pass of it.
-
-    Each branch has its own optimiser, plateau and early stopping, and its own random numbers (by its name and
-    the step), so that it comes out the same whichever branches are trained beside it.
-    """
-
-    def __init__(self, network: MultiExitNetwork, spec: zoo.Spec, recipe: Recipe, out: Path) -> None:
-        super().__init__(network, spec, recipe, out)
-        self.automatic_optimization = False
-        self.names = [e.name for e in recipe.exits]
-        for module in network.backbone_modules():
-            module.requires_grad_(False)
-        for name, branch in network.branches.items():
-            branch.requires_grad_(name in self.names)
-        self.average: AveragedModel | None = None
-        if recipe.ema:
-            self.average = AveragedModel(
-                network.branches, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True
-            )
-            self.average.requires_grad_(False)
-        # Thrown away afterwards: one reading of each token, so that every part of a picture teaches its count.
-        self.readouts = nn.ModuleDict()
-        if recipe.local:
-            for name in self.names:
-                if branch_of(network, name).token_grid is None:
-                    continue  # its one token stands for the whole picture
-                torch.manual_seed(zlib.crc32(f"{name} {recipe.seed} readout".encode()))
-                self.readouts[name] = nn.Linear(branch_of(network, name).dim, 1)
-        self.best_of = dict.fromkeys(self.names, math.inf)
-        self.stale = dict.fromkeys(self.names, 0)
-        self.kept: dict[str, dict[str, Tensor]] = {}
-        self.kept_tables: dict[str, dict[str, float]] = {}
-        self.train()  # Lightning leaves the modes as they are
-
-    @staticmethod
-    def start_branches(network: MultiExitNetwork, recipe: Recipe, median: float) -> None:
-        """Add the recipe's branches, their weights fixed by name and seed.
-
-        The output starts at the training pictures' median count, not at zero.
-
-        Raises:
-            TrainingError: for a place or kind that the network does not have.
-        """
-        for e in recipe.exits:
-            torch.manual_seed(zlib.crc32(f"{e.name} {recipe.seed}".encode()))
-            try:
-                network.add_branch(e.name, e.place, e.kind)
-            except ValueError as error:
-                raise TrainingError(f"exit {e.name!r}: {error}") from None
-            branch = branch_of(network, e.name)
-            with torch.no_grad():
-                cast(nn.Linear, branch.head[-1]).bias.fill_(median / branch.scale)
-            if recipe.tied:
-                branch.head.start_tied(branch.cells)
-
-    def active(self) -> list[str]:
-        """The branches that have not stopped."""
-        limit = self.recipe.stop
-        return [name for name in self.names if limit is None or self.stale[name] < limit]
-
-    def finished(self) -> bool:
-        return not self.active()
-
-    def train(self, mode: bool = True) -> BranchTraining:
-        """The backbone stays in evaluation mode: its running statistics are frozen too."""
-        super().train(mode)
-        for module in self.network.backbone_modules():
-            module.eval()
-        if self.average is not None:
-            self.average.eval()
-        return self
-
-    def configure_optimizers(self) -> Any:
-        part = self.recipe.optimiser
-        optimisers = [make_optimiser(self.parameters_of(name), part) for name in self.names]
-        if part.schedule == "plateau":
-            return [
-                {"optimizer": o, "lr_scheduler": ReduceLROnPlateau(o, factor=part.factor, patience=part.patience)}
-                for o in optimisers
-            ]
-        steps = int(self.trainer.estimated_stepping_batches)
-        an_epoch = max(1, steps // self.recipe.epochs)
-        return [
-            {
-                "optimizer": o,
-                "lr_scheduler": LambdaLR(o, lambda step: rate_at(part, step, steps, step // an_epoch)),
-            }
-            for o in optimisers
-        ]
-
-    def parameters_of(self, name: str) -> list[nn.Parameter]:
-        """All that is trained for one branch."""
-        readout = self.readouts[name].parameters() if name in self.readouts else []
-        return [*self.network.branches[name].parameters(), *readout]
-
-    def training_step(self, batch: Batch, index: int) -> None:
-        network, active = self.network, self.active()
-        optimisers = dict(zip(self.names, listed(self.optimizers()), strict=True))
-        losses = []
-        step = self.current_epoch * int(self.trainer.num_training_batches) + index
-        features = record(batch)
-        for stage in range(max(network.stage_of(name) for name in active) + 1):
-            with torch.no_grad():
-                features = network.stages[stage](features)
-            for name in active:
-                if network.stage_of(name) != stage:
-                    continue
-                torch.manual_seed(zlib.crc32(f"{name} {self.recipe.seed} {step} {self.global_rank}".encode()))
-                branch = branch_of(network, name)
-                tokens = branch.tokens(features)
-                count = branch.answer(tokens).value
-                error = (count - batch["count"]).abs().mean()
-                balanced = relative_error(count, batch["count"], self.recipe.even)
-                losses.append(balanced if self.recipe.loss == "balanced" else error)
-                if name in self.readouts:
-                    assert branch.token_grid is not None
-                    rows, columns = branch.token_grid
-                    local = self.readouts[name](tokens[:, : rows * columns]).squeeze(2).float()
-                    losses.append(
-                        self.recipe.local * local_error(local, batch["density"], batch["count"], branch.token_grid)
-                    )
-                self.log(f"train/{name}", error)
-        # The branches share no weights: the gradient of the sum is each one's own.
-        self.manual_backward(torch.stack(losses).sum())
-        for name in active:
-            if self.recipe.optimiser.clip:
-                nn.utils.clip_grad_norm_(self.parameters_of(name), self.recipe.optimiser.clip)
-            optimisers[name].step()
-            optimisers[name].zero_grad()
-        if self.recipe.optimiser.schedule != "plateau":
-            for scheduler in listed(self.lr_schedulers()):
-                scheduler.step()
-        if self.average is not None:
-            self.average.update_parameters(network.branches)
-
-    def evaluated(self) -> nn.ModuleDict:
-        """The averaged branches where there are some."""
-        return cast(nn.ModuleDict, self.average.module) if self.average is not None else self.network.branches
-
-    def validation_step(self, batch: Batch, _: int) -> None:
-        """Each branch's counts with the sound there is and, where there is some, without it too."""
-        network, active, branches = self.network, self.active(), self.evaluated()
-        last = max(network.stage_of(name) for name in active)
-        ways = heard_and_silent(network, record(batch))
-        for features in ways.values() if batch["heard"].any() else (ways["sound"],):
-            for stage in range(last + 1):
-                features = network.stages[stage](features) if stage else features
-                for name in active:
-                    if network.stage_of(name) == stage:
-                        counts = of_pictures(branches[name](features).value, batch)
-                        self.validation.add(name, batch["id"], counts, batch["count"])
-
-    def on_validation_epoch_end(self) -> None:
-        collected = self.validation.collect()
-        tables = {name: collected[name] for name in self.names if name in collected}
-        self.log_table(tables)
-        branches = self.evaluated()
-        for name, scheduler in zip(self.names, listed(self.lr_schedulers()), strict=True):
-            if name not in tables:
-                continue  # it has stopped
-            error = tables[name]["error"]
-            if isinstance(scheduler, ReduceLROnPlateau):
-                scheduler.step(error)
-            self.stale[name] += 1
-            if error < self.best_of[name]:
-                self.best_of[name], self.stale[name] = error, 0
-                self.kept[name] = {k: v.detach().cpu().clone() for k, v in branches[name].state_dict().items()}
-                self.kept_tables[name] = {"epoch": self.current_epoch, **tables[name]}
-        for name in self.names:
-            if name not in self.kept:
-                raise TrainingError(f"the exit {name!r} diverged at once; try a lower optimiser.lr")
-        if any(self.stale[name] == 0 for name in tables):
-            best = copy.deepcopy(self.network)
-            for name, state in self.kept.items():
-                best.branches[name].load_state_dict(state)
-            self.write(best, **self.kept_tables)
-        self.trainer.should_stop = self.finished()
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["crowdexit_branches"] = (self.best_of, self.stale, self.kept, self.kept_tables)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.best_of, self.stale, self.kept, self.kept_tables = checkpoint["crowdexit_branches"]

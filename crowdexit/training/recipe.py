@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -117,11 +117,14 @@ class Recipe(_Part):
         batch: of all processes together.
         ema: decay of the averaged weights that are validated and kept; 0: none.
         stop: early stopping after so many epochs without a better validation error.
+        lambdas: weights λ of the exits' losses where several are added; 1 for branches, 2 for the final exit.
+        rest: what the backbone's stages behind the first branch start from, layer-wise: ``kept``, what ``start``
+            or ``weights`` gave them; ``fresh``, nothing; or a checkpoint of the same model.
         tied: start the branches' heads as a mean over positions.
         local: weight of a further loss of the branches, the error of each token's local count.
     """
 
-    stage: Literal["hearing", "density", "count", "branches"]
+    stage: Literal["hearing", "density", "count", "branches", "end-to-end", "layer-wise"]
     model: str
     changes: dict[str, Any] = {}
     start: Path | None = None
@@ -136,6 +139,8 @@ class Recipe(_Part):
     batch: int = Field(8, gt=0)
     ema: float = Field(0.0, ge=0, lt=1)
     stop: int | None = Field(None, gt=0)
+    lambdas: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
+    rest: Literal["kept", "fresh"] | Path = "kept"
     tied: bool = False
     local: float = Field(0.0, ge=0)
     precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed"
@@ -143,10 +148,17 @@ class Recipe(_Part):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
-        if self.stage == "branches" and not self.exits:
-            raise ValueError("the stage 'branches' needs exits")
-        if self.stage != "branches" and self.exits:
+        with_exits = self.stage in ("branches", "end-to-end", "layer-wise")
+        if with_exits and not self.exits:
+            raise ValueError(f"the stage {self.stage!r} needs exits")
+        if not with_exits and self.exits:
             raise ValueError(f"the stage {self.stage!r} trains no exits")
+        if self.lambdas and self.stage not in ("end-to-end", "layer-wise"):
+            raise ValueError(f"the stage {self.stage!r} adds no losses, so that lambdas mean nothing")
+        if self.rest != "kept" and self.stage != "layer-wise":
+            raise ValueError(f"the stage {self.stage!r} knows no 'rest'")
+        if self.stage in ("end-to-end", "layer-wise") and (self.stop or self.optimiser.schedule == "plateau"):
+            raise ValueError(f"the stage {self.stage!r} runs all its epochs: no stop, no plateau")
         if len({e.name for e in self.exits}) < len(self.exits):
             raise ValueError("two exits have the same name")
         wrong = {"density": "mae", "count": "l2", "branches": "l2"}.get(self.stage)

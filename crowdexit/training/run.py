@@ -34,7 +34,9 @@ from crowdexit.data.store import Store
 from crowdexit.errors import CrowdExitError
 from crowdexit.memory import keep_freed_memory
 from crowdexit.network import Config, MultiExitNetwork
-from crowdexit.training.modules import BackboneTraining, BranchTraining, Experiment, TrainingError
+from crowdexit.training.branches import BranchTraining, add_branches
+from crowdexit.training.joint import JointTraining
+from crowdexit.training.modules import BackboneTraining, Experiment, TrainingError
 from crowdexit.training.recipe import Recipe
 
 LAST = "last.ckpt"
@@ -51,7 +53,7 @@ class CrowdData(L.LightningDataModule):
         self.recipe = recipe
         native = config.size
         canvas = data.canvas or native
-        if recipe.stage in ("branches", "count") and canvas != native:
+        if recipe.stage not in ("hearing", "density") and canvas != native:
             raise TrainingError(f"the stage {recipe.stage!r} needs the model's native size as canvas")
         view = None if data.whole else View(canvas, config.scene, data.scale, data.flip, data.jitter)
         setting = Setting(
@@ -187,6 +189,24 @@ def starting_network(recipe: Recipe) -> tuple[MultiExitNetwork, zoo.Spec]:
     return network, spec
 
 
+def start_rest(network: MultiExitNetwork, recipe: Recipe) -> None:
+    """Layer-wise: what the stages behind the first branch, and the final exit, start from.
+
+    Raises:
+        CrowdExitError: for a checkpoint of another architecture.
+    """
+    if recipe.rest == "kept":
+        return
+    if recipe.rest == "fresh":
+        other = zoo.build(zoo.Spec(recipe.model, changes=recipe.changes))
+    else:
+        other, _ = zoo.load(recipe.rest)
+    first = min(network.stage_of(e.name) for e in recipe.exits) + 1
+    behind = (*(f"stages.{index}." for index in range(first, len(network.stages))), "final.")
+    tensors = {key: value for key, value in other.state_dict().items() if key.startswith(behind)}
+    zoo.fill(network, tensors, str(recipe.rest), optional=lambda key: not key.startswith(behind))
+
+
 def make_experiment(network: MultiExitNetwork, spec: zoo.Spec, recipe: Recipe, out: Path, median: float) -> Experiment:
     """The starting network in the loop that the recipe's stage wants.
 
@@ -197,9 +217,12 @@ def make_experiment(network: MultiExitNetwork, spec: zoo.Spec, recipe: Recipe, o
         TrainingError: for an exit that does not fit, stage one of a network without a density map, or stage two
             of one without its dense layer.
     """
+    add_branches(network, recipe, median)
     if recipe.stage == "branches":
-        BranchTraining.start_branches(network, recipe, median)
         return BranchTraining(network, spec, recipe, out)
+    if recipe.stage in ("end-to-end", "layer-wise"):
+        start_rest(network, recipe)
+        return JointTraining(network, spec, recipe, out)
     if recipe.stage == "density" and not isinstance(network, AudioCSRNet):
         raise TrainingError(f"{recipe.model} makes no density map: its stage is 'count'")
     if recipe.stage == "count" and isinstance(network, AudioCSRNet) and network.final.regressor is None:
@@ -269,7 +292,7 @@ def train(
     strategy: Any = "auto"
     if devices * machines > 1:
         # Buffers are made one before each validation. A branch that has stopped takes no part in the pass.
-        strategy = DDPStrategy(broadcast_buffers=False, find_unused_parameters=recipe.stage == "branches")
+        strategy = DDPStrategy(broadcast_buffers=False, find_unused_parameters=bool(recipe.exits))
     bar = RichProgressBar(refresh_rate=1, console_kwargs={"stderr": console.stderr})
     with warnings.catch_warnings():
         # Lightning's advice on workers, logging intervals and the like.
@@ -281,7 +304,7 @@ def train(
             num_nodes=machines,
             strategy=strategy,
             precision=recipe.precision,
-            max_epochs=recipe.epochs,
+            max_epochs=recipe.epochs * (len(experiment.phases) if isinstance(experiment, JointTraining) else 1),
             gradient_clip_val=recipe.optimiser.clip if recipe.stage != "branches" else None,
             use_distributed_sampler=False,
             num_sanity_val_steps=0,

@@ -8,7 +8,9 @@ from tiny_runs import EXITS, TINY, best, last, run, same, tiny
 
 from crowdexit import zoo
 from crowdexit.backbones.vgg import VGGFront
-from crowdexit.training.modules import BranchTraining, TrainingError, local_error
+from crowdexit.training.branches import BranchTraining, add_branches
+from crowdexit.training.losses import local_error
+from crowdexit.training.modules import TrainingError
 
 
 def part(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -39,7 +41,7 @@ def test_together_and_alone_agree(store, backbone, tmp_path, schedule):
         prefix = f"branches.{name}."
         assert same(part(best(tmp_path / name), prefix), part(best(tmp_path / "together"), prefix))
     fresh, _ = zoo.load(backbone)
-    BranchTraining.start_branches(fresh, tiny(store, "branches", start=backbone), 0.0)
+    add_branches(fresh, tiny(store, "branches", start=backbone), 0.0)
     assert not same(dict(fresh.branches["V1"].state_dict()), part(together, "network.branches.V1."))
 
 
@@ -124,7 +126,7 @@ def test_changes_and_old_exits_stay(store, backbone, tmp_path):
 
 def test_tied_heads_start_at_the_median_wherever_people_stand(store, backbone):
     network, _ = zoo.load(backbone)
-    BranchTraining.start_branches(network, tiny(store, "branches", start=backbone, tied=True), 12.0)
+    add_branches(network, tiny(store, "branches", start=backbone, tied=True), 12.0)
     for name in ("V1", "AV1", "AV2-cnn"):
         branch = network.branches[name]
         first = branch.head[0].weight.unflatten(1, (branch.cells, -1))

@@ -1,0 +1,74 @@
+"""What an exit is asked for: a density map, a count, or the local counts of its tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from crowdexit.backbones.audiocsrnet import STRIDE, upsample_sum
+from crowdexit.stages import Answer
+from crowdexit.training.recipe import Recipe
+
+Batch = dict[str, Any]
+
+
+def evened(crowding: Tensor, usual: float, even: float) -> Tensor:
+    """What a balanced loss divides a picture's error by: ``crowding`` at ``even`` 1, the same for all at 0.
+
+    Between the two a power of it, scaled so that a picture of ``usual`` crowding weighs the same throughout.
+    """
+    return crowding**even * usual ** (1 - even)
+
+
+def relative_error(count: Tensor, heads: Tensor, even: float = 1.0) -> Tensor:
+    """|Σ − n| / (n + 10), meaned: an error of ten in fifty weighs like one of a hundred in six hundred.
+
+    With ``even`` below 1 dense pictures weigh more, see :func:`evened`.
+    """
+    return ((count - heads).abs() / evened(heads + 10, 110, even)).mean()
+
+
+def density_loss(density: Tensor, count: Tensor, batch: Batch, recipe: Recipe) -> Tensor:
+    """Stage one's loss.
+
+    ``l2``: the squared error summed over the map, meaned over the batch (SL-ViT paper, IV).
+    ``balanced``: the mean squared error of density × 100, each picture's divided by (1 + n/20), times the
+    recipe's ``map``, plus :func:`relative_error`; dense pictures do not own it. Measured from scratch on ShanghaiTech.
+    """
+    heads = batch["count"]
+    if recipe.data.stride == 1:
+        density = upsample_sum(density, STRIDE)
+    squared = (density - batch["density"]).square()
+    if recipe.loss == "l2":
+        return squared.sum((1, 2, 3)).mean()
+    weighted = 1e4 * squared.mean((1, 2, 3)) / evened(1 + heads / 20, 6, recipe.even)
+    return recipe.map * weighted.mean() + relative_error(count, heads, recipe.even)
+
+
+def count_loss(count: Tensor, batch: Batch, recipe: Recipe) -> Tensor:
+    """The recipe's loss of counts B: mean absolute error (``mae``, the papers'), or :func:`relative_error`."""
+    if recipe.loss == "balanced":
+        return relative_error(count, batch["count"], recipe.even)
+    return (count - batch["count"]).abs().mean()
+
+
+def exit_loss(answer: Answer, batch: Batch, recipe: Recipe) -> Tensor:
+    """What the recipe asks of an exit's answer: of a density map :func:`density_loss`, of a count its own."""
+    if answer.density is not None and recipe.loss != "mae":
+        return density_loss(answer.density, answer.value, batch, recipe)
+    return count_loss(answer.value, batch, recipe)
+
+
+def local_error(counts: Tensor, density: Tensor, heads: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Σ |local count − local heads| / (n + 10), meaned: what :func:`relative_error` asks of the whole, of each part.
+
+    Args:
+        counts: B×N, N cells of ``grid`` (rows, columns) in reading order.
+        density: B×1×h×w, heads per cell of a finer grid that ``grid`` divides.
+        heads: B, n.
+    """
+    kernel = (density.shape[2] // grid[0], density.shape[3] // grid[1])
+    local = F.avg_pool2d(density, kernel).flatten(1) * (kernel[0] * kernel[1])
+    return ((counts - local).abs().sum(1) / (heads + 10)).mean()
