@@ -134,8 +134,8 @@ def _print_evaluation(result: dict[str, Any], format: Format) -> None:
 @app.command(epilog="Example: `crowdexit cost --model audiocsrnet --branch slvit --format json`")
 def cost(
     model: Model = "audiocsrnet",
-    branch: Annotated[str | None, typer.Option(help="Only this kind of branch: cnn or slvit.")] = None,
-    layer: Annotated[str | None, typer.Option(help="Only this place: V1, AV1 or AV2.")] = None,
+    branch: Annotated[str | None, typer.Option(help="Only this kind of branch (cnn, slvit, mlp …).")] = None,
+    layer: Annotated[str | None, typer.Option(help="Only this place (V1, AV1, AV2; of a transformer 1 to 11).")] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT; default: the model's own.")] = None,
     format: Annotated[Format, typer.Option()] = Format.table,
 ) -> None:
@@ -159,6 +159,45 @@ def cost(
             f"{row['speedup']:.2f}",
         )
     Console().print(table)
+
+
+@app.command(epilog="Example: `crowdexit tradeoff --model runs/branches --data crowd.h5 --out tradeoff`")
+def tradeoff(
+    data: Annotated[Path, typer.Option(help="A prepared HDF5 file.")],
+    model: Model = DEFAULT_MODEL,
+    split: Annotated[str, typer.Option()] = "val",
+    ids: Annotated[str, typer.Option(help="Only samples whose id matches this shell pattern.")] = "*",
+    audio: Annotated[bool, typer.Option("--audio/--no-audio", help="Hear the sound where there is some.")] = True,
+    budgets: Annotated[
+        str | None, typer.Option(help="Budgets to recommend for, 10⁹ multiply-adds: 5,10.5. Default: quarters.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for tradeoff.csv, .md and .png.")] = Path("tradeoff"),
+    runtime: RuntimeName = "auto",
+) -> None:
+    """Error against cost of every exit: the practical branches, and which of them to deploy for a budget."""
+    from crowdexit import zoo
+    from crowdexit.analysis import tradeoff as analysis
+    from crowdexit.data.store import Store
+    from crowdexit.inference.counter import load
+    from crowdexit.inference.evaluate import evaluate as run_evaluation
+
+    try:
+        wanted = None if budgets is None else [1e9 * float(item) for item in budgets.split(",")]
+    except ValueError:
+        raise CrowdExitError(f"--budgets {budgets}: numbers with commas between") from None
+    analysis.recommend([], wanted or [])
+    with Store(data) as store:
+        samples = store.ids(split, ids)
+        counter = load(model, runtime=runtime)
+        counter.exits = counter.network.exit_names
+        with _progress("evaluating", len(samples)) as advance:
+            result = run_evaluation(counter, store, split, samples, audio=audio, progress=advance)
+    spec = zoo.read_spec(zoo.checkpoint_path(model))
+    made = analysis.points(spec, {row["exit"]: row["mae"] for row in result["exits"]})
+    title = f"{spec.model} on {data.name}, {split} ({result['samples']} pictures, sound: {result['audio']})"
+    paths = analysis.write(made, out, title=title, measure_name="MAE", budgets=wanted)
+    print(paths[1].read_text("utf-8"), end="")
+    print(f"Written: {', '.join(map(str, paths))}", file=sys.stderr)
 
 
 @app.command(epilog="Example: `crowdexit train audiocsrnet-s-density --data crowd.h5 --out runs/mine --resume`")

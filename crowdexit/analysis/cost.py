@@ -112,9 +112,9 @@ def cost(
             there = network.branch_kinds(place)
             for kind in _chosen(branch, there, f"no branch kind {branch!r} fits {spec.model}"):
                 exits.append(zoo.ExitSpec(f"{place}-{kind}", place, kind))
-        network = zoo.build(replace(spec, exits=tuple(exits))).eval().requires_grad_(False)
-        width, height = network.config.size
-        stages, at_exit = measure(network, inputs(torch.empty(1, 3, height, width), torch.empty(1, 1, 96, 64)))
+    network, features = at_one_picture(replace(spec, exits=tuple(exits)))
+    width, height = network.config.size
+    stages, at_exit = measure(network, features)
     backbone = sum(stages) + at_exit[FINAL]
     costs = []
     for e in exits:
@@ -122,6 +122,14 @@ def cost(
         params = sum(p.numel() for p in network.exit_module(e.name).parameters())
         costs.append(ExitCost(e.place, e.kind, params, total, total // 2, backbone / total))
     return CostTable(str(model), f"{width}x{height}", backbone, tuple(costs))
+
+
+def at_one_picture(spec: zoo.Spec) -> tuple[MultiExitNetwork, Features]:
+    """The network without numbers, and one view with one second of sound for it."""
+    with torch.device("meta"):
+        network = zoo.build(spec).eval().requires_grad_(False)
+        width, height = network.config.size
+        return network, inputs(torch.empty(1, 3, height, width), torch.empty(1, 1, 96, 64))
 
 
 def measure(network: MultiExitNetwork, features: Features) -> tuple[list[int], dict[str, int]]:
