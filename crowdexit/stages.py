@@ -111,9 +111,14 @@ class Answer:
 
 
 class Exit(nn.Module):
-    """Reads the record at the end of a stage and answers."""
+    """Reads the record at the end of a stage and answers.
+
+    Attributes:
+        kind: what it is called. maps: whether its answers have a density map.
+    """
 
     kind: str
+    maps: bool = False
 
     def forward(self, features: Features) -> Answer:
         raise NotImplementedError  # abstract

@@ -138,6 +138,7 @@ class DensityExit(Exit):
     """
 
     kind = "density"
+    maps = True
 
     def __init__(self, channels: int, config: AudioCSRNetConfig) -> None:
         super().__init__()

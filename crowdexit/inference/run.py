@@ -43,7 +43,7 @@ def count_inputs(
     inputs: Sequence[str | Path],
     *,
     audio: Path | None = None,
-    exit: str = FINAL,
+    exit: str = "auto",
     deadline_ms: float | None = None,
     fps: float | None = None,
     format: Format = "table",
@@ -80,6 +80,8 @@ def count_inputs(
     for option, path in (("--out", out), ("--density", density)):
         if path is not None and any(path.resolve() == s.path.resolve() for s in sources):
             raise RunError(f"{option} {path}: this is an input, it would be overwritten")
+    if density is not None and not counter.network.exit_module(FINAL).maps:
+        raise RunError(f"--density: {counter.model} makes no map, it counts directly")
     drawings = None if density is None else _Drawings(density, sources, single, exit)
     rows = 0
     with opened(out) as file, _bar(sources, fps, shown=progress and not file.isatty()) as advance:

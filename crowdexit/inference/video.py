@@ -22,7 +22,6 @@ from crowdexit.data.log_mel import AudioError
 from crowdexit.data.picture import MAX_PIXELS, PictureError
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.counter import CountResult, CrowdCounter
-from crowdexit.network import FINAL
 
 DEFAULT_FPS = 1.0
 # Less of a frame's second than this, and the frame is not heard: half a second, as at a video's first and
@@ -91,7 +90,7 @@ def count_video(
     *,
     fps: float | None = None,
     audio: Path | None = None,
-    exit: str = FINAL,
+    exit: str = "auto",
     deadline_ms: float | None = None,
     warn: Warn = warnings.warn,
     show: Callable[[Frame, CountResult], None] | None = None,

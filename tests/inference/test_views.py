@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import pytest
 import torch
 
 from crowdexit import zoo
 from crowdexit.data.picture import tiles, views
+from crowdexit.errors import CrowdExitError
 from crowdexit.inference.counter import CrowdCounter, batch_of
+from crowdexit.inference.run import count_inputs
 from crowdexit.inference.runtime import Runtime
 
 VIT = {"size": [64, 64], "dim": 12, "depth": 3, "heads": 2, "hidden": 8, "slvit_dim": 4, "audio_width": 0.0625}
@@ -67,3 +70,12 @@ def test_a_huge_picture_is_several_scenes(pictures):
     huge = np.tile(pictures[0], (12, 12, 1))
     counts = {r.exit: r.count for r in counter.stream(huge)}
     assert counts["final"] > 2 * counter.count(pictures[0]).count
+
+
+def test_no_density_of_a_network_without_a_map(tmp_path):
+    picture = tmp_path / "crowd.png"
+    cv2.imwrite(str(picture), np.zeros((96, 128, 3), np.uint8))
+    with pytest.raises(CrowdExitError, match="transcrowd-token-s makes no map, it counts directly"):
+        count_inputs(made("fit"), [picture], density=tmp_path / "map.png")
+    assert list(tmp_path.iterdir()) == [picture]
+    assert count_inputs(made("fit"), [picture], format="json", out=tmp_path / "rows.json") == 1
