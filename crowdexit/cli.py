@@ -253,6 +253,38 @@ def pack(
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
 
 
+@app.command(epilog="Example: `crowdexit calibrate runs/audiocsrnet-s-branches --data crowd.h5 --split val`")
+def calibrate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A trained run's folder or checkpoint.")],
+    data: Annotated[Path, typer.Option(help="A prepared HDF5 file with held-out pictures.")],
+    split: Annotated[str, typer.Option()] = "val",
+    ids: Annotated[str, typer.Option(help="Only samples whose id matches this shell pattern.")] = "*",
+    level: Annotated[float, typer.Option(help="How often the interval is to hold the truth.")] = 0.9,
+    runtime: RuntimeName = "auto",
+) -> None:
+    """Write intervals into a checkpoint: how far each exit's counts of held-out pictures were from the truth."""
+    from crowdexit import zoo
+    from crowdexit.data.store import Store
+    from crowdexit.inference.counter import load
+    from crowdexit.inference.evaluate import calibrate as run_calibration
+
+    path = zoo.checkpoint_path(model)
+    with Store(data) as store:
+        wanted = store.ids(split, ids)
+        counter = load(model, runtime=runtime)
+        counter.exits = counter.network.exit_names
+        with _progress("calibrating", 2 * len(wanted)) as advance:
+            intervals = run_calibration(counter, store, split, wanted, level, progress=advance)
+    zoo.annotate(path, intervals=intervals.to_dict())
+    table = Table(title=f"{path}: {level:.0%} of {len(wanted)} pictures within ± w · (count + 10)")
+    for name in ("exit", "w without sound", "w with sound"):
+        table.add_column(name, justify="left" if name == "exit" else "right")
+    for name in counter.exits:
+        heard = intervals.heard.get(name)
+        table.add_row(name, f"{intervals.silent[name]:.3f}", "" if heard is None else f"{heard:.3f}")
+    Console().print(table)
+
+
 @app.command(epilog="Example: `crowdexit demo`")
 def demo(
     model: Model = DEFAULT_MODEL,

@@ -158,6 +158,10 @@ def save(network: MultiExitNetwork, spec: Spec, path: Path, *, half: bool = Fals
     for name, tensor in network.state_dict().items():
         tensor = tensor.detach().cpu().contiguous()
         tensors[name] = tensor.half() if half and tensor.dim() > 1 and tensor.is_floating_point() else tensor
+    _write(tensors, spec, path)
+
+
+def _write(tensors: dict[str, Tensor], spec: Spec, path: Path) -> None:
     header = {
         "format": FORMAT,
         "model": spec.model,
@@ -170,6 +174,22 @@ def save(network: MultiExitNetwork, spec: Spec, path: Path, *, half: bool = Fals
     save_file(tensors, part, metadata=header)
     part.chmod(0o644)  # the writer makes it readable by its owner alone
     part.replace(path)
+
+
+def annotate(path: Path, **meta: Any) -> None:
+    """Change what a checkpoint says of itself, to the bit the same weights; whole, or not at all.
+
+    Raises:
+        ZooError: if it is no checkpoint, or cannot be written.
+    """
+    spec = read_spec(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = file.keys()  # the file itself is not iterable
+            tensors = {key: file.get_tensor(key) for key in keys}
+        _write(tensors, replace(spec, meta={**spec.meta, **meta}), path)
+    except (SafetensorError, OSError) as error:
+        raise ZooError(f"{path}: cannot be rewritten ({str(error).splitlines()[0]})") from None
 
 
 def read_spec(path: Path) -> Spec:

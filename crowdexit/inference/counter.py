@@ -20,6 +20,7 @@ from crowdexit.data.log_mel import log_mel, read_audio
 from crowdexit.data.picture import MIN_SIDE, PictureError, Placement, normalise, read_picture, views
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.runtime import Runtime
+from crowdexit.intervals import Intervals
 from crowdexit.memory import keep_freed_memory
 from crowdexit.network import FINAL, MultiExitNetwork
 from crowdexit.stages import Features, inputs
@@ -131,7 +132,7 @@ class CrowdCounter:
         model: the name to report.
         runtime: how stages and exits are run.
         exits: names to serve; default: the SL-ViT branches (``served_exits``) and the final exit.
-        intervals: half-widths by exit, relative to count + 10 (from the checkpoint's calibration).
+        intervals: the checkpoint's calibration.
 
     Raises:
         CounterError: for an exit that the network does not have.
@@ -144,13 +145,13 @@ class CrowdCounter:
         *,
         runtime: Runtime | None = None,
         exits: Sequence[str] | None = None,
-        intervals: dict[str, float] | None = None,
+        intervals: Intervals | None = None,
     ) -> None:
         self.network = network.eval()
         self.model = model
         self.runtime = runtime or Runtime.pick("auto")
         self.exits = served_exits(network) if exits is None else self._known(exits)
-        self.intervals = intervals or {}
+        self.intervals = intervals or Intervals()
         self.runtime.prepare(self.network)
 
     def _known(self, exits: Sequence[str]) -> list[str]:
@@ -189,7 +190,7 @@ class CrowdCounter:
         if len(boxes) == 1:
             for name, values, density, placements in self._pass([picture], [heard], wanted):
                 map_ = None if density is None else _without_padding(density[0], placements[0])
-                yield self._result(name, float(values[0]), map_, begun)
+                yield self._result(name, float(values[0]), map_, begun, heard is not None)
             return
         # Tiles answer together, a few at a time: exit by exit needs every tile at that exit.
         sums = dict.fromkeys(wanted, 0.0)
@@ -203,7 +204,7 @@ class CrowdCounter:
                     maps += [(box, _without_padding(d, p)) for box, d, p in zip(part, density, placements, strict=True)]
         for name in wanted:
             map_ = _assemble(maps, width, height) if name == FINAL and maps else None
-            yield self._result(name, sums[name], map_, begun)
+            yield self._result(name, sums[name], map_, begun, False)
 
     def _pass(
         self,
@@ -223,13 +224,14 @@ class CrowdCounter:
             counts = np.add.reduceat(answer.value.float().cpu().numpy(), starts)
             yield name, counts, density, placements
 
-    def _result(self, name: str, count: float, density: NDArray[np.float32] | None, begun: float) -> ExitResult:
+    def _result(
+        self, name: str, count: float, density: NDArray[np.float32] | None, begun: float, heard: bool
+    ) -> ExitResult:
         if not math.isfinite(count):
             raise CounterError(f"{self.model}: the exit {name} did not give a number")
         # A regressor may undershoot zero; a crowd does not.
         count = max(0.0, count)
-        width = self.intervals.get(name)
-        interval = None if width is None else (max(0.0, count - width * (count + 10)), count + width * (count + 10))
+        interval = self.intervals.around(name, count, heard=heard)
         return ExitResult(name, count, interval, 1000 * (time.perf_counter() - begun), density)
 
     def count(
@@ -298,7 +300,9 @@ def load(name: str | Path, *, runtime: str = "auto", exits: Sequence[str] | None
     keep_freed_memory()
     picked = Runtime.pick(runtime)
     network, spec = zoo.load(name)
-    return CrowdCounter(network, spec.model, runtime=picked, exits=exits, intervals=spec.meta.get("intervals"))
+    return CrowdCounter(
+        network, spec.model, runtime=picked, exits=exits, intervals=Intervals.from_dict(spec.meta.get("intervals"))
+    )
 
 
 def batch_of(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ from numpy.typing import NDArray
 from crowdexit.data.augment import Conditions
 from crowdexit.data.picture import decode_picture
 from crowdexit.data.store import Store
-from crowdexit.inference.counter import CrowdCounter
+from crowdexit.inference.counter import CrowdCounter, ExitResult
+from crowdexit.intervals import Intervals, width
 
 
 def read_for_counting(
@@ -25,6 +27,45 @@ def read_for_counting(
     return picture, sample.log_mel if audio else None, sample.count, sample.audio_source
 
 
+@dataclass(frozen=True)
+class Counted:
+    """One sample counted: its id, the true count, where its sound came from, and what each exit said."""
+
+    id: str
+    truth: float
+    sound: str
+    results: tuple[ExitResult, ...]
+
+
+def count_samples(
+    counter: CrowdCounter,
+    store: Store,
+    split: str,
+    ids: Sequence[str],
+    *,
+    audio: bool = True,
+    conditions: Conditions = Conditions(),
+    progress: Any = None,
+) -> Iterator[Counted]:
+    """Count the samples of a split with every exit that the counter serves.
+
+    The first sample is run once beforehand, so that no latency counts the warm-up.
+
+    Args:
+        ids: of the samples.
+        audio: False counts without sound even where there is some.
+        progress: called after each sample.
+    """
+    for number, id in enumerate(ids):
+        picture, mel, count, source = read_for_counting(store, split, id, audio=audio, conditions=conditions)
+        if number == 0:
+            for _ in counter.stream(picture, mel):
+                pass
+        yield Counted(id, count, source if mel is not None else "none", tuple(counter.stream(picture, mel)))
+        if progress is not None:
+            progress()
+
+
 def evaluate(
     counter: CrowdCounter,
     store: Store,
@@ -35,32 +76,15 @@ def evaluate(
     conditions: Conditions = Conditions(),
     progress: Any = None,
 ) -> dict[str, Any]:
-    """MAE, RMSE and mean latency of each exit.
-
-    Args:
-        ids: of the samples of ``split``.
-        audio: False counts without sound even where there is some.
-        progress: called after each sample.
+    """MAE, RMSE and mean latency of each exit, of the samples that :func:`count_samples` counts.
 
     Returns:
         ``{"split", "audio", "samples", "exits": [{"exit", "mae", "rmse", "latency_ms"}]}``; ``audio`` is where
-        the sound came from (``recorded``, ``simulated``, ``none``, or ``mixed``). The first sample is run once
-        beforehand, so that no latency counts the warm-up.
+        the sound came from (``recorded``, ``simulated``, ``none``, or ``mixed``).
     """
-    errors: dict[str, list[float]] = {name: [] for name in counter.exits}
-    latencies: dict[str, list[float]] = {name: [] for name in counter.exits}
-    sources = set()
-    for number, id in enumerate(ids):
-        picture, mel, count, source = read_for_counting(store, split, id, audio=audio, conditions=conditions)
-        sources.add(source if mel is not None else "none")
-        if number == 0:
-            for _ in counter.stream(picture, mel):
-                pass
-        for result in counter.stream(picture, mel):
-            errors[result.exit].append(result.count - count)
-            latencies[result.exit].append(result.latency_ms)
-        if progress is not None:
-            progress()
+    counted = list(count_samples(counter, store, split, ids, audio=audio, conditions=conditions, progress=progress))
+    sources = {sample.sound for sample in counted}
+    errors = {name: np.array([_of(s, name).count - s.truth for s in counted]) for name in counter.exits}
     return {
         "split": split,
         "audio": sources.pop() if len(sources) == 1 else "mixed",
@@ -70,8 +94,38 @@ def evaluate(
                 "exit": name,
                 "mae": float(np.mean(np.abs(errors[name]))),
                 "rmse": float(np.sqrt(np.mean(np.square(errors[name])))),
-                "latency_ms": float(np.mean(latencies[name])),
+                "latency_ms": float(np.mean([_of(s, name).latency_ms for s in counted])),
             }
             for name in counter.exits
         ],
     }
+
+
+def _of(sample: Counted, name: str) -> ExitResult:
+    return next(result for result in sample.results if result.exit == name)
+
+
+def calibrate(
+    counter: CrowdCounter, store: Store, split: str, ids: Sequence[str], level: float, *, progress: Any = None
+) -> Intervals:
+    """Split-conformal intervals of every exit that the counter serves, from held-out samples.
+
+    Without sound from all of them, with sound from those that have some.
+
+    Args:
+        progress: called after each count, twice a sample.
+
+    Raises:
+        IntervalError: for a level that is no probability, or too few samples for it.
+    """
+    widths: list[dict[str, float]] = []
+    for audio in (False, True):
+        counted = list(count_samples(counter, store, split, ids, audio=audio, progress=progress))
+        if audio:
+            counted = [sample for sample in counted if sample.sound != "none"]
+        if audio and not counted:
+            widths.append({})
+            continue
+        truths = [sample.truth for sample in counted]
+        widths.append({n: width([_of(s, n).count for s in counted], truths, level) for n in counter.exits})
+    return Intervals(level, widths[0], widths[1], len(ids))

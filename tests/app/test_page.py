@@ -23,6 +23,7 @@ from crowdexit import zoo
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference import counter as counting
 from crowdexit.inference.counter import CrowdCounter, ExitResult
+from crowdexit.intervals import Intervals
 
 TINY = {"width": 0.0625, "audio_width": 0.0625, "size": [128, 64], "dim": 4, "heads": 2, "hidden": 8, "filters": 2}
 EXITS = ["V1", "AV1", "AV2", "final"]
@@ -31,7 +32,8 @@ EXITS = ["V1", "AV1", "AV2", "final"]
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("checkpoint") / "model.safetensors"
-    spec = zoo.Spec("audiocsrnet-s", both_kinds(), TINY, {"intervals": {"V1": 0.3, "final": 0.1}})
+    widths = {"V1": 0.3, "final": 0.1}
+    spec = zoo.Spec("audiocsrnet-s", both_kinds(), TINY, {"intervals": Intervals(0.9, widths, widths, 30).to_dict()})
     zoo.save(zoo.build(spec), spec, path)
     return path
 

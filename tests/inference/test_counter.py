@@ -23,6 +23,7 @@ from crowdexit.data.picture import PictureError, decode_picture
 from crowdexit.inference import counter as module
 from crowdexit.inference.counter import CounterError, CrowdCounter, hear, load, served_exits, tile_boxes
 from crowdexit.inference.runtime import Runtime, RuntimeUnavailable
+from crowdexit.intervals import Intervals
 
 
 def noise(width: int, height: int, seed: int = 0) -> np.ndarray:
@@ -339,7 +340,12 @@ def test_served_exits():
 
 def test_load(counter, tmp_path):
     """A checkpoint counts as the network that it was saved from, with its intervals."""
-    spec = zoo.Spec("audiocsrnet-s", exits=both_kinds(), changes=TINY, meta={"intervals": {"final": 0.25}})
+    spec = zoo.Spec(
+        "audiocsrnet-s",
+        exits=both_kinds(),
+        changes=TINY,
+        meta={"intervals": Intervals(0.8, {"final": 0.25}, {"final": 0.5}, 20).to_dict()},
+    )
     zoo.save(counter.network, spec, tmp_path / "m" / "model.safetensors")
     again = load(tmp_path / "m", runtime="eager")
     picture = noise(128, 64)
@@ -349,6 +355,8 @@ def test_load(counter, tmp_path):
     low, high = result.chosen.interval
     half = 0.25 * (result.count + 10)
     assert (low, high) == pytest.approx((max(0, result.count - half), result.count + half))
+    heard = again.count(picture, np.zeros((96, 64), np.float32)).chosen
+    assert heard.interval[1] == pytest.approx(heard.count + 0.5 * (heard.count + 10))
     assert result.exits[0].interval is None
     row = result.to_dict("p.jpg")
     assert row["exits"][-1]["interval"] == [round(low, 2), round(high, 2)]
@@ -366,7 +374,7 @@ def test_no_crowd_is_negative_and_no_count_is_nan():
     head = [m for m in network.branches["V1"].modules() if isinstance(m, torch.nn.Linear)][-1]
     torch.nn.init.zeros_(head.weight)
     torch.nn.init.constant_(head.bias, -3.0)
-    tiny = CrowdCounter(network, "tiny", runtime=Runtime("eager"), intervals={"V1": 0.5})
+    tiny = CrowdCounter(network, "tiny", runtime=Runtime("eager"), intervals=Intervals(0.9, {"V1": 0.5}))
     first = next(tiny.stream(noise(128, 64)))
     assert (first.count, first.interval) == (0.0, (0.0, 5.0))
     assert tiny.count_batch([noise(128, 64)], [None])["V1"][0] == 0
