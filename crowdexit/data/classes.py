@@ -32,7 +32,8 @@ from crowdexit.data.picture import normalise, place
 from crowdexit.data.store import SPLITS, StoreError, open_for_writing
 
 _CHUNK_BYTES = 2**17  # small pictures share a chunk, of large ones each has its own
-_DAMAGE = (KeyError, OSError, RuntimeError, TypeError, ValueError, MemoryError)  # what h5py raises of broken files
+# What h5py raises of a broken file, and what is raised by a file of another form.
+_DAMAGE = (AttributeError, KeyError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
 
 
 def stratified(labels: ArrayLike, size: int, seed: int = 0) -> NDArray[np.bool_]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from crowdexit.errors import CrowdExitError
 
@@ -94,8 +94,18 @@ class ExitPart(_Part):
     """A branch to train: its name, place and kind."""
 
     name: str = Field(pattern="^[A-Za-z0-9_-]+$")
-    place: str
+    place: Annotated[str, BeforeValidator(lambda place: str(place) if type(place) is int else place)]
     kind: str
+
+
+def every_exit(exits: Any) -> Any:
+    """``{kinds: [mlp, vit], places: [3, 6]}`` → the exits 3-mlp, 3-vit, 6-mlp, 6-vit; a list stays as it is."""
+    if not isinstance(exits, dict):
+        return exits
+    if set(exits) != {"kinds", "places"} or not all(isinstance(part, list) for part in exits.values()):
+        raise ValueError("exits are a list, or a mapping with lists of kinds and places")
+    pairs = [(place, kind) for place in exits["places"] for kind in exits["kinds"]]
+    return [{"name": f"{place}-{kind}", "place": place, "kind": kind} for place, kind in pairs]
 
 
 class Recipe(_Part):
@@ -107,6 +117,7 @@ class Recipe(_Part):
             on MAE. ``branches``: classifier-wise, all branches side by side on the frozen backbone.
         model: a name of the zoo; ``changes`` its configuration's fields.
         start: checkpoint whose weights are the start.
+        exits: the branches to train: each with name, place and kind, or ``kinds`` and ``places`` for every pair.
         weights: published weights to start from in its place, by kind (``vgg16``, ``vggish`` …): a file, or
             ``torchvision`` for its download.
         loss: ``l2`` (density) and ``mae`` (counts) are the papers'; ``balanced`` weighs dense and sparse
@@ -129,7 +140,7 @@ class Recipe(_Part):
     changes: dict[str, Any] = {}
     start: Path | None = None
     weights: dict[str, str] = {}
-    exits: tuple[ExitPart, ...] = ()
+    exits: Annotated[tuple[ExitPart, ...], BeforeValidator(every_exit)] = ()
     data: DataPart = DataPart()
     optimiser: OptimiserPart = OptimiserPart()
     loss: Literal["l2", "mae", "balanced"] = "balanced"

@@ -57,7 +57,23 @@ def test_changes_by_dotted_key(tmp_path):
 def test_bundled_recipes_build(name):
     recipe = read_recipe(name)
     exits = tuple(zoo.ExitSpec(e.name, e.place, e.kind) for e in recipe.exits)
-    zoo.build(zoo.Spec(recipe.model, exits, {"width": 0.0625, "audio_width": 0.0625, "hidden": 4}))
+    small = {"width": 0.0625, "audio_width": 0.0625} if recipe.model.startswith("audio") else {"dim": 12, "heads": 2}
+    zoo.build(zoo.Spec(recipe.model, exits, {**small, "hidden": 4}))
+
+
+def test_every_pair_of_kinds_and_places(tmp_path):
+    recipe = read_recipe("transcrowd-branches")
+    assert len(recipe.exits) == 77
+    assert [(e.name, e.place, e.kind) for e in recipe.exits[:2]] == [
+        ("1-mlp", "1", "mlp"),
+        ("1-cnn-ignore", "1", "cnn-ignore"),
+    ]
+    three = read_recipe("transcrowd-end-to-end", {"exits.places": [3, 6, 9], "exits.kinds": ["vit"]})
+    assert [e.name for e in three.exits] == ["3-vit", "6-vit", "9-vit"]
+    for exits in ("{kinds: [mlp]}", "{kinds: mlp, places: [1]}", "7"):
+        (tmp_path / "r.yaml").write_text(f"stage: branches\nmodel: transcrowd-token\nexits: {exits}\n")
+        with pytest.raises(RecipeError, match=r"exits"):
+            read_recipe(tmp_path / "r.yaml")
     if recipe.stage == "branches":
         assert {(e.place, e.kind) for e in exits} == {(p, k) for p in ("V1", "AV1", "AV2") for k in ("cnn", "slvit")}
 
