@@ -59,6 +59,8 @@ def test_bundled_recipes_build(name):
     exits = tuple(zoo.ExitSpec(e.name, e.place, e.kind) for e in recipe.exits)
     small = {"width": 0.0625, "audio_width": 0.0625} if recipe.model.startswith("audio") else {"dim": 12, "heads": 2}
     zoo.build(zoo.Spec(recipe.model, exits, {**small, "hidden": 4}))
+    if recipe.stage == "branches" and recipe.model.startswith("audio"):
+        assert {(e.place, e.kind) for e in exits} == {(p, k) for p in ("V1", "AV1", "AV2") for k in ("cnn", "slvit")}
 
 
 def test_every_pair_of_kinds_and_places(tmp_path):
@@ -74,8 +76,6 @@ def test_every_pair_of_kinds_and_places(tmp_path):
         (tmp_path / "r.yaml").write_text(f"stage: branches\nmodel: transcrowd-token\nexits: {exits}\n")
         with pytest.raises(RecipeError, match=r"exits"):
             read_recipe(tmp_path / "r.yaml")
-    if recipe.stage == "branches":
-        assert {(e.place, e.kind) for e in exits} == {(p, k) for p in ("V1", "AV1", "AV2") for k in ("cnn", "slvit")}
 
 
 def test_the_papers_settings():
