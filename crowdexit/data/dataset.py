@@ -92,7 +92,7 @@ class CrowdDataset(Dataset[dict[str, Any]]):
 
     Items: ``image`` 3×H×W normalised (or tiles T×3×H×W), ``density`` 1×H/s×W/s (not of tiles), ``inside``
     1×H/8×W/8, ``count`` (heads on the canvas), ``total`` (of the whole picture), ``log_mel`` 1×96×64, ``heard``
-    bool, ``id``.
+    bool, ``dark`` bool (darkened by the conditions), ``id``.
     """
 
     def __init__(self, store: Store, split: str, ids: Sequence[str], setting: Setting, seed: int = 0) -> None:
@@ -115,6 +115,7 @@ class CrowdDataset(Dataset[dict[str, Any]]):
             "total": torch.tensor(sample.count, dtype=torch.float32),
             "log_mel": torch.from_numpy(log_mel)[None],
             "heard": torch.tensor(heard),
+            "dark": torch.tensor(conditions.brightness < 1),
             "id": sample.id,
         }
         if s.tiles:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,12 +23,16 @@ def evened(crowding: Tensor, usual: float, even: float) -> Tensor:
     return crowding**even * usual ** (1 - even)
 
 
-def relative_error(count: Tensor, heads: Tensor, even: float = 1.0) -> Tensor:
+def relative_error(count: Tensor, heads: Tensor, even: float = 1.0, dark: Tensor | None = None) -> Tensor:
     """|Σ − n| / (n + 10), meaned: an error of ten in fifty weighs like one of a hundred in six hundred.
 
-    With ``even`` below 1 dense pictures weigh more, see :func:`evened`.
+    With ``even`` below 1 dense pictures weigh more, see :func:`evened`. Of pictures that are ``dark`` (B bool) the
+    error counts as it is, / 110: where the crowd cannot be seen, relative errors teach to guess low.
     """
-    return ((count - heads).abs() / evened(heads + 10, 110, even)).mean()
+    weight = evened(heads + 10, 110, even)
+    if dark is not None:
+        weight = torch.where(dark, 110.0, weight)
+    return ((count - heads).abs() / weight).mean()
 
 
 def density_loss(density: Tensor, count: Tensor, batch: Batch, recipe: Recipe) -> Tensor:
@@ -35,7 +40,8 @@ def density_loss(density: Tensor, count: Tensor, batch: Batch, recipe: Recipe) -
 
     ``l2``: the squared error summed over the map, meaned over the batch (SL-ViT paper, IV).
     ``balanced``: the mean squared error of density × 100, each picture's divided by (1 + n/20), times the
-    recipe's ``map``, plus :func:`relative_error`; dense pictures do not own it. Measured from scratch on ShanghaiTech.
+    recipe's ``map``, plus :func:`relative_error`; dense pictures do not own it. Measured from scratch on
+    ShanghaiTech. Of dark pictures the latter alone, where the recipe's ``guess`` is set.
     """
     heads = batch["count"]
     if recipe.data.stride == 1:
@@ -44,13 +50,15 @@ def density_loss(density: Tensor, count: Tensor, batch: Batch, recipe: Recipe) -
     if recipe.loss == "l2":
         return squared.sum((1, 2, 3)).mean()
     weighted = 1e4 * squared.mean((1, 2, 3)) / evened(1 + heads / 20, 6, recipe.even)
-    return recipe.map * weighted.mean() + relative_error(count, heads, recipe.even)
+    if recipe.guess:
+        weighted = weighted * ~batch["dark"]
+    return recipe.map * weighted.mean() + count_loss(count, batch, recipe)
 
 
 def count_loss(count: Tensor, batch: Batch, recipe: Recipe) -> Tensor:
     """The recipe's loss of counts B: mean absolute error (``mae``, the papers'), or :func:`relative_error`."""
     if recipe.loss == "balanced":
-        return relative_error(count, batch["count"], recipe.even)
+        return relative_error(count, batch["count"], recipe.even, batch["dark"] if recipe.guess else None)
     return (count - batch["count"]).abs().mean()
 
 

@@ -194,12 +194,25 @@ class BackboneTraining(Experiment):
             nn.init.constant_(self.listener.bias, 5.0)  # about the logarithm of 150
             self.network.requires_grad_(False)
             vggish.layers.requires_grad_(True)
+        known = dict(network.named_modules())
+        for name in recipe.frozen:
+            if name not in known:
+                raise TrainingError(f"frozen: the network has no module {name!r} (it has stages.0, final …)")
+        self.frozen = [known[name] for name in recipe.frozen]
+        for module in self.frozen:
+            module.requires_grad_(False)
         self.average = averaged(self.network, recipe)
+
+    def train(self, mode: bool = True) -> BackboneTraining:
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        return self
 
     def trained(self) -> Iterable[nn.Parameter]:
         if self.listener is not None:
             return [*ears(self.network).layers.parameters(), *self.listener.parameters()]
-        return self.network.parameters()
+        return [p for p in self.network.parameters() if p.requires_grad]
 
     def finished(self) -> bool:
         return self.recipe.stop is not None and self.stale >= self.recipe.stop

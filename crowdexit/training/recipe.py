@@ -125,12 +125,17 @@ class Recipe(_Part):
         even: how far ``balanced`` goes: 1 weighs errors relative to the crowd, 0 as they are.
         map: weight of the density map's squared error in ``balanced``, beside the count's own error. Where heads
             stand to the pixel is noise to a network that knows how many there are: less of it late in training.
+        guess: ask of darkened pictures only for the count, its error as it is: what cannot be seen is guessed from
+            the sound, and evened errors would teach to guess low.
+        frozen: modules of the backbone that stay as they are (``stages.0``), their running statistics too.
         batch: of all processes together.
         ema: decay of the averaged weights that are validated and kept; 0: none.
         stop: early stopping after so many epochs without a better validation error.
         lambdas: weights λ of the exits' losses where several are added; 1 for branches, 2 for the final exit.
         rest: what the backbone's stages behind the first branch start from, layer-wise: ``kept``, what ``start``
             or ``weights`` gave them; ``fresh``, nothing; or a checkpoint of the same model.
+        branches_from: checkpoint whose branches of the same names, places and kinds are the start of the new ones;
+            they were trained on another backbone, or on an earlier state of this one.
         tied: start the branches' heads as a mean over positions.
         local: weight of a further loss of the branches, the error of each token's local count.
     """
@@ -146,12 +151,15 @@ class Recipe(_Part):
     loss: Literal["l2", "mae", "balanced"] = "balanced"
     even: float = Field(1.0, ge=0, le=1)
     map: float = Field(1.0, ge=0)
+    guess: bool = False
+    frozen: tuple[str, ...] = ()
     epochs: int = Field(100, gt=0)
     batch: int = Field(8, gt=0)
     ema: float = Field(0.0, ge=0, lt=1)
     stop: int | None = Field(None, gt=0)
     lambdas: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
     rest: Literal["kept", "fresh"] | Path = "kept"
+    branches_from: Path | None = None
     tied: bool = False
     local: float = Field(0.0, ge=0)
     precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed"
@@ -164,6 +172,8 @@ class Recipe(_Part):
             raise ValueError(f"the stage {self.stage!r} needs exits")
         if not with_exits and self.exits:
             raise ValueError(f"the stage {self.stage!r} trains no exits")
+        if self.branches_from and not with_exits:
+            raise ValueError(f"the stage {self.stage!r} trains no exits, so that branches_from means nothing")
         if self.lambdas and self.stage not in ("end-to-end", "layer-wise"):
             raise ValueError(f"the stage {self.stage!r} adds no losses, so that lambdas mean nothing")
         if self.rest != "kept" and self.stage != "layer-wise":

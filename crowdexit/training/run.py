@@ -189,6 +189,22 @@ def starting_network(recipe: Recipe) -> tuple[MultiExitNetwork, zoo.Spec]:
     return network, spec
 
 
+def start_branches(network: MultiExitNetwork, recipe: Recipe, path: Path) -> None:
+    """Fill the recipe's branches from those that stand on another checkpoint.
+
+    Raises:
+        CrowdExitError: if it lacks one, or has another branch under that name.
+    """
+    path = zoo.checkpoint_path(path)
+    there = zoo.read_spec(path).exits
+    for e in recipe.exits:
+        if zoo.ExitSpec(e.name, e.place, e.kind) not in there:
+            raise TrainingError(f"{path}: it has no branch {e.name!r} of kind {e.kind} at {e.place}")
+    own = tuple(f"branches.{e.name}." for e in recipe.exits)
+    tensors = {key: value for key, value in zoo.read_tensors(path).items() if key.startswith(own)}
+    zoo.fill(network, tensors, str(path), optional=lambda key: not key.startswith(own))
+
+
 def start_rest(network: MultiExitNetwork, recipe: Recipe) -> None:
     """Layer-wise: what the stages behind the first branch, and the final exit, start from.
 
@@ -218,6 +234,8 @@ def make_experiment(network: MultiExitNetwork, spec: zoo.Spec, recipe: Recipe, o
             of one without its dense layer.
     """
     add_branches(network, recipe, median)
+    if recipe.branches_from is not None:
+        start_branches(network, recipe, recipe.branches_from)
     if recipe.stage == "branches":
         return BranchTraining(network, spec, recipe, out)
     if recipe.stage in ("end-to-end", "layer-wise"):

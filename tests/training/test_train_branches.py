@@ -11,6 +11,7 @@ from crowdexit.backbones.vgg import VGGFront
 from crowdexit.training.branches import BranchTraining, add_branches
 from crowdexit.training.losses import local_error
 from crowdexit.training.modules import TrainingError
+from crowdexit.training.run import start_branches
 
 
 def part(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -145,3 +146,19 @@ def test_tied_heads_start_at_the_median_wherever_people_stand(store, backbone):
 def test_exits_that_do_not_fit(store, backbone, tmp_path, exits, problem):
     with pytest.raises(TrainingError, match=problem):
         run(tiny(store, "branches", start=backbone, exits=exits), tmp_path)
+
+
+def test_branches_go_on_from_another_checkpoint(store, backbone, tmp_path):
+    run(tiny(store, "branches", start=backbone, epochs=1), tmp_path / "one")
+    there = tmp_path / "one" / "model.safetensors"
+    network, _ = zoo.load(backbone)
+    recipe = tiny(store, "branches", start=backbone, branches_from=there)
+    add_branches(network, recipe, 12.0)
+    start_branches(network, recipe, there)
+    assert same({k: v for k, v in network.state_dict().items() if k in best(tmp_path / "one")}, best(tmp_path / "one"))
+    run(tiny(store, "branches", start=backbone, branches_from=there, epochs=1), tmp_path / "two")
+    _, spec = zoo.load(tmp_path / "two")
+    assert spec.meta["recipe"]["branches_from"] == "one/model.safetensors", "no path of this machine"
+    for path, exits in ((backbone, {}), (there, {"exits": [{"name": "V1", "place": "V1", "kind": "cnn"}]})):
+        with pytest.raises(TrainingError, match="it has no branch 'V1'"):
+            run(tiny(store, "branches", start=backbone, branches_from=path, **exits), tmp_path / "no")

@@ -13,7 +13,9 @@ from tiny_runs import TINY, best, run, same, tiny, write_store
 
 from crowdexit import zoo
 from crowdexit.errors import CrowdExitError
+from crowdexit.training.losses import density_loss
 from crowdexit.training.modules import TrainingError
+from crowdexit.training.recipe import Recipe
 from crowdexit.training.run import train
 
 WHOLE_L2 = {"loss": "l2", "data": {"stride": 1, "whole": True, "draws": 12, "balance": {"A_*": 0.5, "B_*": 0.5}}}
@@ -155,3 +157,36 @@ def test_damage_found_while_training_is_one_line(store, tmp_path):
     with pytest.raises(CrowdExitError, match="train/A_0: the stored picture is damaged") as error:
         run(tiny(broken, "density"), tmp_path / "out")
     assert "\n" not in str(error.value)
+
+
+def test_what_is_frozen_stays_to_the_bit(store, backbone, tmp_path):
+    recipe = tiny(store, "density", epochs=2, start=backbone, frozen=["stages.0", "stages.1.layers"], ema=0.5)
+    run(recipe, tmp_path / "out")
+    before, after = best(backbone.parent), best(tmp_path / "out")
+    moved = {k for k in before if not torch.equal(before[k], after[k])}
+    assert moved
+    assert not any(k.startswith(("stages.0.", "stages.1.layers.")) for k in moved)
+    assert {k for k in before if k.startswith(("stages.2.", "stages.3.", "final."))} <= moved
+    with pytest.raises(TrainingError, match=r"frozen: the network has no module 'stages\.9'"):
+        run(tiny(store, "density", start=backbone, frozen=["stages.9"]), tmp_path / "no")
+
+
+def test_of_the_dark_only_the_count_is_asked():
+    random = torch.Generator().manual_seed(0)
+    density = torch.rand(3, 1, 4, 6, generator=random)
+    count = density.sum((1, 2, 3))
+    batch = {
+        "density": torch.rand(3, 1, 4, 6, generator=random),
+        "count": torch.tensor([300.0, 5.0, 50.0]),
+        "dark": torch.tensor([True, False, True]),
+    }
+    recipe = Recipe.model_validate({"stage": "density", "model": "audiocsrnet-s", "even": 0.5, "map": 0.2})
+    guess = recipe.model_copy(update={"guess": True})
+    errors = (count - batch["count"]).abs()
+    squared = 1e4 * (density - batch["density"]).square().mean((1, 2, 3)) / (1 + batch["count"] / 20) ** 0.5 / 6**0.5
+    evened = errors / (batch["count"] + 10) ** 0.5 / 110**0.5
+    torch.testing.assert_close(
+        density_loss(density, count, batch, recipe), 0.2 * squared.mean() + evened.mean(), rtol=1e-5, atol=1e-5
+    )
+    wanted = 0.2 * squared[1] / 3 + (errors[0] / 110 + evened[1] + errors[2] / 110) / 3
+    torch.testing.assert_close(density_loss(density, count, batch, guess), wanted, rtol=1e-5, atol=1e-5)

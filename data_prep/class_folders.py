@@ -1,0 +1,369 @@
+"""Prepares class folders of pictures for classification: ``python -m data_prep.class_folders``."""
+
+from __future__ import annotations
+
+import stat
+import sys
+import tarfile
+import unicodedata
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Annotated, Protocol
+from zlib import crc32
+
+import cv2
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from crowdexit.data.classes import ClassStore, ClassWriter, write_classes
+from crowdexit.data.picture import FORMATS, MIN_SIDE, SUFFIXES, PictureError, decode_picture
+from crowdexit.data.store import SPLITS
+from crowdexit.errors import CrowdExitError
+from data_prep.common import Strict, Task, run
+
+_SALT = 1  # see split_of
+_BATCH = 64  # pictures that are written at once; a kill costs no more than these
+_DEPTH = 5  # folders below SRC that are looked into: a set needs two, and may lie within others
+_MAX_BYTES = 2**28  # of one picture file
+
+Place = tuple[str, ...]  # a path as its parts
+
+
+@dataclass(frozen=True)
+class Picture(Task):
+    """``place`` is where in the source it is; the id is that below the set's own folder."""
+
+    label: int
+    place: Place
+
+
+class Source(Protocol):
+    """A folder or an archive: which files and folders there are below it, and what is in a file."""
+
+    files: list[Place]
+    folders: list[Place]
+
+    def read(self, place: Place) -> bytes: ...
+
+    def state(self) -> str: ...
+
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    src: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of class folders, or a .tar of them.")],
+    dst: Annotated[Path, typer.Argument(metavar="DST.h5", help="The prepared file to write.")],
+    size: Annotated[int, typer.Option(min=8, max=2048, help="Width and height of the stored pictures.")] = 224,
+    val: Annotated[float, typer.Option(min=0.01, max=0.4, help="Share for validation (and for test).")] = 0.1,
+    strict: Strict = False,
+) -> None:
+    """Prepare pictures in class folders: one HDF5 file of square pictures and labels.
+
+    SRC holds train/CLASS and test/CLASS, and maybe val/CLASS; or CLASS alone. Without val/, a share of the
+    training pictures, chosen by name alone, becomes `val`; of CLASS alone, another one as large becomes `test`.
+    The middle square of each picture is taken. An interrupted run goes on where it was.
+
+    Example: python -m data_prep.class_folders pictures.tar data/pictures.h5 --size 224
+    """
+    if src.resolve() == dst.resolve():
+        raise CrowdExitError(f"{dst}: would replace what it is made from")
+    with open_source(src) as source:
+        found = find_pictures(source, src, val)
+        settings = f"class_folders {src.resolve()} {source.state()} {size} {val} {found.pictures}"
+        with write_classes(dst, found.classes, f"class folders of {src.name}", settings=settings) as writer:
+            todo = [picture for picture in found.pictures if (picture.split, picture.id) not in writer]
+            columns = TextColumn("preparing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+            with Progress(*columns, console=Console(stderr=True)) as progress:
+                skipped = write_pictures(writer, source, progress.track(todo), size, strict=strict)
+    with ClassStore(dst) as store:
+        print(store.describe())
+    if len(todo) < len(found.pictures):
+        print(f"  {len(found.pictures) - len(todo)} pictures resumed from an interrupted run")
+    if found.astray:
+        print(f"  {found.astray} pictures outside the class folders left out")
+    if skipped:
+        print(f"  {len(skipped)} pictures skipped:")
+    for name, reason in skipped:
+        print(f"    {name}: {reason}")
+
+
+class Folder:
+    """A folder on the disk, as far down as a set of class folders reaches."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.files: list[Place] = []
+        self.folders: list[Place] = []
+        try:
+            self._walk(path, ())
+        except OSError as error:
+            raise CrowdExitError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+    def _walk(self, folder: Path, place: Place) -> None:
+        for path in sorted(folder.iterdir()):
+            if path.is_dir():
+                self.folders.append((*place, path.name))
+                if len(place) + 1 < _DEPTH:  # also what ends a link that leads back up
+                    self._walk(path, (*place, path.name))
+            else:
+                self.files.append((*place, path.name))
+
+    def read(self, place: Place) -> bytes:
+        path = self.path.joinpath(*place)
+        try:
+            about = path.stat()
+            if not stat.S_ISREG(about.st_mode):  # a pipe would keep us waiting
+                raise PictureError("not a file")
+            _check_size(about.st_size)
+            return path.read_bytes()
+        except OSError as error:
+            raise PictureError(f"cannot be read ({error.strerror})") from error
+
+    def state(self) -> str:
+        return "folder"
+
+
+class Archive:
+    """An uncompressed tar archive, read where it is; nothing is extracted, links are not followed."""
+
+    def __init__(self, path: Path, tar: tarfile.TarFile) -> None:
+        self.path, self._tar = path, tar
+        self._members: dict[Place, tarfile.TarInfo] = {}
+        folders: dict[Place, None] = {}
+        for member in tar:
+            place = tuple(part for part in member.name.split("/") if part not in ("", "."))
+            if not place or ".." in place:
+                continue
+            if member.isreg():
+                self._members[place] = member
+            folders.update((place[:n], None) for n in range(1, len(place) + member.isdir()))
+        # tarfile takes a damaged header, or a cut between two members, for the end of the archive.
+        with path.open("rb") as file:
+            file.seek(tar.offset)
+            end = file.read(tarfile.BLOCKSIZE)
+        if len(end) < tarfile.BLOCKSIZE or any(end):
+            raise tarfile.ReadError("no end of archive")
+        self.files, self.folders = sorted(self._members), sorted(folders)
+
+    def read(self, place: Place) -> bytes:
+        member = self._members[place]
+        _check_size(member.size)
+        try:
+            file = self._tar.extractfile(member)
+            return file.read() if file else b""
+        except (tarfile.TarError, OSError) as error:
+            raise PictureError("damaged or cut short in the archive") from error
+
+    def state(self) -> str:
+        about = self.path.stat()
+        return f"{about.st_size} {about.st_mtime_ns}"
+
+
+@contextmanager
+def open_source(src: Path) -> Iterator[Source]:
+    """The folder or archive to read from.
+
+    Raises:
+        CrowdExitError: if it is neither, damaged, or a compressed archive.
+    """
+    if src.is_dir():
+        yield Folder(src)
+        return
+    if not src.is_file():
+        raise CrowdExitError(f"{src}: no such folder or archive")
+    try:
+        tar = tarfile.open(src, "r:")  # noqa: SIM115
+    except (tarfile.TarError, OSError) as error:
+        if src.suffix.lower() in (".tgz", ".gz", ".bz2", ".xz", ".zst"):
+            raise CrowdExitError(f"{src}: a compressed archive; decompress it to a .tar first") from error
+        raise CrowdExitError(f"{src}: neither a folder nor a tar archive, or damaged") from error
+    with tar:
+        try:
+            source = Archive(src, tar)
+        except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+            raise CrowdExitError(f"{src}: damaged or cut short") from error
+        yield source
+
+
+@dataclass
+class Found:
+    """The classes of a source, its pictures, and how many more lie in no class folder."""
+
+    classes: list[str]
+    pictures: list[Picture]
+    astray: int
+
+
+def find_pictures(source: Source, src: Path, val: float) -> Found:
+    """The pictures in class folders, each with its split and label; classes in alphabetical order.
+
+    Raises:
+        CrowdExitError: if there are fewer than two classes, a class folder without a picture, or a class with
+            nothing to train on.
+    """
+    files = [place for place in source.files if not _hidden(place) and place[-1].lower().endswith(SUFFIXES)]
+    outer = _outer(files)
+    # A class may be called "test" as well; then its pictures lie one folder higher than those of a split.
+    halves = any(len(place) == outer + 3 and place[outer] in SPLITS for place in files)
+    depth = outer + (3 if halves else 2)
+
+    def in_set(place: Place) -> bool:
+        return not _hidden(place) and (not halves or place[outer] in SPLITS)
+
+    pictures = [place for place in files if len(place) == depth and in_set(place)]
+    filled = {place[outer:-1] for place in pictures}  # (SPLIT, CLASS) or (CLASS,)
+    for folder in source.folders:
+        if len(folder) == depth - 1 and in_set(folder) and folder[outer:] not in filled:
+            raise CrowdExitError(f"{src}: the class folder {_shown('/'.join(folder))} holds no picture")
+    classes = sorted({folder[-1] for folder in filled})
+    if len(classes) < 2:
+        raise CrowdExitError(f"{src}: holds no two class folders of pictures (train/CLASS/*.jpg or CLASS/*.jpg)")
+    for name in classes:
+        if not _plain(name):
+            raise CrowdExitError(f"{src}: the name of the class folder {_shown(name)} is not plain text")
+        if halves and ("train", name) not in filled:
+            others = " and ".join(split for split in SPLITS if (split, name) in filled)
+            raise CrowdExitError(f"{src}: class {name!r} is in {others} only, so there is nothing to train on")
+    own_val = halves and any(folder[0] == "val" for folder in filled)
+    labels = {name: number for number, name in enumerate(classes)}
+
+    def split(place: Place, id: str) -> str:
+        if not halves:
+            return split_of(id, val, test=True)
+        return place[outer] if place[outer] != "train" or own_val else split_of(id, val)
+
+    ids = ["/".join(place[outer:]) for place in pictures]
+    return Found(
+        classes,
+        [Picture(id, split(at, id), labels[at[-2]], at) for at, id in zip(pictures, ids, strict=True)],
+        len(files) - len(pictures),
+    )
+
+
+def _hidden(place: Place) -> bool:
+    """What is not meant as content; macOS archives hold a ``._NAME.jpg`` beside each picture."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in place)
+
+
+def _outer(files: Sequence[Place]) -> int:
+    """In how many folders, one in the other, the whole set lies (archives often begin with one)."""
+    outer = 0
+    while (
+        files
+        and all(len(place) > outer + 2 for place in files)
+        and len({place[outer] for place in files}) == 1
+        and files[0][outer] not in SPLITS
+    ):
+        outer += 1
+    return outer
+
+
+def _plain(name: str) -> bool:
+    """Whether a name can be stored and shown: no bytes of another encoding, no control characters."""
+    return not any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name)
+
+
+def _shown(name: str) -> str:
+    return name if _plain(name) else ascii(name)
+
+
+def split_of(id: str, val: float, *, test: bool = False) -> str:
+    """The split of a picture, fixed by its id alone: ``val``, with ``test`` an equal share of that, or ``train``.
+
+    The salted CRC-32, taken as a fraction of its range, is below the share ``val``, or below twice that.
+    """
+    fraction = crc32(f"{_SALT} {id}".encode(errors="surrogateescape")) / 2**32
+    if fraction < val:
+        return "val"
+    return "test" if test and fraction < 2 * val else "train"
+
+
+def write_pictures(
+    writer: ClassWriter, source: Source, pictures: Iterable[Picture], size: int, *, strict: bool
+) -> list[tuple[str, str]]:
+    """Read, cut and write pictures; returns those that cannot be used, as (id, reason).
+
+    Raises:
+        CrowdExitError: at the first of these, if ``strict``.
+    """
+    skipped: list[tuple[str, str]] = []
+    waiting: list[tuple[Picture, NDArray[np.uint8]]] = []
+    for picture in pictures:
+        try:
+            if not _plain(picture.id):
+                raise PictureError("its name is not plain text")
+            waiting.append((picture, square(decode(source.read(picture.place), picture.id), size)))
+        except PictureError as error:
+            name, reason = _shown(picture.id), str(error).removeprefix(f"{picture.id}: ")
+            if strict:
+                raise CrowdExitError(f"{name}: {reason}") from error
+            skipped.append((name, reason))
+        if len(waiting) == _BATCH:
+            _write(writer, waiting)
+            waiting.clear()
+    _write(writer, waiting)
+    return skipped
+
+
+def _write(writer: ClassWriter, waiting: Sequence[tuple[Picture, NDArray[np.uint8]]]) -> None:
+    for split in SPLITS:
+        mine = [(picture, image) for picture, image in waiting if picture.split == split]
+        if mine:
+            images = np.stack([image for _, image in mine])
+            writer.add(split, images, [picture.label for picture, _ in mine], [picture.id for picture, _ in mine])
+
+
+def decode(data: bytes, name: str) -> NDArray[np.uint8]:
+    """A picture as :func:`crowdexit.data.picture.decode_picture` reads it, H×W×3 RGB, and also a smaller one.
+
+    Raises:
+        PictureError: if it is damaged or no picture.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes, which decode_picture judges
+            picture = Image.open(BytesIO(data), formats=FORMATS)
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
+        return decode_picture(data, name)  # which says what is wrong
+    with picture:
+        small = min(picture.size) < MIN_SIDE and max(picture.size) <= MIN_SIDE**2
+        if not small or picture.mode.startswith("I"):  # of 16 bits, which need more than a conversion
+            return decode_picture(data, name)
+        try:
+            return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+        except (OSError, SyntaxError, ValueError, EOFError) as error:
+            raise PictureError(f"{name}: a damaged or truncated picture ({error})") from None
+
+
+def square(picture: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """The middle square of a picture, its shorter side wide, at size×size; one of that size stays as it is.
+
+    It is cut out before it is resized: a long thin picture would grow beyond all memory the other way round.
+    """
+    height, width = picture.shape[:2]
+    side = min(height, width)
+    y, x = (height - side) // 2, (width - side) // 2
+    middle = np.ascontiguousarray(picture[y : y + side, x : x + side])
+    if side == size:
+        return middle
+    interpolation = cv2.INTER_AREA if size < side else cv2.INTER_LINEAR
+    return np.asarray(cv2.resize(middle, (size, size), interpolation=interpolation), np.uint8)
+
+
+def _check_size(size: int) -> None:
+    if size > _MAX_BYTES:
+        raise PictureError(f"{size:,} bytes are too much for a picture")
+
+
+if __name__ == "__main__":
+    sys.exit(run(app))
