@@ -202,6 +202,7 @@ class BackboneTraining(Experiment):
         for module in self.frozen:
             module.requires_grad_(False)
         self.average = averaged(self.network, recipe)
+        self.train()  # Lightning leaves the modes as they are
 
     def train(self, mode: bool = True) -> BackboneTraining:
         super().train(mode)
