@@ -16,6 +16,7 @@ import yaml
 from tiny_runs import EXITS, last, run, same, tiny
 
 from crowdexit import zoo
+from crowdexit.backbones.audiocsrnet import AudioCSRNetConfig
 from crowdexit.data.dataset import CrowdDataset, Setting
 from crowdexit.data.store import Store
 from crowdexit.training.modules import TrainingError, record
@@ -65,7 +66,7 @@ def check(recipe, out: Path) -> None:
     assert same(*ranks)
     assert all(torch.isfinite(tensor).all() for tensor in ranks[0].values())
     draws = [Counter((out / f"seen{rank}.txt").read_text().split("\n")) for rank in (0, 1)]
-    data = CrowdData(recipe, (128, 64))
+    data = CrowdData(recipe, AudioCSRNetConfig(size=(128, 64)))
     plan = data.plan()
     expected: Counter[str] = Counter()
     for epoch in range(recipe.epochs):
