@@ -30,6 +30,8 @@ app = typer.Typer(
 
 DEFAULT_MODEL = "audiocsrnet-s"
 Model = Annotated[str, typer.Option("--model", help="A shipped model's name, or a checkpoint's path.")]
+Ids = Annotated[str, typer.Option(help="Only samples whose id matches this shell pattern.")]
+Hear = Annotated[bool, typer.Option("--audio/--no-audio", help="Hear the sound where there is some.")]
 RuntimeName = Annotated[str, typer.Option("--runtime", help="auto, eager, eager-bf16, cuda or cuda-bf16.")]
 
 
@@ -87,8 +89,8 @@ def evaluate(
     data: Annotated[Path, typer.Option(help="A prepared HDF5 file.")],
     model: Model = DEFAULT_MODEL,
     split: Annotated[str, typer.Option()] = "test",
-    ids: Annotated[str, typer.Option(help="Only samples whose id matches this shell pattern.")] = "*",
-    audio: Annotated[bool, typer.Option("--audio/--no-audio", help="Hear the sound where there is some.")] = True,
+    ids: Ids = "*",
+    audio: Hear = True,
     brightness: Annotated[float, typer.Option(min=0, help="Pictures darkened (or lit) by this factor.")] = 1.0,
     noise: Annotated[float, typer.Option(min=0, max=255, help="Gaussian noise of this σ, of 255.")] = 0.0,
     black: Annotated[float, typer.Option(min=0, max=0.99, help="Share of the picture under a black area.")] = 0.0,
@@ -166,8 +168,8 @@ def tradeoff(
     data: Annotated[Path, typer.Option(help="A prepared HDF5 file.")],
     model: Model = DEFAULT_MODEL,
     split: Annotated[str, typer.Option()] = "val",
-    ids: Annotated[str, typer.Option(help="Only samples whose id matches this shell pattern.")] = "*",
-    audio: Annotated[bool, typer.Option("--audio/--no-audio", help="Hear the sound where there is some.")] = True,
+    ids: Ids = "*",
+    audio: Hear = True,
     budgets: Annotated[
         str | None, typer.Option(help="Budgets to recommend for, 10⁹ multiply-adds: 5,10.5. Default: quarters.")
     ] = None,
@@ -258,7 +260,7 @@ def calibrate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A trained run's folder or checkpoint.")],
     data: Annotated[Path, typer.Option(help="A prepared HDF5 file with held-out pictures.")],
     split: Annotated[str, typer.Option()] = "val",
-    ids: Annotated[str, typer.Option(help="Only samples whose id matches this shell pattern.")] = "*",
+    ids: Ids = "*",
     level: Annotated[float, typer.Option(help="How often the interval is to hold the truth.")] = 0.9,
     runtime: RuntimeName = "auto",
 ) -> None:

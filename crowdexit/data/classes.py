@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import cv2
@@ -29,7 +28,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Dataset
 
 from crowdexit.data.picture import normalise, place
-from crowdexit.data.store import SPLITS, StoreError, open_for_writing
+from crowdexit.data.store import SPLITS, PreparedFile, StoreError, open_for_writing
 
 _CHUNK_BYTES = 2**17  # small pictures share a chunk, of large ones each has its own
 # What h5py raises of a broken file, and what is raised by a file of another form.
@@ -212,44 +211,29 @@ class _Opened:
     labels: dict[str, NDArray[np.int64]]
 
 
-class ClassStore:
-    """Reads a prepared classification set. Opened lazily once a process, so that it can travel to workers.
+class ClassStore(PreparedFile):
+    """Reads a prepared classification set.
 
     Every method but the constructor raises ``StoreError`` if the file is damaged or of another form.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise StoreError(f"{self.path}: no such prepared file")
+        super().__init__(path)
         self._opened: _Opened | None = None
 
     def __getstate__(self) -> dict[str, object]:
-        return {"path": self.path, "_opened": None}
-
-    def __enter__(self) -> ClassStore:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        return {**super().__getstate__(), "_opened": None}
 
     def close(self) -> None:
-        if self._opened is not None:
-            self._opened.file.close()
-            self._opened = None
+        super().close()
+        self._opened = None
 
     def _open(self) -> _Opened:
         if self._opened is None:
             try:
-                file = h5py.File(self.path, "r")
-            except OSError as error:
-                raise StoreError(f"{self.path}: not a readable HDF5 file (damaged or cut short)") from error
-            try:
-                self._opened = self._check(file)
+                self._opened = self._check(self.file)
             except BaseException as error:
-                file.close()
+                self.close()
                 if isinstance(error, _DAMAGE):
                     raise StoreError(f"{self.path}: not a prepared classification set, or damaged") from error
                 raise

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
 import h5py
 import numpy as np
@@ -114,8 +114,12 @@ def open_for_writing(path: Path) -> Iterator[h5py.File]:
     part.replace(path)
 
 
-class Store:
-    """Reads a prepared file. Opened lazily once a process, so that it can travel to data-loading workers."""
+class PreparedFile:
+    """A prepared HDF5 file, opened lazily once a process, so that it can travel to data-loading workers.
+
+    Raises:
+        StoreError: if there is no such file; from ``file``, if it cannot be read.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -135,7 +139,7 @@ class Store:
     def __getstate__(self) -> dict[str, object]:
         return {"path": self.path, "_file": None}
 
-    def __enter__(self) -> Store:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -147,6 +151,10 @@ class Store:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+class Store(PreparedFile):
+    """Reads a prepared set for counting."""
 
     def splits(self) -> list[str]:
         return [split for split in SPLITS if split in self.file]

@@ -178,6 +178,8 @@ class Recipe(_Part):
             raise ValueError(f"the stage {self.stage!r} adds no losses, so that lambdas mean nothing")
         if self.rest != "kept" and self.stage != "layer-wise":
             raise ValueError(f"the stage {self.stage!r} knows no 'rest'")
+        if self.frozen and self.stage not in ("density", "count"):
+            raise ValueError(f"the stage {self.stage!r} freezes what it freezes by itself: no 'frozen'")
         if self.stage in ("end-to-end", "layer-wise") and (self.stop or self.optimiser.schedule == "plateau"):
             raise ValueError(f"the stage {self.stage!r} runs all its epochs: no stop, no plateau")
         if len({e.name for e in self.exits}) < len(self.exits):
