@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -99,24 +100,18 @@ def evaluate(
 ) -> None:
     """Every exit's error on a prepared set, with or without sound, also under extreme conditions."""
     from crowdexit.data.augment import Conditions
-    from crowdexit.data.store import Store
-    from crowdexit.inference.counter import load
-    from crowdexit.inference.evaluate import evaluate as run_evaluation
+    from crowdexit.inference.evaluate import evaluate_file
 
-    with Store(data) as store:
-        wanted = store.ids(split, ids)
-        counter = load(model, runtime=runtime)
-        counter.exits = counter.network.exit_names
-        with _progress("evaluating", len(wanted)) as advance:
-            result = run_evaluation(
-                counter,
-                store,
-                split,
-                wanted,
-                audio=audio,
-                conditions=Conditions(brightness, noise, black),
-                progress=advance,
-            )
+    result = evaluate_file(
+        model,
+        data,
+        split,
+        ids,
+        audio=audio,
+        conditions=Conditions(brightness, noise, black),
+        runtime=runtime,
+        progress=partial(_progress, "evaluating"),
+    )
     _print_evaluation({"model": model, "data": str(data), **result}, format)
 
 
@@ -125,11 +120,15 @@ def _print_evaluation(result: dict[str, Any], format: Format) -> None:
         print(json.dumps(result))
         return
     table = Table(title=f"{result['model']} on {result['split']} ({result['samples']} pictures)")
-    table.caption = f"sound: {result['audio']}"
-    for name in ("exit", "MAE", "RMSE", "latency ms"):
-        table.add_column(name, justify="left" if name == "exit" else "right")
+    if "audio" in result:
+        table.caption = f"sound: {result['audio']}"
+    columns = {"mae": "MAE", "rmse": "RMSE", "accuracy": "accuracy %", "latency_ms": "latency ms"}
+    there = [key for key in columns if key in result["exits"][0]]
+    table.add_column("exit")
+    for key in there:
+        table.add_column(columns[key], justify="right")
     for row in result["exits"]:
-        table.add_row(row["exit"], f"{row['mae']:.2f}", f"{row['rmse']:.2f}", f"{row['latency_ms']:.1f}")
+        table.add_row(row["exit"], *(f"{row[key]:.{1 if key == 'latency_ms' else 2}f}" for key in there))
     Console().print(table)
 
 
@@ -179,25 +178,23 @@ def tradeoff(
     """Error against cost of every exit: the practical branches, and which of them to deploy for a budget."""
     from crowdexit import zoo
     from crowdexit.analysis import tradeoff as analysis
-    from crowdexit.data.store import Store
-    from crowdexit.inference.counter import load
-    from crowdexit.inference.evaluate import evaluate as run_evaluation
+    from crowdexit.inference.evaluate import evaluate_file
 
     try:
         wanted = None if budgets is None else [1e9 * float(item) for item in budgets.split(",")]
     except ValueError:
         raise CrowdExitError(f"--budgets {budgets}: numbers with commas between") from None
     analysis.recommend([], wanted or [])
-    with Store(data) as store:
-        samples = store.ids(split, ids)
-        counter = load(model, runtime=runtime)
-        counter.exits = counter.network.exit_names
-        with _progress("evaluating", len(samples)) as advance:
-            result = run_evaluation(counter, store, split, samples, audio=audio, progress=advance)
+    result = evaluate_file(
+        model, data, split, ids, audio=audio, runtime=runtime, progress=partial(_progress, "evaluating")
+    )
     spec = zoo.read_spec(zoo.checkpoint_path(model))
-    made = analysis.points(spec, {row["exit"]: row["mae"] for row in result["exits"]})
-    title = f"{spec.model} on {data.name}, {split} ({result['samples']} pictures, sound: {result['audio']})"
-    paths = analysis.write(made, out, title=title, measure_name="MAE", budgets=wanted)
+    measure = "MAE" if "mae" in result["exits"][0] else "wrong answers, %"
+    errors = {row["exit"]: row["mae"] if "mae" in row else 100 - row["accuracy"] for row in result["exits"]}
+    made = analysis.points(spec, errors)
+    sound = f", sound: {result['audio']}" if "audio" in result else ""
+    title = f"{spec.model} on {data.name}, {split} ({result['samples']} pictures{sound})"
+    paths = analysis.write(made, out, title=title, measure_name=measure, budgets=wanted)
     print(paths[1].read_text("utf-8"), end="")
     print(f"Written: {', '.join(map(str, paths))}", file=sys.stderr)
 

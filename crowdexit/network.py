@@ -46,9 +46,11 @@ class MultiExitNetwork(nn.Module):
 
     Attributes:
         hears: whether sound reaches the final exit.
+        classifies: whether the exits tell classes apart rather than count.
     """
 
     hears = False
+    classifies = False
 
     def __init__(self, stages: Sequence[Stage], final: Exit, places: dict[str, int], config: Config) -> None:
         super().__init__()

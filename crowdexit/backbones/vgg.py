@@ -57,8 +57,9 @@ class VGGFront(Stage):
 class VGGish(Stage):
     """The first six convolutions of VGGish (Hershey et al. 2017), averaged over time and frequency.
 
-    Log-mel B×1×96×64 → B×512×6×4 → mean → B×512. A sample without sound gets a learned stand-in for the
-    vector: recorded silence and absent sound are different things.
+    Log-mel B×1×96×64 → B×512×6×4 → mean → B×512, less a learned stand-in for what is not heard: recorded silence
+    and absent sound are different things. A sample without sound so has the vector zero, and what takes the vector
+    (γ and β, an audio patch) answers its bias; its weights can learn to hear while every silent answer stays.
     """
 
     def __init__(self, width: float = 1.0, norm: bool = False) -> None:
@@ -74,5 +75,6 @@ class VGGish(Stage):
 
     def forward(self, features: Features) -> Features:
         audio = self.embed(features.log_mel)
-        audio = torch.where(features.heard[:, None], audio, self.unheard.to(audio.dtype))
-        return replace(features, audio=audio)
+        audio = audio - self.unheard.to(audio.dtype)
+        # Not a product with ``heard``: what stands in rows that are not heard may be NaN.
+        return replace(features, audio=torch.where(features.heard[:, None], audio, 0.0))

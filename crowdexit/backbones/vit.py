@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 
 import torch
 from timm.layers import PatchEmbed
-from timm.models.levit import Stem16
+from timm.models.levit import ConvNorm
 from timm.models.vision_transformer import Block
 from torch import nn
 
@@ -31,7 +31,6 @@ from crowdexit.exits.head import as_answer
 from crowdexit.network import MultiExitNetwork
 from crowdexit.stages import Answer, Exit, Features, Stage
 
-PATCH = 16
 KINDS = (
     "mlp",
     "cnn-ignore",
@@ -54,12 +53,13 @@ class ViTConfig:
     """Everything that shapes a vision transformer and its branches. The defaults are TransCrowd's, token variant.
 
     Attributes:
-        size: (width, height) of one view in pixels, multiples of 16.
+        size: (width, height) of one view in pixels, multiples of ``patch``.
         task: ``token`` and ``gap`` count (TransCrowd's two heads), ``class`` tells classes apart.
         outputs: classes; 1 for a count.
         dim, depth, heads: of the encoder.
-        stem: ``patch``, one convolution of 16×16, or ``conv``, four of 3×3 with batch normalisation, which needs
-            far fewer pictures to learn from.
+        patch: side of a patch in pixels.
+        stem: ``patch``, one convolution of a patch's size, or ``conv``, as many of 3×3 and stride 2 with batch
+            normalisation as halve a patch to a pixel, which needs far fewer pictures to learn from.
         view: how a picture of another shape is seen: ``tiles``, cut into views that are counted as one batch and
             added (TransCrowd's protocol), or ``fit``, the whole picture in one view.
         audio_width: width of a VGGish before the chain, for the branches that hear; 0: deaf.
@@ -77,6 +77,7 @@ class ViTConfig:
     dim: int = 768
     depth: int = 12
     heads: int = 12
+    patch: int = 16
     stem: Literal["patch", "conv"] = "patch"
     view: Literal["tiles", "fit"] = "tiles"
     audio_width: float = 0.0
@@ -89,8 +90,10 @@ class ViTConfig:
     latents: int = 16
 
     def __post_init__(self) -> None:
-        if len(self.size) != 2 or any(side <= 0 or side % PATCH for side in self.size):
-            raise ValueError(f"size {self.size}: wanted width and height, multiples of {PATCH}")
+        if self.patch < 1 or (self.stem == "conv" and self.patch.bit_count() != 1):
+            raise ValueError(f"a patch of {self.patch} pixels: above zero, and a power of two for convolutions")
+        if len(self.size) != 2 or any(side <= 0 or side % self.patch for side in self.size):
+            raise ValueError(f"size {self.size}: wanted width and height, multiples of {self.patch}")
         if self.dim % self.heads:
             raise ValueError(f"{self.heads} heads do not divide {self.dim} channels")
         if self.task != "class" and self.outputs != 1:
@@ -99,12 +102,12 @@ class ViTConfig:
     @property
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of patches."""
-        return self.size[1] // PATCH, self.size[0] // PATCH
+        return self.size[1] // self.patch, self.size[0] // self.patch
 
     @property
     def step(self) -> int:
         """Sides are multiples of a patch."""
-        return PATCH
+        return self.patch
 
     @property
     def scene(self) -> tuple[int, int]:
@@ -116,6 +119,20 @@ class ViTConfig:
         return asdict(self)
 
 
+def conv_stem(dim: int, patch: int) -> nn.Sequential:
+    """3×3 convolutions of stride 2 with batch normalisation, B×3×H×W → B×dim×H/patch×W/patch (Xiao et al. 2021).
+
+    Each has half of the next one's channels.
+    """
+    layers: list[nn.Module] = []
+    channels = 3
+    halvings = patch.bit_length() - 1
+    for left in reversed(range(halvings)):
+        layers += [ConvNorm(channels, dim >> left, 3, stride=2, padding=1), nn.GELU()]
+        channels = dim >> left
+    return nn.Sequential(*layers[:-1])
+
+
 class Embedding(Stage):
     """Picture B×3×H×W → tokens B×(1+N)×D: patches projected, the classification token before them, positions."""
 
@@ -124,10 +141,10 @@ class Embedding(Stage):
         self.token_grid = config.grid
         self.patch_embed: nn.Module
         if config.stem == "conv":
-            self.patch_embed = Stem16(3, config.dim, act_layer=nn.GELU)
+            self.patch_embed = conv_stem(config.dim, config.patch)
         else:
-            embed = PatchEmbed((config.size[1], config.size[0]), PATCH, embed_dim=config.dim, flatten=False)
-            self.patch_embed = embed
+            size = config.size[1], config.size[0]
+            self.patch_embed = PatchEmbed(size, config.patch, embed_dim=config.dim, flatten=False)
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.token_grid[0] * self.token_grid[1], config.dim))
         nn.init.trunc_normal_(self.cls_token, std=0.02)
@@ -223,6 +240,7 @@ class ViT(MultiExitNetwork):
         places = {str(layer): layer - 1 + len(ears) for layer in range(1, c.depth)}
         super().__init__([*ears, *encoders], final, places, c)
         self._audio = ears[0].channels if ears else 0
+        self.classifies = c.task == "class"
         for module in encoders:
             module.apply(_start)
 

@@ -147,6 +147,8 @@ class CrowdCounter:
         exits: Sequence[str] | None = None,
         intervals: Intervals | None = None,
     ) -> None:
+        if network.classifies:
+            raise CounterError(f"{model} tells classes apart; it does not count")
         self.network = network.eval()
         self.model = model
         self.runtime = runtime or Runtime.pick("auto")

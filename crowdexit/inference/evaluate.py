@@ -1,19 +1,28 @@
-"""Every exit's error on a prepared set, with or without sound, under chosen conditions."""
+"""Every exit's error on a prepared set: of counts with or without sound, under chosen conditions, or of classes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from crowdexit import zoo
 from crowdexit.data.augment import Conditions
+from crowdexit.data.classes import ClassStore
 from crowdexit.data.picture import decode_picture
-from crowdexit.data.store import Store
+from crowdexit.data.store import Store, StoreError
+from crowdexit.errors import CrowdExitError
+from crowdexit.inference import classify
 from crowdexit.inference.counter import CrowdCounter, ExitResult
+from crowdexit.inference.runtime import Runtime
 from crowdexit.intervals import Intervals, width
+from crowdexit.memory import keep_freed_memory
 
 
 def read_for_counting(
@@ -129,3 +138,43 @@ def calibrate(
         truths = [sample.truth for sample in counted]
         widths.append({n: width([_of(s, n).count for s in counted], truths, level) for n in counter.exits})
     return Intervals(level, widths[0], widths[1], len(ids))
+
+
+def evaluate_file(
+    model: str | Path,
+    data: Path,
+    split: str,
+    pattern: str = "*",
+    *,
+    audio: bool = True,
+    conditions: Conditions = Conditions(),
+    runtime: str = "auto",
+    progress: Callable[[int], AbstractContextManager[Any]] = nullcontext,
+) -> dict[str, Any]:
+    """Every exit of a model on a prepared file: :func:`evaluate` of a counter, ``classify.evaluate`` of a classifier.
+
+    Args:
+        model: name of a shipped model, or a checkpoint.
+        pattern: shell pattern of the ids to use.
+        progress: given the number of pictures, a context whose value is called after each.
+
+    Raises:
+        CrowdExitError: if model, file, split or conditions are of no use, or no id matches.
+    """
+    keep_freed_memory()
+    network, spec = zoo.load(model)
+    if network.classifies:
+        if conditions != Conditions():
+            raise CrowdExitError("brightness, noise and black areas are for counting; classes are told as they are")
+        with ClassStore(data) as classes:
+            ids = classes.ids(split)
+            wanted = [index for index, id in enumerate(ids) if fnmatchcase(id, pattern)]
+            if not wanted:
+                raise StoreError(f"{data}: no picture of {split} matches {pattern!r}")
+            with progress(len(wanted)) as advance:
+                return classify.evaluate(network, runtime, classes, split, wanted, progress=advance)
+    counter = CrowdCounter(network, spec.model, runtime=Runtime.pick(runtime), exits=network.exit_names)
+    with Store(data) as store:
+        samples = store.ids(split, pattern)
+        with progress(len(samples)) as advance:
+            return evaluate(counter, store, split, samples, audio=audio, conditions=conditions, progress=advance)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from crowdexit import zoo
 from crowdexit.exits import Branch
 from crowdexit.network import MultiExitNetwork
-from crowdexit.training.losses import Batch, count_loss, local_error
+from crowdexit.training.losses import Batch, local_error, value_loss
 from crowdexit.training.modules import (
     Experiment,
     TrainingError,
@@ -26,8 +26,9 @@ from crowdexit.training.modules import (
     of_pictures,
     rate_at,
     record,
+    truth,
 )
-from crowdexit.training.recipe import Recipe
+from crowdexit.training.recipe import ExitPart, Recipe
 
 
 def branch_of(network: MultiExitNetwork, name: str) -> Branch:
@@ -35,23 +36,46 @@ def branch_of(network: MultiExitNetwork, name: str) -> Branch:
     return cast(Branch, network.branches[name])
 
 
-def add_branches(network: MultiExitNetwork, recipe: Recipe, median: float) -> None:
+@dataclass(frozen=True)
+class Trial:
+    """A branch at one learning rate: what it is called while it is trained, and which exit it may become."""
+
+    name: str
+    exit: ExitPart
+    lr: float
+
+
+def trials(recipe: Recipe) -> list[Trial]:
+    """The recipe's branches; classifier-wise, each at every learning rate that is to be tried."""
+    part = recipe.optimiser
+    if recipe.stage != "branches" or not part.rates:
+        return [Trial(e.name, e, part.lr) for e in recipe.exits]
+    # A module's name has no point in it: 0.001 is 1e-03.
+    return [Trial(f"{e.name}@{_plain(lr)}", e, lr) for e in recipe.exits for lr in part.rates]
+
+
+def _plain(lr: float) -> str:
+    return f"{lr:e}".replace(".", "_")
+
+
+def add_branches(network: MultiExitNetwork, recipe: Recipe, usual: float) -> None:
     """Add the recipe's branches, their weights fixed by name and seed.
 
-    The output starts at the training pictures' median count, not at zero.
+    The output starts at a usual count, not at zero; class scores do start at zero.
 
     Raises:
         TrainingError: for a place or kind that the network does not have.
     """
-    for e in recipe.exits:
+    for trial in trials(recipe):
+        e = trial.exit
         torch.manual_seed(zlib.crc32(f"{e.name} {recipe.seed}".encode()))
         try:
-            network.add_branch(e.name, e.place, e.kind)
+            network.add_branch(trial.name, e.place, e.kind)
         except ValueError as error:
             raise TrainingError(f"exit {e.name!r}: {error}") from None
-        branch = branch_of(network, e.name)
+        branch = branch_of(network, trial.name)
         with torch.no_grad():
-            cast(nn.Linear, branch.head[-1]).bias.fill_(median / branch.scale)
+            cast(nn.Linear, branch.head[-1]).bias.fill_(usual / branch.scale)
         if recipe.tied:
             branch.head.start_tied(branch.cells)
 
@@ -60,13 +84,15 @@ class BranchTraining(Experiment):
     """Classifier-wise (multi-exit ViT paper, III): the backbone frozen, all branches on one pass of it.
 
     Each branch has its own optimiser, plateau and early stopping, and its own random numbers (by its name and
-    the step), so that it comes out the same whichever branches are trained beside it.
+    the step), so that it comes out the same whichever branches are trained beside it. Where several learning rates
+    are tried, each branch is there once for each, and the best of them is kept.
     """
 
     def __init__(self, network: MultiExitNetwork, spec: zoo.Spec, recipe: Recipe, out: Path) -> None:
         super().__init__(network, spec, recipe, out)
         self.automatic_optimization = False
-        self.names = [e.name for e in recipe.exits]
+        self.trials = {trial.name: trial for trial in trials(recipe)}
+        self.names = list(self.trials)
         for module in network.backbone_modules():
             module.requires_grad_(False)
         for name, branch in network.branches.items():
@@ -78,7 +104,7 @@ class BranchTraining(Experiment):
             for name in self.names:
                 if branch_of(network, name).token_grid is None:
                     continue  # its one token stands for the whole picture
-                torch.manual_seed(zlib.crc32(f"{name} {recipe.seed} readout".encode()))
+                torch.manual_seed(zlib.crc32(f"{self.trials[name].exit.name} {recipe.seed} readout".encode()))
                 self.readouts[name] = nn.Linear(branch_of(network, name).dim, 1)
         self.best_of = dict.fromkeys(self.names, math.inf)
         self.stale = dict.fromkeys(self.names, 0)
@@ -105,7 +131,7 @@ class BranchTraining(Experiment):
 
     def configure_optimizers(self) -> Any:
         part = self.recipe.optimiser
-        optimisers = [make_optimiser(self.parameters_of(name), part) for name in self.names]
+        optimisers = [make_optimiser(self.parameters_of(name), part, trial.lr) for name, trial in self.trials.items()]
         if part.schedule == "plateau":
             return [
                 {"optimizer": o, "lr_scheduler": ReduceLROnPlateau(o, factor=part.factor, patience=part.patience)}
@@ -138,11 +164,12 @@ class BranchTraining(Experiment):
             for name in active:
                 if network.stage_of(name) != stage:
                     continue
-                torch.manual_seed(zlib.crc32(f"{name} {self.recipe.seed} {step} {self.global_rank}".encode()))
+                own = self.trials[name].exit.name
+                torch.manual_seed(zlib.crc32(f"{own} {self.recipe.seed} {step} {self.global_rank}".encode()))
                 branch = branch_of(network, name)
                 tokens = branch.tokens(features)
-                count = branch.answer(tokens).value
-                losses.append(count_loss(count, batch, self.recipe))
+                value = branch.answer(tokens).value
+                losses.append(value_loss(value, batch, self.recipe))
                 if name in self.readouts:
                     assert branch.token_grid is not None
                     rows, columns = branch.token_grid
@@ -150,7 +177,7 @@ class BranchTraining(Experiment):
                     losses.append(
                         self.recipe.local * local_error(local, batch["density"], batch["count"], branch.token_grid)
                     )
-                self.log(f"train/{name}", (count.detach() - batch["count"]).abs().mean())
+                self.log(f"train/{name}", losses[-1].detach())
         # The branches share no weights: the gradient of the sum is each one's own.
         self.manual_backward(torch.stack(losses).sum())
         for name in active:
@@ -169,17 +196,18 @@ class BranchTraining(Experiment):
         return cast(nn.ModuleDict, self.average.module) if self.average is not None else self.network.branches
 
     def validation_step(self, batch: Batch, _: int) -> None:
-        """Each branch's counts with the sound there is and, where there is some, without it too."""
+        """What each branch says with the sound there is and, where there is some, without it too."""
         network, active, branches = self.network, self.active(), self.evaluated()
         last = max(network.stage_of(name) for name in active)
-        ways = heard_and_silent(network, record(batch))
-        for features in ways.values() if batch["heard"].any() else (ways["sound"],):
+        features = record(batch)
+        ways = heard_and_silent(network, features)
+        for way in ways.values() if features.heard.any() else (ways["silent"],):
             for stage in range(last + 1):
-                features = network.stages[stage](features) if stage else features
+                way = network.stages[stage](way) if stage else way
                 for name in active:
                     if network.stage_of(name) == stage:
-                        counts = of_pictures(branches[name](features).value, batch)
-                        self.validation.add(name, batch["id"], counts, batch["count"])
+                        values = of_pictures(branches[name](way).value, batch)
+                        self.validation.add(name, batch["id"], values, truth(batch))
 
     def on_validation_epoch_end(self) -> None:
         collected = self.validation.collect()
@@ -197,15 +225,30 @@ class BranchTraining(Experiment):
                 self.best_of[name], self.stale[name] = error, 0
                 self.kept[name] = {k: v.detach().cpu().clone() for k, v in branches[name].state_dict().items()}
                 self.kept_tables[name] = {"epoch": self.current_epoch, **tables[name]}
-        for name in self.names:
-            if name not in self.kept:
-                raise TrainingError(f"the exit {name!r} diverged at once; try a lower optimiser.lr")
+        best: dict[str, str] = {}
+        for name in sorted(self.kept, key=lambda name: self.best_of[name], reverse=True):
+            best[self.trials[name].exit.name] = name
+        for e in self.recipe.exits:
+            if e.name not in best:
+                raise TrainingError(f"the exit {e.name!r} diverged at once; try a lower optimiser.lr")
         if any(self.stale[name] == 0 for name in tables):
-            best = copy.deepcopy(self.network)
-            for name, state in self.kept.items():
-                best.branches[name].load_state_dict(state)
-            self.write(best, **self.kept_tables)
+            self._write_best(best)
         self.trainer.should_stop = self.finished()
+
+    def _write_best(self, best: dict[str, str]) -> None:
+        """Write the checkpoint with the best trial (by name) of each exit."""
+        tried = tuple(f"branches.{name}." for name in self.trials)
+        others = {key: value for key, value in self.network.state_dict().items() if not key.startswith(tried)}
+        network = zoo.build(zoo.Spec(self.spec.model, self.spec.exits, self.spec.changes))
+        for exit, name in best.items():
+            others |= {f"branches.{exit}.{key}": value for key, value in self.kept[name].items()}
+        zoo.fill(network, others, "the branches")
+        tables = {}
+        for e in self.recipe.exits:
+            trial = self.trials[best[e.name]]
+            rate = {"lr": trial.lr} if self.recipe.optimiser.rates else {}
+            tables[e.name] = {**self.kept_tables[trial.name], **rate}
+        self.write(network, sum(self.best_of[name] for name in best.values()) / len(best), **tables)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["crowdexit_branches"] = (self.best_of, self.stale, self.kept, self.kept_tables)

@@ -14,6 +14,7 @@ from crowdexit import zoo
 from crowdexit.network import FINAL, MultiExitNetwork
 from crowdexit.training.losses import Batch, exit_loss
 from crowdexit.training.modules import (
+    Diverged,
     Experiment,
     TrainingError,
     averaged,
@@ -22,6 +23,7 @@ from crowdexit.training.modules import (
     of_pictures,
     rate_at,
     record,
+    truth,
 )
 from crowdexit.training.recipe import Recipe
 
@@ -139,18 +141,19 @@ class JointTraining(Experiment):
             self.average.update_parameters(self.network)
 
     def validation_step(self, batch: Batch, _: int) -> None:
-        """Each exit's counts with the sound there is and, where there is some, without it too."""
+        """What each exit says with the sound there is and, where there is some, without it too."""
         network: Any = self.average.module if self.average is not None else self.network
         wanted = self.phases[self.number].exits
         network.eval()
-        ways = heard_and_silent(network, record(batch))
-        for features in ways.values() if batch["heard"].any() else (ways["sound"],):
+        features = record(batch)
+        ways = heard_and_silent(network, features)
+        for way in ways.values() if features.heard.any() else (ways["silent"],):
             for stage in range(max(map(network.stage_of, wanted)) + 1):
-                features = network.stages[stage](features) if stage else features
+                way = network.stages[stage](way) if stage else way
                 for name in wanted:
                     if network.stage_of(name) == stage:
-                        counts = of_pictures(network.exit_module(name)(features).value, batch)
-                        self.validation.add(name, batch["id"], counts, batch["count"])
+                        values = of_pictures(network.exit_module(name)(way).value, batch)
+                        self.validation.add(name, batch["id"], values, truth(batch))
 
     def on_validation_epoch_end(self) -> None:
         tables = self.validation.collect()
@@ -159,11 +162,11 @@ class JointTraining(Experiment):
         self.log("val/error", error, prog_bar=True)
         self.log_table(tables)
         if not math.isfinite(error):
-            raise TrainingError(f"epoch {self.current_epoch + 1}: the network diverged; try a lower optimiser.lr")
+            raise Diverged(f"epoch {self.current_epoch + 1}: the network diverged; try a lower optimiser.lr")
         if error < self.best:
             self.best = error
             network: Any = self.average.module if self.average is not None else self.network
-            self.write(network, epoch=self.current_epoch, **tables)
+            self.write(network, error, epoch=self.current_epoch, **tables)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["crowdexit_best"] = self.best

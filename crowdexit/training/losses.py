@@ -1,4 +1,4 @@
-"""What an exit is asked for: a density map, a count, or the local counts of its tokens."""
+"""What an exit is asked for: a density map, a count, a class, or the local counts of its tokens."""
 
 from __future__ import annotations
 
@@ -52,21 +52,27 @@ def density_loss(density: Tensor, count: Tensor, batch: Batch, recipe: Recipe) -
     weighted = 1e4 * squared.mean((1, 2, 3)) / evened(1 + heads / 20, 6, recipe.even)
     if recipe.guess:
         weighted = weighted * ~batch["dark"]
-    return recipe.map * weighted.mean() + count_loss(count, batch, recipe)
+    return recipe.map * weighted.mean() + value_loss(count, batch, recipe)
 
 
-def count_loss(count: Tensor, batch: Batch, recipe: Recipe) -> Tensor:
-    """The recipe's loss of counts B: mean absolute error (``mae``, the papers'), or :func:`relative_error`."""
+def value_loss(value: Tensor, batch: Batch, recipe: Recipe) -> Tensor:
+    """The recipe's loss of an exit's value.
+
+    Of counts B: mean absolute error (``mae``, the papers'), or :func:`relative_error`. Of class scores B×K: cross
+    entropy.
+    """
+    if recipe.loss == "cross-entropy":
+        return F.cross_entropy(value, batch["label"])
     if recipe.loss == "balanced":
-        return relative_error(count, batch["count"], recipe.even, batch["dark"] if recipe.guess else None)
-    return (count - batch["count"]).abs().mean()
+        return relative_error(value, batch["count"], recipe.even, batch["dark"] if recipe.guess else None)
+    return (value - batch["count"]).abs().mean()
 
 
 def exit_loss(answer: Answer, batch: Batch, recipe: Recipe) -> Tensor:
-    """What the recipe asks of an exit's answer: of a density map :func:`density_loss`, of a count its own."""
+    """What the recipe asks of an exit's answer: of a density map :func:`density_loss`, else :func:`value_loss`."""
     if answer.density is not None and recipe.loss != "mae":
         return density_loss(answer.density, answer.value, batch, recipe)
-    return count_loss(answer.value, batch, recipe)
+    return value_loss(answer.value, batch, recipe)
 
 
 def local_error(counts: Tensor, density: Tensor, heads: Tensor, grid: tuple[int, int]) -> Tensor:

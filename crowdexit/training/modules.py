@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ from crowdexit.backbones.vgg import VGGish
 from crowdexit.errors import CrowdExitError
 from crowdexit.network import FINAL, MultiExitNetwork
 from crowdexit.stages import Features, inputs
-from crowdexit.training.losses import Batch, count_loss, exit_loss
+from crowdexit.training.losses import Batch, exit_loss, value_loss
 from crowdexit.training.recipe import OptimiserPart, Recipe
 
 
@@ -30,9 +31,16 @@ class TrainingError(CrowdExitError):
     """A run that cannot start or go on."""
 
 
+class Diverged(TrainingError):
+    """A run whose network says nothing finite any more."""
+
+
 def record(batch: Batch) -> Features:
     """The network's input of a collated batch, channels last; of tiles, one picture's as a batch of their own."""
-    image, log_mel, heard, inside = (batch[key] for key in ("image", "log_mel", "heard", "inside"))
+    image, log_mel, heard, inside = (batch.get(key) for key in ("image", "log_mel", "heard", "inside"))
+    assert image is not None
+    if log_mel is None or heard is None or inside is None:  # pictures of classes
+        return inputs(image.contiguous(memory_format=torch.channels_last))
     if image.dim() == 5:  # B×T×3×H×W
         tiles = image.shape[1]
         image, inside = image.flatten(0, 1), inside.flatten(0, 1)
@@ -40,9 +48,14 @@ def record(batch: Batch) -> Features:
     return inputs(image.contiguous(memory_format=torch.channels_last), log_mel, heard, inside)
 
 
-def of_pictures(counts: Tensor, batch: Batch) -> Tensor:
-    """Counts B of the batch's pictures, from those of all their tiles."""
-    return counts.view(len(batch["id"]), -1).sum(1)
+def of_pictures(values: Tensor, batch: Batch) -> Tensor:
+    """Counts B of the batch's pictures, from those of all their tiles; class scores B×K stay."""
+    return values.view(len(batch["id"]), -1).sum(1) if values.dim() == 1 else values
+
+
+def truth(batch: Batch) -> Tensor:
+    """What the exits should say of a batch: counts B, or classes B."""
+    return cast(Tensor, batch["label"] if "label" in batch else batch["count"])
 
 
 def heard_and_silent(network: MultiExitNetwork, features: Features) -> dict[str, Features]:
@@ -57,10 +70,12 @@ def heard_and_silent(network: MultiExitNetwork, features: Features) -> dict[str,
     return {"sound": seen, "silent": replace(seen, heard=silence)}
 
 
-def make_optimiser(parameters: Iterable[nn.Parameter], part: OptimiserPart) -> torch.optim.Optimizer:
-    """The recipe's optimiser over these parameters."""
+def make_optimiser(
+    parameters: Iterable[nn.Parameter], part: OptimiserPart, lr: float | None = None
+) -> torch.optim.Optimizer:
+    """The recipe's optimiser over these parameters, with another learning rate if one is given."""
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[part.name]
-    return kind(parameters, lr=part.lr, weight_decay=part.weight_decay, foreach=True)
+    return kind(parameters, lr=lr or part.lr, weight_decay=part.weight_decay, foreach=True)
 
 
 def rate_at(part: OptimiserPart, step: int, steps: int, epoch: int) -> float:
@@ -91,41 +106,61 @@ def ears(network: MultiExitNetwork) -> VGGish:
 
 
 class Validation:
-    """Collects counts over an epoch, over all processes, and sums them up by group of ids.
-
-    A group is what stands before the first ``_`` of an id (the part of a data set), or ``all``.
-    """
+    """Collects what the exits say over an epoch, over all processes, and sums it up."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[str, str, float, float]] = []
 
-    def add(self, name: str, ids: list[str], counts: Tensor, heads: Tensor) -> None:
-        """Counts B and true heads B of one exit (or state of hearing) called ``name``."""
-        for id, count, true in zip(ids, counts.float().tolist(), heads.float().tolist(), strict=True):
-            self.rows.append((name, id.split("_")[0] if "_" in id else "all", count, true))
+    def add(self, name: str, ids: list[str], values: Tensor, truths: Tensor) -> None:
+        """Of one exit (or state of hearing) called ``name``: counts B or class scores B×K, and what is true, B."""
+        said = values.argmax(1) if values.dim() == 2 else values
+        self.rows += [(name, *row) for row in zip(ids, said.float().tolist(), truths.float().tolist(), strict=True)]
 
     def collect(self) -> dict[str, dict[str, float]]:
-        """By name: ``mae/GROUP`` for each group, and ``error``, the groups' mean of MAE over mean count."""
+        """By name: the figures of :meth:`table`. What was collected is forgotten."""
         rows = self.rows
         if dist.is_available() and dist.is_initialized():
             everywhere: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(everywhere, rows)
             rows = [row for part in everywhere for row in part]
         self.rows = []
-        rows = sorted(rows)  # the figures do not depend on who counted what
-        groups: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
-        for name, group, count, true in rows:
-            groups[name][group].append((count, true))
-        result = {}
-        for name, by_group in groups.items():
-            table, relative = {}, []
-            for group, pairs in sorted(by_group.items()):
-                mae = sum(abs(c - t) for c, t in pairs) / len(pairs)
-                table[f"mae/{group}"] = mae
-                relative.append(mae / max(sum(t for _, t in pairs) / len(pairs), 1.0))
-            table["error"] = sum(relative) / len(relative)
-            result[name] = table
-        return result
+        by_name: dict[str, list[tuple[str, float, float]]] = defaultdict(list)
+        for name, *row in sorted(rows):  # the figures do not depend on who counted what
+            by_name[name].append(cast(Any, row))
+        return {name: self.table(of_name) for name, of_name in by_name.items()}
+
+    def table(self, rows: list[tuple[str, float, float]]) -> dict[str, float]:
+        """Figures of (id, said, true); ``error`` among them, by which the best is known."""
+        raise NotImplementedError  # abstract
+
+
+class CountValidation(Validation):
+    """``mae/GROUP`` for each group of ids, and ``error``, the groups' mean of MAE over mean count.
+
+    A group is what stands before the first ``_`` of an id (the part of a data set), or ``all``.
+    """
+
+    def table(self, rows: list[tuple[str, float, float]]) -> dict[str, float]:
+        groups: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        for id, count, true in rows:
+            groups[id.split("_")[0] if "_" in id else "all"].append((count, true))
+        table, relative = {}, []
+        for group, pairs in sorted(groups.items()):
+            mae = sum(abs(c - t) for c, t in pairs) / len(pairs)
+            table[f"mae/{group}"] = mae
+            relative.append(mae / max(sum(t for _, t in pairs) / len(pairs), 1.0))
+        return {**table, "error": sum(relative) / len(relative)}
+
+
+class ClassValidation(Validation):
+    """``accuracy`` in percent, and ``error``, the share of wrong answers."""
+
+    def table(self, rows: list[tuple[str, float, float]]) -> dict[str, float]:
+        wrong = sum(said != true for _, said, true in rows) / len(rows)
+        return {"accuracy": 100 * (1 - wrong), "error": wrong}
+
+
+_NAMED = 12  # exits on the line of an epoch
 
 
 class Experiment(L.LightningModule):
@@ -138,7 +173,7 @@ class Experiment(L.LightningModule):
         super().__init__()
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.spec, self.recipe, self.out = spec, recipe, out
-        self.validation = Validation()
+        self.validation = ClassValidation() if recipe.loss == "cross-entropy" else CountValidation()
         self.summary = ""
 
     def finished(self) -> bool:
@@ -153,20 +188,29 @@ class Experiment(L.LightningModule):
         """Log every figure, and keep one line of them for the console."""
         flat = {f"val/{name}/{key}": value for name, table in tables.items() for key, value in table.items()}
         self.log_dict(flat, rank_zero_only=True)
-        self.summary = "  ".join(
+        first = sorted(tables, key=lambda name: tables[name]["error"])[:_NAMED]
+        more = f"  … and {len(tables) - _NAMED} with more error" if len(tables) > _NAMED else ""
+        named = (
             f"{name}: " + " ".join(f"{k.removeprefix('mae/')} {v:.4g}" for k, v in table.items())
             for name, table in tables.items()
+            if name in first
         )
+        self.summary = "  ".join(named) + more
 
-    def write(self, network: MultiExitNetwork, **figures: Any) -> None:
-        """Write the checkpoint, from the first process; it tells of this run and of those before it."""
+    def write(self, network: MultiExitNetwork, error: float, **figures: Any) -> None:
+        """Write the checkpoint, from the first process; it tells of this run and of those before it.
+
+        Args:
+            error: by which it is the best. figures: of the exits, by name.
+        """
         if not self.trainer.is_global_zero:
             return
         known = dict(self.spec.meta)
         earlier = [*known.pop("before", [])]
         if "recipe" in known:
             earlier.append({key: known.get(key) for key in ("recipe", "validation")})
-        meta = {**known, "before": earlier, "recipe": self.recipe.described(), "validation": figures}
+        own = {"recipe": self.recipe.described(), "validation": figures, "error": error}
+        meta = {**known, "before": earlier, **own}
         spec = zoo.Spec(self.spec.model, self.spec.exits, self.spec.changes, meta)
         zoo.save(network, spec, self.out / "model.safetensors")
 
@@ -181,7 +225,10 @@ def averaged(network: nn.Module, recipe: Recipe) -> AveragedModel | None:
 
 
 class BackboneTraining(Experiment):
-    """Stage zero (``hearing``), one (``density``) and two (``count``) of a backbone; TransCrowd has ``count`` alone."""
+    """Stage zero (``hearing``), one (``density``) and two (``count``) of a backbone, or ``classes``.
+
+    TransCrowd has ``count`` alone.
+    """
 
     def __init__(self, network: MultiExitNetwork, spec: zoo.Spec, recipe: Recipe, out: Path) -> None:
         super().__init__(network, spec, recipe, out)
@@ -194,13 +241,15 @@ class BackboneTraining(Experiment):
             nn.init.constant_(self.listener.bias, 5.0)  # about the logarithm of 150
             self.network.requires_grad_(False)
             vggish.layers.requires_grad_(True)
-        known = dict(network.named_modules())
-        for name in recipe.frozen:
-            if name not in known:
-                raise TrainingError(f"frozen: the network has no module {name!r} (it has stages.0, final …)")
-        self.frozen = [known[name] for name in recipe.frozen]
-        for module in self.frozen:
-            module.requires_grad_(False)
+        self.frozen: list[nn.Module] = []
+        for pattern in recipe.frozen:
+            modules = [module for name, module in network.named_modules() if fnmatchcase(name, pattern)]
+            weights = [weight for name, weight in network.named_parameters() if fnmatchcase(name, pattern)]
+            if not modules and not weights:
+                raise TrainingError(f"frozen: the network has no {pattern!r} (it has stages.0, final.conv.weight …)")
+            self.frozen += modules
+            for part in (*modules, *weights):
+                part.requires_grad_(False)
         self.average = averaged(self.network, recipe)
         self.train()  # Lightning leaves the modes as they are
 
@@ -244,10 +293,10 @@ class BackboneTraining(Experiment):
             loss = F.smooth_l1_loss(log_count.float(), torch.log1p(batch["total"]))
         else:
             answer = self.network(record(batch), [FINAL])[FINAL]
-            if self.recipe.stage == "count":
-                loss = count_loss(answer.value, batch, self.recipe)
-            else:
+            if self.recipe.stage == "density":
                 loss = exit_loss(answer, batch, self.recipe)
+            else:
+                loss = value_loss(answer.value, batch, self.recipe)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -272,19 +321,20 @@ class BackboneTraining(Experiment):
             self._note("sound", batch, counts, batch["heard"])
             return
         ways = heard_and_silent(network, record(batch))
-        heard = batch["heard"]
-        for name, of in (("silent", torch.ones_like(heard)), ("sound", heard & network.hears)):
+        every = torch.ones(len(batch["id"]), dtype=torch.bool, device=self.device)
+        for name, of in (("silent", every), ("sound", batch.get("heard", ~every) & network.hears)):
             if not of.any():
                 continue
             features = ways[name]
             for stage in network.stages[1:]:
                 features = stage(features)
+            name = FINAL if network.classifies else name
             self._note(name, batch, of_pictures(network.final(features).value, batch), of)
 
-    def _note(self, name: str, batch: Batch, counts: Tensor, of: Tensor) -> None:
-        """Note the counts B of some samples of a batch (B bool)."""
+    def _note(self, name: str, batch: Batch, values: Tensor, of: Tensor) -> None:
+        """Note the values B or B×K of some samples of a batch (B bool)."""
         ids = [id for id, wanted in zip(batch["id"], of.tolist(), strict=True) if wanted]
-        self.validation.add(name, ids, counts[of], batch["count"][of])
+        self.validation.add(name, ids, values[of], truth(batch)[of])
 
     def on_validation_epoch_end(self) -> None:
         tables = self.validation.collect()
@@ -292,14 +342,14 @@ class BackboneTraining(Experiment):
         self.log("val/error", error, prog_bar=True)
         self.log_table(tables)
         if not math.isfinite(error):
-            raise TrainingError(f"epoch {self.current_epoch + 1}: the network diverged; try a lower optimiser.lr")
+            raise Diverged(f"epoch {self.current_epoch + 1}: the network diverged; try a lower optimiser.lr")
         for scheduler in listed(self.lr_schedulers()):
             if isinstance(scheduler, ReduceLROnPlateau):
                 scheduler.step(error)
         self.stale += 1
         if error < self.best:
             self.best, self.best_epoch, self.stale = error, self.current_epoch, 0
-            self.write(self.evaluated(), epoch=self.current_epoch, **tables)
+            self.write(self.evaluated(), error, epoch=self.current_epoch, **tables)
         self.trainer.should_stop = self.finished()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -38,13 +38,24 @@ class ConditionsPart(_Part):
         return self
 
 
+class ValConditionsPart(_Part):
+    """What validation pictures go through; see :class:`crowdexit.data.augment.Conditions`."""
+
+    brightness: float = Field(1.0, gt=0, allow_inf_nan=False)
+    noise: float = Field(0.0, ge=0, le=255)
+    black: float = Field(0.0, ge=0, lt=1)
+
+
 class DataPart(_Part):
     """Which samples, and how they are laid before the network.
 
     ``store`` may be left out and given on the command line. ``canvas`` is the (width, height) that training
     sees (None: the model's native size). ``whole`` shows each picture whole and at most flips it (the papers).
+    Pictures of classes know of these ``store``, ``train``, ``val``, ``draws``, ``whole`` and ``workers``: they are
+    shifted by up to an eighth of their side and flipped, or, with ``whole``, left as they are.
     ``balance`` gives groups of ids (shell patterns) their share of the draws. ``hear`` is the probability that
-    a sample with sound is heard, ``stride`` the density map's (1 is the papers').
+    a sample with sound is heard, ``stride`` the density map's (1 is the papers'). ``val_conditions`` are laid on
+    every validation picture.
     """
 
     store: Path | None = None
@@ -60,6 +71,7 @@ class DataPart(_Part):
     flip: bool = True
     jitter: float = Field(0.2, ge=0, lt=1)
     conditions: ConditionsPart = ConditionsPart()
+    val_conditions: ValConditionsPart = ValConditionsPart()
     hear: float = Field(0.5, ge=0, le=1, description="probability")
     stride: Literal[1, 8] = 8
     workers: int = Field(1, ge=0)
@@ -77,10 +89,12 @@ class DataPart(_Part):
 
 class OptimiserPart(_Part):
     """``plateau`` multiplies by ``factor`` after ``patience`` epochs without a better validation error;
-    ``exponential`` by ``factor`` each epoch; ``cosine`` falls to ``floor`` of the rate over the whole run."""
+    ``exponential`` by ``factor`` each epoch; ``cosine`` falls to ``floor`` of the rate over the whole run.
+    ``rates`` are tried all in place of ``lr``, and what validates best is kept (of branches, each one's best)."""
 
     name: Literal["adam", "adamw"] = "adamw"
     lr: float = Field(1e-3, gt=0)
+    rates: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = ()
     weight_decay: float = Field(0.0, ge=0)
     schedule: Literal["plateau", "exponential", "cosine", "constant"] = "constant"
     factor: float = Field(0.6, gt=0, le=1)
@@ -88,6 +102,12 @@ class OptimiserPart(_Part):
     warmup: int = Field(0, ge=0, description="steps")
     floor: float = Field(0.01, ge=0, le=1)
     clip: float | None = Field(None, gt=0, description="largest norm of the gradient")
+
+    @model_validator(mode="after")
+    def _several(self) -> OptimiserPart:
+        if len(set(self.rates)) < len(self.rates):
+            raise ValueError("rates: one comes twice")
+        return self
 
 
 class ExitPart(_Part):
@@ -114,20 +134,22 @@ class Recipe(_Part):
     Attributes:
         stage: what is trained. ``hearing``: VGGish alone, on the logarithm of the count. ``density``: stage
             one, the whole backbone on density maps. ``count``: stage two, the backbone with its dense layer
-            on MAE. ``branches``: classifier-wise, all branches side by side on the frozen backbone.
+            on MAE. ``classes``: the backbone of a classifier. ``branches``: classifier-wise, all branches side by
+            side on the frozen backbone. ``end-to-end``, ``layer-wise``: backbone and branches.
         model: a name of the zoo; ``changes`` its configuration's fields.
         start: checkpoint whose weights are the start.
         exits: the branches to train: each with name, place and kind, or ``kinds`` and ``places`` for every pair.
         weights: published weights to start from in its place, by kind (``vgg16``, ``vggish`` …): a file, or
             ``torchvision`` for its download.
         loss: ``l2`` (density) and ``mae`` (counts) are the papers'; ``balanced`` weighs dense and sparse
-            pictures alike, both on maps and on counts.
+            pictures alike, both on maps and on counts; ``cross-entropy`` is a classifier's.
         even: how far ``balanced`` goes: 1 weighs errors relative to the crowd, 0 as they are.
         map: weight of the density map's squared error in ``balanced``, beside the count's own error. Where heads
             stand to the pixel is noise to a network that knows how many there are: less of it late in training.
         guess: ask of darkened pictures only for the count, its error as it is: what cannot be seen is guessed from
             the sound, and evened errors would teach to guess low.
-        frozen: modules of the backbone that stay as they are (``stages.0``), their running statistics too.
+        frozen: modules and parameters of the backbone that stay as they are, by name or pattern (``stages.0``,
+            ``*.bias``); of modules their running statistics too.
         batch: of all processes together.
         ema: decay of the averaged weights that are validated and kept; 0: none.
         stop: early stopping after so many epochs without a better validation error.
@@ -140,7 +162,7 @@ class Recipe(_Part):
         local: weight of a further loss of the branches, the error of each token's local count.
     """
 
-    stage: Literal["hearing", "density", "count", "branches", "end-to-end", "layer-wise"]
+    stage: Literal["hearing", "density", "count", "classes", "branches", "end-to-end", "layer-wise"]
     model: str
     changes: dict[str, Any] = {}
     start: Path | None = None
@@ -148,7 +170,7 @@ class Recipe(_Part):
     exits: Annotated[tuple[ExitPart, ...], BeforeValidator(every_exit)] = ()
     data: DataPart = DataPart()
     optimiser: OptimiserPart = OptimiserPart()
-    loss: Literal["l2", "mae", "balanced"] = "balanced"
+    loss: Literal["l2", "mae", "balanced", "cross-entropy"] = "balanced"
     even: float = Field(1.0, ge=0, le=1)
     map: float = Field(1.0, ge=0)
     guess: bool = False
@@ -178,15 +200,23 @@ class Recipe(_Part):
             raise ValueError(f"the stage {self.stage!r} adds no losses, so that lambdas mean nothing")
         if self.rest != "kept" and self.stage != "layer-wise":
             raise ValueError(f"the stage {self.stage!r} knows no 'rest'")
-        if self.frozen and self.stage not in ("density", "count"):
+        if self.frozen and self.stage not in ("density", "count", "classes"):
             raise ValueError(f"the stage {self.stage!r} freezes what it freezes by itself: no 'frozen'")
         if self.stage in ("end-to-end", "layer-wise") and (self.stop or self.optimiser.schedule == "plateau"):
             raise ValueError(f"the stage {self.stage!r} runs all its epochs: no stop, no plateau")
         if len({e.name for e in self.exits}) < len(self.exits):
             raise ValueError("two exits have the same name")
-        wrong = {"density": "mae", "count": "l2", "branches": "l2"}.get(self.stage)
-        if self.loss == wrong:
-            raise ValueError(f"the loss {wrong!r} is not for the stage {self.stage!r}")
+        wrong = {
+            "hearing": ("cross-entropy",),
+            "density": ("mae", "cross-entropy"),
+            "count": ("l2", "cross-entropy"),
+            "classes": ("l2", "mae", "balanced"),
+            "branches": ("l2",),
+        }
+        if self.loss in wrong.get(self.stage, ()):
+            raise ValueError(f"the loss {self.loss!r} is not for the stage {self.stage!r}")
+        if self.loss == "cross-entropy" and self.local:
+            raise ValueError("the parts of a picture have no class of their own: no 'local'")
         if self.start is not None and self.weights:
             raise ValueError("start and weights exclude each other")
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import threading
 import time
@@ -15,7 +16,6 @@ from types import FrameType
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
@@ -23,93 +23,21 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
-from torch.utils.data import DataLoader, Subset
+from torch import Tensor
 
 from crowdexit import zoo
 from crowdexit.backbones.audiocsrnet import AudioCSRNet
 from crowdexit.backbones.weights import apply_weights
-from crowdexit.data.augment import ConditionRange, View
-from crowdexit.data.dataset import CrowdDataset, EpochPlan, Setting
-from crowdexit.data.store import Store
 from crowdexit.errors import CrowdExitError
 from crowdexit.memory import keep_freed_memory
-from crowdexit.network import Config, MultiExitNetwork
-from crowdexit.training.branches import BranchTraining, add_branches
+from crowdexit.network import MultiExitNetwork
+from crowdexit.training.branches import BranchTraining, add_branches, trials
+from crowdexit.training.data import class_names, make_data
 from crowdexit.training.joint import JointTraining
-from crowdexit.training.modules import BackboneTraining, Experiment, TrainingError
+from crowdexit.training.modules import BackboneTraining, Diverged, Experiment, TrainingError
 from crowdexit.training.recipe import Recipe
 
 LAST = "last.ckpt"
-
-
-class CrowdData(L.LightningDataModule):
-    """The recipe's samples, dealt out to the processes so that each is seen as the plan says."""
-
-    def __init__(self, recipe: Recipe, config: Config) -> None:
-        super().__init__()
-        data = recipe.data
-        if data.store is None:
-            raise TrainingError("no data: give a prepared file with --data")
-        self.recipe = recipe
-        native = config.size
-        canvas = data.canvas or native
-        if recipe.stage not in ("hearing", "density") and canvas != native:
-            raise TrainingError(f"the stage {recipe.stage!r} needs the model's native size as canvas")
-        view = None if data.whole else View(canvas, config.scene, data.scale, data.flip, data.jitter)
-        setting = Setting(
-            canvas,
-            view,
-            flip=data.flip,
-            takes=True,
-            conditions=ConditionRange(**data.conditions.model_dump()),
-            hear=1.0 if recipe.stage == "hearing" else data.hear,
-            stride=data.stride,
-        )
-        with Store(data.store) as store:
-            ids = store.ids(data.train, data.train_ids)
-            counts = store.counts(data.train)
-            val_ids = store.ids(data.val, data.val_ids)
-            if recipe.stage == "hearing" and not any("log_mel" in store.file[data.val][id] for id in val_ids):
-                raise TrainingError(f"{data.store}: no sample of {data.val} has sound to validate with")
-            for id in ids:
-                sample = store.file[data.train][id]
-                if recipe.stage == "hearing" and "log_mel" not in sample:
-                    raise TrainingError(f"{data.store}: {data.train}/{id} has no sound to learn from")
-                if not data.whole and "density" in sample and len(sample["points"]) == 0 and counts[id] > 0:
-                    raise TrainingError(
-                        f"{data.store}: {data.train}/{id} has only a density map and cannot be cropped; "
-                        "set data.whole: true"
-                    )
-        self.median = float(np.median([counts[id] for id in ids]))
-        self.train_set = CrowdDataset(store, data.train, ids, setting, recipe.seed)
-        self.val_set = CrowdDataset(store, data.val, val_ids, Setting(native, tiles=config.view == "tiles"))
-
-    def _processes(self) -> tuple[int, int]:
-        trainer = self.trainer
-        return (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-
-    def plan(self) -> EpochPlan:
-        """This process's part of each epoch."""
-        rank, world = self._processes()
-        data, seed = self.recipe.data, self.recipe.seed
-        return EpochPlan(self.train_set.ids, balance=data.balance, length=data.draws, seed=seed, rank=rank, world=world)
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        workers, (_, world) = self.recipe.data.workers, self._processes()
-        return DataLoader(
-            self.train_set,
-            batch_size=self.recipe.batch // world,
-            sampler=self.plan(),
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            multiprocessing_context="forkserver" if workers else None,
-        )
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        rank, world = self._processes()
-        mine = Subset(self.val_set, range(rank, len(self.val_set), world))
-        # Pictures differ in their number of tiles.
-        return DataLoader(mine, batch_size=1 if self.val_set.setting.tiles else 4, num_workers=0)
 
 
 class _WholeFiles(TorchCheckpointIO):
@@ -200,9 +128,14 @@ def start_branches(network: MultiExitNetwork, recipe: Recipe, path: Path) -> Non
     for e in recipe.exits:
         if zoo.ExitSpec(e.name, e.place, e.kind) not in there:
             raise TrainingError(f"{path}: it has no branch {e.name!r} of kind {e.kind} at {e.place}")
-    own = tuple(f"branches.{e.name}." for e in recipe.exits)
-    tensors = {key: value for key, value in zoo.read_tensors(path).items() if key.startswith(own)}
-    zoo.fill(network, tensors, str(path), optional=lambda key: not key.startswith(own))
+    read = zoo.read_tensors(path)
+    tensors: dict[str, Tensor] = {}
+    for trial in trials(recipe):
+        theirs = f"branches.{trial.exit.name}."
+        own = {key.removeprefix(theirs): value for key, value in read.items() if key.startswith(theirs)}
+        tensors |= {f"branches.{trial.name}.{key}": value for key, value in own.items()}
+    new = tuple(f"branches.{trial.name}." for trial in trials(recipe))
+    zoo.fill(network, tensors, str(path), optional=lambda key: not key.startswith(new))
 
 
 def start_rest(network: MultiExitNetwork, recipe: Recipe) -> None:
@@ -223,17 +156,17 @@ def start_rest(network: MultiExitNetwork, recipe: Recipe) -> None:
     zoo.fill(network, tensors, str(recipe.rest), optional=lambda key: not key.startswith(behind))
 
 
-def make_experiment(network: MultiExitNetwork, spec: zoo.Spec, recipe: Recipe, out: Path, median: float) -> Experiment:
+def make_experiment(network: MultiExitNetwork, spec: zoo.Spec, recipe: Recipe, out: Path, usual: float) -> Experiment:
     """The starting network in the loop that the recipe's stage wants.
 
     Args:
-        median: count of the training pictures, at which branches start.
+        usual: count at which branches start.
 
     Raises:
         TrainingError: for an exit that does not fit, stage one of a network without a density map, or stage two
             of one without its dense layer.
     """
-    add_branches(network, recipe, median)
+    add_branches(network, recipe, usual)
     if recipe.branches_from is not None:
         start_branches(network, recipe, recipe.branches_from)
     if recipe.stage == "branches":
@@ -274,6 +207,9 @@ def train(
 ) -> Path:
     """Run a recipe; ``OUT/model.safetensors`` is the best network by validation.
 
+    Of several learning rates, branches try all at once; other stages train with one after the other, in
+    ``OUT/lr-RATE``.
+
     Args:
         out: folder of the run: the checkpoint, Lightning's ``last.ckpt`` (each epoch), TensorBoard's events.
         resume: go on from ``last.ckpt``, where there is one.
@@ -285,6 +221,8 @@ def train(
         KeyboardInterrupt: on Ctrl-C; SystemExit with 143 on SIGTERM. At most the running epoch is lost.
     """
     console = console or Console(stderr=True)
+    if recipe.optimiser.rates and recipe.stage != "branches":
+        return _best_rate(recipe, out, resume, devices, accelerator, console)
     last, model = out / LAST, out / "model.safetensors"
     devices, machines = _processes(devices)
     first = os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("GROUP_RANK", "0") == "0"
@@ -297,12 +235,18 @@ def train(
         logging.getLogger(name).setLevel(logging.ERROR)
     torch.set_float32_matmul_precision("high")
     L.seed_everything(recipe.seed, workers=True, verbose=False)
+    names: list[str] = []
+    if recipe.loss == "cross-entropy":
+        names = class_names(recipe)
+        recipe = recipe.model_copy(update={"changes": {**recipe.changes, "outputs": len(names)}})
     network, spec = starting_network(recipe)
-    data = CrowdData(recipe, network.config)
+    if names:
+        spec = replace(spec, meta={**spec.meta, "classes": names})
+    data = make_data(recipe, network)
     if len(data.val_set) < devices * machines:
         raise TrainingError(f"fewer validation samples ({len(data.val_set)}) than processes")
     L.seed_everything(recipe.seed, workers=True, verbose=False)
-    experiment = make_experiment(network, spec, recipe, out, data.median)
+    experiment = make_experiment(network, spec, recipe, out, data.usual)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -348,4 +292,35 @@ def train(
             raise
         except CrowdExitError as error:
             raise _one_line(error) from None
+    return model
+
+
+def _best_rate(recipe: Recipe, out: Path, resume: bool, devices: int, accelerator: str, console: Console) -> Path:
+    """Train with each learning rate, and hand on the checkpoint of the one that validates best."""
+    model = out / "model.safetensors"
+    if model.exists():
+        if not resume:
+            raise TrainingError(f"{out}: there is a run already; --resume goes on with it")
+        return model
+    errors: dict[Path, float] = {}
+    for rate in recipe.optimiser.rates:
+        part = recipe.optimiser.model_copy(update={"lr": rate, "rates": ()})
+        console.print(f"learning rate {rate:g}", highlight=False)
+        one = recipe.model_copy(update={"optimiser": part})
+        try:
+            path = train(
+                one, out / f"lr-{rate:g}", resume=resume, devices=devices, accelerator=accelerator, console=console
+            )
+        except Diverged as error:
+            console.print(str(error), highlight=False)
+            continue
+        errors[path] = float(zoo.read_spec(path).meta["error"])
+    if not errors:
+        raise TrainingError("the network diverged with every learning rate")
+    best = min(errors, key=lambda path: errors[path])
+    console.print(f"{best.parent.name} is the best, error {errors[best]:.4g}", highlight=False)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        part_file = model.with_name(model.name + ".part")
+        shutil.copyfile(best, part_file)
+        part_file.replace(model)
     return model

@@ -19,8 +19,8 @@ from crowdexit import zoo
 from crowdexit.backbones.audiocsrnet import AudioCSRNetConfig
 from crowdexit.data.dataset import CrowdDataset, Setting
 from crowdexit.data.store import Store
+from crowdexit.training.data import CrowdData
 from crowdexit.training.modules import TrainingError, record
-from crowdexit.training.run import CrowdData
 
 LAUNCH = Path(__file__).with_name("launch.py")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}

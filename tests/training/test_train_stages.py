@@ -13,6 +13,7 @@ from tiny_runs import TINY, best, run, same, tiny, write_store
 
 from crowdexit import zoo
 from crowdexit.errors import CrowdExitError
+from crowdexit.stages import inputs
 from crowdexit.training.losses import density_loss
 from crowdexit.training.modules import TrainingError
 from crowdexit.training.recipe import Recipe
@@ -167,8 +168,36 @@ def test_what_is_frozen_stays_to_the_bit(store, backbone, tmp_path):
     assert moved
     assert not {k for k in moved if k.startswith(("stages.0.", "stages.1.layers."))}
     assert {k for k in before if k.startswith(("stages.2.", "stages.3.", "final."))} <= moved
-    with pytest.raises(TrainingError, match=r"frozen: the network has no module 'stages\.9'"):
+    with pytest.raises(TrainingError, match=r"frozen: the network has no 'stages\.9'"):
         run(tiny(store, "density", start=backbone, frozen=["stages.9"]), tmp_path / "no")
+
+
+def test_hearing_is_learned_without_a_change_to_any_silent_answer(store, backbone, tmp_path):
+    frozen = ["stages.0", "*.conv", "*.norm", "*.fuse.linear.bias", "final"]
+    recipe = tiny(store, "density", epochs=2, start=backbone, frozen=frozen, ema=0.5, data={"hear": 1.0})
+    run(recipe, tmp_path / "out")
+    before, after = best(backbone.parent), best(tmp_path / "out")
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    learned = ("stages.1.", "stages.2.blocks.0.fuse.linear.weight", "stages.3.blocks.4.fuse.linear.weight")
+    assert all(any(key.startswith(part) for key in moved) for part in learned)
+    assert not {key for key in moved if key.endswith("fuse.linear.bias") or ".conv." in key or ".norm." in key}
+    picture, log_mel = torch.rand(2, 3, 64, 128), torch.randn(2, 1, 96, 64)
+    of = {}
+    for name, path in (("before", backbone.parent), ("after", tmp_path / "out")):
+        network = zoo.load(path)[0].eval()
+        with torch.inference_mode():
+            of[name] = [network(inputs(picture, mel))["final"].density for mel in (None, log_mel)]
+    assert torch.equal(of["before"][0], of["after"][0])
+    assert not torch.equal(of["before"][1], of["after"][1])
+
+
+def test_validation_pictures_go_through_their_conditions(store, backbone, tmp_path):
+    tables = []
+    for brightness in (1.0, 0.05):
+        recipe = tiny(store, "density", start=backbone, epochs=1, data={"val_conditions": {"brightness": brightness}})
+        run(recipe, tmp_path / f"{brightness}")
+        tables.append(zoo.read_spec(tmp_path / f"{brightness}" / "model.safetensors").meta["validation"]["silent"])
+    assert tables[0] != tables[1]
 
 
 def test_of_the_dark_only_the_count_is_asked():

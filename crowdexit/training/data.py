@@ -1,0 +1,151 @@
+"""A recipe's samples as Lightning wants them: crowds, or pictures of classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+from torch.utils.data import DataLoader, Subset
+
+from crowdexit.data.augment import ConditionRange, Conditions, View
+from crowdexit.data.classes import ClassDataset, ClassStore
+from crowdexit.data.dataset import CrowdDataset, EpochPlan, Setting
+from crowdexit.data.store import Store
+from crowdexit.network import Config, MultiExitNetwork
+from crowdexit.training.modules import TrainingError
+from crowdexit.training.recipe import Recipe
+
+
+def store_of(recipe: Recipe) -> Path:
+    """The recipe's prepared file.
+
+    Raises:
+        TrainingError: if it names none.
+    """
+    if recipe.data.store is None:
+        raise TrainingError("no data: give a prepared file with --data")
+    return recipe.data.store
+
+
+class RecipeData(L.LightningDataModule):
+    """The recipe's samples, dealt out to the processes so that each is seen as the plan says.
+
+    Attributes:
+        train_set, val_set: the samples. val_batch: how many of the latter at once.
+        usual: count at which an untrained exit starts.
+    """
+
+    train_set: CrowdDataset | ClassDataset
+    val_set: CrowdDataset | ClassDataset
+    val_batch: int
+    usual: float
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self.recipe, self.path = recipe, store_of(recipe)
+
+    def _processes(self) -> tuple[int, int]:
+        trainer = self.trainer
+        return (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+
+    def plan(self) -> EpochPlan:
+        """This process's part of each epoch."""
+        rank, world = self._processes()
+        data, seed = self.recipe.data, self.recipe.seed
+        return EpochPlan(self.train_set.ids, balance=data.balance, length=data.draws, seed=seed, rank=rank, world=world)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        workers, (_, world) = self.recipe.data.workers, self._processes()
+        return DataLoader(
+            self.train_set,
+            batch_size=self.recipe.batch // world,
+            sampler=self.plan(),
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            multiprocessing_context="forkserver" if workers else None,
+        )
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        rank, world = self._processes()
+        mine = Subset(self.val_set, range(rank, len(self.val_set), world))
+        return DataLoader(mine, batch_size=self.val_batch, num_workers=0)
+
+
+class CrowdData(RecipeData):
+    """A crowd set's samples as the recipe wants them."""
+
+    def __init__(self, recipe: Recipe, config: Config) -> None:
+        super().__init__(recipe)
+        data = recipe.data
+        native = config.size
+        canvas = data.canvas or native
+        if recipe.stage not in ("hearing", "density") and canvas != native:
+            raise TrainingError(f"the stage {recipe.stage!r} needs the model's native size as canvas")
+        view = None if data.whole else View(canvas, config.scene, data.scale, data.flip, data.jitter)
+        setting = Setting(
+            canvas,
+            view,
+            flip=data.flip,
+            takes=True,
+            conditions=ConditionRange(**data.conditions.model_dump()),
+            hear=1.0 if recipe.stage == "hearing" else data.hear,
+            stride=data.stride,
+        )
+        with Store(self.path) as store:
+            ids = store.ids(data.train, data.train_ids)
+            counts = store.counts(data.train)
+            val_ids = store.ids(data.val, data.val_ids)
+            if recipe.stage == "hearing" and not any("log_mel" in store.file[data.val][id] for id in val_ids):
+                raise TrainingError(f"{self.path}: no sample of {data.val} has sound to validate with")
+            for id in ids:
+                sample = store.file[data.train][id]
+                if recipe.stage == "hearing" and "log_mel" not in sample:
+                    raise TrainingError(f"{self.path}: {data.train}/{id} has no sound to learn from")
+                if not data.whole and "density" in sample and len(sample["points"]) == 0 and counts[id] > 0:
+                    raise TrainingError(
+                        f"{self.path}: {data.train}/{id} has only a density map and cannot be cropped; "
+                        "set data.whole: true"
+                    )
+        self.usual = float(np.median([counts[id] for id in ids]))
+        self.train_set = CrowdDataset(store, data.train, ids, setting, recipe.seed)
+        shown = Setting(native, tiles=config.view == "tiles", conditions=Conditions(**data.val_conditions.model_dump()))
+        self.val_set = CrowdDataset(store, data.val, val_ids, shown)
+        self.val_batch = 1 if self.val_set.setting.tiles else 4  # pictures differ in their number of tiles
+
+
+class ClassData(RecipeData):
+    """A classification set's pictures as the recipe wants them."""
+
+    usual = 0.0
+
+    def __init__(self, recipe: Recipe, config: Config) -> None:
+        super().__init__(recipe)
+        data = recipe.data
+        with ClassStore(self.path) as store:
+            there = store.splits()
+            if data.val not in there:
+                raise TrainingError(f"{self.path}: no split {data.val!r} to validate with (it has {', '.join(there)})")
+            size, seed = config.size, recipe.seed
+            self.train_set = ClassDataset(store, data.train, size=size, augment=not data.whole, seed=seed)
+            self.val_set = ClassDataset(store, data.val, size=size)
+        self.val_batch = recipe.batch
+
+
+def class_names(recipe: Recipe) -> list[str]:
+    """The classes of the recipe's prepared file."""
+    with ClassStore(store_of(recipe)) as store:
+        return store.classes
+
+
+def make_data(recipe: Recipe, network: MultiExitNetwork) -> RecipeData:
+    """What the recipe trains the network on.
+
+    Raises:
+        CrowdExitError: for a set that is not what the network is for, or cannot be read.
+    """
+    if network.classifies != (recipe.loss == "cross-entropy"):
+        wanted = "the loss 'cross-entropy'" if network.classifies else "a loss of counts"
+        raise TrainingError(f"{recipe.model} wants {wanted}, not {recipe.loss!r}")
+    return ClassData(recipe, network.config) if network.classifies else CrowdData(recipe, network.config)
