@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 from time import perf_counter
 from typing import Any
+from unittest.mock import patch
 
 import cv2
 import numpy as np
@@ -65,11 +66,8 @@ def epoch(exits: list[dict[str, Any]], start: Path, data: Path, out: Path, batch
             "batch": batch,
         }
     )
-    BranchTraining.training_step = timed  # type: ignore[method-assign]
-    try:
+    with patch.object(BranchTraining, "training_step", timed):
         train(recipe, out, accelerator="cpu", console=Console(file=io.StringIO()))
-    finally:
-        BranchTraining.training_step = step  # type: ignore[method-assign]
     return seconds
 
 
