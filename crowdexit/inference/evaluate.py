@@ -149,7 +149,7 @@ def evaluate_file(
     audio: bool = True,
     conditions: Conditions = Conditions(),
     runtime: str = "auto",
-    progress: Callable[[int], AbstractContextManager[Any]] = nullcontext,
+    progress: Callable[[int], AbstractContextManager[Any]] = lambda total: nullcontext(),
 ) -> dict[str, Any]:
     """Every exit of a model on a prepared file: :func:`evaluate` of a counter, ``classify.evaluate`` of a classifier.
 

@@ -113,7 +113,9 @@ class Validation:
 
     def add(self, name: str, ids: list[str], values: Tensor, truths: Tensor) -> None:
         """Of one exit (or state of hearing) called ``name``: counts B or class scores B×K, and what is true, B."""
-        said = values.argmax(1) if values.dim() == 2 else values
+        said = values
+        if values.dim() == 2:  # a class that nothing finite stands for is none
+            said = torch.where(values.isfinite().all(1), values.argmax(1).float(), math.nan)
         self.rows += [(name, *row) for row in zip(ids, said.float().tolist(), truths.float().tolist(), strict=True)]
 
     def collect(self) -> dict[str, dict[str, float]]:
@@ -153,10 +155,12 @@ class CountValidation(Validation):
 
 
 class ClassValidation(Validation):
-    """``accuracy`` in percent, and ``error``, the share of wrong answers."""
+    """``accuracy`` in percent, and ``error``, the share of wrong answers; not finite if some score is not."""
 
     def table(self, rows: list[tuple[str, float, float]]) -> dict[str, float]:
         wrong = sum(said != true for _, said, true in rows) / len(rows)
+        if any(math.isnan(said) for _, said, _ in rows):
+            wrong = math.nan
         return {"accuracy": 100 * (1 - wrong), "error": wrong}
 
 

@@ -222,6 +222,9 @@ def train(
     """
     console = console or Console(stderr=True)
     if recipe.optimiser.rates and recipe.stage != "branches":
+        here, machines = _processes(devices)
+        if here * machines > 1:
+            raise TrainingError("learning rates are tried one after the other by one process: no --devices")
         return _best_rate(recipe, out, resume, devices, accelerator, console)
     last, model = out / LAST, out / "model.safetensors"
     devices, machines = _processes(devices)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny_runs import run
 from typer.testing import CliRunner
 
@@ -15,7 +17,8 @@ from crowdexit.cli import app
 from crowdexit.data.classes import write_classes
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.counter import load
-from crowdexit.training.modules import TrainingError
+from crowdexit.inference.evaluate import evaluate_file
+from crowdexit.training.modules import ClassValidation, TrainingError
 from crowdexit.training.recipe import Recipe
 
 CLASSES = ["red", "green", "blue"]
@@ -102,6 +105,21 @@ def test_evaluate_gives_every_exits_accuracy(colours, trained, tmp_path):
     traded = CliRunner().invoke(app, ["tradeoff", *arguments, "--out", str(tmp_path / "t")])
     assert traded.exit_code == 0, traded.output
     assert "wrong answers, %" in (tmp_path / "t" / "tradeoff.md").read_text("utf-8")
+
+
+def test_scores_that_are_not_finite_are_no_class():
+    validation = ClassValidation()
+    scores = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    validation.add("final", ["a", "b", "c"], scores, torch.tensor([0, 1, 0]))
+    assert validation.collect()["final"] == pytest.approx({"accuracy": 200 / 3, "error": 1 / 3})
+    scores[2] = math.nan
+    validation.add("final", ["a", "b", "c"], scores, torch.tensor([0, 1, 0]))
+    assert math.isnan(validation.collect()["final"]["error"])
+
+
+def test_evaluation_from_python_wants_no_progress(colours, trained):
+    said = evaluate_file(trained, colours, "test", "test1*", runtime="eager")
+    assert (said["samples"], said["exits"][0]["accuracy"]) == (9, 100)
 
 
 @pytest.mark.parametrize(

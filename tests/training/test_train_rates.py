@@ -47,6 +47,8 @@ def test_a_backbone_is_trained_with_one_rate_after_the_other(store, backbone, tm
     before = chosen.stat().st_mtime_ns
     train(recipe, tmp_path / "out", accelerator="cpu", resume=True)
     assert chosen.stat().st_mtime_ns == before
+    with pytest.raises(TrainingError, match="one after the other by one process"):
+        train(recipe, tmp_path / "many", accelerator="cpu", devices=2)
 
 
 def test_a_rate_that_diverges_does_not_end_the_search(store, backbone, tmp_path, monkeypatch):
