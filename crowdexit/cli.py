@@ -1,4 +1,4 @@
-"""The command line: ``crowdexit count``, ``evaluate``, ``cost``, ``train``, ``demo`` and ``app``."""
+"""The command line: each command of ``crowdexit``, and what they share."""
 
 from __future__ import annotations
 
@@ -143,22 +143,15 @@ def cost(
     """Parameters, FLOPS and speedup of every branch, up to and including it."""
     from crowdexit.analysis.cost import cost as run_cost
 
-    result = run_cost(model, branch=branch, layer=layer, size=size).to_dict()
+    result = run_cost(model, branch=branch, layer=layer, size=size)
     if format is Format.json:
-        print(json.dumps(result))
+        print(json.dumps(result.to_dict()))
         return
-    table = Table(title=f"{result['model']} at {result['size']}: backbone {result['backbone_flops'] / 1e9:.2f} GFLOPS")
+    table = Table(title=f"{result.model} at {result.size}: backbone {result.backbone_flops / 1e9:.2f} GFLOPS")
     for name in ("exit", "kind", "branch parameters", "FLOPS", "multiply-adds", "speedup"):
         table.add_column(name, justify="left" if name in ("exit", "kind") else "right")
-    for row in result["exits"]:
-        table.add_row(
-            str(row["exit"]),
-            row["kind"],
-            f"{row['branch_params'] / 1e6:.2f}M",
-            f"{row['total_flops'] / 1e9:.2f}B",
-            f"{row['total_macs'] / 1e9:.2f}B",
-            f"{row['speedup']:.2f}",
-        )
+    for row in result.rows():
+        table.add_row(*row)
     Console().print(table)
 
 
