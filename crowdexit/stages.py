@@ -114,11 +114,13 @@ class Exit(nn.Module):
     """Reads the record at the end of a stage and answers.
 
     Attributes:
-        kind: what it is called. maps: whether its answers have a density map.
+        kind: what it is called. maps: whether its answers have a density map. hears: whether it takes the sound's
+            vector itself, beside what the stages made of it.
     """
 
     kind: str
     maps: bool = False
+    hears: bool = False
 
     def forward(self, features: Features) -> Answer:
         raise NotImplementedError  # abstract

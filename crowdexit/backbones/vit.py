@@ -28,6 +28,7 @@ from crowdexit.exits import (
     patch_size,
 )
 from crowdexit.exits.head import as_answer
+from crowdexit.exits.tokens import attend
 from crowdexit.network import MultiExitNetwork
 from crowdexit.stages import Answer, Exit, Features, Stage
 
@@ -168,7 +169,7 @@ class Encoder(Stage):
     def forward(self, features: Features) -> Features:
         if self.embedding is not None:
             features = self.embedding(features)
-        return features.with_visual(self.block(features.visual))
+        return features.with_visual(attend(self.block, features.visual))
 
 
 class TokenHead(Exit):

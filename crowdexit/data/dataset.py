@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -171,6 +172,7 @@ class EpochPlan(Sampler[tuple[int, int]]):
         ids: of the data set.
         balance: shell patterns of ids with the share of draws each group gets; None: every sample once.
         length: draws in an epoch over all processes; None: the number of ids.
+        views: in how many ways a sample is drawn, one after the other; None: a new one every time.
         seed, rank, world: of the run and the processes. The plan is padded so that each gets as many.
     """
 
@@ -180,11 +182,12 @@ class EpochPlan(Sampler[tuple[int, int]]):
         *,
         balance: dict[str, float] | None = None,
         length: int | None = None,
+        views: int | None = None,
         seed: int = 0,
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        self.length = length or len(ids)
+        self.length, self.views = length or len(ids), views
         self.seed, self.rank, self.world, self.epoch = seed, rank, world, 0
         shares = balance or {"*": 1.0}
         self.groups: list[tuple[float, np.ndarray]] = []
@@ -211,6 +214,11 @@ class EpochPlan(Sampler[tuple[int, int]]):
             chosen.append(np.concatenate(rounds)[:n] if rounds else members[:0])
         order = rng.permutation(np.concatenate(chosen))
         draws = [(int(i), self.epoch * self.length + k) for k, i in enumerate(order)]
+        if self.views is not None:
+            times: Counter[int] = Counter()
+            for k, (i, _) in enumerate(draws):
+                draws[k] = (i, (self.epoch + times[i]) % self.views)
+                times[i] += 1
         while len(draws) % self.world:
             draws.append(draws[len(draws) % self.length])
         return draws

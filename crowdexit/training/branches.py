@@ -15,17 +15,17 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from crowdexit import zoo
 from crowdexit.exits import Branch
 from crowdexit.network import MultiExitNetwork
+from crowdexit.stages import Exit
+from crowdexit.training.cache import FeatureCache, walk
 from crowdexit.training.losses import Batch, local_error, value_loss
 from crowdexit.training.modules import (
     Experiment,
     TrainingError,
     averaged,
-    heard_and_silent,
+    both_ways,
     listed,
     make_optimiser,
-    of_pictures,
     rate_at,
-    record,
     truth,
 )
 from crowdexit.training.recipe import ExitPart, Recipe
@@ -83,6 +83,8 @@ def add_branches(network: MultiExitNetwork, recipe: Recipe, usual: float) -> Non
 class BranchTraining(Experiment):
     """Classifier-wise (multi-exit ViT paper, III): the backbone frozen, all branches on one pass of it.
 
+    With a ``cache`` the pass is made once for each view of a sample, and read from disk from then on.
+
     Each branch has its own optimiser, plateau and early stopping, and its own random numbers (by its name and
     the step), so that it comes out the same whichever branches are trained beside it. Where several learning rates
     are tried, each branch is there once for each, and the best of them is kept.
@@ -110,6 +112,7 @@ class BranchTraining(Experiment):
         self.stale = dict.fromkeys(self.names, 0)
         self.kept: dict[str, dict[str, Tensor]] = {}
         self.kept_tables: dict[str, dict[str, float]] = {}
+        self.cache: FeatureCache | None = None
         self.train()  # Lightning leaves the modes as they are
 
     def active(self) -> list[str]:
@@ -157,10 +160,8 @@ class BranchTraining(Experiment):
         optimisers = dict(zip(self.names, listed(self.optimizers()), strict=True))
         losses = []
         step = self.current_epoch * int(self.trainer.num_training_batches) + index
-        features = record(batch)
-        for stage in range(max(network.stage_of(name) for name in active) + 1):
-            with torch.no_grad():
-                features = network.stages[stage](features)
+        places = {network.stage_of(name) for name in active}
+        for stage, features in walk(network, batch, places, self.cache):
             for name in active:
                 if network.stage_of(name) != stage:
                     continue
@@ -197,17 +198,10 @@ class BranchTraining(Experiment):
 
     def validation_step(self, batch: Batch, _: int) -> None:
         """What each branch says with the sound there is and, where there is some, without it too."""
-        network, active, branches = self.network, self.active(), self.evaluated()
-        last = max(network.stage_of(name) for name in active)
-        features = record(batch)
-        ways = heard_and_silent(network, features)
-        for way in ways.values() if features.heard.any() else (ways["silent"],):
-            for stage in range(last + 1):
-                way = network.stages[stage](way) if stage else way
-                for name in active:
-                    if network.stage_of(name) == stage:
-                        values = of_pictures(branches[name](way).value, batch)
-                        self.validation.add(name, batch["id"], values, truth(batch))
+        branches = self.evaluated()
+        exits = {name: cast(Exit, branches[name]) for name in self.active()}
+        for name, values in both_ways(self.network, batch, exits, self.network.stage_of):
+            self.validation.add(name, batch["id"], values, truth(batch))
 
     def on_validation_epoch_end(self) -> None:
         collected = self.validation.collect()

@@ -14,6 +14,7 @@ from crowdexit.data.classes import ClassDataset, ClassStore
 from crowdexit.data.dataset import CrowdDataset, EpochPlan, Setting
 from crowdexit.data.store import Store
 from crowdexit.network import Config, MultiExitNetwork
+from crowdexit.training.cache import CachedDataset, collate
 from crowdexit.training.modules import TrainingError
 from crowdexit.training.recipe import Recipe
 
@@ -37,7 +38,7 @@ class RecipeData(L.LightningDataModule):
         usual: count at which an untrained exit starts.
     """
 
-    train_set: CrowdDataset | ClassDataset
+    train_set: CrowdDataset | ClassDataset | CachedDataset
     val_set: CrowdDataset | ClassDataset
     val_batch: int
     usual: float
@@ -54,7 +55,15 @@ class RecipeData(L.LightningDataModule):
         """This process's part of each epoch."""
         rank, world = self._processes()
         data, seed = self.recipe.data, self.recipe.seed
-        return EpochPlan(self.train_set.ids, balance=data.balance, length=data.draws, seed=seed, rank=rank, world=world)
+        return EpochPlan(
+            self.train_set.ids,
+            balance=data.balance,
+            length=data.draws,
+            views=data.views,
+            seed=seed,
+            rank=rank,
+            world=world,
+        )
 
     def train_dataloader(self) -> DataLoader[Any]:
         workers, (_, world) = self.recipe.data.workers, self._processes()
@@ -62,6 +71,7 @@ class RecipeData(L.LightningDataModule):
             self.train_set,
             batch_size=self.recipe.batch // world,
             sampler=self.plan(),
+            collate_fn=collate if isinstance(self.train_set, CachedDataset) else None,
             num_workers=workers,
             persistent_workers=workers > 0,
             multiprocessing_context="forkserver" if workers else None,

@@ -18,9 +18,8 @@ from crowdexit.training.modules import (
     Experiment,
     TrainingError,
     averaged,
-    heard_and_silent,
+    both_ways,
     make_optimiser,
-    of_pictures,
     rate_at,
     record,
     truth,
@@ -145,15 +144,9 @@ class JointTraining(Experiment):
         network: Any = self.average.module if self.average is not None else self.network
         wanted = self.phases[self.number].exits
         network.eval()
-        features = record(batch)
-        ways = heard_and_silent(network, features)
-        for way in ways.values() if features.heard.any() else (ways["silent"],):
-            for stage in range(max(map(network.stage_of, wanted)) + 1):
-                way = network.stages[stage](way) if stage else way
-                for name in wanted:
-                    if network.stage_of(name) == stage:
-                        values = of_pictures(network.exit_module(name)(way).value, batch)
-                        self.validation.add(name, batch["id"], values, truth(batch))
+        exits = {name: network.exit_module(name) for name in wanted}
+        for name, values in both_ways(network, batch, exits, network.stage_of):
+            self.validation.add(name, batch["id"], values, truth(batch))
 
     def on_validation_epoch_end(self) -> None:
         tables = self.validation.collect()

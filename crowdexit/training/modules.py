@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -20,10 +20,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from crowdexit import zoo
 from crowdexit.backbones.vgg import VGGish
+from crowdexit.backbones.vit import ViT
 from crowdexit.errors import CrowdExitError
 from crowdexit.network import FINAL, MultiExitNetwork
-from crowdexit.stages import Features, inputs
-from crowdexit.training.losses import Batch, exit_loss, value_loss
+from crowdexit.stages import Exit, Features, inputs
+from crowdexit.training.losses import Batch, density_loss, exit_loss, value_loss
 from crowdexit.training.recipe import OptimiserPart, Recipe
 
 
@@ -68,6 +69,31 @@ def heard_and_silent(network: MultiExitNetwork, features: Features) -> dict[str,
     if isinstance(network.stages[0], VGGish):
         return {"sound": seen, "silent": network.stages[0](replace(features, heard=silence))}
     return {"sound": seen, "silent": replace(seen, heard=silence)}
+
+
+def both_ways(
+    network: MultiExitNetwork, batch: Batch, exits: Mapping[str, Exit], stage_of: Callable[[str], int]
+) -> Iterator[tuple[str, Tensor]]:
+    """What exits say of a batch with the sound there is and, where there is some, without it too.
+
+    What sound does not reach is computed once, and said once.
+
+    Yields:
+        an exit's name, and its counts B or class scores B×K.
+    """
+    features = record(batch)
+    both = heard_and_silent(network, features)
+    ways = list(both.values()) if features.heard.any() else [both["silent"]]
+    for stage in range(max(map(stage_of, exits)) + 1):
+        if stage and network.hears:
+            ways = [network.stages[stage](way) for way in ways]
+        elif stage:
+            seen = network.stages[stage](ways[0])
+            ways = [replace(seen, heard=way.heard, audio=way.audio) for way in ways]
+        for name, module in exits.items():
+            if stage_of(name) == stage:
+                for way in ways if network.hears or module.hears else ways[:1]:
+                    yield name, of_pictures(module(way).value, batch)
 
 
 def make_optimiser(
@@ -228,6 +254,24 @@ def averaged(network: nn.Module, recipe: Recipe) -> AveragedModel | None:
     return average.eval()
 
 
+class PatchReadout(nn.Module):
+    """A density map read off patch tokens, one linear layer for all of them.
+
+    Tokens B×(1+N)×D → B×1×h×w, heads a cell, each patch's spread evenly over its cells.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.linear = nn.Linear(dim, 1)
+        nn.init.constant_(self.linear.bias, 0.1)
+
+    def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
+        assert features.token_grid is not None
+        patches = F.relu(self.linear(self.norm(features.tokens()[:, 1:])).float()) / 100
+        return F.interpolate(patches.transpose(1, 2).unflatten(2, features.token_grid), size)
+
+
 class BackboneTraining(Experiment):
     """Stage zero (``hearing``), one (``density``) and two (``count``) of a backbone, or ``classes``.
 
@@ -254,6 +298,12 @@ class BackboneTraining(Experiment):
             self.frozen += modules
             for part in (*modules, *weights):
                 part.requires_grad_(False)
+        # Thrown away afterwards: a density map read off the patches, so that every part of a picture teaches.
+        self.readout: PatchReadout | None = None
+        if recipe.local:
+            if not isinstance(network, ViT):
+                raise TrainingError(f"local: {recipe.model} has no patches to read counts off")
+            self.readout = PatchReadout(network.config.dim)
         self.average = averaged(self.network, recipe)
         self.train()  # Lightning leaves the modes as they are
 
@@ -266,7 +316,8 @@ class BackboneTraining(Experiment):
     def trained(self) -> Iterable[nn.Parameter]:
         if self.listener is not None:
             return [*ears(self.network).layers.parameters(), *self.listener.parameters()]
-        return [p for p in self.network.parameters() if p.requires_grad]
+        readout = self.readout.parameters() if self.readout is not None else []
+        return [*(p for p in self.network.parameters() if p.requires_grad), *readout]
 
     def finished(self) -> bool:
         return self.recipe.stop is not None and self.stale >= self.recipe.stop
@@ -296,11 +347,17 @@ class BackboneTraining(Experiment):
             log_count = self.listener(ears(self.network).embed(batch["log_mel"])).squeeze(1)
             loss = F.smooth_l1_loss(log_count.float(), torch.log1p(batch["total"]))
         else:
-            answer = self.network(record(batch), [FINAL])[FINAL]
+            features = record(batch)
+            for stage in self.network.stages:
+                features = stage(features)
+            answer = self.network.final(features)
             if self.recipe.stage == "density":
                 loss = exit_loss(answer, batch, self.recipe)
             else:
                 loss = value_loss(answer.value, batch, self.recipe)
+            if self.readout is not None:
+                density = self.readout(features, batch["density"].shape[2:])
+                loss = loss + self.recipe.local * density_loss(density, density.sum((1, 2, 3)), batch, self.recipe)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 

@@ -55,7 +55,8 @@ class DataPart(_Part):
     shifted by up to an eighth of their side and flipped, or, with ``whole``, left as they are.
     ``balance`` gives groups of ids (shell patterns) their share of the draws. ``hear`` is the probability that
     a sample with sound is heard, ``stride`` the density map's (1 is the papers'). ``val_conditions`` are laid on
-    every validation picture.
+    every validation picture. ``views`` is in how many ways each sample is drawn, after which they come again; None
+    draws a new one every time.
     """
 
     store: Path | None = None
@@ -74,6 +75,7 @@ class DataPart(_Part):
     val_conditions: ValConditionsPart = ValConditionsPart()
     hear: float = Field(0.5, ge=0, le=1, description="probability")
     stride: Literal[1, 8] = 8
+    views: int | None = Field(None, gt=0)
     workers: int = Field(1, ge=0)
 
     @model_validator(mode="after")
@@ -108,6 +110,13 @@ class OptimiserPart(_Part):
         if len(set(self.rates)) < len(self.rates):
             raise ValueError("rates: one comes twice")
         return self
+
+
+class CachePart(_Part):
+    """Where the frozen backbone's features are kept (default: ``features`` in the run's folder), and how much."""
+
+    folder: Path | None = None
+    gigabytes: float = Field(16.0, gt=0, allow_inf_nan=False)
 
 
 class ExitPart(_Part):
@@ -158,8 +167,11 @@ class Recipe(_Part):
             or ``weights`` gave them; ``fresh``, nothing; or a checkpoint of the same model.
         branches_from: checkpoint whose branches of the same names, places and kinds are the start of the new ones;
             they were trained on another backbone, or on an earlier state of this one.
+        cache: keep the frozen backbone's features of ``data.views`` views of each training sample on disk, for
+            ``branches``; validation pictures pass it each time.
         tied: start the branches' heads as a mean over positions.
-        local: weight of a further loss of the branches, the error of each token's local count.
+        local: weight of a further loss on the parts of a picture: of branches, the error of each token's local
+            count; of a transformer in ``count``, that of a density map read off its patches.
     """
 
     stage: Literal["hearing", "density", "count", "classes", "branches", "end-to-end", "layer-wise"]
@@ -182,6 +194,7 @@ class Recipe(_Part):
     lambdas: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
     rest: Literal["kept", "fresh"] | Path = "kept"
     branches_from: Path | None = None
+    cache: CachePart | None = None
     tied: bool = False
     local: float = Field(0.0, ge=0)
     precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed"
@@ -196,6 +209,8 @@ class Recipe(_Part):
             raise ValueError(f"the stage {self.stage!r} trains no exits")
         if self.branches_from and not with_exits:
             raise ValueError(f"the stage {self.stage!r} trains no exits, so that branches_from means nothing")
+        if self.cache and (self.stage != "branches" or self.data.views is None):
+            raise ValueError("a feature cache is for the stage 'branches', and for data.views that come again")
         if self.lambdas and self.stage not in ("end-to-end", "layer-wise"):
             raise ValueError(f"the stage {self.stage!r} adds no losses, so that lambdas mean nothing")
         if self.rest != "kept" and self.stage != "layer-wise":

@@ -32,7 +32,8 @@ from crowdexit.errors import CrowdExitError
 from crowdexit.memory import keep_freed_memory
 from crowdexit.network import MultiExitNetwork
 from crowdexit.training.branches import BranchTraining, add_branches, trials
-from crowdexit.training.data import class_names, make_data
+from crowdexit.training.cache import CachedDataset, FeatureCache
+from crowdexit.training.data import RecipeData, class_names, make_data
 from crowdexit.training.joint import JointTraining
 from crowdexit.training.modules import BackboneTraining, Diverged, Experiment, TrainingError
 from crowdexit.training.recipe import Recipe
@@ -181,6 +182,30 @@ def make_experiment(network: MultiExitNetwork, spec: zoo.Spec, recipe: Recipe, o
     return BackboneTraining(network, spec, recipe, out)
 
 
+def keep_features(recipe: Recipe, experiment: BranchTraining, data: RecipeData, folder: Path) -> FeatureCache:
+    """The recipe's feature cache, between the data and the branches from here on.
+
+    Raises:
+        TrainingError: if the folder cannot serve.
+    """
+    assert recipe.cache is not None
+    assert recipe.data.views is not None
+    assert not isinstance(data.train_set, CachedDataset)
+    network = experiment.network
+    cache = FeatureCache(
+        folder,
+        network,
+        data.train_set,
+        views=recipe.data.views,
+        places={network.stage_of(name) for name in experiment.names},
+        limit=int(recipe.cache.gigabytes * 1e9),
+        precision=recipe.precision,
+    )
+    data.train_set = CachedDataset(data.train_set, cache)
+    experiment.train()
+    return cache
+
+
 def _processes(devices: int) -> tuple[int, int]:
     """(processes a machine, machines): as asked for, or as torchrun has started them."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -254,6 +279,10 @@ def train(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TrainingError(f"{out}: no folder can be made there ({error.strerror})") from None
+    if recipe.cache is not None and isinstance(experiment, BranchTraining):
+        if devices * machines > 1:
+            raise TrainingError("the feature cache is filled by one process: no --devices")
+        experiment.cache = keep_features(recipe, experiment, data, recipe.cache.folder or out / "features")
     strategy: Any = "auto"
     if devices * machines > 1:
         # Buffers are made one before each validation. A branch that has stopped takes no part in the pass.
