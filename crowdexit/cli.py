@@ -192,6 +192,46 @@ def tradeoff(
     print(f"Written: {', '.join(map(str, paths))}", file=sys.stderr)
 
 
+@app.command(
+    "table", epilog="Example: `crowdexit table runs/end-to-end-* runs/count --data crowd.h5 --data cifar10.h5`"
+)
+def tables(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of trained runs, or checkpoints.")],
+    data: Annotated[
+        list[Path], typer.Option(help="The prepared HDF5 files that the runs were trained on, once for each.")
+    ],
+    split: Annotated[str, typer.Option()] = "val",
+    ids: Ids = "*",
+    audio: Hear = True,
+    out: Annotated[Path, typer.Option(help="Folder for table.csv, .md and .png.")] = Path("tables"),
+    runtime: RuntimeName = "auto",
+) -> None:
+    """Table I of the multi-exit ViT paper, and its like for other places and strategies, from trained runs.
+
+    Several runs of the same kind (other seeds) are given as mean ± standard deviation.
+    """
+    from crowdexit import zoo
+    from crowdexit.analysis import tables as analysis
+    from crowdexit.inference.evaluate import evaluate_file
+
+    files = {path.name: path for path in data}
+    specs = {run: zoo.read_spec(zoo.checkpoint_path(run)) for run in dict.fromkeys(runs)}
+    for run, spec in specs.items():
+        if analysis.data_of(spec) not in files:
+            raise CrowdExitError(f"{run}: trained on {analysis.data_of(spec)}; name that file with --data")
+    made = []
+    for run, spec in specs.items():
+        path = files[analysis.data_of(spec)]
+        progress = partial(_progress, f"evaluating {run}")
+        result = evaluate_file(run, path, split, ids, audio=audio, runtime=runtime, progress=progress)
+        measure = "MAE" if "mae" in result["exits"][0] else "accuracy"
+        values = {row["exit"]: row[measure.lower()] for row in result["exits"]}
+        made += analysis.figures(spec, path.stem, values, measure)
+    paths = analysis.write(made, out)
+    print(paths[1].read_text("utf-8"), end="")
+    print(f"Written: {', '.join(map(str, paths))}", file=sys.stderr)
+
+
 @app.command(epilog="Example: `crowdexit train audiocsrnet-s-density --data crowd.h5 --out runs/mine --resume`")
 def train(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or a bundled recipe's name.")],

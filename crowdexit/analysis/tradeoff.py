@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from crowdexit import zoo
 from crowdexit.analysis.cost import at_one_picture, measure
+from crowdexit.analysis.files import write_files
 from crowdexit.errors import CrowdExitError
 from crowdexit.network import FINAL
 
 
 class TradeoffError(CrowdExitError):
-    """Budgets that mean nothing, or a place where nothing can be written."""
+    """Budgets that mean nothing, or no exits to choose from."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def write(
         budgets: multiply-adds; default: a quarter, half, three quarters and all of what the costliest exit takes.
 
     Raises:
-        TradeoffError: if there is nothing to show, a budget means nothing, or the folder cannot be written.
+        CrowdExitError: if there is nothing to show, a budget means nothing, or the folder cannot be written.
     """
     if not made:
         raise TradeoffError("no exit with a known error")
@@ -158,16 +158,11 @@ def write(
         most = max(p.macs for p in made)
         budgets = [most * share / 4 for share in (1, 2, 3, 4)]
     table = as_markdown(made, budgets, measure_name)
-    paths = [folder / f"tradeoff.{suffix}" for suffix in ("csv", "md", "png")]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in paths:
-            part = path.with_name(f"part-{os.getpid()}-{path.name}")
-            if path.suffix == ".png":
-                draw(made, title, measure_name, part)
-            else:
-                part.write_text(as_csv(made) if path.suffix == ".csv" else f"# {title}\n\n{table}", "utf-8")
-            part.replace(path)
-    except OSError as error:
-        raise TradeoffError(f"{folder}: cannot be written ({error.strerror})") from None
-    return paths
+    return write_files(
+        folder,
+        {
+            "tradeoff.csv": as_csv(made),
+            "tradeoff.md": f"# {title}\n\n{table}",
+            "tradeoff.png": lambda path: draw(made, title, measure_name, path),
+        },
+    )

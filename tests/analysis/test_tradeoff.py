@@ -9,6 +9,7 @@ import pytest
 
 from crowdexit import zoo
 from crowdexit.analysis.cost import cost
+from crowdexit.errors import CrowdExitError
 from crowdexit.analysis.tradeoff import Point, TradeoffError, costs, points, recommend, write
 
 KINDS = ("mlp", "cnn-ignore", "vit")
@@ -72,5 +73,5 @@ def test_files(tmp_path):
     with pytest.raises(TradeoffError, match="no exit with a known error"):
         write([], tmp_path, title="", measure_name="MAE")
     (tmp_path / "file").write_text("")
-    with pytest.raises(TradeoffError, match="cannot be written"):
+    with pytest.raises(CrowdExitError, match="cannot be written"):
         write(made, tmp_path / "file", title="", measure_name="MAE")

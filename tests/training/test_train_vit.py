@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from tiny_runs import best, run, tiny
+from typer.testing import CliRunner
 
 from crowdexit import zoo
+from crowdexit.cli import app
 from crowdexit.errors import CrowdExitError
 from crowdexit.training.run import train
 
@@ -64,3 +68,16 @@ def test_what_it_cannot_be_trained_for(store, tmp_path):
         train(tiny(store, "density", **SMALL), tmp_path)
     with pytest.raises(CrowdExitError, match="does not hear"):
         train(tiny(store, "hearing", model="transcrowd-token-s", changes={**VIT, "audio_width": 0}), tmp_path)
+
+
+def test_a_table_of_runs(store, trained, tmp_path):
+    keys = {"start": trained, "loss": "balanced", "epochs": 1, **SMALL}
+    run(tiny(store, "end-to-end", exits=EXITS[:1], **keys), tmp_path / "joint")
+    data, out = ["--data", str(store)], ["--out", str(tmp_path / "tables")]
+    done = CliRunner().invoke(app, ["table", str(tmp_path / "joint"), str(trained), *data, *out])
+    assert done.exit_code == 0, done.output
+    text = (tmp_path / "tables" / "table.md").read_text("utf-8")
+    assert "## End-to-end, branches after layer 1" in text
+    assert re.search(r"\| MLP-EE \| \d+\.\d\d \| \d+\.\d\d \|", text)
+    done = CliRunner().invoke(app, ["table", str(trained), "--data", str(tmp_path / "other.h5"), *out])
+    assert "name that file with --data" in str(done.exception)
