@@ -45,9 +45,10 @@ AUDIOCSRNETS: Mapping[str, AudioCSRNetConfig] = {
         **_FROM_NOTHING,  # type: ignore[arg-type]
     ),
 }
-# ViT-B, ViT-S and ViT-Ti of timm; what trains from nothing has a stem of convolutions, and ears.
+# ViT-B, ViT-S and ViT-Ti of timm; what trains from nothing has a stem of convolutions, and ears. The smallest sees with
+# the convolutions of audiocsrnet-s.
 _M: Mapping[str, Any] = {"dim": 384, "heads": 6, "stem": "conv", "audio_width": 0.25, "count_scale": 100.0}
-_S: Mapping[str, Any] = {"dim": 192, "heads": 3, "stem": "conv", "audio_width": 0.25, "count_scale": 100.0}
+_S: Mapping[str, Any] = {"dim": 192, "heads": 3, "stem": "vgg", "audio_width": 0.25, "count_scale": 100.0}
 VITS: Mapping[str, ViTConfig] = {
     "transcrowd-token": ViTConfig(),
     "transcrowd-token-m": ViTConfig(**_M),

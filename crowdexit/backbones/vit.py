@@ -16,7 +16,7 @@ from timm.models.levit import ConvNorm
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from crowdexit.backbones.vgg import VGGish
+from crowdexit.backbones.vgg import VGG_FRONT, VGGish, conv_chain
 from crowdexit.exits import (
     Branch,
     CNNTokenExit,
@@ -60,7 +60,10 @@ class ViTConfig:
         dim, depth, heads: of the encoder.
         patch: side of a patch in pixels.
         stem: ``patch``, one convolution of a patch's size, or ``conv``, as many of 3×3 and stride 2 with batch
-            normalisation as halve a patch to a pixel, which needs far fewer pictures to learn from.
+            normalisation as halve a patch to a pixel, which needs far fewer pictures to learn from, or ``vgg``, the
+            first seven convolutions of AudioCSRNet's front and one more of stride 2, which can start from weights
+            that know crowds.
+        stem_width: of the VGG stem.
         view: how a picture of another shape is seen: ``tiles``, cut into views that are counted as one batch and
             added (TransCrowd's protocol), or ``fit``, the whole picture in one view.
         audio_width: width of a VGGish before the chain, for the branches that hear; 0: deaf.
@@ -79,7 +82,8 @@ class ViTConfig:
     depth: int = 12
     heads: int = 12
     patch: int = 16
-    stem: Literal["patch", "conv"] = "patch"
+    stem: Literal["patch", "conv", "vgg"] = "patch"
+    stem_width: float = 0.5
     view: Literal["tiles", "fit"] = "tiles"
     audio_width: float = 0.0
     count_scale: float = 1.0
@@ -93,6 +97,8 @@ class ViTConfig:
     def __post_init__(self) -> None:
         if self.patch < 1 or (self.stem == "conv" and self.patch.bit_count() != 1):
             raise ValueError(f"a patch of {self.patch} pixels: above zero, and a power of two for convolutions")
+        if self.stem == "vgg" and self.patch != 16:
+            raise ValueError(f"a patch of {self.patch} pixels: the VGG stem makes patches of 16")
         if len(self.size) != 2 or any(side <= 0 or side % self.patch for side in self.size):
             raise ValueError(f"size {self.size}: wanted width and height, multiples of {self.patch}")
         if self.dim % self.heads:
@@ -134,6 +140,12 @@ def conv_stem(dim: int, patch: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
+def vgg_stem(dim: int, width: float) -> nn.Sequential:
+    """VGG-16 up to its third pooling, then a 3×3 convolution of stride 2: B×3×H×W → B×dim×H/16×W/16."""
+    front = conv_chain(VGG_FRONT[:10], 3, width, norm=True)
+    return nn.Sequential(front, ConvNorm(round(256 * width), dim, 3, stride=2, padding=1))
+
+
 class Embedding(Stage):
     """Picture B×3×H×W → tokens B×(1+N)×D: patches projected, the classification token before them, positions."""
 
@@ -143,6 +155,8 @@ class Embedding(Stage):
         self.patch_embed: nn.Module
         if config.stem == "conv":
             self.patch_embed = conv_stem(config.dim, config.patch)
+        elif config.stem == "vgg":
+            self.patch_embed = vgg_stem(config.dim, config.stem_width)
         else:
             size = config.size[1], config.size[0]
             self.patch_embed = PatchEmbed(size, config.patch, embed_dim=config.dim, flatten=False)

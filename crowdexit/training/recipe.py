@@ -172,6 +172,8 @@ class Recipe(_Part):
         tied: start the branches' heads as a mean over positions.
         local: weight of a further loss on the parts of a picture: of branches, the error of each token's local
             count; of a transformer in ``count``, that of a density map read off its patches.
+        senses: shipped name or checkpoint of an AudioCSRNet of the same widths, from which a transformer takes the
+            ears and the convolutions of its VGG stem.
     """
 
     stage: Literal["hearing", "density", "count", "classes", "branches", "end-to-end", "layer-wise"]
@@ -197,6 +199,7 @@ class Recipe(_Part):
     cache: CachePart | None = None
     tied: bool = False
     local: float = Field(0.0, ge=0)
+    senses: str | None = None
     precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed"
     seed: int = 0
 
@@ -234,6 +237,8 @@ class Recipe(_Part):
             raise ValueError("the parts of a picture have no class of their own: no 'local'")
         if self.start is not None and self.weights:
             raise ValueError("start and weights exclude each other")
+        if self.senses is not None and (self.start is not None or self.weights):
+            raise ValueError("senses are for a transformer that starts from nothing")
         return self
 
     def described(self) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from crowdexit import zoo
 from crowdexit.backbones.audiocsrnet import AudioCSRNet
+from crowdexit.backbones.vit import ViT
 from crowdexit.backbones.weights import apply_weights
 from crowdexit.errors import CrowdExitError
 from crowdexit.memory import keep_freed_memory
@@ -96,6 +97,8 @@ def starting_network(recipe: Recipe) -> tuple[MultiExitNetwork, zoo.Spec]:
     added = tuple(zoo.ExitSpec(e.name, e.place, e.kind) for e in recipe.exits)
     if recipe.start is None:
         network = zoo.build(zoo.Spec(recipe.model, changes=recipe.changes))
+        if recipe.senses is not None:
+            start_senses(network, recipe.senses)
         if recipe.weights:
             apply_weights(network, recipe.weights)
         elif recipe.stage == "branches":
@@ -116,6 +119,33 @@ def starting_network(recipe: Recipe) -> tuple[MultiExitNetwork, zoo.Spec]:
         optional=lambda key: key.startswith("final.regressor."),
     )
     return network, spec
+
+
+def start_senses(network: MultiExitNetwork, model: str) -> None:
+    """Fill a transformer's ears and VGG stem from an AudioCSRNet.
+
+    Raises:
+        CrowdExitError: if it is no transformer with such parts, or the other no AudioCSRNet of their widths.
+    """
+    path = zoo.checkpoint_path(model)
+    parts = {}
+    if isinstance(network, ViT):
+        if network.config.audio_width:
+            parts["stages.0."] = "stages.1."
+        if network.config.stem == "vgg":
+            parts[f"stages.{network.places['1']}.embedding.patch_embed.0."] = "stages.0.layers."
+    if not parts or not zoo.read_spec(path).model.startswith("audiocsrnet"):
+        raise TrainingError(f"senses: a transformer with ears or a VGG stem takes them from an AudioCSRNet, not {path}")
+    read = zoo.read_tensors(path)
+    named = {
+        ours + key.removeprefix(theirs): v
+        for ours, theirs in parts.items()
+        for key, v in read.items()
+        if key.startswith(theirs)
+    }
+    own = network.state_dict().keys()
+    wanted = {key: value for key, value in named.items() if key in own}
+    zoo.fill(network, wanted, str(path), optional=lambda key: not key.startswith(tuple(parts)))
 
 
 def start_branches(network: MultiExitNetwork, recipe: Recipe, path: Path) -> None:

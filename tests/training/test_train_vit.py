@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from tiny_runs import best, run, tiny
+from tiny_runs import TINY, best, run, tiny
 from typer.testing import CliRunner
 
 from crowdexit import zoo
@@ -81,3 +81,34 @@ def test_a_table_of_runs(store, trained, tmp_path):
     assert re.search(r"\| MLP-EE \| \d+\.\d\d \| \d+\.\d\d \|", text)
     done = CliRunner().invoke(app, ["table", str(trained), "--data", str(tmp_path / "other.h5"), *out])
     assert "name that file with --data" in str(done.exception)
+
+
+def test_a_transformer_sees_and_hears_with_an_audiocsrnet(store, backbone, tmp_path):
+    """Its stem and ears are the other's, and stay as they are where the recipe says so."""
+    frozen = ["stages.0", "stages.1.embedding.patch_embed.0"]
+    changes = {**SMALL["changes"], "stem_width": 0.0625}
+    keys = {"senses": str(backbone), "frozen": frozen, "loss": "balanced", "local": 1.0, "model": SMALL["model"]}
+    last = run(tiny(store, "count", epochs=1, changes=changes, **keys), tmp_path / "run")
+    theirs = best(backbone.parent)
+    ours = {key.removeprefix("network."): value for key, value in last.items() if key.startswith("network.")}
+    pairs = {"stages.0.": "stages.1.", "stages.1.embedding.patch_embed.0.": "stages.0.layers."}
+    for own, other in pairs.items():
+        of_part = [key for key in ours if key.startswith(own)]
+        assert of_part
+        assert all(torch.equal(ours[key], theirs[other + key.removeprefix(own)]) for key in of_part)
+    assert any(key.startswith("readout.") for key in last)
+    assert not any(key.startswith("readout.") for key in best(tmp_path / "run"))
+    for wrong, words in (
+        ({"model": "audiocsrnet-s", "changes": TINY, "frozen": [], "local": 0.0}, "a transformer with ears"),
+        ({"senses": str(tmp_path / "run")}, "takes them from an AudioCSRNet"),
+        ({"changes": {**changes, "stem_width": 0.125}}, "another shape of 'stages.1.embedding"),
+        ({"changes": {**changes, "audio_width": 0, "stem": "conv"}}, "a transformer with ears"),
+    ):
+        recipe = tiny(store, wrong.pop("stage", "count"), epochs=1, **{"changes": changes, **keys, **wrong})
+        with pytest.raises(CrowdExitError, match=words):
+            train(recipe, tmp_path / "wrong")
+
+
+def test_only_patches_can_be_read_off(store, tmp_path):
+    with pytest.raises(CrowdExitError, match="no patches to read"):
+        train(tiny(store, "density", local=1.0), tmp_path)
