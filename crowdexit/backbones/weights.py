@@ -78,7 +78,9 @@ def load_published(network: MultiExitNetwork, kind: str, path: str | Path) -> Fi
       picture normalisation moves into the first convolution (exact but for the outermost pixel, where its padding
       was its own mean colour), its output of 100 a head into the last.
     - ``vit``: timm's or DeiT's vision transformer → patch embedding and encoders; a classifier's last layer too,
-      where it has as many classes. Positions of another picture size are resampled.
+      where it has as many classes. Positions of another picture size are resampled. DeiT's pictures are normalised
+      as all are here.
+    - ``augreg``: the same of timm's own ViTs, whose pictures go from -1 to 1: that moves into the patch embedding.
     - ``transcrowd``: a checkpoint of the official TransCrowd, of the same variant → all.
 
     Raises:
@@ -204,7 +206,7 @@ def _csrnet(network: AudioCSRNet, reader: _Reader) -> dict[str, Tensor]:
 
 def _audiocsrnet(network: AudioCSRNet, reader: _Reader) -> dict[str, Tensor]:
     new = _convolutions(network, VGGFront, reader, "frontend.")
-    _renormalise(new, "stages.0.layers.0.")
+    _renormalise(new, "stages.0.layers.0.", _HU_MEAN, _HU_STD)
     new |= _convolutions(network, VGGish, reader, "audio_vgg.features.")
     blocks = [(name, module) for name, module in network.named_modules() if isinstance(module, FusionBlock)]
     for i, (name, block) in enumerate(blocks):
@@ -232,13 +234,13 @@ def _audiocsrnet(network: AudioCSRNet, reader: _Reader) -> dict[str, Tensor]:
     return new
 
 
-def _renormalise(new: dict[str, Tensor], layer: str) -> None:
-    """Have a first convolution that was trained on Hu et al.'s normalisation take ImageNet's instead."""
-    weight, bias = new[layer + "weight"], new[layer + "bias"]  # O×3×3×3, O
+def _renormalise(new: dict[str, Tensor], layer: str, its_mean: Tensor, its_std: Tensor) -> None:
+    """Have a first convolution that was trained on another normalisation take ImageNet's instead."""
+    weight, bias = new[layer + "weight"], new[layer + "bias"]  # O×3×k×k, O
     mean, std = torch.from_numpy(MEAN), torch.from_numpy(STD)
-    shift = (mean - _HU_MEAN) / _HU_STD
+    shift = (mean - its_mean) / its_std
     new[layer + "bias"] = bias + (weight.sum((2, 3)) * shift).sum(1)
-    new[layer + "weight"] = weight * (std / _HU_STD)[:, None, None]
+    new[layer + "weight"] = weight * (std / its_std)[:, None, None]
 
 
 def _encoders(network: ViT, reader: _Reader) -> dict[str, Tensor]:
@@ -279,6 +281,14 @@ def _vit(network: ViT, reader: _Reader) -> dict[str, Tensor]:
     return new
 
 
+def _augreg(network: ViT, reader: _Reader) -> dict[str, Tensor]:
+    """timm's own ViTs, whose pictures go from -1 to 1, where DeiT's are normalised as ImageNet's are."""
+    new = _vit(network, reader)
+    first = f"stages.{network.places['1']}.embedding.patch_embed.proj."
+    _renormalise(new, first, torch.full((3,), 0.5), torch.full((3,), 0.5))
+    return new
+
+
 def _transcrowd(network: ViT, reader: _Reader) -> dict[str, Tensor]:
     # Theirs → ours; the GAP variant keeps a ``head`` that it does not use.
     names = {
@@ -305,5 +315,6 @@ _KINDS: dict[str, tuple[Callable[[Any, _Reader], dict[str, Tensor]], type[MultiE
     "csrnet": (_csrnet, AudioCSRNet),
     "audiocsrnet": (_audiocsrnet, AudioCSRNet),
     "vit": (_vit, ViT),
+    "augreg": (_augreg, ViT),
     "transcrowd": (_transcrowd, ViT),
 }

@@ -9,8 +9,8 @@ import pytest
 
 from crowdexit import zoo
 from crowdexit.analysis.cost import cost
-from crowdexit.errors import CrowdExitError
 from crowdexit.analysis.tradeoff import Point, TradeoffError, costs, points, recommend, write
+from crowdexit.errors import CrowdExitError
 
 KINDS = ("mlp", "cnn-ignore", "vit")
 SPEC = zoo.Spec(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from crowdexit.backbones.audiocsrnet import AudioCSRNet, AudioCSRNetConfig
 from crowdexit.backbones.vit import KINDS, ViT, ViTConfig
 from crowdexit.backbones.weights import WeightsError, load_published
+from crowdexit.data.picture import normalise
 from crowdexit.stages import inputs
 
 SMALL = {"size": (96, 96), "dim": 48, "depth": 4, "heads": 3, "hidden": 8, "slvit_dim": 4, "slvit_heads": 2}
@@ -86,6 +88,19 @@ def test_timms_weights_and_deits_wrapping(tmp_path):
     load_published(wide, "vit", tmp_path / "deit.pth")
     assert wide.stages[0].embedding.pos_embed.shape == (1, 81, 48)
     torch.testing.assert_close(wide.stages[0].embedding.pos_embed[:, 0], timms.pos_embed[:, 0])
+
+
+def test_weights_of_another_normalisation(tmp_path):
+    timms = VisionTransformer(img_size=96, embed_dim=48, depth=4, num_heads=3, num_classes=10).eval()
+    shake(timms)
+    save_file(timms.state_dict(), tmp_path / "timm.safetensors")
+    ours = network(task="class", outputs=10)
+    load_published(ours, "augreg", tmp_path / "timm.safetensors")
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 96, 96, 3), np.uint8)
+    theirs = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1
+    image = torch.from_numpy(np.stack([normalise(picture) for picture in pictures]))
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(inputs(image))["final"].value, timms(theirs), rtol=1e-4, atol=1e-4)
 
 
 def test_weights_that_do_not_fit(tmp_path):
