@@ -14,7 +14,7 @@ import torch
 from timm.layers import PatchEmbed
 from timm.models.levit import ConvNorm
 from timm.models.vision_transformer import Block
-from torch import nn
+from torch import Tensor, nn
 
 from crowdexit.backbones.vgg import VGG_FRONT, VGGish, conv_chain
 from crowdexit.exits import (
@@ -197,9 +197,13 @@ class TokenHead(Exit):
         self.scale = config.count_scale
         self.layers = nn.Sequential(nn.Linear(config.dim, 1000), nn.ReLU(), nn.Dropout(0.5), nn.Linear(1000, 1))
 
+    def tokens(self, features: Features) -> Tensor:
+        """What the head sees, B×1×D."""
+        token: Tensor = self.norm(features.tokens()[:, :1])
+        return token
+
     def forward(self, features: Features) -> Answer:
-        token = self.norm(features.tokens()[:, 0])
-        return Answer(as_answer(self.layers(token).float()) * self.scale)
+        return Answer(as_answer(self.layers(self.tokens(features)[:, 0]).float()) * self.scale)
 
 
 class GapHead(Exit):

@@ -23,15 +23,17 @@ def evened(crowding: Tensor, usual: float, even: float) -> Tensor:
     return crowding**even * usual ** (1 - even)
 
 
-def relative_error(count: Tensor, heads: Tensor, even: float = 1.0, dark: Tensor | None = None) -> Tensor:
-    """|Σ − n| / (n + 10), meaned: an error of ten in fifty weighs like one of a hundred in six hundred.
+def relative_error(
+    count: Tensor, heads: Tensor, even: float = 1.0, dark: Tensor | None = None, least: float = 10.0
+) -> Tensor:
+    """|Σ − n| / (n + ``least``), meaned: an error of ten in fifty weighs like one of a hundred in six hundred.
 
     With ``even`` below 1 dense pictures weigh more, see :func:`evened`. Of pictures that are ``dark`` (B bool) the
-    error counts as it is, / 110: where the crowd cannot be seen, relative errors teach to guess low.
+    error counts as it is, / (100 + ``least``): where the crowd cannot be seen, relative errors teach to guess low.
     """
-    weight = evened(heads + 10, 110, even)
+    weight = evened(heads + least, 100 + least, even)
     if dark is not None:
-        weight = torch.where(dark, 110.0, weight)
+        weight = torch.where(dark, 100 + least, weight)
     return ((count - heads).abs() / weight).mean()
 
 
@@ -64,7 +66,8 @@ def value_loss(value: Tensor, batch: Batch, recipe: Recipe) -> Tensor:
     if recipe.loss == "cross-entropy":
         return F.cross_entropy(value, batch["label"])
     if recipe.loss == "balanced":
-        return relative_error(value, batch["count"], recipe.even, batch["dark"] if recipe.guess else None)
+        dark = batch["dark"] if recipe.guess else None
+        return relative_error(value, batch["count"], recipe.even, dark, recipe.least)
     return (value - batch["count"]).abs().mean()
 
 

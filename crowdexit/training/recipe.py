@@ -153,6 +153,8 @@ class Recipe(_Part):
         loss: ``l2`` (density) and ``mae`` (counts) are the papers'; ``balanced`` weighs dense and sparse
             pictures alike, both on maps and on counts; ``cross-entropy`` is a classifier's.
         even: how far ``balanced`` goes: 1 weighs errors relative to the crowd, 0 as they are.
+        least: what ``balanced`` adds to a picture's count before it divides by it. Of tiles that are added less than
+            of whole pictures: an error of five on each of six is one of thirty.
         map: weight of the density map's squared error in ``balanced``, beside the count's own error. Where heads
             stand to the pixel is noise to a network that knows how many there are: less of it late in training.
         guess: ask of darkened pictures only for the count, its error as it is: what cannot be seen is guessed from
@@ -169,6 +171,8 @@ class Recipe(_Part):
             they were trained on another backbone, or on an earlier state of this one.
         cache: keep the frozen backbone's features of ``data.views`` views of each training sample on disk, for
             ``branches``; validation pictures pass it each time.
+        fit: start heads that see one token from a regression of the count on it, over so many samples (see
+            :func:`crowdexit.training.fit.fit_heads`); 0: at random.
         tied: start the branches' heads as a mean over positions.
         local: weight of a further loss on the parts of a picture: of branches, the error of each token's local
             count; of a transformer in ``count``, that of a density map read off its patches.
@@ -186,6 +190,7 @@ class Recipe(_Part):
     optimiser: OptimiserPart = OptimiserPart()
     loss: Literal["l2", "mae", "balanced", "cross-entropy"] = "balanced"
     even: float = Field(1.0, ge=0, le=1)
+    least: float = Field(10.0, gt=0, allow_inf_nan=False)
     map: float = Field(1.0, ge=0)
     guess: bool = False
     frozen: tuple[str, ...] = ()
@@ -197,6 +202,7 @@ class Recipe(_Part):
     rest: Literal["kept", "fresh"] | Path = "kept"
     branches_from: Path | None = None
     cache: CachePart | None = None
+    fit: int = Field(0, ge=0)
     tied: bool = False
     local: float = Field(0.0, ge=0)
     senses: str | None = None
@@ -233,6 +239,8 @@ class Recipe(_Part):
         }
         if self.loss in wrong.get(self.stage, ()):
             raise ValueError(f"the loss {self.loss!r} is not for the stage {self.stage!r}")
+        if self.fit and (self.loss == "cross-entropy" or self.stage in ("hearing", "density")):
+            raise ValueError("fit starts heads that say a count")
         if self.loss == "cross-entropy" and self.local:
             raise ValueError("the parts of a picture have no class of their own: no 'local'")
         if self.start is not None and self.weights:

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +25,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from crowdexit import zoo
 from crowdexit.backbones.audiocsrnet import AudioCSRNet
@@ -31,11 +33,13 @@ from crowdexit.backbones.vit import ViT
 from crowdexit.backbones.weights import apply_weights
 from crowdexit.errors import CrowdExitError
 from crowdexit.memory import keep_freed_memory
-from crowdexit.network import MultiExitNetwork
+from crowdexit.network import FINAL, MultiExitNetwork
 from crowdexit.training.branches import BranchTraining, add_branches, trials
 from crowdexit.training.cache import CachedDataset, FeatureCache
 from crowdexit.training.data import RecipeData, class_names, make_data
+from crowdexit.training.fit import fit_heads
 from crowdexit.training.joint import JointTraining
+from crowdexit.training.losses import Batch
 from crowdexit.training.modules import BackboneTraining, Diverged, Experiment, TrainingError
 from crowdexit.training.recipe import Recipe
 
@@ -212,6 +216,13 @@ def make_experiment(network: MultiExitNetwork, spec: zoo.Spec, recipe: Recipe, o
     return BackboneTraining(network, spec, recipe, out)
 
 
+def some_batches(recipe: Recipe, data: RecipeData) -> Iterator[Batch]:
+    """The first samples of the plan, as many as heads are fitted to."""
+    plan = data.plan().plan()[: recipe.fit]
+    for start in range(0, len(plan), recipe.batch):
+        yield default_collate([data.train_set[key] for key in plan[start : start + recipe.batch]])
+
+
 def keep_features(recipe: Recipe, experiment: BranchTraining, data: RecipeData, folder: Path) -> FeatureCache:
     """The recipe's feature cache, between the data and the branches from here on.
 
@@ -309,6 +320,10 @@ def train(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TrainingError(f"{out}: no folder can be made there ({error.strerror})") from None
+    if recipe.fit and not (resume and last.exists()):
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16-mixed"):
+            fit_heads(network, [trial.name for trial in trials(recipe)] or [FINAL], some_batches(recipe, data))
+        experiment.train()
     if recipe.cache is not None and isinstance(experiment, BranchTraining):
         if devices * machines > 1:
             raise TrainingError("the feature cache is filled by one process: no --devices")
