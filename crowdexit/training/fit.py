@@ -18,6 +18,7 @@ from crowdexit.training.modules import record
 
 _RIDGE = 1e-4  # a sample
 _KNOTS = 32
+_ALIVE = 0.05  # by which layers in between stay above zero
 
 
 def head_of(exit: Exit) -> nn.Sequential | None:
@@ -76,17 +77,25 @@ def _fit(head: nn.Sequential, tokens: Tensor, logs: Tensor, scale: float) -> Non
     centred = tokens - mean
     ridge = _RIDGE * len(tokens) * torch.eye(tokens.shape[1], dtype=tokens.dtype)
     look = torch.linalg.solve(centred.T @ centred + ridge, centred.T @ (logs - middle))
-    first, *others = [layer for layer in head if isinstance(layer, nn.Linear)]
+    first, *between, last = [layer for layer in head if isinstance(layer, nn.Linear)]
     units = first.out_features
+    away = units // 4
     # The curve eˢ - 1 from zero to a little beyond the fullest picture, its change of slope at each knot.
-    ends = torch.linspace(0, float(logs.max()) + 0.5, min(_KNOTS, units) + 1, dtype=tokens.dtype)
+    ends = torch.linspace(0, float(logs.max()) + 0.5, min(_KNOTS, units - away) + 1, dtype=tokens.dtype)
     slopes = torch.expm1(ends).diff() / ends.diff()
     bends = slopes.diff(prepend=slopes.new_zeros(1))
-    knots = torch.arange(units) % len(bends)
+    knots = torch.arange(units - away) % len(bends)
     sharing = torch.bincount(knots)[knots]
-    first.weight.copy_(look.expand(units, -1))
-    first.bias.copy_(middle - look @ mean - ends[knots])
-    sums = bends[knots] / sharing / scale
-    for layer in others:
-        layer.weight.copy_((sums if layer is others[0] else torch.full_like(sums, 1 / units)).expand_as(layer.weight))
-        layer.bias.zero_()
+    # A few units look the other way and say nothing yet. Without them a head whose s fell below zero for all
+    # pictures, as a branch's own layer may have it in its first steps, would never learn again.
+    sign = torch.cat([torch.ones(units - away), -torch.ones(away)]).to(tokens)
+    offsets = torch.cat([ends[knots], torch.full((away,), -float(logs.mean())).to(tokens)])
+    first.weight.copy_(sign[:, None] * look)
+    first.bias.copy_(sign * (middle - look @ mean) - offsets)
+    sums = torch.cat([bends[knots] / sharing / scale, torch.zeros(away).to(tokens)])
+    for layer in between:
+        layer.weight.copy_(sums.expand_as(layer.weight))
+        layer.bias.fill_(_ALIVE)
+        sums = torch.full((layer.out_features,), 1 / layer.out_features).to(tokens)
+    last.weight.copy_(sums.expand_as(last.weight))
+    last.bias.fill_(-_ALIVE if between else 0)
