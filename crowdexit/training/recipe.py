@@ -260,7 +260,9 @@ class Recipe(_Part):
             return list(value) if isinstance(value, tuple) else value
 
         weights = {kind: Path(path).name for kind, path in self.weights.items()}
-        return {**{key: plain(value) for key, value in self.model_dump().items()}, "weights": weights}
+        senses = None if self.senses is None else plain(Path(self.senses))
+        told = {key: plain(value) for key, value in self.model_dump().items()}
+        return {**told, "weights": weights, "senses": senses}
 
 
 def bundled() -> list[str]:

@@ -96,6 +96,8 @@ def test_a_transformer_sees_and_hears_with_an_audiocsrnet(store, backbone, tmp_p
         of_part = [key for key in ours if key.startswith(own)]
         assert of_part
         assert all(torch.equal(ours[key], theirs[other + key.removeprefix(own)]) for key in of_part)
+    recipe = zoo.read_spec(tmp_path / "run" / "model.safetensors").meta["recipe"]
+    assert recipe["senses"] == "/".join(backbone.parts[-2:])  # not where it lay
     assert any(key.startswith("readout.") for key in last)
     assert not any(key.startswith("readout.") for key in best(tmp_path / "run"))
     for wrong, words in (
