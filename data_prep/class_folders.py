@@ -6,9 +6,11 @@ import stat
 import sys
 import tarfile
 import unicodedata
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Protocol
 from zlib import crc32
@@ -17,11 +19,12 @@ import cv2
 import numpy as np
 import typer
 from numpy.typing import NDArray
+from PIL import Image, ImageOps
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from crowdexit.data.classes import ClassStore, ClassWriter, write_classes
-from crowdexit.data.picture import SUFFIXES, PictureError, decode_picture
+from crowdexit.data.picture import FORMATS, MIN_SIDE, SUFFIXES, PictureError, decode_picture
 from crowdexit.data.store import SPLITS
 from crowdexit.errors import CrowdExitError
 from data_prep.common import Strict, Task, run
@@ -321,8 +324,25 @@ def _write(writer: ClassWriter, waiting: Sequence[tuple[Picture, NDArray[np.uint
 
 
 def decode(data: bytes, name: str) -> NDArray[np.uint8]:
-    """A picture as :func:`crowdexit.data.picture.decode_picture` reads it, H×W×3 RGB, and also a smaller one."""
-    return decode_picture(data, name, min_side=1)
+    """A picture as :func:`crowdexit.data.picture.decode_picture` reads it, H×W×3 RGB, and also a smaller one.
+
+    Raises:
+        PictureError: if it is damaged or no picture.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes, which decode_picture judges
+            picture = Image.open(BytesIO(data), formats=FORMATS)
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
+        return decode_picture(data, name)  # which says what is wrong
+    with picture:
+        small = min(picture.size) < MIN_SIDE and max(picture.size) <= MIN_SIDE**2
+        if not small or picture.mode.startswith("I"):  # of 16 bits, which need more than a conversion
+            return decode_picture(data, name)
+        try:
+            return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+        except (OSError, SyntaxError, ValueError, EOFError) as error:
+            raise PictureError(f"{name}: a damaged or truncated picture ({error})") from None
 
 
 def square(picture: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:

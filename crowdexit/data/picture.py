@@ -30,14 +30,13 @@ class PictureError(CrowdExitError):
     """A picture that cannot be read or is of no use."""
 
 
-def decode_picture(data: bytes, name: str = "picture", *, min_side: int = MIN_SIDE) -> NDArray[np.uint8]:
+def decode_picture(data: bytes, name: str = "picture") -> NDArray[np.uint8]:
     """Encoded bytes → H×W×3 uint8, RGB, upright (EXIF orientation applied).
 
     The size is checked before anything is decoded, so that a small file cannot fill the memory.
 
     Raises:
-        PictureError: empty, not a picture, truncated, smaller than ``min_side`` pixels a side, larger than 150
-            megapixels.
+        PictureError: empty, not a picture, truncated, smaller than 32 pixels a side, larger than 150 megapixels.
     """
     if not data:
         raise PictureError(f"{name}: the file is empty")
@@ -46,8 +45,8 @@ def decode_picture(data: bytes, name: str = "picture", *, min_side: int = MIN_SI
             warnings.simplefilter("ignore")  # of sizes, which are checked here, and of faults that do not matter
             picture = Image.open(io.BytesIO(data), formats=FORMATS)
             width, height = picture.size
-            if min(width, height) < min_side:
-                raise PictureError(f"{name}: {width}×{height} is too small to count in ({min_side} at least)")
+            if min(width, height) < MIN_SIDE:
+                raise PictureError(f"{name}: {width}×{height} is too small to count in ({MIN_SIDE} at least)")
             if width * height > MAX_PIXELS:
                 raise PictureError(f"{name}: {width}×{height} is too large ({MAX_PIXELS // 10**6} megapixels at most)")
             upright = ImageOps.exif_transpose(picture)
