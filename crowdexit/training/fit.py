@@ -13,8 +13,8 @@ from crowdexit.backbones.vit import TokenHead
 from crowdexit.exits import Branch
 from crowdexit.network import MultiExitNetwork
 from crowdexit.stages import Exit
+from crowdexit.training.cache import walk
 from crowdexit.training.losses import Batch
-from crowdexit.training.modules import record
 
 _RIDGE = 1e-4  # a sample
 _KNOTS = 32
@@ -55,10 +55,8 @@ def fit_heads(network: MultiExitNetwork, names: Collection[str], batches: Iterab
     seen: dict[str, list[Tensor]] = defaultdict(list)
     counts = []
     for batch in batches:
-        features = record(batch)
         counts.append(batch["count"])
-        for stage in range(max(map(network.stage_of, exits)) + 1):
-            features = network.stages[stage](features)
+        for stage, features in walk(network, batch, {network.stage_of(name) for name in exits}):
             for name, module in exits.items():
                 if network.stage_of(name) == stage:
                     seen[name].append(module.tokens(features)[:, 0].float())
