@@ -25,6 +25,7 @@ class Features:
         inside: B×1×h×w, the share of each grid cell that is picture rather than padding.
         audio: B×A, the sound's vector, from the stage that hears on.
         token_grid: (rows, columns) of the patch tokens when ``visual`` is tokens.
+        aside: B×C×H×W, the input of a residual block that a stage ends within, for its shortcut.
     """
 
     visual: Tensor
@@ -33,6 +34,7 @@ class Features:
     inside: Tensor
     audio: Tensor | None = None
     token_grid: tuple[int, int] | None = None
+    aside: Tensor | None = None
 
     def grid(self) -> Tensor:
         """The visual features as a map B×C×H×W; of tokens, the patches without the classification token."""

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from crowdexit.backbones.audiocsrnet import AudioCSRNet, AudioCSRNetConfig
+from crowdexit.backbones.convnets import ConvNet, ConvNetConfig
 from crowdexit.backbones.vit import ViT, ViTConfig
 from crowdexit.errors import CrowdExitError
 from crowdexit.network import MultiExitNetwork
@@ -60,7 +61,15 @@ VITS: Mapping[str, ViTConfig] = {
     "vit-s16": ViTConfig(task="class", outputs=10, dim=384, heads=6),
     "vit-ti16": ViTConfig(task="class", outputs=10, dim=192, heads=3),
 }
-MODELS: Mapping[str, AudioCSRNetConfig | ViTConfig] = {**AUDIOCSRNETS, **VITS}
+# The SL-ViT paper's three, and siblings of the first two that train from a few thousand pictures.
+CONVNETS: Mapping[str, ConvNetConfig] = {
+    "resnet152": ConvNetConfig("resnet152"),
+    "densenet201": ConvNetConfig("densenet201"),
+    "inceptionv3": ConvNetConfig("inception_v3"),
+    "resnet18": ConvNetConfig("resnet18"),
+    "densenet121": ConvNetConfig("densenet121"),
+}
+MODELS: Mapping[str, AudioCSRNetConfig | ViTConfig | ConvNetConfig] = {**AUDIOCSRNETS, **VITS, **CONVNETS}
 
 
 class ZooError(CrowdExitError):
@@ -106,12 +115,18 @@ def build(spec: Spec) -> MultiExitNetwork:
         if "size" in changes:
             changes["size"] = tuple(changes["size"])
         config = replace(MODELS[spec.model], **changes)
-        network = ViT(config) if isinstance(config, ViTConfig) else AudioCSRNet(config)
+        network = _network(config)
         for e in spec.exits:
             network.add_branch(e.name, e.place, e.kind)
     except (TypeError, ValueError, KeyError, ArithmeticError, RuntimeError) as error:
         raise ZooError(f"{spec.model}: {str(error).partition(chr(10))[0]}") from None
     return network
+
+
+def _network(config: AudioCSRNetConfig | ViTConfig | ConvNetConfig) -> MultiExitNetwork:
+    if isinstance(config, ViTConfig):
+        return ViT(config)
+    return AudioCSRNet(config) if isinstance(config, AudioCSRNetConfig) else ConvNet(config)
 
 
 def names() -> list[str]:

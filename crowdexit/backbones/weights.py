@@ -1,4 +1,4 @@
-"""Published weights into AudioCSRNet and vision transformers, by the names that their own projects gave them.
+"""Published weights into the backbones, by the names that their own projects gave them.
 
 Nothing is unpickled: ``.pth`` files are read as tensors only.
 """
@@ -6,6 +6,7 @@ Nothing is unpickled: ``.pth`` files are read as tensors only.
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from crowdexit.backbones.audiocsrnet import STRIDE, AudioCSRNet, FusionBlock
+from crowdexit.backbones.convnets import BOTTLENECKS, INCEPTIONS, ConvNet
 from crowdexit.backbones.vgg import VGGFront, VGGish
 from crowdexit.backbones.vit import Embedding, Encoder, ViT
 from crowdexit.data.picture import MEAN, STD
@@ -28,6 +30,8 @@ TORCHVISION = "torchvision"
 _HU_MEAN = torch.tensor([0.410824894905, 0.370634973049, 0.359682112932])
 _HU_STD = torch.tensor([0.278580576181, 0.26925137639, 0.27156367898])
 _HU_SCALE = 100.0
+
+_OLD_DENSENET = re.compile(r"(\.(?:norm|conv))\.([12]\.)")
 
 Tensors = Mapping[str, Tensor]
 
@@ -82,6 +86,10 @@ def load_published(network: MultiExitNetwork, kind: str, path: str | Path) -> Fi
       as all are here.
     - ``augreg``: the same of timm's own ViTs, whose pictures go from -1 to 1: that moves into the patch embedding.
     - ``transcrowd``: a checkpoint of the official TransCrowd, of the same variant → all.
+    - ``imagenet``: torchvision's ResNet, DenseNet or InceptionV3 → all but the top; that too, where it is one dense
+      layer (``top: 0``) with as many classes. ``torchvision`` in place of a path has torchvision fetch its ImageNet
+      weights. Its ResNets halve their maps in the 3×3 (``stride: middle``). Its InceptionV3 takes pictures from -1
+      to 1: that moves into the first convolution.
 
     Raises:
         WeightsError: an unknown kind or one of another network, an unreadable file, or a tensor that is missing,
@@ -96,7 +104,8 @@ def load_published(network: MultiExitNetwork, kind: str, path: str | Path) -> Fi
         raise WeightsError(f"{kind}: published weights fit no network with batch normalisation in its fronts")
     if isinstance(network, ViT) and network.config.stem != "patch":
         raise WeightsError(f"{kind}: published weights fit no network with a stem of convolutions")
-    tensors = _torchvision() if kind == "vgg16" and str(path) == TORCHVISION else read_published(path)
+    fetched = str(path) == TORCHVISION and kind in ("vgg16", "imagenet")
+    tensors = _torchvision(network) if fetched else read_published(path)
     reader = _Reader(tensors, f"{kind}: {path}")
     new = fill(network, reader)
     own = network.state_dict()
@@ -143,14 +152,17 @@ def _bare(key: str) -> str:
     return key
 
 
-def _torchvision() -> Tensors:
-    from torchvision.models import VGG16_Weights  # slow to import, and only wanted here
+def _torchvision(network: MultiExitNetwork) -> Tensors:
+    """torchvision's first ImageNet weights: of VGG-16, or of the network's own architecture."""
+    from torchvision.models import get_model_weights  # slow to import, and only wanted here
 
+    name = network.config.architecture if isinstance(network, ConvNet) else "vgg16"
     try:
-        weights: dict[str, Tensor] = VGG16_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True, weights_only=True)
+        published = get_model_weights(name)["IMAGENET1K_V1"]
+        weights: dict[str, Tensor] = published.get_state_dict(check_hash=True, weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"vgg16: torchvision could not fetch its weights ({reason}); give a file instead") from None
+        raise WeightsError(f"{name}: torchvision could not fetch its weights ({reason}); give a file instead") from None
     return weights
 
 
@@ -309,6 +321,35 @@ def _transcrowd(network: ViT, reader: _Reader) -> dict[str, Tensor]:
     return new
 
 
+def _imagenet(network: ConvNet, reader: _Reader) -> dict[str, Tensor]:
+    c = network.config
+    if c.architecture in BOTTLENECKS and c.stride == "first":
+        raise WeightsError(f"{reader.source}: torchvision's weights are for a stride in the middle (stride: middle)")
+    # The files of DenseNet are older than its code: norm.1, conv.2 for norm1, conv2.
+    reader.tensors = {_OLD_DENSENET.sub(r"\1\2", key): tensor for key, tensor in reader.tensors.items()}
+    own = network.state_dict()
+    counted = "num_batches_tracked"  # says nothing of the network, and older files lack it
+    new = {
+        name: reader.take(theirs, own[name].shape)
+        for name, theirs in network.published.items()
+        if not name.endswith(counted)
+    }
+    top = "classifier" if "classifier.weight" in reader.tensors else "fc"
+    scores = reader.tensors.get(f"{top}.weight")
+    if not c.top and scores is not None and len(scores) == c.outputs:
+        for part in ("weight", "bias"):
+            new[f"final.layers.0.{part}"] = reader.take(f"{top}.{part}", own[f"final.layers.0.{part}"].shape)
+    if c.architecture in INCEPTIONS:
+        first = "stages.0.layers.0."
+        weight = new[first + "conv.weight"]  # O×3×3×3
+        mean, std = torch.from_numpy(MEAN), torch.from_numpy(STD)
+        # No bias, but no padding either: what the other mean adds is the same everywhere, and moves the running mean.
+        added = (weight.sum((2, 3)) * (mean - 0.5) / 0.5).sum(1)
+        new[first + "bn.running_mean"] = new[first + "bn.running_mean"] - added
+        new[first + "conv.weight"] = weight * (std / 0.5)[:, None, None]
+    return new
+
+
 _KINDS: dict[str, tuple[Callable[[Any, _Reader], dict[str, Tensor]], type[MultiExitNetwork]]] = {
     "vgg16": (_vgg16, AudioCSRNet),
     "vggish": (_vggish, AudioCSRNet),
@@ -317,4 +358,5 @@ _KINDS: dict[str, tuple[Callable[[Any, _Reader], dict[str, Tensor]], type[MultiE
     "vit": (_vit, ViT),
     "augreg": (_augreg, ViT),
     "transcrowd": (_transcrowd, ViT),
+    "imagenet": (_imagenet, ConvNet),
 }
