@@ -138,12 +138,15 @@ def cost(
     branch: Annotated[str | None, typer.Option(help="Only this kind of branch (cnn, slvit, mlp …).")] = None,
     layer: Annotated[str | None, typer.Option(help="Only this place (V1, AV1, AV2; of a transformer 1 to 11).")] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT; default: the model's own.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Of a classifier: cifar10, cifar100, speech-commands or gtzan.")
+    ] = None,
     format: Annotated[Format, typer.Option()] = Format.table,
 ) -> None:
     """Parameters, FLOPS and speedup of every branch, up to and including it."""
     from crowdexit.analysis.cost import cost as run_cost
 
-    result = run_cost(model, branch=branch, layer=layer, size=size)
+    result = run_cost(model, branch=branch, layer=layer, size=size, dataset=dataset)
     if format is Format.json:
         print(json.dumps(result.to_dict()))
         return

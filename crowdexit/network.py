@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 from torch import nn
@@ -30,6 +31,10 @@ class Config(Protocol):
     @property
     def step(self) -> int:
         """What the sides of ``size`` have to be multiples of, every kind of branch considered."""
+
+    @property
+    def branch_fields(self) -> tuple[str, ...]:
+        """The fields that shape a branch and nothing else: what may differ from branch to branch."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for a checkpoint's header."""
@@ -65,21 +70,29 @@ class MultiExitNetwork(nn.Module):
         """The kinds of branches that this backbone can have at a place."""
         raise NotImplementedError  # abstract
 
-    def make_branch(self, place: str, kind: str) -> Exit:
-        """A fresh branch of a kind that :meth:`branch_kinds` names, fitted to the place."""
+    def make_branch(self, place: str, kind: str, config: Any) -> Exit:
+        """A fresh branch of a kind that :meth:`branch_kinds` names, fitted to the place, of the configuration's shape."""
         raise NotImplementedError  # abstract
 
-    def add_branch(self, name: str, place: str, kind: str) -> None:
+    def add_branch(self, name: str, place: str, kind: str, options: Mapping[str, Any] | None = None) -> None:
         """Put a fresh branch of a kind at a place.
 
+        Args:
+            options: fields of the configuration that shape branches (``branch_fields``), for this one alone.
+
         Raises:
-            ValueError: for a place or a kind that this network does not have, or a name that is taken.
+            ValueError: for a place, a kind or an option that this network does not have, or a name that is taken.
         """
         self._check_place(place)
         kinds = self.branch_kinds(place)
         if kind not in kinds:
             raise ValueError(f"no branch of kind {kind!r} fits place {place} of this network ({', '.join(kinds)} do)")
-        self.add_exit(name, place, self.make_branch(place, kind))
+        fields = self.config.branch_fields
+        for option in options or {}:
+            if option not in fields:
+                raise ValueError(f"a branch of this network has no {option!r} of its own (it has {', '.join(fields)})")
+        config = replace(self.config, **options) if options else self.config  # type: ignore[type-var]
+        self.add_exit(name, place, self.make_branch(place, kind, config))
 
     def _check_place(self, place: str) -> None:
         if place not in self.places:

@@ -78,11 +78,12 @@ class ZooError(CrowdExitError):
 
 @dataclass(frozen=True)
 class ExitSpec:
-    """An early exit on a network: its name, the place it stands at, and its kind."""
+    """An early exit on a network: its name, the place it stands at, its kind, and what is its own in shape."""
 
     name: str
     place: str
     kind: str
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def build(spec: Spec) -> MultiExitNetwork:
         config = replace(MODELS[spec.model], **changes)
         network = _network(config)
         for e in spec.exits:
-            network.add_branch(e.name, e.place, e.kind)
+            network.add_branch(e.name, e.place, e.kind, e.options)
     except (TypeError, ValueError, KeyError, ArithmeticError, RuntimeError) as error:
         raise ZooError(f"{spec.model}: {str(error).partition(chr(10))[0]}") from None
     return network
@@ -224,7 +225,8 @@ def read_spec(path: Path) -> Spec:
     try:
         exits, changes, meta = (json.loads(header[key]) for key in ("exits", "changes", "meta"))
         specs = tuple(ExitSpec(**e) for e in exits)
-        texts = all(isinstance(text, str) for e in specs for text in vars(e).values())
+        texts = all(isinstance(text, str) for e in specs for text in (e.name, e.place, e.kind))
+        texts = texts and all(isinstance(e.options, dict) for e in specs)
         if not (texts and isinstance(exits, list) and isinstance(changes, dict) and isinstance(meta, dict)):
             raise TypeError
         return Spec(header["model"], specs, changes, meta)

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from crowdexit import zoo
 from crowdexit.errors import CrowdExitError
 from crowdexit.network import FINAL, MultiExitNetwork
+from crowdexit.scenarios import branch_options, classes_of
 from crowdexit.stages import Features, inputs
 
 MAX_SIDE = 16_384
@@ -85,9 +86,14 @@ class CostTable:
 
 
 def cost(
-    model: str | Path, *, branch: str | None = None, layer: str | None = None, size: str | None = None
+    model: str | Path,
+    *,
+    branch: str | None = None,
+    layer: str | None = None,
+    size: str | None = None,
+    dataset: str | None = None,
 ) -> CostTable:
-    """What every early exit that the model can have costs (table VIII of the SL-ViT paper).
+    """What every early exit that the model can have costs (tables IV to VIII of the SL-ViT paper).
 
     FLOPS are two for each multiply-add of convolutions, dense layers and attention's own two products, up to
     and including the branch; what is linear in the features (norms, activations, pooling) is not counted.
@@ -97,12 +103,17 @@ def cost(
         branch: this kind only.
         layer: this place only.
         size: another picture size, ``WIDTHxHEIGHT``.
+        dataset: of a classifier: as many classes, and the branches' shapes of the paper's scenario.
 
     Raises:
-        CrowdExitError: for an unknown model, branch kind, place or size.
+        CrowdExitError: for an unknown model, branch kind, place, size or data set.
     """
     spec = replace(_spec(model), exits=())
     with torch.device("meta"):
+        if dataset is not None:
+            spec = replace(spec, changes={**spec.changes, "outputs": classes_of(dataset)})
+            if not zoo.build(spec).classifies:
+                raise CostError(f"{spec.model} counts; a data set of classes is for classifiers")
         if size is not None:
             step = zoo.build(spec).config.step
             spec = replace(spec, changes={**spec.changes, "size": parse_size(size, step)})
@@ -111,7 +122,8 @@ def cost(
         for place in _chosen(layer, tuple(network.places), f"no place {layer!r} in {spec.model}"):
             there = network.branch_kinds(place)
             for kind in _chosen(branch, there, f"no branch kind {branch!r} fits {spec.model}"):
-                exits.append(zoo.ExitSpec(f"{place}-{kind}", place, kind))
+                options = branch_options(spec.model, dataset, place, kind) if dataset is not None else {}
+                exits.append(zoo.ExitSpec(f"{place}-{kind}", place, kind, options))
     network, features = at_one_picture(replace(spec, exits=tuple(exits)))
     width, height = network.config.size
     stages, at_exit = measure(network, features)

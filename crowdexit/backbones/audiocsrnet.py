@@ -87,6 +87,11 @@ class AudioCSRNetConfig:
         """A picture of another shape is fitted into ``size``."""
         return "fit"
 
+    @property
+    def branch_fields(self) -> tuple[str, ...]:
+        """What shapes a branch and nothing else."""
+        return "patch", "dim", "heads", "second_residual", "filters", "pool", "hidden", "dropout"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for a checkpoint's header."""
         return asdict(self)
@@ -192,8 +197,8 @@ class AudioCSRNet(MultiExitNetwork):
     def branch_kinds(self, place: str) -> tuple[str, ...]:
         return KINDS
 
-    def make_branch(self, place: str, kind: str) -> Exit:
-        c = self.config
+    def make_branch(self, place: str, kind: str, config: AudioCSRNetConfig) -> Exit:
+        c = config
         shared: dict[str, Any] = {
             "audio": self._audio if place == "AV1" else 0,
             "hidden": c.hidden,

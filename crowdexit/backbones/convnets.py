@@ -88,6 +88,11 @@ class ConvNetConfig:
         """A picture of another shape is fitted into ``size``."""
         return "fit"
 
+    @property
+    def branch_fields(self) -> tuple[str, ...]:
+        """What shapes a branch and nothing else."""
+        return "patch", "dim", "heads", "second_residual", "filters", "pool", "hidden", "dropout"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for a checkpoint's header."""
         return asdict(self)
@@ -244,9 +249,7 @@ class ConvNet(MultiExitNetwork):
         super().__init__(stages, final, {"1": 0, "2": 1}, c)
         names = {id(tensor): name for name, tensor in theirs.state_dict(keep_vars=True).items()}
         self.published = {
-            name: names[id(tensor)]
-            for name, tensor in self.state_dict(keep_vars=True).items()
-            if id(tensor) in names
+            name: names[id(tensor)] for name, tensor in self.state_dict(keep_vars=True).items() if id(tensor) in names
         }
         self._maps = self._measure()
 
@@ -266,8 +269,8 @@ class ConvNet(MultiExitNetwork):
     def branch_kinds(self, place: str) -> tuple[str, ...]:
         return KINDS
 
-    def make_branch(self, place: str, kind: str) -> Exit:
-        c = self.config
+    def make_branch(self, place: str, kind: str, config: ConvNetConfig) -> Exit:
+        c = config
         channels, rows, columns = self._maps[place]
         shared: dict[str, Any] = {"outputs": c.outputs, "hidden": c.hidden, "dropout": c.dropout}
         if kind == "cnn":

@@ -121,6 +121,11 @@ class ViTConfig:
         """(width, height) at which a picture is looked at in all: one view, or three by two tiles (TransCrowd)."""
         return (3 * self.size[0], 2 * self.size[1]) if self.view == "tiles" else self.size
 
+    @property
+    def branch_fields(self) -> tuple[str, ...]:
+        """What shapes a branch and nothing else."""
+        return "slvit_dim", "slvit_heads", "filters", "latents", "hidden", "dropout"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for a checkpoint's header."""
         return asdict(self)
@@ -266,8 +271,8 @@ class ViT(MultiExitNetwork):
     def branch_kinds(self, place: str) -> tuple[str, ...]:
         return tuple(kind for kind in KINDS if self._audio or kind != "slvit-audio")
 
-    def make_branch(self, place: str, kind: str) -> Exit:
-        c = self.config
+    def make_branch(self, place: str, kind: str, config: ViTConfig) -> Exit:
+        c = config
         shared: dict[str, Any] = {
             "outputs": c.outputs,
             "hidden": c.hidden,

@@ -64,14 +64,14 @@ def add_branches(network: MultiExitNetwork, recipe: Recipe, usual: float) -> Non
     The output starts at a usual count, not at zero; class scores do start at zero.
 
     Raises:
-        TrainingError: for a place or kind that the network does not have.
+        TrainingError: for a place, kind or option that the network does not have.
     """
     for trial in trials(recipe):
         e = trial.exit
         torch.manual_seed(zlib.crc32(f"{e.name} {recipe.seed}".encode()))
         try:
-            network.add_branch(trial.name, e.place, e.kind)
-        except ValueError as error:
+            network.add_branch(trial.name, e.place, e.kind, e.options)
+        except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
             raise TrainingError(f"exit {e.name!r}: {error}") from None
         branch = branch_of(network, trial.name)
         with torch.no_grad():

@@ -120,11 +120,12 @@ class CachePart(_Part):
 
 
 class ExitPart(_Part):
-    """A branch to train: its name, place and kind."""
+    """A branch to train: its name, place and kind; ``options`` are fields of the model's configuration for it alone."""
 
     name: str = Field(pattern="^[A-Za-z0-9_-]+$")
     place: Annotated[str, BeforeValidator(lambda place: str(place) if type(place) is int else place)]
     kind: str
+    options: dict[str, Any] = {}
 
 
 def every_exit(exits: Any) -> Any:

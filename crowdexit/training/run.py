@@ -98,7 +98,7 @@ def starting_network(recipe: Recipe) -> tuple[MultiExitNetwork, zoo.Spec]:
     Raises:
         CrowdExitError: for a model, a checkpoint or weights that do not fit.
     """
-    added = tuple(zoo.ExitSpec(e.name, e.place, e.kind) for e in recipe.exits)
+    added = tuple(zoo.ExitSpec(e.name, e.place, e.kind, e.options) for e in recipe.exits)
     if recipe.start is None:
         network = zoo.build(zoo.Spec(recipe.model, changes=recipe.changes))
         if recipe.senses is not None:
@@ -161,7 +161,7 @@ def start_branches(network: MultiExitNetwork, recipe: Recipe, path: Path) -> Non
     path = zoo.checkpoint_path(path)
     there = zoo.read_spec(path).exits
     for e in recipe.exits:
-        if zoo.ExitSpec(e.name, e.place, e.kind) not in there:
+        if zoo.ExitSpec(e.name, e.place, e.kind, e.options) not in there:
             raise TrainingError(f"{path}: it has no branch {e.name!r} of kind {e.kind} at {e.place}")
     read = zoo.read_tensors(path)
     tensors: dict[str, Tensor] = {}

@@ -37,6 +37,52 @@ def test_table_viii(paper):
         assert e.speedup == paper.backbone_flops / e.total_flops
 
 
+# place: parameters CNN, SL-ViT as printed; FLOPS CNN, SL-ViT in 10⁹; speedup of SL-ViT
+TABLE_IV = {
+    ("resnet152", "1"): ("0.78M", "0.59M", 1.66, 1.64, 13.77),
+    ("resnet152", "2"): ("0.83M", "0.79M", 5.33, 5.26, 4.29),
+    ("densenet201", "1"): ("0.78M", "0.59M", 2.55, 2.53, 3.39),
+    ("densenet201", "2"): ("0.80M", "0.66M", 4.21, 4.17, 2.06),
+    ("inceptionv3", "1"): ("0.61M", "0.56M", 2.17, 2.14, 2.65),
+    ("inceptionv3", "2"): ("0.61M", "0.56M", 2.53, 2.49, 2.28),
+}
+
+
+@pytest.mark.parametrize(("model", "place"), TABLE_IV)
+def test_table_iv(model, place):
+    table = cost(model, dataset="cifar10", layer=place)
+    params_cnn, params_slvit, flops_cnn, flops_slvit, speedup = TABLE_IV[model, place]
+    printed = {row[1]: row[2] for row in table.rows()}
+    assert printed == {"cnn": params_cnn, "slvit": params_slvit}
+    flops = {e.kind: e.total_flops / 1e9 for e in table.exits}
+    assert flops == pytest.approx({"cnn": flops_cnn, "slvit": flops_slvit}, rel=0.01)
+    assert table.exits[1].speedup == pytest.approx(speedup, rel=0.01)
+
+
+def test_a_scenario_has_its_own_classes_and_branches():
+    """Table III: 24 heads at the second place of ResNet152 on sounds; d = 36 and 8 heads of InceptionV3 on CIFAR-100."""
+    plain, sounds = (cost("resnet152", dataset=name, branch="slvit") for name in ("cifar10", "gtzan"))
+    assert plain.exits[0].branch_params == sounds.exits[0].branch_params
+    more = 12 * (3 * (32 * 32 + 32) + 32 * 32)  # twelve heads more: queries, keys, values with bias, and the way back
+    assert sounds.exits[1].branch_params - plain.exits[1].branch_params == more
+    ten, hundred = (cost("inceptionv3", dataset=name, branch="cnn") for name in ("cifar10", "cifar100"))
+    assert hundred.exits[0].branch_params - ten.exits[0].branch_params == 90 * 257
+    wide = cost("inceptionv3", dataset="cifar100", branch="slvit", layer="1").exits[0].branch_params
+    d, h, patches = 36, 8, 25
+    embedding = 288 * 25 * d + d + patches * d
+    encoder = 4 * d + 3 * (h * d * d + h * d) + h * d * d + d + 2 * (2 * d * d) + 3 * d
+    assert wide == embedding + encoder + (patches * d * 256 + 256) + (256 * 256 + 256) + 257 * 100
+
+
+@pytest.mark.parametrize(
+    ("model", "dataset", "message"),
+    [("resnet152", "mnist", "no data set 'mnist'"), ("audiocsrnet", "cifar10", "audiocsrnet")],
+)
+def test_a_data_set_that_does_not_fit(model, dataset, message):
+    with pytest.raises(CrowdExitError, match=message):
+        cost(model, dataset=dataset)
+
+
 def test_plain_data_is_what_the_command_promises(paper):
     data = paper.to_dict()
     assert list(data) == ["model", "size", "backbone_flops", "exits"]

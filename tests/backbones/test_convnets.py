@@ -92,7 +92,6 @@ def test_branches_stand_on_the_papers_maps(architecture, stride, first, second):
     for stage, expected in zip(net.stages, (first, second), strict=False):
         features = stage(features)
         assert features.visual.shape == (1, *expected)
-        assert net.make_branch("1", "cnn").conv.padding == (0, 0)
 
 
 def test_the_convolutions_up_to_a_branch_are_the_papers_in_number():
