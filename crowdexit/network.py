@@ -71,7 +71,7 @@ class MultiExitNetwork(nn.Module):
         raise NotImplementedError  # abstract
 
     def make_branch(self, place: str, kind: str, config: Any) -> Exit:
-        """A fresh branch of a kind that :meth:`branch_kinds` names, fitted to the place, of the configuration's shape."""
+        """A fresh branch of a kind that :meth:`branch_kinds` names, fitted to the place, in ``config``'s shape."""
         raise NotImplementedError  # abstract
 
     def add_branch(self, name: str, place: str, kind: str, options: Mapping[str, Any] | None = None) -> None:

@@ -60,7 +60,7 @@ def test_table_iv(model, place):
 
 
 def test_a_scenario_has_its_own_classes_and_branches():
-    """Table III: 24 heads at the second place of ResNet152 on sounds; d = 36 and 8 heads of InceptionV3 on CIFAR-100."""
+    """Table III: 24 heads at ResNet152's second place on sounds; d = 36 and 8 heads in InceptionV3 on CIFAR-100."""
     plain, sounds = (cost("resnet152", dataset=name, branch="slvit") for name in ("cifar10", "gtzan"))
     assert plain.exits[0].branch_params == sounds.exits[0].branch_params
     more = 12 * (3 * (32 * 32 + 32) + 32 * 32)  # twelve heads more: queries, keys, values with bias, and the way back
