@@ -17,6 +17,7 @@ from crowdexit.data.augment import ConditionRange, Conditions, View, keep_inside
 from crowdexit.data.density import density_map
 from crowdexit.data.picture import Placement, fit, normalise, tiles
 from crowdexit.data.store import Store, StoredSample, StoreError
+from crowdexit.data.unlabelled import PictureFolder
 
 STRIDE = 8
 
@@ -96,7 +97,9 @@ class CrowdDataset(Dataset[dict[str, Any]]):
     bool, ``dark`` bool (darkened by the conditions), ``id``.
     """
 
-    def __init__(self, store: Store, split: str, ids: Sequence[str], setting: Setting, seed: int = 0) -> None:
+    def __init__(
+        self, store: Store | PictureFolder, split: str, ids: Sequence[str], setting: Setting, seed: int = 0
+    ) -> None:
         self.store, self.split, self.ids, self.setting, self.seed = store, split, list(ids), setting, seed
 
     def __len__(self) -> int:

@@ -119,6 +119,18 @@ class CachePart(_Part):
     gigabytes: float = Field(16.0, gt=0, allow_inf_nan=False)
 
 
+class CopycatPart(_Part):
+    """Pictures that nobody has labelled: what the frozen backbone's final exit says of them is their truth.
+
+    Copycat (SL-ViT paper, III-C). ``pictures`` is a folder, or a prepared file whose own truth in ``split`` is not
+    looked at; ``ratio`` is how many real samples there are for each of them (2 on CIFAR-10).
+    """
+
+    pictures: Path
+    split: str = "train"
+    ratio: float = Field(2.0, gt=0, allow_inf_nan=False)
+
+
 class ExitPart(_Part):
     """A branch to train: its name, place and kind; ``options`` are fields of the model's configuration for it alone."""
 
@@ -172,6 +184,7 @@ class Recipe(_Part):
             they were trained on another backbone, or on an earlier state of this one.
         cache: keep the frozen backbone's features of ``data.views`` views of each training sample on disk, for
             ``branches``; validation pictures pass it each time.
+        copycat: unlabelled pictures, labelled by the frozen backbone, among the real ones, for ``branches``.
         fit: start heads that see one token from a regression of the count on it, over so many samples (see
             :func:`crowdexit.training.fit.fit_heads`); 0: at random.
         tied: start the branches' heads as a mean over positions.
@@ -203,6 +216,7 @@ class Recipe(_Part):
     rest: Literal["kept", "fresh"] | Path = "kept"
     branches_from: Path | None = None
     cache: CachePart | None = None
+    copycat: CopycatPart | None = None
     fit: int = Field(0, ge=0)
     tied: bool = False
     local: float = Field(0.0, ge=0)
@@ -221,6 +235,8 @@ class Recipe(_Part):
             raise ValueError(f"the stage {self.stage!r} trains no exits, so that branches_from means nothing")
         if self.cache and (self.stage != "branches" or self.data.views is None):
             raise ValueError("a feature cache is for the stage 'branches', and for data.views that come again")
+        if self.copycat and (self.stage != "branches" or self.cache):
+            raise ValueError("copycat is for the stage 'branches', and not for a feature cache")
         if self.lambdas and self.stage not in ("end-to-end", "layer-wise"):
             raise ValueError(f"the stage {self.stage!r} adds no losses, so that lambdas mean nothing")
         if self.rest != "kept" and self.stage != "layer-wise":
