@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -37,7 +38,7 @@ from crowdexit.network import FINAL, MultiExitNetwork
 from crowdexit.training.branches import BranchTraining, add_branches, trials
 from crowdexit.training.cache import CachedDataset, FeatureCache
 from crowdexit.training.data import RecipeData, class_names, make_data
-from crowdexit.training.fit import fit_heads
+from crowdexit.training.fit import fit_exits
 from crowdexit.training.joint import JointTraining
 from crowdexit.training.losses import Batch
 from crowdexit.training.modules import BackboneTraining, Diverged, Experiment, TrainingError
@@ -322,7 +323,8 @@ def train(
         raise TrainingError(f"{out}: no folder can be made there ({error.strerror})") from None
     if recipe.fit and not (resume and last.exists()):
         with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16-mixed"):
-            fit_heads(network, [trial.name for trial in trials(recipe)] or [FINAL], some_batches(recipe, data))
+            names = [trial.name for trial in trials(recipe)] or [FINAL]
+            fit_exits(network, names, partial(some_batches, recipe, data), recipe)
         experiment.train()
     if recipe.cache is not None and isinstance(experiment, BranchTraining):
         if devices * machines > 1:
