@@ -32,6 +32,8 @@ from crowdexit import zoo
 from crowdexit.backbones.audiocsrnet import AudioCSRNet
 from crowdexit.backbones.vit import ViT
 from crowdexit.backbones.weights import apply_weights
+from crowdexit.data.augment import Conditions
+from crowdexit.data.dataset import CrowdDataset
 from crowdexit.errors import CrowdExitError
 from crowdexit.memory import keep_freed_memory
 from crowdexit.network import FINAL, MultiExitNetwork
@@ -218,10 +220,13 @@ def make_experiment(network: MultiExitNetwork, spec: zoo.Spec, recipe: Recipe, o
 
 
 def some_batches(recipe: Recipe, data: RecipeData) -> Iterator[Batch]:
-    """The first samples of the plan, as many as heads are fitted to."""
+    """The first samples of the plan, as many as exits are fitted to, in daylight: the dark tells a regression little."""
+    whole = data.train_set
+    assert isinstance(whole, CrowdDataset)
+    lit = CrowdDataset(whole.store, whole.split, whole.ids, replace(whole.setting, conditions=Conditions()), whole.seed)
     plan = data.plan().plan()[: recipe.fit]
     for start in range(0, len(plan), recipe.batch):
-        yield default_collate([data.train_set[key] for key in plan[start : start + recipe.batch]])
+        yield default_collate([lit[key] for key in plan[start : start + recipe.batch]])
 
 
 def keep_features(recipe: Recipe, experiment: BranchTraining, data: RecipeData, folder: Path) -> FeatureCache:
