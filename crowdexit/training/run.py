@@ -220,7 +220,7 @@ def make_experiment(network: MultiExitNetwork, spec: zoo.Spec, recipe: Recipe, o
 
 
 def some_batches(recipe: Recipe, data: RecipeData) -> Iterator[Batch]:
-    """The first samples of the plan, as many as exits are fitted to, in daylight: the dark tells a regression little."""
+    """The first samples of the plan, as many as exits are fitted to, in daylight: the dark tells little."""
     whole = data.train_set
     assert isinstance(whole, CrowdDataset)
     lit = CrowdDataset(whole.store, whole.split, whole.ids, replace(whole.setting, conditions=Conditions()), whole.seed)
