@@ -29,6 +29,7 @@ from torch.utils.data import Dataset
 
 from crowdexit.data.picture import normalise, place
 from crowdexit.data.store import SPLITS, PreparedFile, StoreError, open_for_writing
+from crowdexit.data.unlabelled import PictureFolder
 
 _CHUNK_BYTES = 2**17  # small pictures share a chunk, of large ones each has its own
 # What h5py raises of a broken file, and what is raised by a file of another form.
@@ -355,7 +356,7 @@ class ClassDataset(Dataset[dict[str, Any]]):
     """
 
     def __init__(
-        self, store: ClassStore, split: str, *, size: tuple[int, int], augment: bool = False, seed: int = 0
+        self, store: ClassStore | PictureFolder, split: str, *, size: tuple[int, int], augment: bool = False, seed: int = 0
     ) -> None:
         self.store, self.split, self.size, self.augment, self.seed = store, split, size, augment, seed
         self.ids = store.ids(split)

@@ -231,3 +231,48 @@ class EpochPlan(Sampler[tuple[int, int]]):
 
     def __len__(self) -> int:
         return -(-self.length // self.world)
+
+
+class MixedDataset(Dataset[dict[str, Any]]):
+    """Labelled samples, and behind them unlabelled ones; an item's ``unlabelled`` (bool) tells which it is.
+
+    What stands for the truth of an unlabelled item means nothing.
+    """
+
+    def __init__(self, labelled: Dataset[dict[str, Any]], unlabelled: Dataset[dict[str, Any]]) -> None:
+        self.labelled, self.unlabelled = cast(Any, labelled), cast(Any, unlabelled)
+
+    def __len__(self) -> int:
+        return len(self.labelled) + len(self.unlabelled)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        index, draw = key if isinstance(key, tuple) else (key, 0)
+        first = len(self.labelled)
+        item = self.labelled[index, draw] if index < first else self.unlabelled[index - first, draw]
+        return {**item, "unlabelled": torch.tensor(index >= first)}
+
+
+class MixedPlan(Sampler[tuple[int, int]]):
+    """An epoch of labelled samples with unlabelled ones spread evenly among them.
+
+    Args:
+        labelled, unlabelled: the plans of the two; the latter is as long as its share asks for.
+        first: index at which a :class:`MixedDataset` begins with unlabelled samples.
+    """
+
+    def __init__(self, labelled: EpochPlan, unlabelled: EpochPlan, first: int) -> None:
+        self.labelled, self.unlabelled, self.first = labelled, unlabelled, first
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the trainer before each epoch."""
+        self.labelled.set_epoch(epoch)
+        self.unlabelled.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        real, fake = list(self.labelled), [(self.first + index, draw) for index, draw in self.unlabelled]
+        # Each at the middle of its stretch of the epoch, so that every batch has its share.
+        at = [((k + 0.5) / len(part), item) for part in (real, fake) for k, item in enumerate(part)]
+        return (item for _, item in sorted(at))
+
+    def __len__(self) -> int:
+        return len(self.labelled) + len(self.unlabelled)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +35,9 @@ class PictureFolder:
         if not self.sizes:
             raise StoreError(f"{path}: no picture of use in this folder")
 
-    def ids(self, split: str = "") -> list[str]:
-        """The pictures' paths below the folder, by name."""
-        return list(self.sizes)
+    def ids(self, split: str, pattern: str = "*") -> list[str]:
+        """The pictures' paths below the folder that match a shell pattern, by name."""
+        return [id for id in self.sizes if fnmatchcase(id, pattern)]
 
     def labels(self, split: str) -> NDArray[np.int64]:
         """Zeros: nobody has said what they show."""
@@ -48,7 +49,7 @@ class PictureFolder:
         Raises:
             PictureError: if it cannot be read.
         """
-        picture = read_picture(self.path / self.ids()[index])
+        picture = read_picture(self.path / list(self.sizes)[index])
         height, width = picture.shape[:2]
         side = min(height, width)
         y, x = (height - side) // 2, (width - side) // 2

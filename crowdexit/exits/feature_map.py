@@ -72,9 +72,13 @@ class CNNExit(Branch):
         self.cells = self.token_grid[0] * self.token_grid[1]
         self.head = MLPHead(filters * self.cells, outputs, hidden, dropout)
 
+    @property
+    def eye(self) -> nn.Conv2d:
+        return self.conv
+
     def tokens(self, features: Features) -> Tensor:
         """What the head sees of each pooled cell, B×N×filters; position-major, as in SL-ViT."""
-        y = self.conv(features.grid())
+        y = self.conv(self.sees(features))
         if self.fuse is not None:
             assert features.audio is not None
             y = self.fuse(y, features.audio)
@@ -171,9 +175,13 @@ class SLViTExit(Branch):
         self.encoder = EncoderLayer(dim, heads, second_residual)
         self.head = MLPHead(self.cells * dim, outputs, hidden, dropout)
 
+    @property
+    def eye(self) -> nn.Conv2d:
+        return self.project
+
     def embed(self, features: Features) -> Tensor:
         """The sequence before the encoder, B×N×d; the audio patch last."""
-        visual = self.project(features.grid()).flatten(2).transpose(1, 2)  # B×N×d
+        visual = self.project(self.sees(features)).flatten(2).transpose(1, 2)  # B×N×d
         if not self.hears:
             return visual + self.position
         assert features.audio is not None

@@ -64,6 +64,15 @@ class Branch(Exit):
     token_grid: tuple[int, int] | None = None
     scale: float = 1.0
 
+    @property
+    def eye(self) -> nn.Conv2d | None:
+        """The convolution through which a branch on a feature map reads it; None of branches on tokens."""
+        return None
+
+    def sees(self, features: Features) -> Tensor:
+        """The map B×C×h×w that the ``eye`` reads."""
+        return features.grid()
+
     def tokens(self, features: Features) -> Tensor:
         """What the head sees, B×N×d, in reading order."""
         raise NotImplementedError  # abstract

@@ -90,14 +90,22 @@ class CNNTokenExit(Branch):
         self.dim, self.cells = filters, self.token_grid[0] * self.token_grid[1]
         self.head = MLPHead(filters * self.cells, outputs, hidden, dropout)
 
-    def tokens(self, features: Features) -> Tensor:
-        patches = features.grid()  # B×D×rows×columns
+    @property
+    def eye(self) -> nn.Conv2d:
+        return self.conv
+
+    def sees(self, features: Features) -> Tensor:
+        """The patches as a map, joined with the classification token: B×D×rows×columns, or twice as deep."""
+        patches = features.grid()
         first = features.tokens()[:, 0, :, None, None]
         if self.join == "add":
             patches = patches + first
         elif self.join == "project":
             patches = torch.cat([patches, first.expand_as(patches)], dim=1)
-        return F.max_pool2d(F.relu(self.conv(patches)), 2).flatten(2).transpose(1, 2)
+        return patches
+
+    def tokens(self, features: Features) -> Tensor:
+        return F.max_pool2d(F.relu(self.conv(self.sees(features))), 2).flatten(2).transpose(1, 2)
 
 
 class ViTExit(_Token):

@@ -80,6 +80,28 @@ def add_branches(network: MultiExitNetwork, recipe: Recipe, usual: float) -> Non
             branch.head.start_tied(branch.cells)
 
 
+@torch.no_grad()
+def taught(network: MultiExitNetwork, batch: Batch) -> Batch:
+    """A batch whose unlabelled samples have the frozen backbone's answers for their truth (copycat).
+
+    Of counts the final exit's number and, where it makes one, its density map; of classes the likeliest.
+    """
+    if "unlabelled" not in batch:
+        return batch
+    told = cast(Tensor, batch.pop("unlabelled"))
+    if not told.any():
+        return batch
+    some = {key: value[told] for key, value in batch.items() if isinstance(value, Tensor)}
+    answer = network(record(some), [FINAL])[FINAL]
+    if "label" in batch:
+        batch["label"][told] = answer.value.argmax(1)
+        return batch
+    batch["count"][told] = answer.value.clamp(min=0).float()
+    if answer.density is not None:
+        batch["density"][told] = answer.density.float()
+    return batch
+
+
 class BranchTraining(Experiment):
     """Classifier-wise (multi-exit ViT paper, III): the backbone frozen, all branches on one pass of it.
 
@@ -108,6 +130,8 @@ class BranchTraining(Experiment):
                     continue  # its one token stands for the whole picture
                 torch.manual_seed(zlib.crc32(f"{self.trials[name].exit.name} {recipe.seed} readout".encode()))
                 self.readouts[name] = nn.Linear(branch_of(network, name).dim, 1)
+        if recipe.copycat and self.readouts and not network.final.maps:
+            raise TrainingError(f"{recipe.model}: its final exit makes no density map to teach the parts by: local: 0")
         self.best_of = dict.fromkeys(self.names, math.inf)
         self.stale = dict.fromkeys(self.names, 0)
         self.kept: dict[str, dict[str, Tensor]] = {}
@@ -157,6 +181,7 @@ class BranchTraining(Experiment):
 
     def training_step(self, batch: Batch, index: int) -> None:
         network, active = self.network, self.active()
+        batch = taught(network, batch)
         optimisers = dict(zip(self.names, listed(self.optimizers()), strict=True))
         losses = []
         step = self.current_epoch * int(self.trainer.num_training_batches) + index

@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader, Subset
 
 from crowdexit.data.augment import ConditionRange, Conditions, View
 from crowdexit.data.classes import ClassDataset, ClassStore
-from crowdexit.data.dataset import CrowdDataset, EpochPlan, Setting
+from crowdexit.data.dataset import CrowdDataset, EpochPlan, MixedDataset, MixedPlan, Setting
 from crowdexit.data.store import Store
+from crowdexit.data.unlabelled import PictureFolder
 from crowdexit.network import Config, MultiExitNetwork
 from crowdexit.training.cache import CachedDataset, collate
 from crowdexit.training.modules import TrainingError
@@ -35,11 +36,13 @@ class RecipeData(L.LightningDataModule):
 
     Attributes:
         train_set, val_set: the samples. val_batch: how many of the latter at once.
+        unlabelled: samples that the backbone labels, seen as the training samples are.
         usual: count at which an untrained exit starts.
     """
 
     train_set: CrowdDataset | ClassDataset | CachedDataset
     val_set: CrowdDataset | ClassDataset
+    unlabelled: CrowdDataset | ClassDataset | None = None
     val_batch: int
     usual: float
 
@@ -65,12 +68,26 @@ class RecipeData(L.LightningDataModule):
             world=world,
         )
 
+    def mixed_plan(self, unlabelled: CrowdDataset | ClassDataset, ratio: float) -> MixedPlan:
+        """The same with unlabelled samples among them, one for each ``ratio`` of the labelled."""
+        rank, world = self._processes()
+        plan, seed = self.plan(), self.recipe.seed
+        length = max(1, round(plan.length / ratio))
+        others = EpochPlan(unlabelled.ids, length=length, views=plan.views, seed=seed, rank=rank, world=world)
+        return MixedPlan(plan, others, len(self.train_set))
+
     def train_dataloader(self) -> DataLoader[Any]:
         workers, (_, world) = self.recipe.data.workers, self._processes()
+        copycat = self.recipe.copycat
+        shown: Any = self.train_set
+        plan: EpochPlan | MixedPlan = self.plan()
+        if copycat is not None and self.unlabelled is not None:
+            shown = MixedDataset(self.train_set, self.unlabelled)
+            plan = self.mixed_plan(self.unlabelled, copycat.ratio)
         return DataLoader(
-            self.train_set,
+            shown,
             batch_size=self.recipe.batch // world,
-            sampler=self.plan(),
+            sampler=plan,
             collate_fn=collate if isinstance(self.train_set, CachedDataset) else None,
             num_workers=workers,
             persistent_workers=workers > 0,
@@ -120,6 +137,10 @@ class CrowdData(RecipeData):
                     )
         self.usual = float(np.median([counts[id] for id in ids]))
         self.train_set = CrowdDataset(store, data.train, ids, setting, recipe.seed)
+        if recipe.copycat is not None:
+            path, split = recipe.copycat.pictures, recipe.copycat.split
+            others = PictureFolder(path) if path.is_dir() else Store(path)
+            self.unlabelled = CrowdDataset(others, split, others.ids(split), setting, recipe.seed)
         shown = Setting(native, tiles=config.view == "tiles", conditions=Conditions(**data.val_conditions.model_dump()))
         self.val_set = CrowdDataset(store, data.val, val_ids, shown)
         self.val_batch = 1 if self.val_set.setting.tiles else 4  # pictures differ in their number of tiles
@@ -139,6 +160,10 @@ class ClassData(RecipeData):
                 raise TrainingError(f"{self.path}: no split {data.val!r} to validate with (it has {', '.join(there)})")
             size, seed = config.size, recipe.seed
             self.train_set = ClassDataset(store, data.train, size=size, augment=not data.whole, seed=seed)
+            if recipe.copycat is not None:
+                path, split = recipe.copycat.pictures, recipe.copycat.split
+                others = PictureFolder(path) if path.is_dir() else ClassStore(path)
+                self.unlabelled = ClassDataset(others, split, size=size, augment=not data.whole, seed=seed)
             self.val_set = ClassDataset(store, data.val, size=size)
         self.val_batch = recipe.batch
 

@@ -1,45 +1,57 @@
-"""Heads that start from a regression: a picture's one token knows the count, but hardly says so."""
+"""Exits that start from a regression: what stands in a frozen network knows the count, but hardly says so."""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from crowdexit.backbones.vit import TokenHead
-from crowdexit.exits import Branch
+from crowdexit.exits import Branch, CNNExit, CNNTokenExit
 from crowdexit.network import MultiExitNetwork
 from crowdexit.stages import Exit
 from crowdexit.training.cache import walk
-from crowdexit.training.losses import Batch
+from crowdexit.training.losses import Batch, evened
+from crowdexit.training.recipe import Recipe
 
-_RIDGE = 1e-4  # a sample
+_RIDGE = 1e-4  # of one token, a sample
+_MAP_RIDGE = 1e-3  # of a map's channels, of their mean variance
 _KNOTS = 32
+_CELL = 50.0  # heads in one cell of a branch's grid, beyond which nothing is told apart at the start
 _ALIVE = 0.05  # by which layers in between stay above zero
 
 
 def head_of(exit: Exit) -> nn.Sequential | None:
-    """The layers behind an exit's one token, or None where its head sees more than one."""
+    """The layers behind what an exit takes for a picture's tokens, or None where it is no head of this kind."""
     if isinstance(exit, TokenHead):
         return exit.layers
-    return exit.head if isinstance(exit, Branch) and exit.cells == 1 else None
+    return exit.head if isinstance(exit, Branch) and (exit.cells == 1 or exit.eye is not None) else None
 
 
 @torch.no_grad()
-def fit_heads(network: MultiExitNetwork, names: Collection[str], batches: Iterable[Batch]) -> list[str]:
-    """Start heads that see one token from the ridge regression of log (1 + n) on it.
+def fit_exits(
+    network: MultiExitNetwork, names: Collection[str], batches: Callable[[], Iterable[Batch]], recipe: Recipe
+) -> list[str]:
+    """Start exits from ridge regressions of the count on what they see.
 
     A ViT's classification token varies by a seventh of its length over crops of 7 to 700 heads, and the count is
-    in the directions that vary least, which gradients find last. The regression finds them at once: the rows of
-    the first layer all look that way, s ≈ log (1 + n), each from a knot on, and the layers behind add up to eˢ - 1,
-    piece by piece straight. No exit starts below zero.
+    in the directions that vary least, which gradients find last. Regressions find them at once:
+
+    - A head that sees one token: of log (1 + n) on it. The rows of the first layer all look that way,
+      s ≈ log (1 + n), each from a knot on, and the layers behind add up to eˢ - 1, piece by piece straight. No exit
+      starts below zero.
+    - A branch that reads a map through a convolution: first this, of log (1 + heads in a cell) on the map's mean
+      over the cell; then its head, of n itself on the mean over the cells, as parts add up, with the weights of the
+      ``balanced`` loss.
 
     Args:
-        names: of the exits that are to be trained; those whose heads see several tokens stay as they are.
-        batches: some of the training samples.
+        names: of the exits that are to be trained; those of other kinds stay as they are.
+        batches: some of the training samples, each time from the first.
 
     Returns:
         The names of the exits that were fitted.
@@ -52,48 +64,149 @@ def fit_heads(network: MultiExitNetwork, names: Collection[str], batches: Iterab
     if not exits:
         return []
     network.eval()
+    eyes = {name: module for name, module in exits.items() if isinstance(module, Branch) and module.eye is not None}
+    if eyes:
+        _fit_eyes(network, eyes, batches())
     seen: dict[str, list[Tensor]] = defaultdict(list)
     counts = []
-    for batch in batches:
+    for batch in batches():
         counts.append(batch["count"])
         for stage, features in walk(network, batch, {network.stage_of(name) for name in exits}):
             for name, module in exits.items():
                 if network.stage_of(name) == stage:
-                    seen[name].append(module.tokens(features)[:, 0].float())
-    logs = torch.log1p(torch.cat(counts)).double()
+                    seen[name].append(module.tokens(features)[:, : _cells(module)].mean(1).float())
+    heads = torch.cat(counts).double()
     for name, module in exits.items():
         head = head_of(module)
         assert head is not None
-        _fit(head, torch.cat(seen[name]).double(), logs, module.scale)
+        tokens = torch.cat(seen[name]).double()
+        if name in eyes:
+            weights = evened(heads + recipe.least, 100 + recipe.least, recipe.even) ** -2
+            _fit_count(head, tokens, heads, weights, module)
+        else:
+            _fit_log(head, tokens, torch.log1p(heads), module.scale)
     return list(exits)
 
 
-@torch.no_grad()
-def _fit(head: nn.Sequential, tokens: Tensor, logs: Tensor, scale: float) -> None:
-    """Fill the linear layers of a head for tokens N×D and log (1 + n) N."""
+def _cells(exit: Any) -> int:
+    """How many of an exit's tokens show the picture."""
+    grid = getattr(exit, "token_grid", None)
+    return grid[0] * grid[1] if grid else 1
+
+
+def _fit_eyes(network: MultiExitNetwork, branches: dict[str, Branch], batches: Iterable[Batch]) -> None:
+    """Have branches' convolutions look at how many heads a cell holds.
+
+    Each channel tells log (1 + heads) from another knot on: where a ReLU follows, all look the same way and are cut
+    off at their knots; where none does, each looks at what is cut off already.
+    """
+    moments: dict[str, Tensor] = {}
+    for batch in batches:
+        for stage, features in walk(network, batch, {network.stage_of(name) for name in branches}):
+            for name, branch in branches.items():
+                if network.stage_of(name) != stage:
+                    continue
+                assert branch.token_grid is not None
+                cells = F.adaptive_avg_pool2d(branch.sees(features).float(), branch.token_grid)
+                density = F.adaptive_avg_pool2d(batch["density"], branch.token_grid)
+                local = density * (batch["density"][0].numel() / density[0].numel())
+                told = torch.log1p(local).flatten()[:, None]
+                if not _rectifies(branch):
+                    told = F.relu(told - _knots_of(branch))
+                ones = torch.ones_like(told[:, :1])
+                both = torch.cat([ones, cells.flatten(2).mT.flatten(0, 1), told], dim=1).double()
+                moments[name] = moments.get(name, 0) + both.mT @ both
+    for name, branch in branches.items():
+        eye, knots = branch.eye, _knots_of(branch)
+        assert eye is not None
+        assert eye.bias is not None
+        look, offset = _solved(moments[name], eye.in_channels, _MAP_RIDGE)
+        if _rectifies(branch):
+            look, offset = look.expand(-1, len(knots)), offset - knots
+        eye.weight.copy_((look.mT[:, :, None, None] / eye.weight[0, 0].numel()).expand_as(eye.weight))
+        eye.bias.copy_(offset)
+
+
+def _rectifies(branch: Branch) -> bool:
+    """Whether a ReLU follows a branch's convolution."""
+    return isinstance(branch, (CNNExit, CNNTokenExit))
+
+
+def _knots_of(branch: Branch) -> Tensor:
+    """From where on each of a convolution's channels tells log (1 + heads) in a cell."""
+    assert branch.eye is not None
+    return torch.linspace(0, math.log1p(_CELL) * 0.8, branch.eye.out_channels)
+
+
+def _solved(moments: Tensor, inputs: int, ridge: float) -> tuple[Tensor, Tensor]:
+    """The ridge regression of K targets on C inputs from the sums of (1, inputs, targets) times itself.
+
+    Args:
+        ridge: of the inputs' mean variance.
+
+    Returns:
+        Weights C×K and offsets K.
+    """
+    mean = moments[0, 1:] / moments[0, 0]
+    spread = moments[1:, 1:] / moments[0, 0] - torch.outer(mean, mean)
+    squares = spread[:inputs, :inputs]
+    squares = squares + ridge * squares.diagonal().mean() * torch.eye(inputs).to(squares)
+    weights = torch.linalg.solve(squares, spread[:inputs, inputs:])
+    return weights, mean[inputs:] - mean[:inputs] @ weights
+
+
+def _fit_count(head: nn.Sequential, tokens: Tensor, heads: Tensor, weights: Tensor, branch: Branch) -> None:
+    """Fill a head over several tokens from the regression of n (N) on their mean, N×d."""
+    ones = torch.ones_like(heads)[:, None]
+    both = torch.cat([ones, tokens, heads[:, None]], dim=1)
+    look, offset = _solved(both.mT @ (both * weights[:, None]), branch.dim, _RIDGE)
+    shared = torch.zeros(branch.cells, branch.dim).to(look)  # the sound's patch says nothing yet
+    shared[: _cells(branch)] = look[:, 0] / _cells(branch)
+    ends = torch.tensor([0.0, 1.0]).to(look)
+    _fill(head, shared.flatten(), offset[0], float(heads.mean()), ends, ends.diff(), branch.scale)
+
+
+def _fit_log(head: nn.Sequential, tokens: Tensor, logs: Tensor, scale: float) -> None:
+    """Fill a head over one token from the regression of log (1 + n) on it, N×D."""
     mean, middle = tokens.mean(0), logs.mean()
     centred = tokens - mean
-    ridge = _RIDGE * len(tokens) * torch.eye(tokens.shape[1], dtype=tokens.dtype)
+    ridge = _RIDGE * len(tokens) * torch.eye(tokens.shape[1]).to(tokens)
     look = torch.linalg.solve(centred.T @ centred + ridge, centred.T @ (logs - middle))
+    # The curve eˢ - 1 from zero to a little beyond the fullest picture.
+    first = head[0]
+    assert isinstance(first, nn.Linear)
+    knots = min(_KNOTS, first.out_features - first.out_features // 4)
+    ends = torch.linspace(0, float(logs.max()) + 0.5, knots + 1).to(tokens)
+    _fill(head, look, middle - look @ mean, float(middle), ends, torch.expm1(ends).diff() / ends.diff(), scale)
+
+
+@torch.no_grad()
+def _fill(
+    head: nn.Sequential, look: Tensor, offset: Tensor, middle: float, ends: Tensor, slopes: Tensor, scale: float
+) -> None:
+    """Fill the linear layers of a head so that it answers a curve of s = look · x + offset, from zero on.
+
+    Args:
+        middle: what s usually is.
+        ends: of the curve's straight pieces. slopes: of each, the last one's beyond the end.
+        scale: the answer is the head's output times this.
+    """
     first, *between, last = [layer for layer in head if isinstance(layer, nn.Linear)]
     units = first.out_features
     away = units // 4
-    # The curve eˢ - 1 from zero to a little beyond the fullest picture, its change of slope at each knot.
-    ends = torch.linspace(0, float(logs.max()) + 0.5, min(_KNOTS, units - away) + 1, dtype=tokens.dtype)
-    slopes = torch.expm1(ends).diff() / ends.diff()
     bends = slopes.diff(prepend=slopes.new_zeros(1))
     knots = torch.arange(units - away) % len(bends)
     sharing = torch.bincount(knots)[knots]
     # A few units look the other way and say nothing yet. Without them a head whose s fell below zero for all
     # pictures, as a branch's own layer may have it in its first steps, would never learn again.
-    sign = torch.cat([torch.ones(units - away), -torch.ones(away)]).to(tokens)
-    offsets = torch.cat([ends[knots], torch.full((away,), -float(logs.mean())).to(tokens)])
+    sign = torch.cat([torch.ones(units - away), -torch.ones(away)]).to(look)
+    offsets = torch.cat([ends[knots], torch.full((away,), -middle).to(look)])
     first.weight.copy_(sign[:, None] * look)
-    first.bias.copy_(sign * (middle - look @ mean) - offsets)
-    sums = torch.cat([bends[knots] / sharing / scale, torch.zeros(away).to(tokens)])
+    first.bias.copy_(sign * offset - offsets)
+    sums = torch.cat([bends[knots] / sharing / scale, torch.zeros(away).to(look)])
     for layer in between:
         layer.weight.copy_(sums.expand_as(layer.weight))
         layer.bias.fill_(_ALIVE)
-        sums = torch.full((layer.out_features,), 1 / layer.out_features).to(tokens)
+        sums = torch.full((layer.out_features,), 1 / layer.out_features).to(look)
     last.weight.copy_(sums.expand_as(last.weight))
     last.bias.fill_(-_ALIVE if between else 0)

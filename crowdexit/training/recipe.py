@@ -185,8 +185,8 @@ class Recipe(_Part):
         cache: keep the frozen backbone's features of ``data.views`` views of each training sample on disk, for
             ``branches``; validation pictures pass it each time.
         copycat: unlabelled pictures, labelled by the frozen backbone, among the real ones, for ``branches``.
-        fit: start heads that see one token from a regression of the count on it, over so many samples (see
-            :func:`crowdexit.training.fit.fit_heads`); 0: at random.
+        fit: start exits from regressions of the count on what they see, over so many samples (see
+            :func:`crowdexit.training.fit.fit_exits`); 0: at random.
         tied: start the branches' heads as a mean over positions.
         local: weight of a further loss on the parts of a picture: of branches, the error of each token's local
             count; of a transformer in ``count``, that of a density map read off its patches.

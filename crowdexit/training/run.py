@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,13 +32,15 @@ from crowdexit import zoo
 from crowdexit.backbones.audiocsrnet import AudioCSRNet
 from crowdexit.backbones.vit import ViT
 from crowdexit.backbones.weights import apply_weights
+from crowdexit.data.augment import Conditions
+from crowdexit.data.dataset import CrowdDataset
 from crowdexit.errors import CrowdExitError
 from crowdexit.memory import keep_freed_memory
 from crowdexit.network import FINAL, MultiExitNetwork
 from crowdexit.training.branches import BranchTraining, add_branches, trials
 from crowdexit.training.cache import CachedDataset, FeatureCache
 from crowdexit.training.data import RecipeData, class_names, make_data
-from crowdexit.training.fit import fit_heads
+from crowdexit.training.fit import fit_exits
 from crowdexit.training.joint import JointTraining
 from crowdexit.training.losses import Batch
 from crowdexit.training.modules import BackboneTraining, Diverged, Experiment, TrainingError
@@ -217,10 +220,13 @@ def make_experiment(network: MultiExitNetwork, spec: zoo.Spec, recipe: Recipe, o
 
 
 def some_batches(recipe: Recipe, data: RecipeData) -> Iterator[Batch]:
-    """The first samples of the plan, as many as heads are fitted to."""
+    """The first samples of the plan, as many as exits are fitted to, in daylight: the dark tells little."""
+    whole = data.train_set
+    assert isinstance(whole, CrowdDataset)
+    lit = CrowdDataset(whole.store, whole.split, whole.ids, replace(whole.setting, conditions=Conditions()), whole.seed)
     plan = data.plan().plan()[: recipe.fit]
     for start in range(0, len(plan), recipe.batch):
-        yield default_collate([data.train_set[key] for key in plan[start : start + recipe.batch]])
+        yield default_collate([lit[key] for key in plan[start : start + recipe.batch]])
 
 
 def keep_features(recipe: Recipe, experiment: BranchTraining, data: RecipeData, folder: Path) -> FeatureCache:
@@ -322,7 +328,8 @@ def train(
         raise TrainingError(f"{out}: no folder can be made there ({error.strerror})") from None
     if recipe.fit and not (resume and last.exists()):
         with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16-mixed"):
-            fit_heads(network, [trial.name for trial in trials(recipe)] or [FINAL], some_batches(recipe, data))
+            names = [trial.name for trial in trials(recipe)] or [FINAL]
+            fit_exits(network, names, partial(some_batches, recipe, data), recipe)
         experiment.train()
     if recipe.cache is not None and isinstance(experiment, BranchTraining):
         if devices * machines > 1:
