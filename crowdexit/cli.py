@@ -275,6 +275,26 @@ def train(
         print(path)
 
 
+@app.command(epilog="Example: `crowdexit copycat runs/branches --pictures holiday/ --data cifar10.h5 --out runs/cc`")
+def copycat(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run whose branches were trained classifier-wise.")],
+    data: Annotated[Path, typer.Option(help="The prepared HDF5 file that it was trained on.")],
+    pictures: Annotated[Path, typer.Option(help="Folder of unlabelled pictures, or a prepared file.")],
+    out: Annotated[Path, typer.Option(help="Folder of the new run.")],
+    split: Annotated[str, typer.Option(help="Of a prepared file with --pictures.")] = "train",
+    ratio: Annotated[float, typer.Option(help="Labelled samples for each unlabelled one.")] = 2.0,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Default: the run's own.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Default: a tenth of the run's own.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is there.")] = False,
+) -> None:
+    """Fine-tune trained branches on pictures that nobody has labelled: the backbone says what they show."""
+    from crowdexit.training.copycat import copycat_recipe
+    from crowdexit.training.run import train as run_training
+
+    recipe = copycat_recipe(run, data, pictures, split=split, ratio=ratio, epochs=epochs, lr=lr)
+    print(run_training(recipe, out, resume=resume, console=Console(stderr=True)))
+
+
 @app.command(epilog="Example: `crowdexit pack runs/audiocsrnet-s-branches checkpoints/audiocsrnet-s/model.safetensors`")
 def pack(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A trained run's folder or checkpoint.")],

@@ -356,7 +356,13 @@ class ClassDataset(Dataset[dict[str, Any]]):
     """
 
     def __init__(
-        self, store: ClassStore | PictureFolder, split: str, *, size: tuple[int, int], augment: bool = False, seed: int = 0
+        self,
+        store: ClassStore | PictureFolder,
+        split: str,
+        *,
+        size: tuple[int, int],
+        augment: bool = False,
+        seed: int = 0,
     ) -> None:
         self.store, self.split, self.size, self.augment, self.seed = store, split, size, augment, seed
         self.ids = store.ids(split)

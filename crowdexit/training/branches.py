@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 from crowdexit import zoo
 from crowdexit.exits import Branch
-from crowdexit.network import MultiExitNetwork
+from crowdexit.network import FINAL, MultiExitNetwork
 from crowdexit.stages import Exit
 from crowdexit.training.cache import FeatureCache, walk
 from crowdexit.training.losses import Batch, local_error, value_loss
@@ -26,6 +26,7 @@ from crowdexit.training.modules import (
     listed,
     make_optimiser,
     rate_at,
+    record,
     truth,
 )
 from crowdexit.training.recipe import ExitPart, Recipe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,9 @@ class CrowdData(RecipeData):
         if recipe.copycat is not None:
             path, split = recipe.copycat.pictures, recipe.copycat.split
             others = PictureFolder(path) if path.is_dir() else Store(path)
-            self.unlabelled = CrowdDataset(others, split, others.ids(split), setting, recipe.seed)
+            # In daylight: what the backbone says of the dark is no truth.
+            lit = replace(setting, conditions=Conditions())
+            self.unlabelled = CrowdDataset(others, split, others.ids(split), lit, recipe.seed)
         shown = Setting(native, tiles=config.view == "tiles", conditions=Conditions(**data.val_conditions.model_dump()))
         self.val_set = CrowdDataset(store, data.val, val_ids, shown)
         self.val_batch = 1 if self.val_set.setting.tiles else 4  # pictures differ in their number of tiles

@@ -1,0 +1,65 @@
+"""Copycat: branches that were trained go on learning from pictures that nobody has labelled (SL-ViT paper, III-C)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from crowdexit import zoo
+from crowdexit.training.modules import TrainingError
+from crowdexit.training.recipe import Recipe
+
+
+def copycat_recipe(
+    run: Path,
+    data: Path,
+    pictures: Path,
+    *,
+    split: str = "train",
+    ratio: float = 2.0,
+    epochs: int | None = None,
+    lr: float | None = None,
+) -> Recipe:
+    """The recipe that fine-tunes a run's branches on its own data and on unlabelled pictures.
+
+    Everything that is not said here is as in the run's own recipe.
+
+    Args:
+        run: a checkpoint that was trained classifier-wise.
+        data: the prepared file that it was trained on.
+        pictures: a folder of pictures, or a prepared file. split: of it.
+        ratio: how many labelled samples there are for each unlabelled one.
+        epochs: default: the run's own.
+        lr: default: a tenth of the run's own, the lowest where it tried several.
+
+    Raises:
+        CrowdExitError: for a checkpoint that is none, or was trained otherwise, or values that mean nothing.
+    """
+    path = zoo.checkpoint_path(run)
+    told = zoo.read_spec(path).meta.get("recipe")
+    if not isinstance(told, dict) or told.get("stage") != "branches":
+        raise TrainingError(f"{path}: not trained classifier-wise; copycat goes on with branches on a frozen backbone")
+    optimiser = dict(told.get("optimiser") or {})
+    usual = min(optimiser.get("rates") or [optimiser.get("lr", 1e-3)])
+    optimiser |= {"rates": (), "lr": usual / 10 if lr is None else lr}
+    own: dict[str, Any] = {
+        "start": path,
+        "branches_from": path,
+        "weights": {},
+        "senses": None,
+        "fit": 0,
+        "cache": None,
+        "optimiser": optimiser,
+        "data": {**(told.get("data") or {}), "store": data},
+        "copycat": {"pictures": pictures, "split": split, "ratio": ratio},
+    }
+    if epochs is not None:
+        own["epochs"] = epochs
+    try:
+        return Recipe.model_validate({**told, **own})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(place) for place in first["loc"])
+        raise TrainingError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}") from None

@@ -1,0 +1,138 @@
+"""Copycat: unlabelled pictures among the real ones, and the backbone's own answers for their truth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import h5py
+import numpy as np
+import pytest
+import torch
+from tiny_runs import best, run, tiny
+from torch.utils.data import default_collate
+from typer.testing import CliRunner
+
+from crowdexit import zoo
+from crowdexit.cli import app
+from crowdexit.data.dataset import EpochPlan, MixedPlan
+from crowdexit.data.unlabelled import PictureFolder
+from crowdexit.errors import CrowdExitError
+from crowdexit.network import FINAL
+from crowdexit.training.branches import taught
+from crowdexit.training.copycat import copycat_recipe
+from crowdexit.training.data import make_data
+from crowdexit.training.modules import record
+
+EXITS = [{"name": "V1", "place": "V1", "kind": "slvit"}, {"name": "AV2", "place": "AV2", "kind": "cnn"}]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(5)
+    (folder / "deeper").mkdir()
+    for number in range(5):
+        picture = cv2.GaussianBlur(rng.integers(0, 256, (80, 100 + 10 * number, 3), np.uint8), (9, 9), 3)
+        cv2.imwrite(str(folder / ("deeper" if number % 2 else ".") / f"{number}.jpg"), picture)
+    (folder / "notes.txt").write_text("nothing to see")
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8 not a picture")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def branches(store, backbone, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("branches")
+    run(tiny(store, "branches", start=backbone, exits=EXITS, epochs=1, local=1.0), out)
+    return out / "model.safetensors"
+
+
+def mixed(store, branches, pictures, **keys):
+    recipe = copycat_recipe(branches, store, pictures, **keys)
+    network, _ = zoo.load(branches)
+    return recipe, network, make_data(recipe, network)
+
+
+def test_a_folder_is_read_to_the_bottom_and_says_what_it_left_out(pictures):
+    folder = PictureFolder(pictures)
+    assert folder.ids("") == sorted(folder.ids(""))
+    assert {Path(id).name for id in folder.ids("")} == {f"{n}.jpg" for n in range(5)}
+    assert folder.skipped == 1
+    height, width = folder.image("", 0).shape[:2]
+    assert height == width == 80
+
+
+def test_their_truth_is_what_the_backbone_says(store, branches, pictures):
+    _, network, data = mixed(store, branches, pictures)
+    batch = next(iter(data.train_dataloader()))
+    told = batch["unlabelled"].clone()
+    assert 0 < told.sum() < len(told)
+    before = {key: batch[key].clone() for key in ("count", "density")}
+    with torch.no_grad():
+        expected = network(record({key: batch[key] for key in ("image", "inside", "log_mel", "heard")}))[FINAL]
+    after = taught(network, batch)
+    torch.testing.assert_close(after["count"][told], expected.value[told].clamp(min=0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(after["density"][told], expected.density[told], rtol=1e-4, atol=1e-5)
+    for key, value in before.items():
+        assert torch.equal(after[key][~told], value[~told])
+    assert not batch["heard"][told].any()
+
+
+@pytest.mark.parametrize("ratio", [0.5, 2.0, 3.0])
+def test_each_batch_has_its_share(ratio):
+    plan = EpochPlan([str(i) for i in range(12)], length=24)
+    others = EpochPlan([str(i) for i in range(5)], length=round(24 / ratio))
+    keys = list(MixedPlan(plan, others, 12))
+    assert len(keys) == len(plan) + len(others)
+    assert sorted(k for k in keys if k[0] < 12) == sorted(plan.plan())
+    size = 6
+    for start in range(0, len(keys) - size + 1, size):
+        unlabelled = sum(index >= 12 for index, _ in keys[start : start + size])
+        assert abs(unlabelled - size / (1 + ratio)) <= 1
+
+
+def test_fine_tuning_moves_the_branches_and_nothing_else(store, branches, pictures, tmp_path):
+    arguments = ["copycat", str(branches), "--data", str(store), "--pictures", str(pictures), "--epochs", "2"]
+    result = CliRunner().invoke(app, [*arguments, "--lr", "0.01", "--out", str(tmp_path / "cc")])
+    assert result.exit_code == 0, result.output
+    before, after = best(branches.parent), best(tmp_path / "cc")
+    assert set(before) == set(after)
+    for key, value in before.items():
+        moved = not torch.equal(value, after[key])
+        assert moved == key.startswith("branches."), key
+    told = zoo.read_spec(tmp_path / "cc" / "model.safetensors").meta["recipe"]
+    assert told["copycat"] == {"pictures": pictures.name, "split": "train", "ratio": 2.0}
+    assert [e["name"] for e in told["exits"]] == ["V1", "AV2"]
+
+
+def test_a_prepared_files_own_truth_is_not_looked_at(store, branches, tmp_path):
+    lies = tmp_path / "lies.h5"
+    lies.write_bytes(Path(store).read_bytes())
+    with h5py.File(lies, "r+") as file:
+        for sample in file["train"].values():
+            sample.attrs["count"] = 1e6
+            del sample["points"]
+            sample["points"] = np.zeros((0, 2), np.float32)
+    _, network, data = mixed(store, branches, lies)
+    assert data.unlabelled is not None
+    batch = default_collate([{**data.unlabelled[i, 0], "unlabelled": torch.tensor(True)} for i in range(3)])
+    assert taught(network, batch)["count"].max() < 1e5
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [({"ratio": 0.0}, "copycat.ratio"), ({"ratio": float("inf")}, "copycat.ratio"), ({"lr": -1.0}, "optimiser.lr")],
+)
+def test_values_that_mean_nothing(store, branches, pictures, keys, message):
+    with pytest.raises(CrowdExitError, match=message):
+        copycat_recipe(branches, store, pictures, **keys)
+
+
+def test_what_cannot_be_copied(store, backbone, branches, pictures, tmp_path):
+    with pytest.raises(CrowdExitError, match="not trained classifier-wise"):
+        copycat_recipe(backbone, store, pictures)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CrowdExitError, match="no picture of use"):
+        mixed(store, branches, tmp_path / "empty")
+    with pytest.raises(CrowdExitError, match="no such prepared file"):
+        mixed(store, branches, tmp_path / "nowhere")
