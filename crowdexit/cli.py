@@ -275,6 +275,59 @@ def train(
         print(path)
 
 
+@app.command(epilog="Example: `crowdexit suite table-iv --data cifar10.h5 --out runs/table-iv --jobs 2`")
+def suite(
+    name: Annotated[str, typer.Argument(metavar="SUITE", help="A suite's file, or a bundled suite's name.")],
+    data: Annotated[Path, typer.Option(help="A prepared HDF5 file.")],
+    out: Annotated[Path, typer.Option(help="Folder of the runs and of the table.")],
+    seeds: Annotated[int, typer.Option(min=1, help="How often the branches are trained.")] = 5,
+    jobs: Annotated[int, typer.Option(min=1, help="Trainings at once; they share the cores.")] = 1,
+    pictures: Annotated[
+        Path | None, typer.Option(help="Unlabelled pictures, a folder or prepared: copycat on top.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Of the data, for the table.")] = "test",
+    runtime: RuntimeName = "auto",
+) -> None:
+    """Run all experiments of a table of the SL-ViT paper, and write it in the paper's layout.
+
+    What has ended is not run again; what was killed goes on where it was; what fails stops nothing else.
+    """
+    from crowdexit import zoo
+    from crowdexit.analysis import scenarios
+    from crowdexit.analysis.files import write_files
+    from crowdexit.inference.evaluate import evaluate_file
+    from crowdexit.training.suite import Run, read_suite, run_all, runs_of
+
+    wanted = read_suite(name)
+    runs = runs_of(wanted, data, out, seeds, pictures)
+    with _progress("training", len(runs)) as advance:
+
+        def report(run: Run, problem: str | None) -> None:
+            advance()
+            if problem is not None:
+                print(f"{run.name}: {problem}", file=sys.stderr)
+
+        failed = run_all(runs, out, jobs, report)
+    outcomes = []
+    for run in runs:
+        if run.step == "backbone" or run.name in failed:
+            continue
+        path, told = out / run.name / "model.safetensors", out / run.name / f"{split}.json"
+        if not told.exists():
+            result = evaluate_file(path, data, split, runtime=runtime, progress=partial(_progress, run.name))
+            write_files(out / run.name, {told.name: json.dumps(result)})
+        exits = json.loads(told.read_text("utf-8"))["exits"]
+        key = "mae" if "mae" in exits[0] else "accuracy"
+        values = {row["exit"]: row[key] for row in exits}
+        measure = "MAE" if key == "mae" else "accuracy"
+        outcomes.append(scenarios.Outcome(run.backbone, zoo.read_spec(path), run.step == "copycat", measure, values))
+    paths = scenarios.write(outcomes, out, title=wanted.title, paper=wanted.paper)
+    print(paths[1].read_text("utf-8"), end="")
+    print(f"Written: {', '.join(map(str, paths))}", file=sys.stderr)
+    if failed:
+        raise CrowdExitError(f"{len(failed)} of {len(runs)} runs failed ({', '.join(failed)}); see their log.txt")
+
+
 @app.command(epilog="Example: `crowdexit copycat runs/branches --pictures holiday/ --data cifar10.h5 --out runs/cc`")
 def copycat(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run whose branches were trained classifier-wise.")],
@@ -288,10 +341,15 @@ def copycat(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is there.")] = False,
 ) -> None:
     """Fine-tune trained branches on pictures that nobody has labelled: the backbone says what they show."""
+    from crowdexit.data.unlabelled import PictureFolder
     from crowdexit.training.copycat import copycat_recipe
     from crowdexit.training.run import train as run_training
 
     recipe = copycat_recipe(run, data, pictures, split=split, ratio=ratio, epochs=epochs, lr=lr)
+    if pictures.is_dir():
+        folder = PictureFolder(pictures)
+        left = f"; {folder.skipped} files of no use left out" if folder.skipped else ""
+        print(f"{len(folder.sizes)} unlabelled pictures{left}", file=sys.stderr)
     print(run_training(recipe, out, resume=resume, console=Console(stderr=True)))
 
 

@@ -124,16 +124,28 @@ def cost(
             for kind in _chosen(branch, there, f"no branch kind {branch!r} fits {spec.model}"):
                 options = branch_options(spec.model, dataset, place, kind) if dataset is not None else {}
                 exits.append(zoo.ExitSpec(f"{place}-{kind}", place, kind, options))
-    network, features = at_one_picture(replace(spec, exits=tuple(exits)))
+    return cost_of(replace(spec, exits=tuple(exits)), str(model))
+
+
+def cost_of(spec: zoo.Spec, model: str) -> CostTable:
+    """What the early exits of a description cost, in their order there.
+
+    Args:
+        model: what to call it.
+
+    Raises:
+        CrowdExitError: if the description fits no network.
+    """
+    network, features = at_one_picture(spec)
     width, height = network.config.size
     stages, at_exit = measure(network, features)
     backbone = sum(stages) + at_exit[FINAL]
     costs = []
-    for e in exits:
+    for e in spec.exits:
         total = sum(stages[: network.stage_of(e.name) + 1]) + at_exit[e.name]
         params = sum(p.numel() for p in network.exit_module(e.name).parameters())
         costs.append(ExitCost(e.place, e.kind, params, total, total // 2, backbone / total))
-    return CostTable(str(model), f"{width}x{height}", backbone, tuple(costs))
+    return CostTable(model, f"{width}x{height}", backbone, tuple(costs))
 
 
 def at_one_picture(spec: zoo.Spec) -> tuple[MultiExitNetwork, Features]:

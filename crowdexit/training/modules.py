@@ -291,7 +291,11 @@ class BackboneTraining(Experiment):
             vggish.layers.requires_grad_(True)
         self.frozen: list[nn.Module] = []
         for pattern in recipe.frozen:
-            modules = [module for name, module in network.named_modules() if fnmatchcase(name, pattern)]
+            modules = [
+                module
+                for name, module in network.named_modules()
+                if fnmatchcase(name, pattern) or type(module).__name__ == pattern
+            ]
             weights = [weight for name, weight in network.named_parameters() if fnmatchcase(name, pattern)]
             if not modules and not weights:
                 raise TrainingError(f"frozen: the network has no {pattern!r} (it has stages.0, final.conv.weight …)")

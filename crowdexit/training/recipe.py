@@ -173,7 +173,8 @@ class Recipe(_Part):
         guess: ask of darkened pictures only for the count, its error as it is: what cannot be seen is guessed from
             the sound, and evened errors would teach to guess low.
         frozen: modules and parameters of the backbone that stay as they are, by name or pattern (``stages.0``,
-            ``*.bias``); of modules their running statistics too.
+            ``*.bias``) or a module's class (``Conv2d``: what is trained are the normalisations and dense layers); of
+            modules their running statistics too.
         batch: of all processes together.
         ema: decay of the averaged weights that are validated and kept; 0: none.
         stop: early stopping after so many epochs without a better validation error.

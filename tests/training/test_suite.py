@@ -1,0 +1,146 @@
+"""A suite: a table's experiments as one command, that goes on where it was and outlives what fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from crowdexit import zoo
+from crowdexit.cli import app
+from crowdexit.data.classes import write_classes
+from crowdexit.errors import CrowdExitError
+from crowdexit.training.recipe import Recipe
+from crowdexit.training.suite import bundled, merged, read_suite, run_all, runs_of
+
+SUITE = {
+    "title": "Tiny",
+    "paper": "IV",
+    "train": {"stage": "classes", "loss": "cross-entropy", "epochs": 1, "batch": 8, "data": {"workers": 0}},
+    "branches": {"loss": "cross-entropy", "epochs": 1, "batch": 8, "data": {"workers": 0}},
+    "copycat": {"epochs": 1},
+    "backbones": {
+        "resnet152": {"train": {"model": "resnet18", "changes": {"size": [32, 32], "outputs": 2, "dim": 4, "heads": 1}}}
+    },
+}
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    rng = np.random.default_rng(0)
+    path = tmp_path / "classes.h5"
+    with write_classes(path, ["dark", "light"], "made up") as writer:
+        for split, many in (("train", 16), ("val", 4), ("test", 6)):
+            labels = np.arange(many) % 2
+            noise = rng.integers(0, 60, (many, 32, 32, 3))
+            pictures = (noise + 180 * labels[:, None, None, None]).astype(np.uint8)
+            writer.add(split, pictures, labels, [f"{split}{i}" for i in range(many)])
+    return path
+
+
+def written(tmp_path: Path, **changes) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**SUITE, **changes}))
+    return path
+
+
+def test_a_table_in_one_command_that_is_not_run_twice(tmp_path, data):
+    arguments = ["suite", str(written(tmp_path)), "--data", str(data), "--out", str(tmp_path / "out"), "--seeds", "2"]
+    arguments += ["--pictures", str(data), "--jobs", "2"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    table = (tmp_path / "out" / "table.md").read_text()
+    header, _, first, second = table.splitlines()[2:6]
+    assert "CC-SL-ViT, accuracy" in header
+    assert first.startswith("| resnet152 | 1 | ")
+    assert first.endswith("| 66.78 | 71.06 |")
+    assert second.endswith("| 79.31 | 81.18 |")
+    assert first.count("±") == 4  # two methods, plain and copycat, two seeds each
+    assert (tmp_path / "out" / "table.png").stat().st_size > 1000
+    # The figures are what the checkpoints reach on the test pictures.
+    run = tmp_path / "out" / "resnet152" / "branches-0"
+    told = json.loads((run / "test.json").read_text())
+    assert (told["split"], told["samples"]) == ("test", 6)
+    spec = zoo.read_spec(run / "model.safetensors")
+    assert [e.name for e in spec.exits] == ["1-cnn", "1-slvit", "2-cnn", "2-slvit"]
+    # Again: nothing is trained.
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("model.safetensors")}
+    assert len(before) == 5
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_what_fails_stops_nothing_else(tmp_path, data):
+    backbones = {"bad": {"train": {"model": "resnet18", "changes": {"size": [32, 32], "stride": "last"}}}}
+    path = written(tmp_path, backbones={**backbones, **SUITE["backbones"]})
+    result = CliRunner().invoke(
+        app, ["suite", str(path), "--data", str(data), "--out", str(tmp_path / "out"), "--seeds", "1"]
+    )
+    assert isinstance(result.exception, CrowdExitError)
+    assert "2 of 4 runs failed (bad/backbone, bad/branches-0)" in str(result.exception)
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| resnet152 | 2 |" in table
+    assert "bad" not in table
+    assert "stride 'last'" in (tmp_path / "out" / "bad" / "backbone" / "log.txt").read_text()
+
+
+def test_a_folder_of_another_recipe_is_left_alone(tmp_path, data):
+    suite = read_suite(written(tmp_path))
+    (tmp_path / "out" / "resnet152" / "backbone").mkdir(parents=True)
+    (tmp_path / "out" / "resnet152" / "backbone" / "recipe.yaml").write_text("stage: classes\n")
+    with pytest.raises(CrowdExitError, match="another recipe"):
+        run_all(runs_of(suite, data, tmp_path / "out", 1), tmp_path / "out", 1, lambda run, problem: None)
+
+
+@pytest.mark.parametrize("name", bundled())
+def test_bundled_suites_make_recipes(name, tmp_path):
+    suite = read_suite(name)
+    runs = runs_of(suite, tmp_path / "data.h5", tmp_path / "out", 5, tmp_path / "pictures")
+    recipes = {run.name: Recipe.model_validate(run.recipe) for run in runs}
+    trained = sum(run.step == "branches" for run in runs)
+    assert trained == 5 * len(suite.backbones)
+    for run in runs:
+        recipe = recipes[run.name]
+        if run.step != "backbone":
+            spec = zoo.Spec(recipe.model, changes={k: v for k, v in recipe.changes.items() if k != "dropout"})
+            assert {e.place for e in recipe.exits} == set(suite.places) <= set(zoo.build(spec).places)
+
+
+def test_the_scenarios_are_the_papers_27():
+    classes = [read_suite(f"table-{number}") for number in ("iv", "v", "vi", "vii")]
+    assert sum(len(suite.backbones) * len(suite.places) for suite in classes) == 24
+    assert len(read_suite("table-viii").places) == 3
+    sounds = runs_of(read_suite("table-vii"), Path("gtzan.h5"), Path("out"), 1)
+    branches = next(run for run in sounds if run.name == "resnet152/branches-0").recipe
+    assert {e["name"]: e["options"] for e in branches["exits"]}["2-slvit"] == {"heads": 24}
+    assert branches["batch"] == 32
+
+
+def test_parts_lie_over_each_other():
+    assert merged({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 4}, "d": {"e": 5}}) == {
+        "a": {"b": 4, "c": 2},
+        "d": {"e": 5},
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backbones": {}}, "backbones"),
+        ({"datasets": "x"}, "datasets"),
+        ({"dataset": "mnist"}, "dataset: 'mnist'"),
+        ({"train": {**SUITE["train"], "epochs": 0}}, "resnet152/backbone: epochs"),
+    ],
+)
+def test_a_suite_that_means_nothing(tmp_path, data, changes, message):
+    with pytest.raises(CrowdExitError, match=message):
+        runs_of(read_suite(written(tmp_path, **changes)), data, tmp_path, 1)
+
+
+def test_no_such_suite():
+    with pytest.raises(CrowdExitError, match="bundled are"):
+        read_suite("table-iii")
