@@ -328,6 +328,35 @@ def suite(
         raise CrowdExitError(f"{len(failed)} of {len(runs)} runs failed ({', '.join(failed)}); see their log.txt")
 
 
+@app.command(epilog="Example: `crowdexit search runs/branches --data cifar10.h5 --place 1 --heads 2,4,8,12,16`")
+def search(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run whose branches were trained classifier-wise.")],
+    data: Annotated[Path, typer.Option(help="The prepared HDF5 file that it was trained on.")],
+    place: Annotated[str, typer.Option(help="Where the branches stand.")],
+    dims: Annotated[str, typer.Option(help="Widths d to try, with commas between.")] = "32",
+    heads: Annotated[str, typer.Option(help="Numbers of heads h to try, with commas between.")] = "2,4,8,12,16,24",
+    out: Annotated[Path, typer.Option(help="Folder of the run and of grid.csv, .md and .png.")] = Path("search"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the search that is there.")] = False,
+) -> None:
+    """Try every d and h of an SL-ViT branch side by side: the best with no more parameters than the CNN branch."""
+    from crowdexit.analysis import grid
+    from crowdexit.training.run import train as run_training
+    from crowdexit.training.search import search_recipe
+
+    recipe = search_recipe(run, data, place, _numbers("--dims", dims), _numbers("--heads", heads))
+    path = run_training(recipe, out, resume=resume, console=Console(stderr=True))
+    paths = grid.write(grid.read_grid(path), out)
+    print(paths[1].read_text("utf-8"), end="")
+    print(f"Written: {', '.join(map(str, paths))}", file=sys.stderr)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(item) for item in text.split(",")]
+    except ValueError:
+        raise CrowdExitError(f"{option} {text}: whole numbers with commas between") from None
+
+
 @app.command(epilog="Example: `crowdexit copycat runs/branches --pictures holiday/ --data cifar10.h5 --out runs/cc`")
 def copycat(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run whose branches were trained classifier-wise.")],
