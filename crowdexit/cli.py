@@ -357,6 +357,31 @@ def _numbers(option: str, text: str) -> list[int]:
         raise CrowdExitError(f"{option} {text}: whole numbers with commas between") from None
 
 
+@app.command(epilog="Example: `crowdexit see street.jpg --model audiocsrnet-s --exits V1,V1-cnn --out see.png`")
+def see(
+    picture: Annotated[Path, typer.Argument(help="A picture.")],
+    model: Model = DEFAULT_MODEL,
+    exits: Annotated[str | None, typer.Option(help="Names with commas between; default: all early exits.")] = None,
+    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("see.png"),
+) -> None:
+    """What branches see: their effective receptive field, and where an SL-ViT branch's attention goes."""
+    from crowdexit import zoo
+    from crowdexit.analysis import receptive
+    from crowdexit.data.picture import read_picture
+
+    shown = read_picture(picture)
+    network, _ = zoo.load(model)
+    sights = receptive.look(network, shown, None if exits is None else exits.split(","))
+    receptive.write(network, shown, sights, out)
+    table = Table(title=f"{model}: the share of the picture that holds nine tenths of the field")
+    for name in ("exit", "kind", "field"):
+        table.add_column(name, justify="left" if name != "field" else "right")
+    for sight in sights:
+        table.add_row(sight.exit, sight.kind, f"{sight.wide:.1%}")
+    Console().print(table)
+    print(f"Written: {out}", file=sys.stderr)
+
+
 @app.command(epilog="Example: `crowdexit copycat runs/branches --pictures holiday/ --data cifar10.h5 --out runs/cc`")
 def copycat(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run whose branches were trained classifier-wise.")],

@@ -98,8 +98,18 @@ class WideAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * heads * dim)
         self.proj = nn.Linear(heads * dim, dim)
 
+    def weights(self, x: Tensor) -> Tensor:
+        """How much each token (third dimension) attends to each (fourth): B×h×N×N, its rows' sums one."""
+        q, k, _ = self._asked(x)
+        return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
+
+    def _asked(self, x: Tensor) -> Tensor:
+        """Queries, keys and values: 3×B×h×N×d."""
+        split: Tensor = self.qkv(x).unflatten(2, (3, self.heads, x.shape[2])).permute(2, 0, 3, 1, 4)
+        return split
+
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, x.shape[2])).permute(2, 0, 3, 1, 4)  # B×h×N×d each
+        q, k, v = self._asked(x)
         y = F.scaled_dot_product_attention(q, k, v)
         return self.proj(y.transpose(1, 2).flatten(2))
 
