@@ -5,9 +5,8 @@ from __future__ import annotations
 import stat
 import sys
 import tarfile
-import unicodedata
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -20,28 +19,23 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from crowdexit.data.classes import ClassStore, ClassWriter, write_classes
 from crowdexit.data.picture import FORMATS, MIN_SIDE, SUFFIXES, PictureError, decode_picture
 from crowdexit.data.store import SPLITS
 from crowdexit.errors import CrowdExitError
-from data_prep.common import Strict, Task, run
+from data_prep.common import Size, Strict, Val, check_size, plain, run, shown
+from data_prep.labelled import Labelled, prepare_classes
 
 _SALT = 1  # see split_of
-_BATCH = 64  # pictures that are written at once; a kill costs no more than these
 _DEPTH = 5  # folders below SRC that are looked into: a set needs two, and may lie within others
-_MAX_BYTES = 2**28  # of one picture file
 
 Place = tuple[str, ...]  # a path as its parts
 
 
 @dataclass(frozen=True)
-class Picture(Task):
+class Picture(Labelled):
     """``place`` is where in the source it is; the id is that below the set's own folder."""
 
-    label: int
     place: Place
 
 
@@ -63,8 +57,8 @@ app = typer.Typer(add_completion=False)
 def main(
     src: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of class folders, or a .tar of them.")],
     dst: Annotated[Path, typer.Argument(metavar="DST.h5", help="The prepared file to write.")],
-    size: Annotated[int, typer.Option(min=8, max=2048, help="Width and height of the stored pictures.")] = 224,
-    val: Annotated[float, typer.Option(min=0.01, max=0.4, help="Share for validation (and for test).")] = 0.1,
+    size: Size = 224,
+    val: Val = 0.1,
     strict: Strict = False,
 ) -> None:
     """Prepare pictures in class folders: one HDF5 file of square pictures and labels.
@@ -80,21 +74,17 @@ def main(
     with open_source(src) as source:
         found = find_pictures(source, src, val)
         settings = f"class_folders {src.resolve()} {source.state()} {size} {val} {found.pictures}"
-        with write_classes(dst, found.classes, f"class folders of {src.name}", settings=settings) as writer:
-            todo = [picture for picture in found.pictures if (picture.split, picture.id) not in writer]
-            columns = TextColumn("preparing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-            with Progress(*columns, console=Console(stderr=True)) as progress:
-                skipped = write_pictures(writer, source, progress.track(todo), size, strict=strict)
-    with ClassStore(dst) as store:
-        print(store.describe())
-    if len(todo) < len(found.pictures):
-        print(f"  {len(found.pictures) - len(todo)} pictures resumed from an interrupted run")
-    if found.astray:
-        print(f"  {found.astray} pictures outside the class folders left out")
-    if skipped:
-        print(f"  {len(skipped)} pictures skipped:")
-    for name, reason in skipped:
-        print(f"    {name}: {reason}")
+        prepare_classes(
+            dst,
+            found.classes,
+            f"class folders of {src.name}",
+            found.pictures,
+            lambda picture: square(decode(source.read(picture.place), picture.id), size),
+            settings=settings,
+            what="pictures",
+            notes=lambda _: [f"{found.astray} pictures outside the class folders left out"] if found.astray else [],
+            strict=strict,
+        )
 
 
 class Folder:
@@ -124,7 +114,7 @@ class Folder:
             about = path.stat()
             if not stat.S_ISREG(about.st_mode):  # a pipe would keep us waiting
                 raise PictureError("not a file")
-            _check_size(about.st_size)
+            check_size(about.st_size, "picture")
             return path.read_bytes()
         except OSError as error:
             raise PictureError(f"cannot be read ({error.strerror})") from error
@@ -157,7 +147,7 @@ class Archive:
 
     def read(self, place: Place) -> bytes:
         member = self._members[place]
-        _check_size(member.size)
+        check_size(member.size, "picture")
         try:
             file = self._tar.extractfile(member)
             return file.read() if file else b""
@@ -208,49 +198,88 @@ def find_pictures(source: Source, src: Path, val: float) -> Found:
     """The pictures in class folders, each with its split and label; classes in alphabetical order.
 
     Raises:
-        CrowdExitError: if there are fewer than two classes, a class folder without a picture, or a class with
+        CrowdExitError: as :func:`find_samples`.
+    """
+    samples = find_samples(source, src, SUFFIXES, "picture")
+
+    def split(id: str, half: str) -> str:
+        if not samples.halves:
+            return split_of(id, val, test=True)
+        return half if half != "train" or "val" in samples.halves else split_of(id, val)
+
+    pictures = [Picture(one.id, split(one.id, one.half), one.label, one.place) for one in samples.found]
+    return Found(samples.classes, pictures, samples.astray)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A file in a class folder. ``half`` is the folder above that, as ``train``, or empty if there is none."""
+
+    id: str
+    half: str
+    label: int
+    place: Place
+
+
+@dataclass
+class Samples:
+    """The classes of a source, the files in their folders, and how many more lie elsewhere."""
+
+    classes: list[str]
+    found: list[Sample]
+    astray: int
+
+    @property
+    def halves(self) -> set[str]:
+        """Which splits have folders of their own; none if there are class folders alone."""
+        return {sample.half for sample in self.found} - {""}
+
+
+def find_samples(source: Source, src: Path, suffixes: tuple[str, ...], what: str) -> Samples:
+    """The files of some kind in class folders, SPLIT/CLASS or CLASS alone; classes in alphabetical order.
+
+    Args:
+        source: where to look.
+        src: its name, for errors.
+        suffixes: that the names of these files end in, in lower case.
+        what: how such a file is called in errors.
+
+    Raises:
+        CrowdExitError: if there are fewer than two classes, a class folder without such a file, or a class with
             nothing to train on.
     """
-    files = [place for place in source.files if not _hidden(place) and place[-1].lower().endswith(SUFFIXES)]
+    files = [place for place in source.files if not hidden(place) and place[-1].lower().endswith(suffixes)]
     outer = _outer(files)
-    # A class may be called "test" as well; then its pictures lie one folder higher than those of a split.
+    # A class may be called "test" as well; then its files lie one folder higher than those of a split.
     halves = any(len(place) == outer + 3 and place[outer] in SPLITS for place in files)
     depth = outer + (3 if halves else 2)
 
     def in_set(place: Place) -> bool:
-        return not _hidden(place) and (not halves or place[outer] in SPLITS)
+        return not hidden(place) and (not halves or place[outer] in SPLITS)
 
-    pictures = [place for place in files if len(place) == depth and in_set(place)]
-    filled = {place[outer:-1] for place in pictures}  # (SPLIT, CLASS) or (CLASS,)
+    mine = [place for place in files if len(place) == depth and in_set(place)]
+    filled = {place[outer:-1] for place in mine}  # (SPLIT, CLASS) or (CLASS,)
     for folder in source.folders:
         if len(folder) == depth - 1 and in_set(folder) and folder[outer:] not in filled:
-            raise CrowdExitError(f"{src}: the class folder {_shown('/'.join(folder))} holds no picture")
+            raise CrowdExitError(f"{src}: the class folder {shown('/'.join(folder))} holds no {what}")
     classes = sorted({folder[-1] for folder in filled})
     if len(classes) < 2:
-        raise CrowdExitError(f"{src}: holds no two class folders of pictures (train/CLASS/*.jpg or CLASS/*.jpg)")
+        example = f"train/CLASS/*{suffixes[0]} or CLASS/*{suffixes[0]}"
+        raise CrowdExitError(f"{src}: holds no two class folders of {what}s ({example})")
     for name in classes:
-        if not _plain(name):
-            raise CrowdExitError(f"{src}: the name of the class folder {_shown(name)} is not plain text")
+        if not plain(name):
+            raise CrowdExitError(f"{src}: the name of the class folder {shown(name)} is not plain text")
         if halves and ("train", name) not in filled:
             others = " and ".join(split for split in SPLITS if (split, name) in filled)
             raise CrowdExitError(f"{src}: class {name!r} is in {others} only, so there is nothing to train on")
-    own_val = halves and any(folder[0] == "val" for folder in filled)
     labels = {name: number for number, name in enumerate(classes)}
-
-    def split(place: Place, id: str) -> str:
-        if not halves:
-            return split_of(id, val, test=True)
-        return place[outer] if place[outer] != "train" or own_val else split_of(id, val)
-
-    ids = ["/".join(place[outer:]) for place in pictures]
-    return Found(
-        classes,
-        [Picture(id, split(at, id), labels[at[-2]], at) for at, id in zip(pictures, ids, strict=True)],
-        len(files) - len(pictures),
-    )
+    found = [
+        Sample("/".join(place[outer:]), place[outer] if halves else "", labels[place[-2]], place) for place in mine
+    ]
+    return Samples(classes, found, len(files) - len(mine))
 
 
-def _hidden(place: Place) -> bool:
+def hidden(place: Place) -> bool:
     """What is not meant as content; macOS archives hold a ``._NAME.jpg`` beside each picture."""
     return any(part.startswith(".") or part == "__MACOSX" for part in place)
 
@@ -268,15 +297,6 @@ def _outer(files: Sequence[Place]) -> int:
     return outer
 
 
-def _plain(name: str) -> bool:
-    """Whether a name can be stored and shown: no bytes of another encoding, no control characters."""
-    return not any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name)
-
-
-def _shown(name: str) -> str:
-    return name if _plain(name) else ascii(name)
-
-
 def split_of(id: str, val: float, *, test: bool = False) -> str:
     """The split of a picture, fixed by its id alone: ``val``, with ``test`` an equal share of that, or ``train``.
 
@@ -286,41 +306,6 @@ def split_of(id: str, val: float, *, test: bool = False) -> str:
     if fraction < val:
         return "val"
     return "test" if test and fraction < 2 * val else "train"
-
-
-def write_pictures(
-    writer: ClassWriter, source: Source, pictures: Iterable[Picture], size: int, *, strict: bool
-) -> list[tuple[str, str]]:
-    """Read, cut and write pictures; returns those that cannot be used, as (id, reason).
-
-    Raises:
-        CrowdExitError: at the first of these, if ``strict``.
-    """
-    skipped: list[tuple[str, str]] = []
-    waiting: list[tuple[Picture, NDArray[np.uint8]]] = []
-    for picture in pictures:
-        try:
-            if not _plain(picture.id):
-                raise PictureError("its name is not plain text")
-            waiting.append((picture, square(decode(source.read(picture.place), picture.id), size)))
-        except PictureError as error:
-            name, reason = _shown(picture.id), str(error).removeprefix(f"{picture.id}: ")
-            if strict:
-                raise CrowdExitError(f"{name}: {reason}") from error
-            skipped.append((name, reason))
-        if len(waiting) == _BATCH:
-            _write(writer, waiting)
-            waiting.clear()
-    _write(writer, waiting)
-    return skipped
-
-
-def _write(writer: ClassWriter, waiting: Sequence[tuple[Picture, NDArray[np.uint8]]]) -> None:
-    for split in SPLITS:
-        mine = [(picture, image) for picture, image in waiting if picture.split == split]
-        if mine:
-            images = np.stack([image for _, image in mine])
-            writer.add(split, images, [picture.label for picture, _ in mine], [picture.id for picture, _ in mine])
 
 
 def decode(data: bytes, name: str) -> NDArray[np.uint8]:
@@ -358,11 +343,6 @@ def square(picture: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
         return middle
     interpolation = cv2.INTER_AREA if size < side else cv2.INTER_LINEAR
     return np.asarray(cv2.resize(middle, (size, size), interpolation=interpolation), np.uint8)
-
-
-def _check_size(size: int) -> None:
-    if size > _MAX_BYTES:
-        raise PictureError(f"{size:,} bytes are too much for a picture")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ import multiprocessing
 import os
 import signal
 import sys
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -33,10 +34,15 @@ from crowdexit.errors import CrowdExitError
 
 JPEG_QUALITY = 95
 DENSITY_STRIDE = 8  # stored density maps have the grid that the networks answer on
+MAX_BYTES = 2**28  # of one picture or recording
 
 CORES = os.cpu_count() or 1
 Jobs = Annotated[int, typer.Option("--jobs", min=1, show_default="all cores", help="Processes that work at once.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop with code 2 at the first unusable sample.")]
+Size = Annotated[int, typer.Option("--size", min=8, max=2048, help="Width and height of the stored pictures.")]
+Val = Annotated[float, typer.Option("--val", min=0.01, max=0.4, help="Share for validation (and for test).")]
+
+Skipped = list[tuple[str, str]]  # what cannot be used: id and reason
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Report:
 
     destination: Path
     resumed: int = 0
-    skipped: list[tuple[str, str]] = field(default_factory=list)
+    skipped: Skipped = field(default_factory=list)
     pictures: Counter[str] = field(default_factory=Counter)
     heads: Counter[str] = field(default_factory=Counter)
     origins: Counter[str] = field(default_factory=Counter)
@@ -69,10 +75,21 @@ class Report:
             print(f"  {self.resumed} pictures resumed from an interrupted run")
         if self.heads_outside:
             print(f"  {self.heads_outside} heads outside their pictures dropped")
-        if self.skipped:
-            print(f"  {len(self.skipped)} samples skipped:")
-        for id, reason in self.skipped:
-            print(f"    {id}: {reason}")
+        print_skipped(self.skipped, "samples")
+
+
+def print_skipped(skipped: Skipped, what: str) -> None:
+    """The end of a summary: how many could not be used, and each with its reason."""
+    if skipped:
+        print(f"  {len(skipped)} {what} skipped:")
+    for id, reason in skipped:
+        print(f"    {id}: {reason}")
+
+
+def progress_bar() -> Progress:
+    """On stderr, so that the summary can be sent elsewhere."""
+    columns = TextColumn("preparing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=Console(stderr=True))
 
 
 T = TypeVar("T", bound=Task)
@@ -113,11 +130,10 @@ def prepare(
         done = _already_done(part, fingerprint)
         todo = [task for task in tasks if (task.split, task.id) not in done]
         report.resumed = len(tasks) - len(todo)
-        columns = TextColumn("preparing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         with (
             open_for_writing(destination) as file,
             closing(_work(todo, make, jobs)) as results,
-            Progress(*columns, console=Console(stderr=True)) as progress,
+            progress_bar() as progress,
         ):
             file.attrs["prepared_with"] = fingerprint
             for task, result in progress.track(results, len(todo)):
@@ -212,6 +228,42 @@ def _work(
         raise CrowdExitError("a worker process died, perhaps for want of memory; try fewer --jobs") from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def plain(name: str) -> bool:
+    """Whether a name can be stored and shown: no bytes of another encoding, no control characters."""
+    return not any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name)
+
+
+def shown(name: str) -> str:
+    return name if plain(name) else ascii(name)
+
+
+def check_size(size: int, what: str) -> None:
+    """Refuse a file of ``size`` bytes that is too large to be read as a whole.
+
+    Raises:
+        CrowdExitError: if it is.
+    """
+    if size > MAX_BYTES:
+        raise CrowdExitError(f"{size:,} bytes are too much for a {what}")
+
+
+def by_hash(names: Iterable[str]) -> list[str]:
+    """The names, each once, in an order that only the names decide and that has nothing to do with them."""
+    return sorted(set(names), key=lambda name: hashlib.sha256(name.encode(errors="surrogateescape")).digest())
+
+
+def divided(names: Iterable[str], val: float, *, test: bool = True) -> dict[str, str]:
+    """A split for each name: the share ``val`` for validation, with ``test`` as many for test, the rest to train on.
+
+    The hashes of the names decide. Both parts get at least one, as long as one stays to train on.
+    """
+    ordered = by_hash(names)
+    parts = ("val", "test") if test else ("val",)
+    each = min(max(1, round(val * len(ordered))), max(0, len(ordered) - 1) // len(parts))
+    held = {name: part for n, part in enumerate(parts) for name in ordered[n * each : (n + 1) * each]}
+    return {name: held.get(name, "train") for name in ordered}
 
 
 def run(app: typer.Typer, arguments: Sequence[str] | None = None) -> int:

@@ -57,9 +57,9 @@ def log_mel(waveform: NDArray[np.generic] | torch.Tensor, sample_rate: int) -> N
     Raises:
         AudioError: if the waveform is empty, not finite or not of this form, or the rate absurd.
     """
-    if not RATES[0] <= sample_rate <= RATES[1] or sample_rate != int(sample_rate):
-        raise AudioError(f"a sample rate of {sample_rate} Hz (from {RATES[0]:,} to {RATES[1]:,} can be used)")
-    second = _to_rate(_middle_second(_mono(waveform), int(sample_rate)), int(sample_rate))
+    rate = checked_rate(sample_rate)
+    second = at_rate(_middle_second(mono(waveform), rate), rate, SAMPLE_RATE)
+    second = np.pad(second, (0, max(0, SAMPLE_RATE - len(second))))[:SAMPLE_RATE]
     frames = np.lib.stride_tricks.sliding_window_view(second, WINDOW)[::HOP][:FRAMES]
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(WINDOW) / WINDOW)
     magnitudes = np.abs(np.fft.rfft(frames * window, FFT))
@@ -113,8 +113,23 @@ def _wav_cut_short(path: Path) -> bool:
     return head[:4] == b"RIFF" and stated < 0x7FFFF000 and path.stat().st_size < 0.99 * stated
 
 
-def _mono(waveform: NDArray[np.generic] | torch.Tensor) -> NDArray[np.float64]:
-    """(samples,) float64 in ±1 of any accepted waveform."""
+def checked_rate(sample_rate: float) -> int:
+    """A sample rate in Hz that can be worked with.
+
+    Raises:
+        AudioError: if it is not whole, or not from 1,000 to 1,000,000.
+    """
+    if not RATES[0] <= sample_rate <= RATES[1] or sample_rate != int(sample_rate):
+        raise AudioError(f"a sample rate of {sample_rate} Hz (from {RATES[0]:,} to {RATES[1]:,} can be used)")
+    return int(sample_rate)
+
+
+def mono(waveform: NDArray[np.generic] | torch.Tensor) -> NDArray[np.float64]:
+    """(samples,) float64 in ±1 of any waveform that :func:`log_mel` takes.
+
+    Raises:
+        AudioError: if it is empty, not finite or not of this form.
+    """
     array = waveform.detach().cpu().numpy() if isinstance(waveform, torch.Tensor) else np.asarray(waveform)
     if array.ndim not in (1, 2) or (array.ndim == 2 and array.shape[0] > _MOST_CHANNELS):
         raise AudioError(f"a waveform of shape {array.shape}, not (samples,) or (channels, samples)")
@@ -139,16 +154,16 @@ def _middle_second(samples: NDArray[np.float64], rate: int) -> NDArray[np.float6
     return np.pad(samples, (-spare // 2, -spare - -spare // 2))
 
 
-def _to_rate(second: NDArray[np.float64], rate: int) -> NDArray[np.float64]:
-    if rate == SAMPLE_RATE:
-        return second
+def at_rate(samples: NDArray[np.float64], rate: int, wanted: int) -> NDArray[np.float64]:
+    """Samples (n,) at ``rate`` Hz, resampled to ``wanted`` Hz: about n · wanted / rate of them."""
+    if rate == wanted:
+        return samples
     # A rate with no large common divisor (44,101 Hz) would ask for a filter of gigabytes. The nearest simple
     # ratio is exact for every usual rate and off by less than a ten thousandth for the rest.
-    ratio = Fraction(SAMPLE_RATE, rate).limit_denominator(1000)
-    resampled = torchaudio.functional.resample(
-        torch.from_numpy(second), ratio.denominator, ratio.numerator, **_FILTER
-    ).numpy()
-    return np.pad(resampled, (0, max(0, SAMPLE_RATE - len(resampled))))[:SAMPLE_RATE]
+    ratio = Fraction(wanted, rate).limit_denominator(1000)
+    return np.asarray(
+        torchaudio.functional.resample(torch.from_numpy(samples), ratio.denominator, ratio.numerator, **_FILTER)
+    )
 
 
 @cache

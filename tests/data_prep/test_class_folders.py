@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from crowdexit.data.classes import ClassStore
-from data_prep import class_folders, common
+from data_prep import class_folders, common, labelled
 
 
 def prepare(*arguments) -> int:
@@ -325,7 +325,7 @@ def interrupt(monkeypatch, source, target, *options):
     original = class_folders.decode
     with monkeypatch.context() as patch:
         patch.setattr(class_folders, "decode", decode)
-        patch.setattr(class_folders, "_BATCH", 4)
+        patch.setattr(labelled, "BATCH", 4)
         assert prepare(source, target, "--size", 40, *options) == 130
     assert not target.exists()
     return made
@@ -371,12 +371,12 @@ def test_what_cannot_be_gone_on_with_is_started_anew(halves, tmp_path, monkeypat
 def test_killed_run_goes_on(halves, tmp_path, capsys):
     """SIGKILL, with no time to tidy up: a child kills itself while it reads its tenth picture."""
     script = (
-        "import os, signal, sys\nfrom data_prep import class_folders, common\n"
+        "import os, signal, sys\nfrom data_prep import class_folders, common, labelled\n"
         "original, made = class_folders.decode, []\n"
         "def decode(*arguments):\n"
         "    made.append(1)\n"
         "    return original(*arguments) if len(made) < 10 else os.kill(os.getpid(), signal.SIGKILL)\n"
-        "class_folders.decode, class_folders._BATCH = decode, 4\n"
+        "class_folders.decode, labelled.BATCH = decode, 4\n"
         "common.run(class_folders.app, sys.argv[1:])\n"
     )
     target = tmp_path / "set.h5"

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import h5py
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 
 from crowdexit.data.store import Store, StoredSample
 from crowdexit.errors import CrowdExitError
-from data_prep.common import Task, prepare
+from data_prep.common import Task, divided, prepare
 
 TASKS = [Task(f"id_{n:03}", "train") for n in range(40)]
 
@@ -87,3 +88,15 @@ def test_ctrl_c(tmp_path):
     assert process.returncode == 130, error
     assert "Traceback" not in error
     assert "interrupted" in error
+
+
+@pytest.mark.parametrize(
+    ("number", "held"), [(1, 0), (2, 0), (3, 1), (4, 1), (10, 1), (14, 1), (16, 2), (100, 10), (1000, 100)]
+)
+def test_shares_of_few_and_many(number, held):
+    names = [str(n) for n in range(number)]
+    counts = Counter(divided(names, 0.1).values())
+    assert counts == Counter({"train": number - 2 * held, "val": held, "test": held})
+    one = Counter(divided(names, 0.1, test=False).values())
+    assert one["test"] == 0
+    assert one["val"] == (max(held, 1) if number > 1 else 0)
