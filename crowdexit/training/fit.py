@@ -160,10 +160,12 @@ def _fit_count(head: nn.Sequential, tokens: Tensor, heads: Tensor, weights: Tens
     ones = torch.ones_like(heads)[:, None]
     both = torch.cat([ones, tokens, heads[:, None]], dim=1)
     look, offset = _solved(both.mT @ (both * weights[:, None]), branch.dim, _RIDGE)
+    # Numbers near one in every layer, so that steps of one length suit them all.
+    look, offset = look / branch.scale, offset / branch.scale
     shared = torch.zeros(branch.cells, branch.dim).to(look)  # the sound's patch says nothing yet
     shared[: _cells(branch)] = look[:, 0] / _cells(branch)
     ends = torch.tensor([0.0, 1.0]).to(look)
-    _fill(head, shared.flatten(), offset[0], float(heads.mean()), ends, ends.diff(), branch.scale)
+    _fill(head, shared.flatten(), offset[0], float(heads.mean()) / branch.scale, ends, ends.diff(), 1.0)
 
 
 def _fit_log(head: nn.Sequential, tokens: Tensor, logs: Tensor, scale: float) -> None:
@@ -189,7 +191,7 @@ def _fill(
     Args:
         middle: what s usually is.
         ends: of the curve's straight pieces. slopes: of each, the last one's beyond the end.
-        scale: the answer is the head's output times this.
+        scale: the head's output is the curve divided by this.
     """
     first, *between, last = [layer for layer in head if isinstance(layer, nn.Linear)]
     units = first.out_features
