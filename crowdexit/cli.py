@@ -411,11 +411,14 @@ def copycat(
 def pack(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A trained run's folder or checkpoint.")],
     out: Annotated[Path, typer.Argument(help="The smaller checkpoint.")],
+    exits: Annotated[str | None, typer.Option(help="Early exits to keep, with commas between; default: all.")] = None,
 ) -> None:
-    """Write a checkpoint with kernels and matrices as float16: half the size, to be shipped."""
+    """Write a checkpoint with kernels and matrices as float16, half the size, to be shipped; some of its exits alone."""
     from crowdexit import zoo
 
     network, spec = zoo.load(model)
+    if exits is not None:
+        network, spec = zoo.with_exits(network, spec, exits.split(","))
     zoo.save(network, spec, out, half=True)
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
 

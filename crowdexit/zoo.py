@@ -165,6 +165,25 @@ def checkpoint_path(name: str | Path) -> Path:
     return path
 
 
+def with_exits(network: MultiExitNetwork, spec: Spec, names: Sequence[str]) -> tuple[MultiExitNetwork, Spec]:
+    """The same network with some of its early exits alone, in the order of the names.
+
+    Raises:
+        ZooError: for a name that is none of them, or comes twice.
+    """
+    there = {e.name: e for e in spec.exits}
+    for name in names:
+        if name not in there:
+            raise ZooError(f"no early exit {name!r} in {spec.model} (it has {', '.join(there) or 'none'})")
+    if len(set(names)) < len(names):
+        raise ZooError("an exit is named twice")
+    fewer = replace(spec, exits=tuple(there[name] for name in names))
+    chosen = build(fewer)
+    own = chosen.state_dict()
+    fill(chosen, {key: tensor for key, tensor in network.state_dict().items() if key in own}, spec.model)
+    return chosen.eval(), fewer
+
+
 def save(network: MultiExitNetwork, spec: Spec, path: Path, *, half: bool = False) -> None:
     """Write a checkpoint whole (beside, then renamed).
 

@@ -204,3 +204,20 @@ def test_optional_tensors_may_be_missing_and_keep_their_value(network):
     fails(lambda: zoo.fill(network, tensors, "x"), "it lacks 'final.conv.bias'")
     zoo.fill(network, tensors, "x", optional=lambda key: key.startswith("final."))
     assert torch.equal(network.final.conv.bias, start)
+
+
+def test_some_exits_alone(tmp_path):
+    changes = {"size": [64, 64], "dim": 12, "depth": 3, "heads": 2, "hidden": 8}
+    exits = tuple(zoo.ExitSpec(f"{place}-{kind}", place, kind) for place in "12" for kind in ("mlp", "cnn-add"))
+    spec = zoo.Spec("transcrowd-token", exits, changes)
+    network = zoo.build(spec).eval()
+    fewer, told = zoo.with_exits(network, spec, ["2-cnn-add", "1-mlp"])
+    assert [e.name for e in told.exits] == ["2-cnn-add", "1-mlp"]
+    picture = inputs(torch.randn(1, 3, 64, 64))
+    with torch.no_grad():
+        before, after = network(picture), fewer(picture)
+    assert set(after) == {"1-mlp", "2-cnn-add", "final"}
+    assert all(torch.equal(answer.value, before[name].value) for name, answer in after.items())
+    for names, message in ((["3-mlp"], "no early exit '3-mlp'"), (["1-mlp", "1-mlp"], "twice")):
+        with pytest.raises(zoo.ZooError, match=message):
+            zoo.with_exits(network, spec, names)

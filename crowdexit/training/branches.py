@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
 
@@ -122,6 +123,12 @@ class BranchTraining(Experiment):
             module.requires_grad_(False)
         for name, branch in network.branches.items():
             branch.requires_grad_(name in self.names)
+        for pattern in recipe.frozen:
+            stay = [weight for name, weight in network.branches.named_parameters() if fnmatchcase(name, pattern)]
+            if not stay:
+                raise TrainingError(f"frozen: no branch has {pattern!r} (they have {self.names[0]}.head.0.weight …)")
+            for weight in stay:
+                weight.requires_grad_(False)
         self.average = averaged(network.branches, recipe)
         # Thrown away afterwards: one reading of each token, so that every part of a picture teaches its count.
         self.readouts = nn.ModuleDict()

@@ -174,7 +174,7 @@ class Recipe(_Part):
             the sound, and evened errors would teach to guess low.
         frozen: modules and parameters of the backbone that stay as they are, by name or pattern (``stages.0``,
             ``*.bias``) or a module's class (``Conv2d``: what is trained are the normalisations and dense layers); of
-            modules their running statistics too.
+            modules their running statistics too. In ``branches``, parameters of the branches.
         batch: of all processes together.
         ema: decay of the averaged weights that are validated and kept; 0: none.
         stop: early stopping after so many epochs without a better validation error.
@@ -242,7 +242,7 @@ class Recipe(_Part):
             raise ValueError(f"the stage {self.stage!r} adds no losses, so that lambdas mean nothing")
         if self.rest != "kept" and self.stage != "layer-wise":
             raise ValueError(f"the stage {self.stage!r} knows no 'rest'")
-        if self.frozen and self.stage not in ("density", "count", "classes"):
+        if self.frozen and self.stage not in ("density", "count", "classes", "branches"):
             raise ValueError(f"the stage {self.stage!r} freezes what it freezes by itself: no 'frozen'")
         if self.stage in ("end-to-end", "layer-wise") and (self.stop or self.optimiser.schedule == "plateau"):
             raise ValueError(f"the stage {self.stage!r} runs all its epochs: no stop, no plateau")

@@ -31,6 +31,20 @@ def test_backbone_is_left_alone(store, backbone, tmp_path, ema):
     assert same(backbone_of(best(tmp_path)), before)
 
 
+def test_parts_of_a_branch_can_stay(store, backbone, tmp_path):
+    exits = [{"name": "AV1", "place": "AV1", "kind": "slvit"}]
+    run(tiny(store, "branches", start=backbone, exits=exits), tmp_path / "first")
+    first = tmp_path / "first" / "model.safetensors"
+    keys = {"start": first, "branches_from": first, "exits": exits, "optimiser": {"lr": 1e-2, "weight_decay": 0.1}}
+    run(tiny(store, "branches", frozen=["*.project.*", "*.encoder.*"], **keys), tmp_path / "second")
+    before, after = (part(best(tmp_path / run), "branches.AV1.") for run in ("first", "second"))
+    for key, value in before.items():
+        stays = key.startswith(("project.", "encoder."))
+        assert torch.equal(value, after[key]) == stays, key
+    with pytest.raises(TrainingError, match=r"frozen: no branch has 'stages\.0'"):
+        run(tiny(store, "branches", frozen=["stages.0"], **keys), tmp_path / "third")
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "plateau"])
 def test_together_and_alone_agree(store, backbone, tmp_path, schedule):
     keys = {"start": backbone, "ema": 0.5, "local": 1.0, "optimiser": {"schedule": schedule, "patience": 0}}

@@ -139,7 +139,7 @@ def test_killed_and_resumed_is_the_same(store, tmp_path, break_off, epoch):
         ("end-to-end", {"exits": []}, "needs exits"),
         ("branches", {"lambdas": {"V1": 1}}, "lambdas mean nothing"),
         ("end-to-end", {"rest": "fresh"}, "knows no 'rest'"),
-        ("branches", {"frozen": ["stages.0"]}, "no 'frozen'"),
+        ("end-to-end", {"frozen": ["stages.0"]}, "no 'frozen'"),
         ("layer-wise", {"stop": 2}, "no stop, no plateau"),
     ],
 )
