@@ -413,7 +413,7 @@ def pack(
     out: Annotated[Path, typer.Argument(help="The smaller checkpoint.")],
     exits: Annotated[str | None, typer.Option(help="Early exits to keep, with commas between; default: all.")] = None,
 ) -> None:
-    """Write a checkpoint with kernels and matrices as float16, half the size, to be shipped; some of its exits alone."""
+    """Write a checkpoint with kernels and matrices as float16, half the size: to be shipped, some exits alone."""
     from crowdexit import zoo
 
     network, spec = zoo.load(model)
