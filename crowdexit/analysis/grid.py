@@ -79,7 +79,9 @@ def as_markdown(grid: Grid) -> str:
         d, h = ("–" if n is None else str(n) for n in (c.dim, c.heads))
         lines.append(f"| {c.exit} | {d} | {h} | {c.params / 1e6:.3f}M{over} | {c.value:.4g} |")
     best = grid.best
-    chosen = "None has as few parameters as the CNN branch." if best is None else f"Best: d = {best.dim}, h = {best.heads}."
+    chosen = (
+        "None has as few parameters as the CNN branch." if best is None else f"Best: d = {best.dim}, h = {best.heads}."
+    )
     return "\n".join([*lines, "", chosen]) + "\n"
 
 
@@ -101,10 +103,8 @@ def draw(grid: Grid, path: Path) -> None:
 
     figure, ax = pyplot.subplots(figsize=(6.5, 4.2), layout="constrained")
     for dim in sorted({c.dim for c in grid.candidates if c.dim is not None}):
-        own: Sequence[Candidate] = sorted(
-            (c for c in grid.candidates if c.dim == dim), key=lambda c: c.heads or 0
-        )
-        ax.plot([c.heads for c in own], [c.value for c in own], "o-", label=f"d = {dim}")
+        own: Sequence[Candidate] = sorted((c for c in grid.candidates if c.dim == dim), key=lambda c: c.heads or 0)
+        ax.plot([c.heads or 0 for c in own], [c.value for c in own], "o-", label=f"d = {dim}")
     for c in grid.candidates:
         if c.dim is None:
             ax.axhline(c.value, color="0.3", linestyle="--", label="CNN")

@@ -1,6 +1,6 @@
 """What a branch sees: its effective receptive field, and where an SL-ViT branch's attention goes (SL-ViT paper, III).
 
-The paper argues that one layer of attention lets a branch see the whole picture, where a convolution sees a patch of it.
+The paper argues that one layer of attention lets a branch see the whole picture, where a convolution sees a patch.
 """
 
 from __future__ import annotations
@@ -78,10 +78,7 @@ def _sight(name: str, branch: Branch, features: Features, image: Tensor) -> Sigh
     (slope,) = torch.autograd.grad(middle.abs().sum(), image, retain_graph=True)
     field = slope[0].abs().sum(0).double()
     order = field.flatten().sort(descending=True).values.cumsum(0)
-    if not order[-1] > 0:
-        wide = 0.0
-    else:
-        wide = float((order < 0.9 * order[-1]).double().mean())
+    wide = float((order < 0.9 * order[-1]).double().mean())
     attention = _attention(branch, features) if isinstance(branch, SLViTExit) else None
     return Sight(name, branch.kind, (field / field.max().clamp(min=1e-30)).float().numpy(), wide, attention)
 

@@ -151,9 +151,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         ax.bar(places, [mean(v) for v in values], width, yerr=errors, capsize=3, label=METHODS[kind])
     for i, row in enumerate(rows):
         if row.final:
-            ax.hlines(
-                row.final[0], i - 0.45, i + 0.45, colors="0.3", linestyles="--", label="final" if i == 0 else None
-            )
+            label = "final" if i == 0 else "_final"  # named once
+            ax.hlines(row.final[0], i - 0.45, i + 0.45, colors="0.3", linestyles="--", label=label)
     ax.set_xticks(range(len(rows)), [f"{row.backbone}\n{row.place}" for row in rows])
     ax.set_ylabel(rows[0].measure)
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)

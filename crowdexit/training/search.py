@@ -34,8 +34,9 @@ def search_recipe(run: Path, data: Path, place: str, dims: Sequence[int], heads:
         raise TrainingError(f"{path}: not trained classifier-wise; the search takes its recipe from such a run")
     if not dims or not heads or min(*dims, *heads) < 1:
         raise TrainingError("a grid wants widths and numbers of heads above zero")
-    dim, head = ("slvit_dim", "slvit_heads") if "slvit_dim" in zoo.build(spec).config.branch_fields else ("dim", "heads")
-    cnn = "cnn-ignore" if dim == "slvit_dim" else CNN
+    transformer = "slvit_dim" in zoo.build(spec).config.branch_fields
+    dim, head = ("slvit_dim", "slvit_heads") if transformer else ("dim", "heads")
+    cnn = "cnn-ignore" if transformer else CNN
     exits: list[dict[str, Any]] = [{"name": CNN, "place": place, "kind": cnn}]
     for d in dict.fromkeys(dims):
         for h in dict.fromkeys(heads):
@@ -56,4 +57,3 @@ def search_recipe(run: Path, data: Path, place: str, dims: Sequence[int], heads:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise TrainingError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}") from None
-

@@ -55,7 +55,9 @@ def test_attention_is_by_patch_and_adds_up(network, picture):
 
 def test_attention_weights_are_those_that_the_branch_uses():
     branch = AudioCSRNet(AudioCSRNetConfig(**{**CHANGES, "size": (256, 128)})).make_branch(  # type: ignore[arg-type]
-        "V1", "slvit", AudioCSRNetConfig(**{**CHANGES, "size": (256, 128)})  # type: ignore[arg-type]
+        "V1",
+        "slvit",
+        AudioCSRNetConfig(**{**CHANGES, "size": (256, 128)}),  # type: ignore[arg-type]
     )
     attention = branch.encoder.attention  # type: ignore[attr-defined, union-attr]
     tokens = torch.randn(2, 5, 8)
