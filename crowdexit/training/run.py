@@ -328,8 +328,7 @@ def train(
         raise TrainingError(f"{out}: no folder can be made there ({error.strerror})") from None
     if recipe.fit and not (resume and last.exists()):
         with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16-mixed"):
-            names = [trial.name for trial in trials(recipe)]
-            names += [] if recipe.stage == "branches" else [FINAL]
+            names = [trial.name for trial in trials(recipe)] or [FINAL]
             fit_exits(network, names, partial(some_batches, recipe, data), recipe)
         experiment.train()
     if recipe.cache is not None and isinstance(experiment, BranchTraining):
