@@ -299,6 +299,8 @@ def suite(
     from crowdexit.training.suite import Run, read_suite, run_all, runs_of
 
     wanted = read_suite(name)
+    if not data.is_file():  # said once, not by every run
+        raise CrowdExitError(f"{data}: no such prepared file")
     runs = runs_of(wanted, data, out, seeds, pictures)
     with _progress("training", len(runs)) as advance:
 

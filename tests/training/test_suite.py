@@ -144,3 +144,11 @@ def test_a_suite_that_means_nothing(tmp_path, data, changes, message):
 def test_no_such_suite():
     with pytest.raises(CrowdExitError, match="bundled are"):
         read_suite("table-iii")
+
+
+def test_data_that_is_not_there_is_said_once(tmp_path):
+    arguments = ["suite", str(written(tmp_path)), "--data", str(tmp_path / "no.h5"), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, CrowdExitError)
+    assert "no.h5: no such prepared file" in str(result.exception)
+    assert not (tmp_path / "out").exists()
