@@ -13,6 +13,7 @@ from statistics import mean, stdev
 from crowdexit import zoo
 from crowdexit.analysis.cost import cost_of
 from crowdexit.analysis.files import write_files
+from crowdexit.analysis.tables import cell
 from crowdexit.errors import CrowdExitError
 from crowdexit.network import FINAL
 
@@ -51,12 +52,6 @@ class Outcome:
     copycat: bool
     measure: str
     values: Mapping[str, float]
-
-
-def _cell(values: Sequence[float]) -> str:
-    if not values:
-        return "–"
-    return f"{values[0]:.2f}" if len(values) == 1 else f"{mean(values):.2f} ± {stdev(values):.2f}"
 
 
 @dataclass(frozen=True)
@@ -109,7 +104,7 @@ def as_markdown(rows: Sequence[Row], title: str, paper: str | None) -> str:
     header += ["paper CNN", "paper SL-ViT"] if beside else []
     lines = [f"# {title}", "", "| " + " | ".join(header) + " |", "|---|" + "---|" * (len(header) - 1)]
     for row in rows:
-        cells = [row.backbone, row.place, *(_cell(row.values.get(kind, ())) for kind in kinds), _cell(row.final)]
+        cells = [row.backbone, row.place, *(cell(row.values.get(kind, ())) for kind in kinds), cell(row.final)]
         cells += [f"{row.params[kind] / 1e6:.2f}M" if kind in row.params else "–" for kind in plain]
         cells += [f"{row.flops[kind] / 1e9:.2f}B" if kind in row.flops else "–" for kind in plain]
         if plain:

@@ -101,7 +101,7 @@ def figures(spec: zoo.Spec, data: str, values: Mapping[str, float], measure: str
     return [*made, *(Figure(STRATEGIES[stage], places, data, measure, kind, FINAL, values[FINAL]) for kind in kinds)]
 
 
-def _cell(values: Sequence[float]) -> str:
+def cell(values: Sequence[float]) -> str:
     """One value, the mean of several runs ± their standard deviation, or a dash for none."""
     if not values:
         return "–"
@@ -131,9 +131,9 @@ def as_markdown(made: Sequence[Figure]) -> str:
         header = ["branch", *(f"{data}, {sets[data]} @{place}" for data, place in columns)]
         kinds = [kind for kind in NAMES if any(f.kind == kind for f in group)]
         kinds += sorted({f.kind for f in group} - set(NAMES))
-        rows = [[NAMES.get(kind, kind), *(_cell(cells[kind, *column]) for column in columns)] for kind in kinds]
+        rows = [[NAMES.get(kind, kind), *(cell(cells[kind, *column]) for column in columns)] for kind in kinds]
         lines += _table([part.replace("@final", "final") for part in header], rows)
-        known = [f"{data} {_cell(alone[data])}" for data in used if alone[data]]
+        known = [f"{data} {cell(alone[data])}" for data in used if alone[data]]
         if known:
             lines += ["", f"Backbones without exits: {', '.join(known)}."]
         if (strategy, places) == ("end-to-end", ("6",)):

@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from crowdexit import zoo
 from crowdexit.training.modules import TrainingError
-from crowdexit.training.recipe import Recipe
+from crowdexit.training.recipe import Recipe, checked
 
 
 def copycat_recipe(
@@ -57,9 +55,4 @@ def copycat_recipe(
     }
     if epochs is not None:
         own["epochs"] = epochs
-    try:
-        return Recipe.model_validate({**told, **own})
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(place) for place in first["loc"])
-        raise TrainingError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}") from None
+    return checked({**told, **own}, str(path))

@@ -318,10 +318,24 @@ def read_recipe(name: str | Path, changes: dict[str, Any] | None = None) -> Reci
             if not isinstance(part, dict):
                 raise RecipeError(f"{path}: {key}: {parent!r} is not a group of keys")
         part[last] = value
+    return checked(content, str(path))
+
+
+def checked(content: Any, source: str) -> Recipe:
+    """Plain data as a recipe.
+
+    Raises:
+        RecipeError: for an unknown key or a value out of range; names source, key and problem.
+    """
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(place) for place in first["loc"]) or "recipe"
-        what = "unknown key" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
-        raise RecipeError(f"{path}: {where}: {what}") from None
+        raise RecipeError(f"{source}: {first_problem(error, 'recipe')}") from None
+
+
+def first_problem(error: ValidationError, whole: str) -> str:
+    """The first key that is wrong (``whole`` where it is none) and what is wrong with it, in one line."""
+    first = error.errors()[0]
+    where = ".".join(str(place) for place in first["loc"]) or whole
+    what = "unknown key" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
+    return f"{where}: {what}"

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from crowdexit import zoo
 from crowdexit.training.modules import TrainingError
-from crowdexit.training.recipe import Recipe
+from crowdexit.training.recipe import Recipe, checked
 
 CNN = "cnn"  # what the branch is called whose parameters are the limit
 
@@ -51,9 +49,4 @@ def search_recipe(run: Path, data: Path, place: str, dims: Sequence[int], heads:
         "exits": exits,
         "data": {**(told.get("data") or {}), "store": data},
     }
-    try:
-        return Recipe.model_validate({**told, **own})
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise TrainingError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}") from None
+    return checked({**told, **own}, str(path))

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from crowdexit.errors import CrowdExitError
 from crowdexit.scenarios import CLASSES, branch_options
-from crowdexit.training.recipe import Recipe, RecipeError
+from crowdexit.training.recipe import checked, first_problem
 
 BUNDLED = Path(__file__).parent / "suites"
 
@@ -106,9 +106,7 @@ def read_suite(name: str | Path) -> Suite:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SuiteError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(place) for place in first["loc"]) or "suite"
-        raise SuiteError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}") from None
+        raise SuiteError(f"{path}: {first_problem(error, 'suite')}") from None
     if suite.dataset is not None and suite.dataset not in CLASSES:
         raise SuiteError(f"{path}: dataset: {suite.dataset!r} is none of {', '.join(CLASSES)}")
     return suite
@@ -160,12 +158,7 @@ def runs_of(suite: Suite, data: Path, out: Path, seeds: int, pictures: Path | No
                 again = merged(recipe, more, suite.copycat)
                 runs.append(Run(f"{backbone}/copycat-{seed}", backbone, "copycat", seed, again, name))
     for run_ in runs:
-        try:
-            Recipe.model_validate(run_.recipe)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(place) for place in first["loc"]) or "recipe"
-            raise RecipeError(f"{run_.name}: {where}: {first['msg'].removeprefix('Value error, ')}") from None
+        checked(run_.recipe, run_.name)
     return sorted(runs, key=lambda run_: ("backbone", "branches", "copycat").index(run_.step))
 
 
