@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
@@ -105,9 +106,11 @@ def test_bundled_suites_make_recipes(name, tmp_path):
     assert trained == 5 * len(suite.backbones)
     for run in runs:
         recipe = recipes[run.name]
-        if run.step != "backbone":
+        if run.step == "branches" and run.seed == 0:
             spec = zoo.Spec(recipe.model, changes={k: v for k, v in recipe.changes.items() if k != "dropout"})
-            assert {e.place for e in recipe.exits} == set(suite.places) <= set(zoo.build(spec).places)
+            with torch.device("meta"):
+                places = set(zoo.build(spec).places)
+            assert {e.place for e in recipe.exits} == set(suite.places) <= places
 
 
 def test_the_scenarios_are_the_papers_27():
