@@ -11,7 +11,7 @@ import torch
 
 from crowdexit.data.classes import ClassDataset, ClassStore
 from crowdexit.errors import CrowdExitError
-from crowdexit.inference.runtime import Runtime
+from crowdexit.inference.runtime import pick
 from crowdexit.network import MultiExitNetwork
 from crowdexit.stages import inputs
 
@@ -35,7 +35,7 @@ def evaluate(
     """Accuracy and latency of each exit.
 
     Args:
-        runtime: ``auto``, or a name of :meth:`Runtime.names`.
+        runtime: ``auto``, or a name of :func:`crowdexit.inference.runtime.names`.
         wanted: which pictures of the split.
         progress: called after each picture.
 
@@ -49,8 +49,7 @@ def evaluate(
     outputs = getattr(network.config, "outputs", 0)
     if outputs != len(store.classes):
         raise ClassError(f"{store.path}: {len(store.classes)} classes, and the network knows {outputs}")
-    picked = Runtime.pick(runtime)
-    picked.prepare(network.eval())
+    chain = pick(runtime).ready(network)
     pictures = ClassDataset(store, split, size=network.config.size)
     names = network.exit_names
     right = dict.fromkeys(names, 0)
@@ -58,7 +57,7 @@ def evaluate(
         items = [pictures[index] for index in wanted[start : start + BATCH]]
         labels = torch.stack([item["label"] for item in items])
         batch = inputs(torch.stack([item["image"] for item in items]))
-        for name, answer in picked.stream(network, batch, names):
+        for name, answer in chain.stream(batch, names):
             right[name] += int((answer.value.argmax(1) == labels).sum())
         for _ in items if progress else ():
             progress()
@@ -66,7 +65,7 @@ def evaluate(
     for index in [wanted[0], *wanted[:TIMED]]:  # the first once more, for the warm-up
         one = inputs(pictures[index]["image"][None])
         begun = time.perf_counter()
-        for name, _ in picked.stream(network, one, names):
+        for name, _ in chain.stream(one, names):
             times[name].append(1e3 * (time.perf_counter() - begun))
     return {
         "split": split,

@@ -19,7 +19,7 @@ from crowdexit.backbones.audiocsrnet import STRIDE
 from crowdexit.data.log_mel import log_mel, read_audio
 from crowdexit.data.picture import MIN_SIDE, PictureError, Placement, normalise, read_picture, views
 from crowdexit.errors import CrowdExitError
-from crowdexit.inference.runtime import Runtime
+from crowdexit.inference.runtime import Runtime, pick
 from crowdexit.intervals import Intervals
 from crowdexit.memory import keep_freed_memory
 from crowdexit.network import FINAL, MultiExitNetwork
@@ -149,12 +149,11 @@ class CrowdCounter:
     ) -> None:
         if network.classifies:
             raise CounterError(f"{model} tells classes apart; it does not count")
-        self.network = network.eval()
+        self.network = network
         self.model = model
-        self.runtime = runtime or Runtime.pick("auto")
         self.exits = served_exits(network) if exits is None else self._known(exits)
         self.intervals = intervals or Intervals()
-        self.runtime.prepare(self.network)
+        self.chain = (runtime or pick("auto")).ready(network)
 
     def _known(self, exits: Sequence[str]) -> list[str]:
         for name in exits:
@@ -221,9 +220,9 @@ class CrowdCounter:
         heard = [sound for sound, of_one in zip(sounds, seen, strict=True) for _ in of_one]
         starts = np.cumsum([0, *(len(of_one) for of_one in seen[:-1])])
         placements = [placement for _, placement in laid]
-        for name, answer in self.runtime.stream(self.network, batch_of(laid, heard, config.size), exits):
-            density = None if answer.density is None else answer.density[:, 0].float().cpu().numpy()
-            counts = np.add.reduceat(answer.value.float().cpu().numpy(), starts)
+        for name, answer in self.chain.stream(batch_of(laid, heard, config.size), exits):
+            density = None if answer.density is None else answer.density[:, 0].numpy()
+            counts = np.add.reduceat(answer.value.numpy(), starts)
             yield name, counts, density, placements
 
     def _result(
@@ -293,14 +292,14 @@ def load(name: str | Path, *, runtime: str = "auto", exits: Sequence[str] | None
 
     Args:
         name: of a shipped model, or the path of a checkpoint.
-        runtime: ``auto``, or a name of :meth:`Runtime.names`.
+        runtime: ``auto``, or a name of :func:`crowdexit.inference.runtime.names`.
         exits: names to serve; default: one a place, and the final exit.
 
     Raises:
         CrowdExitError: if there is no such model, checkpoint, runtime or exit.
     """
     keep_freed_memory()
-    picked = Runtime.pick(runtime)
+    picked = pick(runtime)
     network, spec = zoo.load(name)
     return CrowdCounter(
         network, spec.model, runtime=picked, exits=exits, intervals=Intervals.from_dict(spec.meta.get("intervals"))

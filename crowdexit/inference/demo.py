@@ -39,7 +39,7 @@ def run_demo(counter: CrowdCounter, out: Path, console: Console) -> None:
     except OSError as error:
         raise DemoError(f"{out}: the folder cannot be made ({error.strerror})") from None
     video, table = out / "clip-counted.mp4", out / "clip-counted.csv"
-    console.print(f"Counting the bundled clip with {counter.model} ({counter.runtime.name}), {FPS:g} frames a second.")
+    console.print(f"Counting the bundled clip with {counter.model} ({counter.chain.runtime}), {FPS:g} frames a second.")
     console.print(
         "Picture: a window moving over one photograph of ShanghaiTech part B, so the true counts are known.\n"
         "Sound: [bold]simulated[/bold], not recorded there.\n",

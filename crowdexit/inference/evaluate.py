@@ -20,7 +20,7 @@ from crowdexit.data.store import Store, StoreError
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference import classify
 from crowdexit.inference.counter import CrowdCounter, ExitResult
-from crowdexit.inference.runtime import Runtime
+from crowdexit.inference.runtime import pick
 from crowdexit.intervals import Intervals, width
 from crowdexit.memory import keep_freed_memory
 
@@ -173,7 +173,7 @@ def evaluate_file(
                 raise StoreError(f"{data}: no picture of {split} matches {pattern!r}")
             with progress(len(wanted)) as advance:
                 return classify.evaluate(network, runtime, classes, split, wanted, progress=advance)
-    counter = CrowdCounter(network, spec.model, runtime=Runtime.pick(runtime), exits=network.exit_names)
+    counter = CrowdCounter(network, spec.model, runtime=pick(runtime), exits=network.exit_names)
     with Store(data) as store:
         samples = store.ids(split, pattern)
         with progress(len(samples)) as advance:

@@ -11,7 +11,7 @@ from tiny import TINY
 
 from crowdexit import zoo
 from crowdexit.inference.counter import CrowdCounter
-from crowdexit.inference.runtime import Runtime
+from crowdexit.inference.runtime import Eager
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +19,7 @@ def counter() -> CrowdCounter:
     """Random weights on a canvas of 128×64, all exits of both kinds there, eager float32."""
     torch.manual_seed(3)
     network = zoo.build(zoo.Spec("audiocsrnet-s", exits=both_kinds(), changes=TINY))
-    return CrowdCounter(network, "tiny", runtime=Runtime("eager"))
+    return CrowdCounter(network, "tiny", runtime=Eager())
 
 
 @pytest.fixture

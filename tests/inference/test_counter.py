@@ -22,7 +22,7 @@ from crowdexit.data.log_mel import AudioError, log_mel
 from crowdexit.data.picture import PictureError, decode_picture
 from crowdexit.inference import counter as module
 from crowdexit.inference.counter import CounterError, CrowdCounter, hear, load, served_exits, tile_boxes
-from crowdexit.inference.runtime import Runtime, RuntimeUnavailable
+from crowdexit.inference.runtime import Eager, RuntimeUnavailable
 from crowdexit.intervals import Intervals
 
 
@@ -332,10 +332,10 @@ def test_served_exits():
     assert served_exits(network(*both)) == ["V1", "AV1", "AV2", "final"]
     assert served_exits(network(*both[3:])) == ["V1-cnn", "AV1-cnn", "AV2-cnn", "final"]
     assert served_exits(network()) == ["final"]
-    chosen = CrowdCounter(network(*both), "tiny", runtime=Runtime("eager"), exits=["AV2", "V1"])
+    chosen = CrowdCounter(network(*both), "tiny", runtime=Eager(), exits=["AV2", "V1"])
     assert [r.exit for r in chosen.stream(noise(128, 64))] == ["V1", "AV2"]
     with pytest.raises(CounterError, match="no exit 'V7'"):
-        CrowdCounter(network(), "tiny", runtime=Runtime("eager"), exits=["V7"])
+        CrowdCounter(network(), "tiny", runtime=Eager(), exits=["V7"])
 
 
 def test_load(counter, tmp_path):
@@ -374,7 +374,7 @@ def test_no_crowd_is_negative_and_no_count_is_nan():
     head = [m for m in network.branches["V1"].modules() if isinstance(m, torch.nn.Linear)][-1]
     torch.nn.init.zeros_(head.weight)
     torch.nn.init.constant_(head.bias, -3.0)
-    tiny = CrowdCounter(network, "tiny", runtime=Runtime("eager"), intervals=Intervals(0.9, {"V1": 0.5}))
+    tiny = CrowdCounter(network, "tiny", runtime=Eager(), intervals=Intervals(0.9, {"V1": 0.5}))
     first = next(tiny.stream(noise(128, 64)))
     assert (first.count, first.interval) == (0.0, (0.0, 5.0))
     assert tiny.count_batch([noise(128, 64)], [None])["V1"][0] == 0

@@ -12,7 +12,7 @@ from crowdexit.data.picture import tiles, views
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.counter import CrowdCounter, batch_of
 from crowdexit.inference.run import count_inputs
-from crowdexit.inference.runtime import Runtime
+from crowdexit.inference.runtime import Eager
 
 VIT = {"size": [64, 64], "dim": 12, "depth": 3, "heads": 2, "hidden": 8, "slvit_dim": 4, "audio_width": 0.0625}
 EXITS = (zoo.ExitSpec("1-mlp", "1", "mlp"), zoo.ExitSpec("2-heard", "2", "slvit-audio"))
@@ -25,7 +25,7 @@ def made(view: str) -> CrowdCounter:
     for name in ("1-mlp", "2-heard"):
         torch.nn.init.constant_(network.branches[name].head[-1].bias, 0.3)
     torch.nn.init.constant_(network.final.layers[-1].bias, 1.0)
-    return CrowdCounter(network, spec.model, runtime=Runtime("eager"))
+    return CrowdCounter(network, spec.model, runtime=Eager())
 
 
 @pytest.fixture
