@@ -1,12 +1,18 @@
-"""What an analysis leaves behind: several files in a folder, each whole."""
+"""What an analysis leaves behind: tables and figures, several files in a folder, each whole."""
 
 from __future__ import annotations
 
+import csv
+import io
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from crowdexit.errors import CrowdExitError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def write_files(folder: Path, contents: Mapping[str, str | Callable[[Path], None]]) -> list[Path]:
@@ -32,3 +38,23 @@ def write_files(folder: Path, contents: Mapping[str, str | Callable[[Path], None
     except OSError as error:
         raise CrowdExitError(f"{folder}: cannot be written ({error.strerror})") from None
     return paths
+
+
+def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table as CSV."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    return text.getvalue()
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown."""
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---|" * (len(header) - 1)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def blank(width: float, height: float) -> Figure:
+    """An empty figure, sides in inches."""
+    from matplotlib.figure import Figure  # slow to import, and only figures want it
+
+    return Figure(figsize=(width, height), layout="constrained", dpi=120)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from crowdexit import zoo
-from crowdexit.analysis.files import write_files
+from crowdexit.analysis.files import blank, csv_text, markdown_table, write_files
 from crowdexit.errors import CrowdExitError
 
 
@@ -73,35 +71,29 @@ def read_grid(run: Path) -> Grid:
 
 def as_markdown(grid: Grid) -> str:
     """Every candidate, those with more parameters than the CNN branch marked, and the best of the others."""
-    lines = [f"| branch | d | h | parameters | {grid.measure} |", "|---|---|---|---|---|"]
+    rows = []
     for c in grid.candidates:
         over = " (more than CNN)" if c.dim is not None and c.params > grid.limit else ""
         d, h = ("–" if n is None else str(n) for n in (c.dim, c.heads))
-        lines.append(f"| {c.exit} | {d} | {h} | {c.params / 1e6:.3f}M{over} | {c.value:.4g} |")
+        rows.append([c.exit, d, h, f"{c.params / 1e6:.3f}M{over}", f"{c.value:.4g}"])
     best = grid.best
     chosen = (
         "None has as few parameters as the CNN branch." if best is None else f"Best: d = {best.dim}, h = {best.heads}."
     )
-    return "\n".join([*lines, "", chosen]) + "\n"
+    table = markdown_table(["branch", "d", "h", "parameters", grid.measure], rows)
+    return "\n".join([*table, "", chosen]) + "\n"
 
 
 def as_csv(grid: Grid) -> str:
     """``exit,d,h,params,MEASURE``, a line a candidate."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["exit", "d", "h", "params", grid.measure])
-    writer.writerows([c.exit, c.dim, c.heads, c.params, f"{c.value:.6g}"] for c in grid.candidates)
-    return text.getvalue()
+    header = ["exit", "d", "h", "params", grid.measure]
+    return csv_text(header, ([c.exit, c.dim, c.heads, c.params, f"{c.value:.6g}"] for c in grid.candidates))
 
 
 def draw(grid: Grid, path: Path) -> None:
     """The measure against the heads, a line for each d, the CNN branch's level across."""
-    import matplotlib  # slow to import, and only wanted here
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, ax = pyplot.subplots(figsize=(6.5, 4.2), layout="constrained")
+    figure = blank(6.5, 4.2)
+    ax = figure.subplots()
     for dim in sorted({c.dim for c in grid.candidates if c.dim is not None}):
         own: Sequence[Candidate] = sorted((c for c in grid.candidates if c.dim == dim), key=lambda c: c.heads or 0)
         ax.plot([c.heads or 0 for c in own], [c.value for c in own], "o-", label=f"d = {dim}")
@@ -112,8 +104,7 @@ def draw(grid: Grid, path: Path) -> None:
     ax.set_ylabel(grid.measure)
     ax.grid(alpha=0.3)
     ax.legend(frameon=False)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    figure.savefig(path)
 
 
 def write(grid: Grid, folder: Path) -> list[Path]:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from crowdexit.analysis.files import write_files
+from crowdexit.analysis.files import blank, write_files
 from crowdexit.data.picture import normalise, views
 from crowdexit.errors import CrowdExitError
 from crowdexit.exits import Branch, SLViTExit
@@ -95,15 +95,9 @@ def _attention(branch: SLViTExit, features: Features) -> NDArray[np.float32]:
 
 def draw(picture: NDArray[np.uint8], sights: Sequence[Sight], path: Path) -> None:
     """A row for each branch: the picture, the field (its square root, so that its edges show), the attention."""
-    import matplotlib  # slow to import, and only wanted here
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     height, width = sights[0].field.shape
-    figure, axes = pyplot.subplots(
-        len(sights), 3, figsize=(10, 0.6 + 10 / 3 * height / width * len(sights)), layout="constrained", squeeze=False
-    )
+    figure = blank(10, 0.6 + 10 / 3 * height / width * len(sights))
+    axes = figure.subplots(len(sights), 3, squeeze=False)
     for row, sight in zip(axes, sights, strict=True):
         row[0].imshow(picture)
         row[0].set_title(f"{sight.exit} ({sight.kind})")
@@ -117,8 +111,7 @@ def draw(picture: NDArray[np.uint8], sights: Sequence[Sight], path: Path) -> Non
             row[2].set_title("attention")
         for ax in row[:2]:
             ax.axis("off")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    figure.savefig(path)
 
 
 def write(network: MultiExitNetwork, picture: NDArray[np.uint8], sights: Sequence[Sight], path: Path) -> None:

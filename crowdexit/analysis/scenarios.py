@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +10,7 @@ from statistics import mean, stdev
 
 from crowdexit import zoo
 from crowdexit.analysis.cost import cost_of
-from crowdexit.analysis.files import write_files
+from crowdexit.analysis.files import blank, csv_text, markdown_table, write_files
 from crowdexit.analysis.tables import cell
 from crowdexit.errors import CrowdExitError
 from crowdexit.network import FINAL
@@ -102,7 +100,7 @@ def as_markdown(rows: Sequence[Row], title: str, paper: str | None) -> str:
     header += [f"parameters {METHODS[kind]}" for kind in plain] + [f"FLOPS {METHODS[kind]}" for kind in plain]
     header += [f"speedup {METHODS[plain[-1]]}"] if plain else []
     header += ["paper CNN", "paper SL-ViT"] if beside else []
-    lines = [f"# {title}", "", "| " + " | ".join(header) + " |", "|---|" + "---|" * (len(header) - 1)]
+    body = []
     for row in rows:
         cells = [row.backbone, row.place, *(cell(row.values.get(kind, ())) for kind in kinds), cell(row.final)]
         cells += [f"{row.params[kind] / 1e6:.2f}M" if kind in row.params else "–" for kind in plain]
@@ -110,33 +108,29 @@ def as_markdown(rows: Sequence[Row], title: str, paper: str | None) -> str:
         if plain:
             cells.append(f"{row.speedup[plain[-1]]:.2f}" if plain[-1] in row.speedup else "–")
         cells += known.get((row.backbone, row.place), ("–", "–")) if beside else ()
-        lines.append("| " + " | ".join(cells) + " |")
+        body.append(cells)
     seeds = max((len(values) for row in rows for values in row.values.values()), default=0)
-    lines += ["", f"Mean ± standard deviation over {seeds} seeds of the branches; the backbone is the same for all."]
-    return "\n".join(lines) + "\n"
+    note = f"Mean ± standard deviation over {seeds} seeds of the branches; the backbone is the same for all."
+    return "\n".join([f"# {title}", "", *markdown_table(header, body), "", note]) + "\n"
 
 
 def as_csv(rows: Sequence[Row]) -> str:
     """``backbone,branch,method,measure,seed,value``, a line a figure."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["backbone", "branch", "method", "measure", "number", "value"])
-    for row in rows:
-        for method, values in row.values.items():
-            for number, value in enumerate(values):
-                writer.writerow([row.backbone, row.place, method, row.measure, number, f"{value:.4f}"])
-    return text.getvalue()
+    header = ["backbone", "branch", "method", "measure", "number", "value"]
+    lines = (
+        [row.backbone, row.place, method, row.measure, number, f"{value:.4f}"]
+        for row in rows
+        for method, values in row.values.items()
+        for number, value in enumerate(values)
+    )
+    return csv_text(header, lines)
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """A group of bars for each backbone and place: each method's mean, its deviation, the final exit's line."""
-    import matplotlib  # slow to import, and only wanted here
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     kinds = [kind for kind in METHODS if any(kind in row.values for row in rows)]
-    figure, ax = pyplot.subplots(figsize=(max(5.0, 1.6 * len(rows)), 4.2), layout="constrained")
+    figure = blank(max(5.0, 1.6 * len(rows)), 4.2)
+    ax = figure.subplots()
     width = 0.8 / max(1, len(kinds))
     for number, kind in enumerate(kinds):
         at = [i for i, row in enumerate(rows) if row.values.get(kind)]
@@ -151,8 +145,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     ax.set_xticks(range(len(rows)), [f"{row.backbone}\n{row.place}" for row in rows])
     ax.set_ylabel(rows[0].measure)
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    figure.savefig(path)
 
 
 def write(outcomes: Sequence[Outcome], folder: Path, *, title: str, paper: str | None) -> list[Path]:

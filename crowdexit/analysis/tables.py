@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +10,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from crowdexit import zoo
-from crowdexit.analysis.files import write_files
+from crowdexit.analysis.files import blank, csv_text, markdown_table, write_files
 from crowdexit.errors import CrowdExitError
 from crowdexit.network import FINAL
 
@@ -108,11 +106,6 @@ def cell(values: Sequence[float]) -> str:
     return f"{values[0]:.2f}" if len(values) == 1 else f"{mean(values):.2f} ± {stdev(values):.2f}"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(header) + " |", "|---|" + "---|" * (len(header) - 1)]
-    return lines + ["| " + " | ".join(row) + " |" for row in rows]
-
-
 def as_markdown(made: Sequence[Figure]) -> str:
     """A table for each strategy and choice of places, the paper's table I behind the one that is laid out like it."""
     sets = {f.data: f.measure for f in made}
@@ -132,7 +125,7 @@ def as_markdown(made: Sequence[Figure]) -> str:
         kinds = [kind for kind in NAMES if any(f.kind == kind for f in group)]
         kinds += sorted({f.kind for f in group} - set(NAMES))
         rows = [[NAMES.get(kind, kind), *(cell(cells[kind, *column]) for column in columns)] for kind in kinds]
-        lines += _table([part.replace("@final", "final") for part in header], rows)
+        lines += markdown_table([part.replace("@final", "final") for part in header], rows)
         known = [f"{data} {cell(alone[data])}" for data in used if alone[data]]
         if known:
             lines += ["", f"Backbones without exits: {', '.join(known)}."]
@@ -150,28 +143,21 @@ def _paper() -> list[str]:
         [NAMES[kind], *(f"{value:.2f}" for pair in pairs for value in pair)] for kind, pairs in PAPER_TABLE_I.items()
     ]
     without = ", ".join(f"{data} {value:.2f}" for data, value in zip(PAPER_SETS, PAPER_WITHOUT_EXITS, strict=True))
-    return [*_table(header, rows), "", f"Backbones without exits: {without}."]
+    return [*markdown_table(header, rows), "", f"Backbones without exits: {without}."]
 
 
 def as_csv(made: Sequence[Figure]) -> str:
     """``strategy,places,data,measure,branch,exit,value``, a line a figure."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["strategy", "places", "data", "measure", "branch", "exit", "value"])
-    for f in made:
-        writer.writerow([f.strategy, " ".join(f.places), f.data, f.measure, f.kind, f.place, f"{f.value:.4f}"])
-    return text.getvalue()
+    header = ["strategy", "places", "data", "measure", "branch", "exit", "value"]
+    rows = ([f.strategy, " ".join(f.places), f.data, f.measure, f.kind, f.place, f"{f.value:.4f}"] for f in made)
+    return csv_text(header, rows)
 
 
 def draw(made: Sequence[Figure], path: Path) -> None:
     """A panel for each table and data set: the figure of each kind of branch at each exit."""
-    import matplotlib  # slow to import, and only wanted here
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     panels = list(dict.fromkeys((f.strategy, f.places, f.data, f.measure) for f in made if f.strategy))
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 4.5), layout="constrained", squeeze=False)
+    figure = blank(5 * len(panels), 4.5)
+    axes = figure.subplots(1, len(panels), squeeze=False)
     for panel, ax in zip(panels, axes[0], strict=True):
         strategy, places, data, measure = panel
         for number, kind in enumerate(NAMES):
@@ -185,8 +171,7 @@ def draw(made: Sequence[Figure], path: Path) -> None:
         ax.set_ylabel(measure)
         ax.grid(alpha=0.3)
     axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    figure.savefig(path)
 
 
 def write(made: Sequence[Figure], folder: Path) -> list[Path]:

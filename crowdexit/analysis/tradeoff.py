@@ -5,15 +5,13 @@ Figure 5 of the multi-exit ViT paper, its notion of a practical branch, and what
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from crowdexit import zoo
 from crowdexit.analysis.cost import at_one_picture, measure
-from crowdexit.analysis.files import write_files
+from crowdexit.analysis.files import blank, csv_text, markdown_table, write_files
 from crowdexit.errors import CrowdExitError
 from crowdexit.network import FINAL
 
@@ -82,11 +80,8 @@ def recommend(made: Sequence[Point], budgets: Sequence[float]) -> list[tuple[flo
 
 def as_csv(made: Sequence[Point]) -> str:
     """``exit,place,kind,macs,error,practical``, a line each."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["exit", "place", "kind", "macs", "error", "practical"])
-    writer.writerows([p.exit, p.place, p.kind, p.macs, f"{p.error:.4f}", int(p.practical)] for p in made)
-    return text.getvalue()
+    header = ["exit", "place", "kind", "macs", "error", "practical"]
+    return csv_text(header, ([p.exit, p.place, p.kind, p.macs, f"{p.error:.4f}", int(p.practical)] for p in made))
 
 
 def as_markdown(made: Sequence[Point], budgets: Sequence[float], measure_name: str) -> str:
@@ -96,30 +91,30 @@ def as_markdown(made: Sequence[Point], budgets: Sequence[float], measure_name: s
     places = list(dict.fromkeys(p.place for p in sorted(early, key=lambda p: (len(p.place), p.place))))
     kinds = list(dict.fromkeys(p.kind for p in early))
     lines = [f"{measure_name} of each branch at each place; **practical**: better than every cheaper exit.", ""]
-    lines += ["| branch | " + " | ".join(places) + " |", "|---|" + "---|" * len(places)]
+    rows = []
     for kind in kinds:
         cells = []
         for place in places:
             there = [p for p in early if (p.kind, p.place) == (kind, place)]
             cells.append(" / ".join(f"**{p.error:.1f}**" if p.practical else f"{p.error:.1f}" for p in there))
-        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+        rows.append([kind, *cells])
+    lines += markdown_table(["branch", *places], rows)
     if final is not None:
         lines += ["", f"The final exit: {final.error:.1f} at {final.macs / 1e9:.2f}·10⁹ multiply-adds."]
-    lines += ["", f"| budget, 10⁹ multiply-adds | exit | its cost | {measure_name} |", "|---|---|---|---|"]
+    advice = []
     for budget, point in recommend(made, budgets):
-        found = "none fits | | |" if point is None else f"{point.exit} | {point.macs / 1e9:.2f} | {point.error:.1f} |"
-        lines.append(f"| {budget / 1e9:.2f} | {found}")
+        found = ["none fits", "", ""]
+        if point is not None:
+            found = [point.exit, f"{point.macs / 1e9:.2f}", f"{point.error:.1f}"]
+        advice.append([f"{budget / 1e9:.2f}", *found])
+    lines += ["", *markdown_table(["budget, 10⁹ multiply-adds", "exit", "its cost", measure_name], advice)]
     return "\n".join(lines) + "\n"
 
 
 def draw(made: Sequence[Point], title: str, measure_name: str, path: Path) -> None:
     """Figure 5: error against multiply-adds, a mark a kind, practical exits circled, the final exit's line."""
-    import matplotlib  # slow to import, and only wanted here
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
+    figure = blank(9, 5.5)
+    axes = figure.subplots()
     early = [p for p in made if p.exit != FINAL]
     for number, kind in enumerate(dict.fromkeys(p.kind for p in early)):
         of_kind = [p for p in early if p.kind == kind]
@@ -137,8 +132,7 @@ def draw(made: Sequence[Point], title: str, measure_name: str, path: Path) -> No
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    figure.savefig(path)
 
 
 def write(

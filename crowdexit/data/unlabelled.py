@@ -31,13 +31,14 @@ class PictureFolder:
         named = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
         sizes = {p.relative_to(path).as_posix(): _size(p) for p in named}
         self.sizes = {id: size for id, size in sizes.items() if size is not None}
+        self._names = list(self.sizes)
         self.skipped = len(named) - len(self.sizes)
         if not self.sizes:
             raise StoreError(f"{path}: no picture of use in this folder")
 
     def ids(self, split: str, pattern: str = "*") -> list[str]:
         """The pictures' paths below the folder that match a shell pattern, by name."""
-        return [id for id in self.sizes if fnmatchcase(id, pattern)]
+        return [id for id in self._names if fnmatchcase(id, pattern)]
 
     def labels(self, split: str) -> NDArray[np.int64]:
         """Zeros: nobody has said what they show."""
@@ -49,7 +50,7 @@ class PictureFolder:
         Raises:
             PictureError: if it cannot be read.
         """
-        picture = read_picture(self.path / list(self.sizes)[index])
+        picture = read_picture(self.path / self._names[index])
         height, width = picture.shape[:2]
         side = min(height, width)
         y, x = (height - side) // 2, (width - side) // 2

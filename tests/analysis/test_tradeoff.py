@@ -67,7 +67,7 @@ def test_files(tmp_path):
     assert [(r["exit"], int(r["macs"]), float(r["error"])) for r in rows] == [(p.exit, p.macs, p.error) for p in made]
     text = (tmp_path / "new" / "tradeoff.md").read_text()
     assert "| branch | 1 | 2 | 10 |" in text
-    assert "| 0.00 | none fits | | |" in text
+    assert "| 0.00 | none fits |  |  |" in text
     assert "| 1000.00 | final |" in text
     assert cv2.imread(str(tmp_path / "new" / "tradeoff.png")).shape[0] > 400
     with pytest.raises(TradeoffError, match="no exit with a known error"):
