@@ -388,7 +388,9 @@ def see(
 def copycat(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run whose branches were trained classifier-wise.")],
     data: Annotated[Path, typer.Option(help="The prepared HDF5 file that it was trained on.")],
-    pictures: Annotated[Path, typer.Option(help="Folder of unlabelled pictures, or a prepared file.")],
+    pictures: Annotated[
+        Path, typer.Option(help="Folder of unlabelled pictures (for a set of sounds: recordings), or a prepared file.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder of the new run.")],
     split: Annotated[str, typer.Option(help="Of a prepared file with --pictures.")] = "train",
     ratio: Annotated[float, typer.Option(help="Labelled samples for each unlabelled one.")] = 2.0,
@@ -396,16 +398,11 @@ def copycat(
     lr: Annotated[float | None, typer.Option(help="Default: a tenth of the run's own.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is there.")] = False,
 ) -> None:
-    """Fine-tune trained branches on pictures that nobody has labelled: the backbone says what they show."""
-    from crowdexit.data.unlabelled import PictureFolder
+    """Fine-tune trained branches on pictures or sounds that nobody has labelled: the backbone says what they are."""
     from crowdexit.training.copycat import copycat_recipe
     from crowdexit.training.run import train as run_training
 
     recipe = copycat_recipe(run, data, pictures, split=split, ratio=ratio, epochs=epochs, lr=lr)
-    if pictures.is_dir():
-        folder = PictureFolder(pictures)
-        left = f"; {folder.skipped} files of no use left out" if folder.skipped else ""
-        print(f"{len(folder.sizes)} unlabelled pictures{left}", file=sys.stderr)
     print(run_training(recipe, out, resume=resume, console=Console(stderr=True)))
 
 

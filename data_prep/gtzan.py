@@ -13,7 +13,7 @@ import typer
 from numpy.typing import NDArray
 
 from crowdexit.data.classes import ClassStore
-from crowdexit.data.spectrogram import MUSIC_RATE, MUSIC_SECONDS, beginning, gtzan_picture
+from crowdexit.data.spectrogram import MUSIC_RATE, MUSIC_SECONDS, Spectrogram, beginning
 from crowdexit.errors import CrowdExitError
 from data_prep.common import Size, Skipped, Strict, divided, run, shown
 from data_prep.labelled import Labelled, prepare_classes, read_sound
@@ -54,15 +54,17 @@ def main(
     if not src.is_dir():
         raise CrowdExitError(f"{src}: no such folder")
     skipped: Skipped = []
+    sound = Spectrogram("gtzan", size, MUSIC_SECONDS)
     clips = find_clips(src, skipped)
     prepare_classes(
         dst,
         GENRES,
         "GTZAN (Tzanetakis and Cook, 2002)",
         clips,
-        lambda clip: make(clip.path, size),
+        lambda clip: make(clip.path, sound),
         settings=f"gtzan {src.resolve()} {size} {clips}",
         what="clips",
+        sound=sound,
         notes=note_short,
         skipped=skipped,
         strict=strict,
@@ -99,7 +101,7 @@ def find_clips(src: Path, skipped: Skipped) -> list[Clip]:
     return clips
 
 
-def make(path: Path, size: int) -> NDArray[np.uint8]:
+def make(path: Path, sound: Spectrogram) -> NDArray[np.uint8]:
     """The spectrograms of a clip's pieces, (n, size, size, 3) uint8; n is at most ten.
 
     Raises:
@@ -112,7 +114,7 @@ def make(path: Path, size: int) -> NDArray[np.uint8]:
     pieces = [samples[n * each : (n + 1) * each] for n in range(min(PIECES, len(samples) // each))]
     if not pieces:
         raise CrowdExitError(f"shorter than a piece of {MUSIC_SECONDS} s")
-    return np.stack([gtzan_picture(piece, MUSIC_RATE, size=size) for piece in pieces])
+    return np.stack([sound.of(piece, MUSIC_RATE) for piece in pieces])
 
 
 def note_short(store: ClassStore) -> list[str]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from crowdexit.data.classes import ClassStore, ClassWriter, write_classes
 from crowdexit.data.log_mel import AudioError, read_audio
+from crowdexit.data.spectrogram import Spectrogram
 from crowdexit.data.store import SPLITS
 from crowdexit.errors import CrowdExitError
 from data_prep.common import Skipped, Task, check_size, plain, print_skipped, progress_bar, shown
@@ -41,6 +42,7 @@ def prepare_classes(
     *,
     settings: str,
     what: str,
+    sound: Spectrogram | None = None,
     notes: Callable[[ClassStore], Sequence[str]] = lambda _: (),
     skipped: Skipped | None = None,
     strict: bool = False,
@@ -58,6 +60,7 @@ def prepare_classes(
             It raises ``CrowdExitError`` for a sample that cannot be used.
         settings: all that the pictures depend on.
         what: how the tasks are called in the summary.
+        sound: how the pictures are made, if they are of sounds.
         notes: further lines for the summary, from the finished file.
         skipped: what has been found unusable already, with names that can be shown.
         strict: raise at the first sample that cannot be used.
@@ -68,7 +71,7 @@ def prepare_classes(
     skipped = list(skipped or [])
     if strict and skipped:
         raise CrowdExitError(": ".join(skipped[0]))
-    with write_classes(destination, classes, origin, settings=settings) as writer:
+    with write_classes(destination, classes, origin, settings=settings, sound=sound) as writer:
         todo = [
             task for task in tasks if (task.split, task.id) not in writer and (task.split, f"{task.id}/0") not in writer
         ]

@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import typer
-from numpy.typing import NDArray
 
-from crowdexit.data.spectrogram import stft_picture
+from crowdexit.data.spectrogram import Spectrogram
 from crowdexit.data.store import SPLITS
 from crowdexit.errors import CrowdExitError
 from data_prep.class_folders import Folder, Place, Sample, Samples, find_samples, hidden
@@ -66,6 +64,7 @@ def main(
     source = Folder(src)
     samples = find_named(source, src) if label == "name" else find_samples(source, src, SUFFIXES, "recording")
     skipped: Skipped = []
+    sound = Spectrogram("stft", size, seconds)
     recordings = split_up(samples, src, val, group, skipped)
     where = "the class folders" if label == "folder" else "the folder itself"
     prepare_classes(
@@ -73,23 +72,14 @@ def main(
         samples.classes,
         f"recordings of {src.resolve().name}",
         recordings,
-        lambda recording: make(src.joinpath(*recording.place), size, seconds),
+        lambda recording: sound.of(*read_sound(src.joinpath(*recording.place))),
         settings=f"sound_folders {src.resolve()} {size} {seconds} {recordings}",
         what="recordings",
+        sound=sound,
         notes=lambda _: [f"{samples.astray} recordings outside {where} left out"] if samples.astray else [],
         skipped=skipped,
         strict=strict,
     )
-
-
-def make(path: Path, size: int, seconds: float) -> NDArray[np.uint8]:
-    """The spectrogram of a recording, (size, size, 3) uint8.
-
-    Raises:
-        CrowdExitError: if it cannot be read, or is no usable sound.
-    """
-    waveform, rate = read_sound(path)
-    return stft_picture(waveform, rate, size=size, seconds=seconds)
 
 
 def find_named(source: Folder, src: Path) -> Samples:

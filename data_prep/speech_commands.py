@@ -13,7 +13,7 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from crowdexit.data.spectrogram import SPEECH_RATE, beginning, stft_picture
+from crowdexit.data.spectrogram import SPEECH_RATE, Spectrogram, beginning
 from crowdexit.data.store import SPLITS
 from crowdexit.errors import CrowdExitError
 from data_prep.common import Size, Skipped, Strict, by_hash, check_size, plain, run, shown
@@ -67,12 +67,13 @@ def main(
     noise = lru_cache(maxsize=1)(lambda path: read_noise(src / path))  # the seconds come file by file
     seconds += find_silence(src, wanted, noise, skipped)
 
+    sound = Spectrogram("stft", size)
+
     def make(second: Second) -> NDArray[np.uint8]:
         if second.label == SILENCE:
             samples = noise(second.path)[second.start : second.start + SPEECH_RATE] * second.volume
-            return stft_picture(samples, SPEECH_RATE, size=size)
-        waveform, rate = read_sound(src / second.path)
-        return stft_picture(waveform, rate, size=size)
+            return sound.of(samples, SPEECH_RATE)
+        return sound.of(*read_sound(src / second.path))
 
     prepare_classes(
         dst,
@@ -82,6 +83,7 @@ def main(
         make,
         settings=f"speech_commands {src.resolve()} {size} {seconds}",
         what="recordings",
+        sound=sound,
         notes=lambda _: notes,
         skipped=skipped,
         strict=strict,

@@ -28,8 +28,9 @@ from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Dataset
 
 from crowdexit.data.picture import normalise, place
+from crowdexit.data.spectrogram import Spectrogram
 from crowdexit.data.store import SPLITS, PreparedFile, StoreError, open_for_writing
-from crowdexit.data.unlabelled import PictureFolder
+from crowdexit.data.unlabelled import PictureFolder, SoundFolder
 
 _CHUNK_BYTES = 2**17  # small pictures share a chunk, of large ones each has its own
 # What h5py raises of a broken file, and what is raised by a file of another form.
@@ -138,7 +139,12 @@ class ClassWriter:
 
 @contextmanager
 def write_classes(
-    path: Path, classes: Sequence[str], origin: str, *, settings: str | None = None
+    path: Path,
+    classes: Sequence[str],
+    origin: str,
+    *,
+    settings: str | None = None,
+    sound: Spectrogram | None = None,
 ) -> Iterator[ClassWriter]:
     """Write a classification set, which appears under its name only when the block has ended well.
 
@@ -148,6 +154,7 @@ def write_classes(
         origin: where the set comes from, kept in the file.
         settings: all that the pictures depend on. With it, what an interrupted run of the same settings has
             left in ``path`` + ``.part`` is gone on with; without, nothing is left.
+        sound: how the pictures were made, if they are of sounds.
 
     Raises:
         StoreError: if the classes are not at least two different names, one has no picture to train on in the
@@ -165,6 +172,8 @@ def write_classes(
             with open_for_writing(path) as file:
                 writer = ClassWriter(file, classes)
                 file.attrs.update({"classes": json.dumps(list(classes)), "origin": origin})
+                if sound is not None:
+                    file.attrs["sound"] = json.dumps(sound.to_dict())
                 if fingerprint:
                     file.attrs["prepared_with"] = fingerprint
                 yield writer
@@ -208,6 +217,7 @@ class _Opened:
 
     file: h5py.File
     classes: list[str]
+    sound: Spectrogram | None
     images: dict[str, h5py.Dataset]
     labels: dict[str, NDArray[np.int64]]
 
@@ -244,7 +254,8 @@ class ClassStore(PreparedFile):
         classes = json.loads(file.attrs["classes"])
         if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
             raise StoreError(f"{self.path}: its classes are not a list of names")
-        opened = _Opened(file, classes, {}, {})
+        sound = Spectrogram(**json.loads(file.attrs["sound"])) if "sound" in file.attrs else None
+        opened = _Opened(file, classes, sound, {}, {})
         sizes = set()
         for split in (split for split in SPLITS if split in file):
             images, labels, ids = (file[split][name] for name in ("images", "labels", "ids"))
@@ -275,6 +286,11 @@ class ClassStore(PreparedFile):
     def origin(self) -> str:
         """Where the set came from, free text."""
         return str(self._open().file.attrs.get("origin", ""))
+
+    @property
+    def sound(self) -> Spectrogram | None:
+        """How the pictures were made of sounds, or None: they are pictures of something else."""
+        return self._open().sound
 
     @property
     def size(self) -> tuple[int, int]:
@@ -357,7 +373,7 @@ class ClassDataset(Dataset[dict[str, Any]]):
 
     def __init__(
         self,
-        store: ClassStore | PictureFolder,
+        store: ClassStore | PictureFolder | SoundFolder,
         split: str,
         *,
         size: tuple[int, int],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from functools import cache
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -19,6 +21,41 @@ MUSIC_STFT = (512, 256)  # window and step, samples
 MUSIC_MELS = ((2205, 1102, 4096), (1102, 551, 2048))  # 100 and 50 ms, steps of 50 and 25 ms, FFT
 MEL_BANDS = 128
 FLOOR_DB, TOP_DB = -120.0, 0.0  # see stft_picture
+
+
+@dataclass(frozen=True)
+class Spectrogram:
+    """How the sounds of a set have become pictures, so that others can be made like them.
+
+    Attributes:
+        form: ``stft`` (:func:`stft_picture`) or ``gtzan`` (:func:`gtzan_picture`).
+        size: width and height. seconds: of the sound's beginning.
+
+    Raises:
+        ValueError: for another form, or a size or length that is none.
+    """
+
+    form: Literal["stft", "gtzan"]
+    size: int
+    seconds: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.form not in ("stft", "gtzan") or not 0 < self.size <= 4096 or not 0 < self.seconds <= 3600:
+            raise ValueError(f"not a spectrogram: {self}")
+
+    def of(self, waveform: NDArray[np.generic] | torch.Tensor, sample_rate: int) -> NDArray[np.uint8]:
+        """The picture of a sound, (size, size, 3) uint8.
+
+        Raises:
+            AudioError: if the waveform or the rate is of no use.
+        """
+        if self.form == "gtzan":
+            return gtzan_picture(waveform, sample_rate, size=self.size)
+        return stft_picture(waveform, sample_rate, size=self.size, seconds=self.seconds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for a prepared file."""
+        return asdict(self)
 
 
 def stft_picture(

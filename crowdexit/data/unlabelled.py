@@ -1,4 +1,4 @@
-"""Pictures of which nobody has said what they show: a folder of them, read as a prepared file is."""
+"""Pictures and sounds of which nobody has said what they are: a folder of them, read as a prepared file is."""
 
 from __future__ import annotations
 
@@ -9,8 +9,21 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from crowdexit.data.log_mel import AudioError, read_audio
 from crowdexit.data.picture import FORMATS, MAX_PIXELS, MIN_SIDE, SUFFIXES, read_picture
+from crowdexit.data.spectrogram import Spectrogram
 from crowdexit.data.store import StoredSample, StoreError
+
+SOUND_SUFFIXES = (".wav", ".flac", ".ogg", ".au")
+
+
+def unlabelled_folder(path: Path, sound: Spectrogram | None) -> PictureFolder | SoundFolder:
+    """A folder of recordings, to be made the pictures that a set of sounds has; or for any other set, of pictures.
+
+    Raises:
+        StoreError: if nothing in it is of use.
+    """
+    return PictureFolder(path) if sound is None else SoundFolder(path, sound)
 
 
 class PictureFolder:
@@ -35,6 +48,10 @@ class PictureFolder:
         self.skipped = len(named) - len(self.sizes)
         if not self.sizes:
             raise StoreError(f"{path}: no picture of use in this folder")
+
+    def describe(self) -> str:
+        """How many there are, and how many were left out."""
+        return _described("pictures", len(self._names), self.skipped)
 
     def ids(self, split: str, pattern: str = "*") -> list[str]:
         """The pictures' paths below the folder that match a shell pattern, by name."""
@@ -68,6 +85,62 @@ class PictureFolder:
         except OSError as error:
             raise StoreError(f"{self.path / id}: cannot be read ({error.strerror})") from None
         return StoredSample(id, split, data, np.zeros((0, 2), np.float32), width, height, 0.0)
+
+
+class SoundFolder:
+    """A folder of recordings in the place of a prepared file of spectrograms, none with a truth.
+
+    Args:
+        path: the folder, looked through to the bottom; links to folders are not followed.
+        sound: how their pictures are made; of each recording its beginning is used.
+
+    Attributes:
+        skipped: how many files that are named like recordings hold no usable sound. Each is read once to know.
+
+    Raises:
+        StoreError: if there is no such folder, or no recording of use in it.
+    """
+
+    def __init__(self, path: Path, sound: Spectrogram) -> None:
+        self.path, self.sound = path, sound
+        if not path.is_dir():
+            raise StoreError(f"{path}: no such folder of recordings")
+        named = sorted(p for p in path.rglob("*") if p.suffix.lower() in SOUND_SUFFIXES and p.is_file())
+        self._names = [p.relative_to(path).as_posix() for p in named if self._usable(p)]
+        self.skipped = len(named) - len(self._names)
+        if not self._names:
+            raise StoreError(f"{path}: no recording of use in this folder")
+
+    def describe(self) -> str:
+        """How many there are, and how many were left out."""
+        return _described("recordings", len(self._names), self.skipped)
+
+    def ids(self, split: str) -> list[str]:
+        """The recordings' paths below the folder, by name."""
+        return list(self._names)
+
+    def labels(self, split: str) -> NDArray[np.int64]:
+        """Zeros: nobody has said what they are."""
+        return np.zeros(len(self._names), np.int64)
+
+    def image(self, split: str, index: int) -> NDArray[np.uint8]:
+        """The spectrogram of a recording, (size, size, 3) uint8.
+
+        Raises:
+            AudioError: if it cannot be read any more.
+        """
+        return self.sound.of(*read_audio(self.path / self._names[index]))
+
+    def _usable(self, path: Path) -> bool:
+        try:
+            self.sound.of(*read_audio(path))
+        except AudioError:
+            return False
+        return True
+
+
+def _described(what: str, number: int, skipped: int) -> str:
+    return f"{number} unlabelled {what}" + (f"; {skipped} files of no use left out" if skipped else "")
 
 
 def _size(path: Path) -> tuple[int, int] | None:

@@ -14,7 +14,7 @@ from crowdexit.data.augment import ConditionRange, Conditions, View
 from crowdexit.data.classes import ClassDataset, ClassStore
 from crowdexit.data.dataset import CrowdDataset, EpochPlan, MixedDataset, MixedPlan, Setting
 from crowdexit.data.store import Store
-from crowdexit.data.unlabelled import PictureFolder
+from crowdexit.data.unlabelled import PictureFolder, unlabelled_folder
 from crowdexit.network import Config, MultiExitNetwork
 from crowdexit.training.cache import CachedDataset, collate
 from crowdexit.training.modules import TrainingError
@@ -39,8 +39,10 @@ class RecipeData(L.LightningDataModule):
         train_set, val_set: the samples. val_batch: how many of the latter at once.
         unlabelled: samples that the backbone labels, seen as the training samples are.
         usual: count at which an untrained exit starts.
+        note: what there is to say of the unlabelled samples, in a line.
     """
 
+    note = ""
     train_set: CrowdDataset | ClassDataset | CachedDataset
     val_set: CrowdDataset | ClassDataset
     unlabelled: CrowdDataset | ClassDataset | None = None
@@ -141,6 +143,7 @@ class CrowdData(RecipeData):
         if recipe.copycat is not None:
             path, split = recipe.copycat.pictures, recipe.copycat.split
             others = PictureFolder(path) if path.is_dir() else Store(path)
+            self.note = others.describe() if isinstance(others, PictureFolder) else ""
             # In daylight: what the backbone says of the dark is no truth.
             lit = replace(setting, conditions=Conditions())
             self.unlabelled = CrowdDataset(others, split, others.ids(split), lit, recipe.seed)
@@ -162,11 +165,14 @@ class ClassData(RecipeData):
             if data.val not in there:
                 raise TrainingError(f"{self.path}: no split {data.val!r} to validate with (it has {', '.join(there)})")
             size, seed = config.size, recipe.seed
-            self.train_set = ClassDataset(store, data.train, size=size, augment=not data.whole, seed=seed)
+            # Half of a spectrogram's pictures would run backwards.
+            augment = not data.whole and store.sound is None
+            self.train_set = ClassDataset(store, data.train, size=size, augment=augment, seed=seed)
             if recipe.copycat is not None:
                 path, split = recipe.copycat.pictures, recipe.copycat.split
-                others = PictureFolder(path) if path.is_dir() else ClassStore(path)
-                self.unlabelled = ClassDataset(others, split, size=size, augment=not data.whole, seed=seed)
+                others = unlabelled_folder(path, store.sound) if path.is_dir() else ClassStore(path)
+                self.note = "" if isinstance(others, ClassStore) else others.describe()
+                self.unlabelled = ClassDataset(others, split, size=size, augment=augment, seed=seed)
             self.val_set = ClassDataset(store, data.val, size=size)
         self.val_batch = recipe.batch
 

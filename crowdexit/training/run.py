@@ -318,6 +318,8 @@ def train(
     if names:
         spec = replace(spec, meta={**spec.meta, "classes": names})
     data = make_data(recipe, network)
+    if data.note:
+        console.print(data.note, highlight=False)
     if len(data.val_set) < devices * machines:
         raise TrainingError(f"fewer validation samples ({len(data.val_set)}) than processes")
     L.seed_everything(recipe.seed, workers=True, verbose=False)

@@ -172,11 +172,11 @@ def test_interrupted_run_goes_on(source, tmp_path, monkeypatch, capsys):
     assert prepare(source, tmp_path / "whole.h5") == 0
     made = []
 
-    def make(path, size):
+    def make(path, sound):
         if len(made) == 3:
             raise KeyboardInterrupt
         made.append(path)
-        return original(path, size)
+        return original(path, sound)
 
     original = gtzan.make
     with monkeypatch.context() as patch:

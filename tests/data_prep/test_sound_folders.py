@@ -249,9 +249,9 @@ def interrupt(monkeypatch, source, target):
         made.append(path)
         return original(path, *arguments)
 
-    original = sound_folders.make
+    original = sound_folders.read_sound
     with monkeypatch.context() as patch:
-        patch.setattr(sound_folders, "make", make)
+        patch.setattr(sound_folders, "read_sound", make)
         patch.setattr(labelled, "BATCH", 4)
         assert prepare(source, target) == 130
     assert not target.exists()
@@ -286,11 +286,11 @@ def test_killed_run_goes_on(plain, tmp_path, capsys):
     """SIGKILL, with no time to tidy up: a child kills itself while it reads its tenth recording."""
     script = (
         "import os, signal, sys\nfrom data_prep import common, labelled, sound_folders\n"
-        "original, made = sound_folders.make, []\n"
+        "original, made = sound_folders.read_sound, []\n"
         "def make(*arguments):\n"
         "    made.append(1)\n"
         "    return original(*arguments) if len(made) < 10 else os.kill(os.getpid(), signal.SIGKILL)\n"
-        "sound_folders.make, labelled.BATCH = make, 4\n"
+        "sound_folders.read_sound, labelled.BATCH = make, 4\n"
         "common.run(sound_folders.app, sys.argv[1:])\n"
     )
     target = tmp_path / "set.h5"

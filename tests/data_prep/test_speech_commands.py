@@ -12,7 +12,7 @@ from sounds import break_some, error, everything, hiss, tone, write_wav
 
 from crowdexit.data.classes import ClassStore
 from crowdexit.data.log_mel import read_audio
-from crowdexit.data.spectrogram import stft_picture
+from crowdexit.data.spectrogram import Spectrogram, stft_picture
 from crowdexit.data.store import SPLITS
 from data_prep import common, labelled, speech_commands
 from data_prep.speech_commands import CLASSES, NOISE, VOLUMES, WORDS
@@ -257,14 +257,15 @@ def test_interrupted_run_goes_on(source, tmp_path, monkeypatch, capsys):
     assert prepare(source, tmp_path / "whole.h5") == 0
     made = []
 
-    def picture(*arguments, **options):
+    def picture(*arguments):
         if len(made) == 67:  # among the silence
             raise KeyboardInterrupt
         made.append(1)
-        return stft_picture(*arguments, **options)
+        return original(*arguments)
 
+    original = Spectrogram.of
     with monkeypatch.context() as patch:
-        patch.setattr(speech_commands, "stft_picture", picture)
+        patch.setattr(Spectrogram, "of", picture)
         patch.setattr(labelled, "BATCH", 4)
         assert prepare(source, tmp_path / "set.h5") == 130
     assert not (tmp_path / "set.h5").exists()

@@ -9,20 +9,27 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from sounds import tone, write_wav
 from tiny_runs import best, run, tiny
 from torch.utils.data import default_collate
 from typer.testing import CliRunner
 
 from crowdexit import zoo
+from crowdexit.backbones.convnets import ConvNetConfig
 from crowdexit.cli import app
+from crowdexit.data.classes import write_classes
 from crowdexit.data.dataset import EpochPlan, MixedPlan
+from crowdexit.data.log_mel import read_audio
+from crowdexit.data.picture import normalise
+from crowdexit.data.spectrogram import Spectrogram
 from crowdexit.data.unlabelled import PictureFolder
 from crowdexit.errors import CrowdExitError
 from crowdexit.network import FINAL
 from crowdexit.training.branches import taught
 from crowdexit.training.copycat import copycat_recipe
-from crowdexit.training.data import make_data
+from crowdexit.training.data import ClassData, make_data
 from crowdexit.training.modules import record
+from crowdexit.training.recipe import Recipe
 
 EXITS = [{"name": "V1", "place": "V1", "kind": "slvit"}, {"name": "AV2", "place": "AV2", "kind": "cnn"}]
 
@@ -60,6 +67,36 @@ def test_a_folder_is_read_to_the_bottom_and_says_what_it_left_out(pictures):
     assert folder.skipped == 1
     height, width = folder.image("", 0).shape[:2]
     assert height == width == 80
+
+
+def test_recordings_become_the_pictures_that_the_set_has(tmp_path):
+    for number in range(3):
+        write_wav(tmp_path / "sounds" / "deeper" / f"{number}.wav", tone(500 * (number + 1), 22_050), 22_050)
+    (tmp_path / "sounds" / "broken.wav").write_bytes(b"RIFF")
+    write_wav(tmp_path / "sounds" / "empty.wav", [])
+    sound = Spectrogram("stft", 32, 0.5)
+    rng = np.random.default_rng(0)
+    with write_classes(tmp_path / "set.h5", ["a", "b"], "tones", sound=sound) as writer:
+        for split in ("train", "val"):
+            writer.add(split, rng.integers(0, 256, (8, 32, 32, 3), np.uint8), [0, 1] * 4, [str(n) for n in range(8)])
+    recipe = Recipe.model_validate(
+        {
+            "stage": "branches",
+            "model": "resnet18",
+            "changes": {"size": [32, 32], "outputs": 2},
+            "loss": "cross-entropy",
+            "data": {"store": tmp_path / "set.h5"},
+            "exits": [{"name": "1", "place": "1", "kind": "cnn"}],
+            "copycat": {"pictures": tmp_path / "sounds", "ratio": 2.0},
+        }
+    )
+    data = ClassData(recipe, ConvNetConfig("resnet18", size=(32, 32), outputs=2))
+    assert data.note == "3 unlabelled recordings; 2 files of no use left out"
+    assert data.unlabelled is not None
+    assert data.unlabelled.ids == ["deeper/0.wav", "deeper/1.wav", "deeper/2.wav"]
+    expected = sound.of(*read_audio(tmp_path / "sounds" / "deeper" / "1.wav"))
+    assert torch.equal(data.unlabelled[1, 7]["image"], torch.from_numpy(normalise(expected)))  # never mirrored
+    assert torch.equal(data.train_set[0, 7]["image"], data.train_set[0, 0]["image"])
 
 
 def test_their_truth_is_what_the_backbone_says(store, branches, pictures):
