@@ -10,6 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -19,6 +20,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from filelock import FileLock, Timeout
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -328,7 +330,40 @@ def train(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TrainingError(f"{out}: no folder can be made there ({error.strerror})") from None
-    if recipe.fit and not (resume and last.exists()):
+    with _alone(out) if first else nullcontext():
+        _fit(recipe, experiment, data, out, resume, devices, machines, accelerator, console)
+    return model
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keep a run's folder for this process until it ends: a second one would write over what the first does.
+
+    Raises:
+        TrainingError: if another process has it.
+    """
+    try:
+        with FileLock(out / "training.lock", timeout=0):
+            yield
+    except Timeout:
+        raise TrainingError(f"{out}: another training is writing there") from None
+
+
+def _fit(
+    recipe: Recipe,
+    experiment: Experiment,
+    data: RecipeData,
+    out: Path,
+    resume: bool,
+    devices: int,
+    machines: int,
+    accelerator: str,
+    console: Console,
+) -> None:
+    """Start the exits, and let Lightning train."""
+    network, last = experiment.network, out / LAST
+    begun = resume and last.exists()
+    if recipe.fit and not begun:
         with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16-mixed"):
             names = [trial.name for trial in trials(recipe)] or [FINAL]
             fit_exits(network, names, partial(some_batches, recipe, data), recipe)
@@ -369,7 +404,7 @@ def train(
             enable_progress_bar=console.is_terminal,
         )
         try:
-            trainer.fit(experiment, data, ckpt_path=last if resume and last.exists() else None, weights_only=True)
+            trainer.fit(experiment, data, ckpt_path=last if begun else None, weights_only=True)
         except SIGTERMException:
             raise SystemExit(128 + signal.SIGTERM) from None
         except SystemExit:
@@ -378,7 +413,6 @@ def train(
             raise
         except CrowdExitError as error:
             raise _one_line(error) from None
-    return model
 
 
 def _best_rate(recipe: Recipe, out: Path, resume: bool, devices: int, accelerator: str, console: Console) -> Path:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from tiny_runs import TINY, best, last, run, same, tiny
 
 from crowdexit.training.modules import Experiment, TrainingError
@@ -44,6 +45,19 @@ def test_resumed_run_ends_like_an_uninterrupted_one(store, backbone, tmp_path, b
     if optimiser:
         rates = [scheduler["_last_lr"][0] for scheduler in states[1]["lr_schedulers"]]
         assert min(rates) < recipe.optimiser.lr, "the plateau was never reached, which tests nothing"
+
+
+def test_two_trainings_do_not_write_into_one_folder(store, tmp_path):
+    """As when a suite was killed and begun again while what it trained lived on."""
+    recipe = tiny(store, "density", epochs=1)
+    expected = run(recipe, tmp_path / "run")
+    with (
+        FileLock(tmp_path / "run" / "training.lock"),
+        pytest.raises(TrainingError, match=r"run: another training is writing there$"),
+    ):
+        run(recipe.model_copy(update={"epochs": 2}), tmp_path / "run", resume=True)
+    assert same(last(tmp_path / "run"), expected)
+    assert not same(run(recipe.model_copy(update={"epochs": 2}), tmp_path / "run", resume=True), expected)
 
 
 def test_same_seed_same_result(store, tmp_path):
