@@ -1,9 +1,13 @@
-"""How every command of the project ends: 0, or 2 with one line, or 130 after Ctrl-C."""
+"""How every command of the project ends: 0, or 2 with one line, or 130 after Ctrl-C and 143 after SIGTERM."""
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 import typer
 
@@ -21,7 +25,8 @@ def run(app: typer.Typer, arguments: Sequence[str] | None = None, *, interrupted
         interrupted: the line to print after Ctrl-C.
     """
     try:
-        code = int(typer.main.get_command(app)(arguments, standalone_mode=False) or 0)
+        with _tidy_end():
+            code = int(typer.main.get_command(app)(arguments, standalone_mode=False) or 0)
     except CrowdExitError as error:
         return _refuse(str(error))
     except _Misuse as error:
@@ -31,6 +36,23 @@ def run(app: typer.Typer, arguments: Sequence[str] | None = None, *, interrupted
     if code == 130:
         print(interrupted, file=sys.stderr)
     return code
+
+
+@contextmanager
+def _tidy_end() -> Iterator[None]:
+    """SIGTERM raises SystemExit: what is half-written goes, and processes that were begun end too."""
+    if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _refuse(message: str) -> int:

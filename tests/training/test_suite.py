@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from typer.testing import CliRunner
 
 from crowdexit import zoo
@@ -87,6 +92,22 @@ def test_what_fails_stops_nothing_else(tmp_path, data):
     assert "| resnet152 | 2 |" in table
     assert "bad" not in table
     assert "stride 'last'" in (tmp_path / "out" / "bad" / "backbone" / "log.txt").read_text()
+
+
+def test_what_ends_the_suite_ends_its_trainings(tmp_path, data):
+    path, out = written(tmp_path, train={**SUITE["train"], "epochs": 10_000}), tmp_path / "out"
+    command = [sys.executable, "-m", "crowdexit", "suite", str(path), "--data", str(data), "--out", str(out)]
+    suite = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = out / "resnet152" / "backbone" / "log.txt"
+    try:
+        while "epoch 1/" not in (log.read_text() if log.exists() else ""):
+            assert suite.poll() is None
+            time.sleep(0.1)
+    finally:
+        suite.send_signal(signal.SIGTERM)
+    assert suite.wait() == 143
+    with FileLock(log.parent / "training.lock", timeout=20):  # its training has let go of it
+        assert not (log.parent / "finished").exists()
 
 
 def test_a_folder_of_another_recipe_is_left_alone(tmp_path, data):
