@@ -127,23 +127,23 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """A group of bars for each backbone and place: each method's mean, its deviation, the final exit's line."""
+    """For each backbone and place every method's mean and deviation, and the final exit's line."""
     kinds = [kind for kind in METHODS if any(kind in row.values for row in rows)]
     figure = blank(max(5.0, 1.6 * len(rows)), 4.2)
     ax = figure.subplots()
-    width = 0.8 / max(1, len(kinds))
     for number, kind in enumerate(kinds):
         at = [i for i, row in enumerate(rows) if row.values.get(kind)]
         values = [rows[i].values[kind] for i in at]
         errors = [stdev(v) if len(v) > 1 else 0.0 for v in values]
-        places = [i + (number - (len(kinds) - 1) / 2) * width for i in at]
-        ax.bar(places, [mean(v) for v in values], width, yerr=errors, capsize=3, label=METHODS[kind])
+        places = [i + 0.6 * ((number + 0.5) / len(kinds) - 0.5) for i in at]
+        ax.errorbar(places, [mean(v) for v in values], errors, fmt="os^D"[number], capsize=4, label=METHODS[kind])
     for i, row in enumerate(rows):
         if row.final:
             label = "final" if i == 0 else "_final"  # named once
-            ax.hlines(row.final[0], i - 0.45, i + 0.45, colors="0.3", linestyles="--", label=label)
+            ax.hlines(row.final[0], i - 0.4, i + 0.4, colors="0.3", linestyles="--", label=label)
     ax.set_xticks(range(len(rows)), [f"{row.backbone}\n{row.place}" for row in rows])
     ax.set_ylabel(rows[0].measure)
+    ax.grid(axis="y", alpha=0.3)
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     figure.savefig(path)
 
