@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crowdexit.data.log_mel import read_audio
-from crowdexit.data.picture import decode_picture
+from crowdexit.data.picture import decode_picture, tile_boxes
 from crowdexit.errors import CrowdExitError
-from crowdexit.inference.counter import CrowdCounter, ExitResult, tile_boxes
+from crowdexit.inference.counter import CrowdCounter, ExitResult
 from crowdexit.inference.draw import bars, overlay
 from crowdexit.network import FINAL
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 from crowdexit.errors import CrowdExitError
 
 if TYPE_CHECKING:
-    from crowdexit.inference.counter import CountResult, CrowdCounter, ExitResult, load
+    from crowdexit.inference.counter import CountResult, CrowdCounter, DeadlineMissed, ExitResult, load
 
-__all__ = ["CountResult", "CrowdCounter", "CrowdExitError", "ExitResult", "load"]
+__all__ = ["CountResult", "CrowdCounter", "CrowdExitError", "DeadlineMissed", "ExitResult", "load"]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ import sys
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
@@ -18,6 +18,10 @@ from rich.table import Table
 
 from crowdexit import command
 from crowdexit.errors import CrowdExitError
+
+if TYPE_CHECKING:
+    from crowdexit.network import MultiExitNetwork
+    from crowdexit.zoo import Spec
 
 # Everything heavy is imported where it is used: `--help` and a mistyped option answer at once.
 
@@ -30,6 +34,7 @@ app = typer.Typer(
 )
 
 DEFAULT_MODEL = "audiocsrnet-s"
+CONFIDENCES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)  # to tell what leaving at them is worth
 Model = Annotated[str, typer.Option("--model", help="A shipped model's name, or a checkpoint's path.")]
 Ids = Annotated[str, typer.Option(help="Only samples whose id matches this shell pattern.")]
 Hear = Annotated[bool, typer.Option("--audio/--no-audio", help="Hear the sound where there is some.")]
@@ -42,18 +47,51 @@ class CountFormat(StrEnum):
     csv = "csv"
 
 
+class Late(StrEnum):
+    wait = "wait"
+    fail = "fail"
+
+
+class PolicyName(StrEnum):
+    anytime = "anytime"
+    fits = "fits"
+    confident = "confident"
+
+
 class Format(StrEnum):
     table = "table"
     json = "json"
 
 
-@app.command(epilog="Example: `crowdexit count street.jpg clip.mp4 --format json --out counts.jsonl`")
+@app.command(
+    epilog="Examples: `crowdexit count street.jpg clip.mp4 --format json --out counts.jsonl`, "
+    "`crowdexit count street.jpg --deadline-ms 100`, `crowdexit count photos --policy confident --within 20%`, "
+    "`crowdexit count photos --budget-ms 10000`"
+)
 def count(
     inputs: Annotated[list[str], typer.Argument(metavar="INPUT…", help="Pictures, folders, videos, mixed.")],
     audio: Annotated[Path | None, typer.Option(help="Sound for the picture, or in place of the video's.")] = None,
     model: Model = DEFAULT_MODEL,
     exit: Annotated[str, typer.Option("--exit", help="The exit to stop at, or auto: the last in time.")] = "auto",
-    deadline_ms: Annotated[float | None, typer.Option(help="Answer with the latest exit by then.")] = None,
+    deadline_ms: Annotated[
+        float | None, typer.Option(help="Answer each picture or frame with the latest exit by then.")
+    ] = None,
+    late: Annotated[
+        Late, typer.Option(help="Where no exit has answered by then: wait for the first, or fail.")
+    ] = Late.wait,
+    policy: Annotated[
+        PolicyName,
+        typer.Option(
+            help="anytime: every exit in time. fits: one exit only, the deepest that is in time here. confident: stop "
+            "at the first whose interval is narrow enough."
+        ),
+    ] = PolicyName.anytime,
+    within: Annotated[
+        str | None, typer.Option(help="Narrow enough: ± so many people (15), or a share of the count. [default: 20%]")
+    ] = None,
+    budget_ms: Annotated[
+        float | None, typer.Option(help="For all pictures together: the exits with the least error in this time.")
+    ] = None,
     runtime: RuntimeName = "auto",
     fps: Annotated[float | None, typer.Option(help="Counted frames a second of video.")] = None,
     format: Annotated[CountFormat, typer.Option()] = CountFormat.table,
@@ -64,10 +102,12 @@ def count(
 ) -> None:
     """Count people in pictures, folders and videos."""
     from crowdexit.inference.counter import load
+    from crowdexit.inference.policies import policy_named
     from crowdexit.inference.run import count_inputs
     from crowdexit.inference.sources import expand
 
     expand(inputs)  # a mistyped path is said before the weights are read
+    chosen = policy_named(policy, within)
     counter = load(model, runtime=runtime)
     count_inputs(
         counter,
@@ -75,6 +115,9 @@ def count(
         audio=audio,
         exit=exit,
         deadline_ms=deadline_ms,
+        late=late.value,
+        policy=chosen,
+        budget_ms=budget_ms,
         fps=fps,
         format=format.value,
         out=out,
@@ -95,6 +138,12 @@ def evaluate(
     brightness: Annotated[float, typer.Option(min=0, help="Pictures darkened (or lit) by this factor.")] = 1.0,
     noise: Annotated[float, typer.Option(min=0, max=255, help="Gaussian noise of this σ, of 255.")] = 0.0,
     black: Annotated[float, typer.Option(min=0, max=0.99, help="Share of the picture under a black area.")] = 0.0,
+    confidence: Annotated[
+        float | None, typer.Option(min=0, max=0.9999, help="Of classes: leave at the first exit as sure as this.")
+    ] = None,
+    entropy: Annotated[
+        float | None, typer.Option(min=1e-4, max=1, help="Or with an entropy, of the largest there is, as low as this.")
+    ] = None,
     runtime: RuntimeName = "auto",
     format: Annotated[Format, typer.Option()] = Format.table,
 ) -> None:
@@ -102,6 +151,11 @@ def evaluate(
     from crowdexit.data.augment import Conditions
     from crowdexit.inference.evaluate import evaluate_file
 
+    if confidence is not None and entropy is not None:
+        raise CrowdExitError("--confidence or --entropy, not both")
+    leave: Any = None if entropy is None else ("entropy", entropy)
+    if confidence is not None:
+        leave = ("confidence", 1 - confidence)
     result = evaluate_file(
         model,
         data,
@@ -109,6 +163,7 @@ def evaluate(
         ids,
         audio=audio,
         conditions=Conditions(brightness, noise, black),
+        leave=leave,
         runtime=runtime,
         progress=partial(_progress, "evaluating"),
     )
@@ -129,6 +184,11 @@ def _print_evaluation(result: dict[str, Any], format: Format) -> None:
         table.add_column(columns[key], justify="right")
     for row in result["exits"]:
         table.add_row(row["exit"], *(f"{row[key]:.{1 if key == 'latency_ms' else 2}f}" for key in there))
+    if leaving := result.get("leaving"):
+        left = ", ".join(f"{name} {share:.0f}" for name, share in leaving["left"].items() if share)
+        table.add_section()
+        table.add_row("when sure", *(f"{leaving[key]:.{1 if key == 'latency_ms' else 2}f}" for key in there))
+        table.caption = f"when sure: leaving with a doubt ({leaving['measure']}) of {leaving['bound']:.4g}, %: {left}"
     Console().print(table)
 
 
@@ -428,19 +488,33 @@ def calibrate(
     data: Annotated[Path, typer.Option(help="A prepared HDF5 file with held-out pictures.")],
     split: Annotated[str, typer.Option()] = "val",
     ids: Ids = "*",
-    level: Annotated[float, typer.Option(help="How often the interval is to hold the truth.")] = 0.9,
+    level: Annotated[float, typer.Option(help="Of counts: how often the interval is to hold the truth.")] = 0.9,
     runtime: RuntimeName = "auto",
 ) -> None:
-    """Write intervals into a checkpoint: how far each exit's counts of held-out pictures were from the truth."""
+    """Write into a checkpoint how sure its exits are, measured on held-out pictures.
+
+    Of counts the intervals: how far each exit was from the truth. Of classes the temperatures, and what comes of
+    leaving when sure.
+    """
+    from crowdexit import zoo
+
+    path = zoo.checkpoint_path(model)
+    network, spec = zoo.load(path)
+    if network.classifies:
+        _calibrate_classes(path, network, spec, data, split, ids, runtime)
+    else:
+        _calibrate_counts(path, data, split, ids, level, runtime)
+
+
+def _calibrate_counts(path: Path, data: Path, split: str, ids: str, level: float, runtime: str) -> None:
     from crowdexit import zoo
     from crowdexit.data.store import Store
     from crowdexit.inference.counter import load
     from crowdexit.inference.evaluate import calibrate as run_calibration
 
-    path = zoo.checkpoint_path(model)
     with Store(data) as store:
         wanted = store.ids(split, ids)
-        counter = load(model, runtime=runtime)
+        counter = load(path, runtime=runtime)
         counter.exits = counter.network.exit_names
         with _progress("calibrating", 2 * len(wanted)) as advance:
             intervals = run_calibration(counter, store, split, wanted, level, progress=advance)
@@ -451,6 +525,46 @@ def calibrate(
     for name in counter.exits:
         heard = intervals.heard.get(name)
         table.add_row(name, f"{intervals.silent[name]:.3f}", "" if heard is None else f"{heard:.3f}")
+    Console().print(table)
+
+
+def _calibrate_classes(
+    path: Path, network: MultiExitNetwork, spec: Spec, data: Path, split: str, ids: str, runtime: str
+) -> None:
+    from crowdexit import zoo
+    from crowdexit.analysis.leaving import costs_on_the_way, leaving
+    from crowdexit.data.classes import ClassStore
+    from crowdexit.inference import classify
+    from crowdexit.inference.counter import served_exits
+    from crowdexit.temperatures import surprise
+
+    with ClassStore(data) as store:
+        wanted = classify.matching(store, split, ids)
+        with _progress("calibrating", len(wanted)) as advance:
+            scores, labels = classify.scores_of(network, runtime, store, split, wanted, progress=advance)
+    temperatures = classify.calibrate(scores, labels)
+    zoo.annotate(path, temperatures=temperatures.to_dict())
+    table = Table(title=f"{path}: temperatures from {len(wanted)} pictures")
+    for name in ("exit", "temperature", "surprise before, nats", "after"):
+        table.add_column(name, justify="left" if name == "exit" else "right")
+    for name, t in temperatures.by_exit.items():
+        before, after = (surprise(scores[name], labels, by) for by in (1.0, t))
+        table.add_row(name, f"{t:.3f}", f"{before:.3f}", f"{after:.3f}")
+    Console().print(table)
+    exits = served_exits(network)
+    bounds = [1 - confidence for confidence in CONFIDENCES]
+    made = leaving(
+        {name: temperatures.doubts(name, scores[name], "confidence") for name in exits},
+        {name: (scores[name].argmax(1) != labels).astype(float) for name in exits},
+        costs_on_the_way(spec, exits),
+        bounds,
+    )
+    table = Table(title="leaving at the first exit as sure as …")
+    for name in ("confidence", "accuracy %", "multiply-adds, 10⁹", *(f"{name} %" for name in exits)):
+        table.add_column(name, justify="right")
+    for point in made:
+        shares = (f"{100 * point.shares[name]:.0f}" for name in exits)
+        table.add_row(f"{1 - point.bound:.2f}", f"{100 * (1 - point.error):.2f}", f"{point.cost / 1e9:.3g}", *shares)
     Console().print(table)
 
 

@@ -5,6 +5,8 @@ of a sparse scene is narrow and that of a dense one wide. With n scores, the ⌈
 for which [ŷ − w(ŷ + 10), ŷ + w(ŷ + 10)] holds the truth of a further picture of the same kind with probability
 ``level`` at least (Papadopoulos et al. 2002; Lei et al. 2018), whatever the network. Of pictures of another kind
 nothing is promised.
+
+The mean of the same scores, times (ŷ + 10), is the error to expect of an exit: what a budget weighs against time.
 """
 
 from __future__ import annotations
@@ -32,20 +34,30 @@ class Intervals:
         level: the probability that the interval holds the truth.
         silent, heard: width w by exit, for counts without and with sound.
         samples: how many held-out pictures it was made of.
+        silent_errors, heard_errors: mean score by exit; empty where a checkpoint was calibrated without.
     """
 
     level: float = 0.9
     silent: Mapping[str, float] = field(default_factory=dict)
     heard: Mapping[str, float] = field(default_factory=dict)
     samples: int = 0
+    silent_errors: Mapping[str, float] = field(default_factory=dict)
+    heard_errors: Mapping[str, float] = field(default_factory=dict)
 
     def around(self, exit: str, count: float, *, heard: bool) -> tuple[float, float] | None:
         """(low, high) for a count of this exit; None where it was not calibrated in that state."""
+        half = self.half_width(exit, count, heard=heard)
+        return None if half is None else (max(0.0, count - half), count + half)
+
+    def half_width(self, exit: str, count: float, *, heard: bool) -> float | None:
+        """How far the interval reaches from a count of this exit, in people; None as of :meth:`around`."""
         width = (self.heard if heard else self.silent).get(exit)
-        if width is None:
-            return None
-        half = width * (count + ROOM)
-        return max(0.0, count - half), count + half
+        return None if width is None else width * (count + ROOM)
+
+    def errors(self, *, heard: bool) -> Mapping[str, float]:
+        """Each exit's expected error over (count + 10); of an exit without one its width, which is in proportion."""
+        silent = {**self.silent, **self.silent_errors}
+        return {**silent, **self.heard, **self.heard_errors} if heard else silent
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for a checkpoint's header."""
@@ -54,6 +66,8 @@ class Intervals:
             "silent": dict(self.silent),
             "heard": dict(self.heard),
             "samples": self.samples,
+            "silent_errors": dict(self.silent_errors),
+            "heard_errors": dict(self.heard_errors),
         }
 
     @classmethod
@@ -66,10 +80,12 @@ class Intervals:
         if data is None:
             return cls()
         try:
-            widths = {state: {str(k): float(v) for k, v in data[state].items()} for state in ("silent", "heard")}
-            if any(not 0 <= w < math.inf for of_state in widths.values() for w in of_state.values()):
+            tables = {"silent": data["silent"], "heard": data["heard"]}
+            tables |= {key: data.get(key, {}) for key in ("silent_errors", "heard_errors")}
+            scores = {key: {str(k): float(v) for k, v in table.items()} for key, table in tables.items()}
+            if any(not 0 <= score < math.inf for table in scores.values() for score in table.values()):
                 raise ValueError
-            return cls(float(data["level"]), **widths, samples=int(data["samples"]))
+            return cls(float(data["level"]), samples=int(data["samples"]), **scores)
         except (KeyError, TypeError, ValueError, AttributeError):
             raise IntervalError("the checkpoint's intervals are damaged") from None
 
@@ -82,9 +98,18 @@ def width(counts: Sequence[float], truths: Sequence[float], level: float) -> flo
     """
     if not 0 < level < 1:
         raise IntervalError(f"a level of {level:g} is no probability between 0 and 1")
-    scores = sorted(abs(c - t) / (max(c, 0.0) + ROOM) for c, t in zip(counts, truths, strict=True))
+    scores = sorted(_scores(counts, truths))
     rank = math.ceil((len(scores) + 1) * level - _ROUNDING)
     if rank > len(scores):
         least = math.ceil(level / (1 - level) - _ROUNDING)
         raise IntervalError(f"{len(scores)} pictures are too few for a level of {level:g}: it takes {least}")
     return scores[rank - 1]
+
+
+def expected_error(counts: Sequence[float], truths: Sequence[float]) -> float:
+    """The mean score of an exit, from its counts of held-out pictures and the true ones; one picture at least."""
+    return math.fsum(_scores(counts, truths)) / len(counts)
+
+
+def _scores(counts: Sequence[float], truths: Sequence[float]) -> list[float]:
+    return [abs(c - t) / (max(c, 0.0) + ROOM) for c, t in zip(counts, truths, strict=True)]

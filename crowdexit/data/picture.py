@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from crowdexit.errors import CrowdExitError
 
 MIN_SIDE = 32
 TILES = 3  # along the longer side
+# A picture that would shrink by more than this to fit is cut into tiles: its people would be lost.
+LEAST_SCALE = 1 / 4
 MAX_PIXELS = 150_000_000
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 # Of all that Pillow reads; some of the rest it hands to other programs (PostScript).
@@ -144,6 +147,15 @@ def views(
         return [fit(picture, canvas)]
     everywhere = Placement(1.0, (0, 0), canvas)
     return [(tile, everywhere) for tile in tiles(picture, canvas)]
+
+
+def tile_boxes(width: int, height: int, native: tuple[int, int]) -> list[tuple[int, int, int, int]]:
+    """Cut a picture into the fewest equal rectangles (x, y, w, h) of which none shrinks below a quarter."""
+    columns = max(1, math.ceil(width * LEAST_SCALE / native[0]))
+    rows = max(1, math.ceil(height * LEAST_SCALE / native[1]))
+    xs = [round(i * width / columns) for i in range(columns + 1)]
+    ys = [round(i * height / rows) for i in range(rows + 1)]
+    return [(xs[c], ys[r], xs[c + 1] - xs[c], ys[r + 1] - ys[r]) for r in range(rows) for c in range(columns)]
 
 
 def place(picture: NDArray[np.uint8], canvas: tuple[int, int], offset: tuple[int, int]) -> NDArray[np.uint8]:

@@ -3,34 +3,41 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import cv2
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from crowdexit import zoo
-from crowdexit.backbones.audiocsrnet import STRIDE
-from crowdexit.data.log_mel import log_mel, read_audio
-from crowdexit.data.picture import MIN_SIDE, PictureError, Placement, normalise, read_picture, views
+from crowdexit.data.picture import views
 from crowdexit.errors import CrowdExitError
+from crowdexit.inference.anytime import DeadlineMissed, Worker
+from crowdexit.inference.batch import batch_of
+from crowdexit.inference.budget import Budget, Costs, check_budget
+from crowdexit.inference.policies import ANYTIME, Confident, DeepestThatFits
+from crowdexit.inference.profile import PREPARING, Profile, exit_step, profile_of, stage_step
 from crowdexit.inference.runtime import Runtime, pick
+from crowdexit.inference.scene import Picture, Row, Scene, Sound, prepared
+from crowdexit.inference.walk import Batch, Part, Policy, Told, Walk
 from crowdexit.intervals import Intervals
 from crowdexit.memory import keep_freed_memory
 from crowdexit.network import FINAL, MultiExitNetwork
-from crowdexit.stages import Features, inputs
+from crowdexit.stages import Features
 
-Picture = NDArray[np.uint8] | str | Path
-Sound = tuple[NDArray[np.float32], int] | NDArray[np.float32] | str | Path
+Late = Literal["wait", "fail"]
 
-# A picture that would shrink by more than this to fit is cut into tiles: its people would be lost.
-LEAST_SCALE = 1 / 4
-TILES_AT_ONCE = 4
+# Of a batch that goes through a stage, more would only take memory; and of all whose features are kept meanwhile.
+PIXELS_AT_ONCE = 4 * 1024 * 768
+PIXELS_ABREAST = 32 * 1024 * 768
+_TURNS, _PATIENCE_S = 6, 3.0  # of measuring: so often, two at least, for each number of rows, or as long
 
 
 class CounterError(CrowdExitError):
@@ -64,13 +71,14 @@ class CountResult:
     model: str
     chosen: ExitResult
     exits: tuple[ExitResult, ...]
+    in_time: bool | None = None  # whether the chosen answer came by the deadline; None: there was none
 
     @property
     def count(self) -> float:
         return self.chosen.count
 
     def to_dict(self, source: str) -> dict[str, Any]:
-        """The JSON form (DESIGN.md, section 4)."""
+        """The JSON form (DESIGN.md, section 4); with a deadline also ``in_time``."""
         return {
             "source": source,
             "model": self.model,
@@ -86,42 +94,8 @@ class CountResult:
                 }
                 for e in self.exits
             ],
+            **({} if self.in_time is None else {"in_time": self.in_time}),
         }
-
-
-@dataclass(frozen=True)
-class _Tile:
-    """A rectangle of the picture, (x, y, width, height), laid on the network's canvas."""
-
-    box: tuple[int, int, int, int]
-    placement: Placement
-
-
-def tile_boxes(width: int, height: int, native: tuple[int, int]) -> list[tuple[int, int, int, int]]:
-    """Cut a picture into the fewest equal rectangles (x, y, w, h) of which none shrinks below a quarter."""
-    columns = max(1, math.ceil(width * LEAST_SCALE / native[0]))
-    rows = max(1, math.ceil(height * LEAST_SCALE / native[1]))
-    xs = [round(i * width / columns) for i in range(columns + 1)]
-    ys = [round(i * height / rows) for i in range(rows + 1)]
-    return [(xs[c], ys[r], xs[c + 1] - xs[c], ys[r + 1] - ys[r]) for r in range(rows) for c in range(columns)]
-
-
-def hear(sound: Sound | None) -> NDArray[np.float32] | None:
-    """Any form of sound as a log-mel (96, 64): a file, (waveform, sample rate), or a log-mel already.
-
-    Raises:
-        AudioError: if it cannot be read or holds no sound.
-        CounterError: if an array is not (96, 64).
-    """
-    if sound is None:
-        return None
-    if isinstance(sound, (str, Path)):
-        sound = read_audio(sound)
-    if isinstance(sound, tuple):
-        return log_mel(*sound)
-    if sound.shape != (96, 64) or not np.isfinite(sound).all():
-        raise CounterError("a log-mel has the shape (96, 64) and finite values")
-    return sound.astype(np.float32)
 
 
 class CrowdCounter:
@@ -154,6 +128,9 @@ class CrowdCounter:
         self.exits = served_exits(network) if exits is None else self._known(exits)
         self.intervals = intervals or Intervals()
         self.chain = (runtime or pick("auto")).ready(network)
+        self._turn = threading.Lock()
+        self._worker = Worker()
+        self._times = Profile()
 
     def _known(self, exits: Sequence[str]) -> list[str]:
         for name in exits:
@@ -182,58 +159,10 @@ class CrowdCounter:
         Raises:
             CrowdExitError: for a picture or a sound that cannot be used.
         """
-        begun = time.perf_counter()
         wanted = self.exits if exits is None else self._known(exits)
-        picture = _checked(read_picture(image) if isinstance(image, (str, Path)) else image)
-        heard = hear(audio)
-        height, width = picture.shape[:2]
-        boxes = tile_boxes(width, height, self.size)
-        if len(boxes) == 1:
-            for name, values, density, placements in self._pass([picture], [heard], wanted):
-                map_ = None if density is None else _without_padding(density[0], placements[0])
-                yield self._result(name, float(values[0]), map_, begun, heard is not None)
-            return
-        # Tiles answer together, a few at a time: exit by exit needs every tile at that exit.
-        sums = dict.fromkeys(wanted, 0.0)
-        maps: list[tuple[tuple[int, int, int, int], NDArray[np.float32]]] = []
-        for start in range(0, len(boxes), TILES_AT_ONCE):
-            part = boxes[start : start + TILES_AT_ONCE]
-            tiles = [picture[y : y + h, x : x + w] for x, y, w, h in part]
-            for name, values, density, placements in self._pass(tiles, [None] * len(tiles), wanted):
-                sums[name] += float(values.sum())
-                if density is not None:
-                    maps += [(box, _without_padding(d, p)) for box, d, p in zip(part, density, placements, strict=True)]
-        for name in wanted:
-            map_ = _assemble(maps, width, height) if name == FINAL and maps else None
-            yield self._result(name, sums[name], map_, begun, False)
-
-    def _pass(
-        self,
-        pictures: Sequence[NDArray[np.uint8]],
-        sounds: Sequence[NDArray[np.float32] | None],
-        exits: Sequence[str],
-    ) -> Iterator[tuple[str, NDArray[np.float32], NDArray[np.float32] | None, list[Placement]]]:
-        """Run a batch of pictures: (exit, counts (B,), density (B, h, w) or None, placements)."""
-        config = self.network.config
-        seen = [views(picture, config.size, config.view) for picture in pictures]
-        laid = [view for of_one in seen for view in of_one]
-        heard = [sound for sound, of_one in zip(sounds, seen, strict=True) for _ in of_one]
-        starts = np.cumsum([0, *(len(of_one) for of_one in seen[:-1])])
-        placements = [placement for _, placement in laid]
-        for name, answer in self.chain.stream(batch_of(laid, heard, config.size), exits):
-            density = None if answer.density is None else answer.density[:, 0].numpy()
-            counts = np.add.reduceat(answer.value.numpy(), starts)
-            yield name, counts, density, placements
-
-    def _result(
-        self, name: str, count: float, density: NDArray[np.float32] | None, begun: float, heard: bool
-    ) -> ExitResult:
-        if not math.isfinite(count):
-            raise CounterError(f"{self.model}: the exit {name} did not give a number")
-        # A regressor may undershoot zero; a crowd does not.
-        count = max(0.0, count)
-        interval = self.intervals.around(name, count, heard=heard)
-        return ExitResult(name, count, interval, 1000 * (time.perf_counter() - begun), density)
+        for result in self._steps(image, audio, wanted, ANYTIME, time.perf_counter()):
+            if result is not None:
+                yield result
 
     def count(
         self,
@@ -242,43 +171,309 @@ class CrowdCounter:
         *,
         exit: str = "auto",
         deadline_ms: float | None = None,
+        late: Late = "wait",
+        policy: Policy = ANYTIME,
     ) -> CountResult:
-        """Count with every exit up to ``exit``, and choose one.
+        """Count with the exits up to ``exit``, and choose the last answer.
 
         Args:
-            exit: the last exit to run and the one to choose; ``auto`` is the last that this counter serves.
-            deadline_ms: choose the latest answer that is there by then; when not even the first exit's is,
-                that one is waited for. Checked between stages.
+            image, audio: as of :meth:`stream`.
+            exit: the last exit to run; ``auto`` is the last that this counter serves.
+            deadline_ms: when to return, from this call on, with the latest answer that is there by then, even in
+                the middle of a stage. Preparing the picture counts, and so does the end of a stage that an earlier
+                request has left running.
+            late: what to do where not even the first exit has answered by then: ``wait`` for it, or ``fail``.
+            policy: which exits are asked, and when one of them will do (:mod:`crowdexit.inference.policies`). For
+                ``DeepestThatFits`` the machine is measured once, before the time begins.
 
         Raises:
-            CrowdExitError: as :meth:`stream`; for a deadline that is not positive.
+            DeadlineMissed: if no exit has answered, and ``late`` is ``fail``.
+            CrowdExitError: as :meth:`stream`; for a deadline that is not positive, or a policy that has nothing to
+                go by.
         """
         if deadline_ms is not None and not deadline_ms > 0:
             raise CounterError(f"a deadline of {deadline_ms:g} ms cannot be kept")
+        self._check(policy)
+        if isinstance(policy, DeepestThatFits):
+            if deadline_ms is None:
+                raise CounterError("which exit is the deepest that fits, only a deadline can tell")
+            _ = self.profile
         last = self.exits[-1] if exit == "auto" else self._known([exit])[0]
         until = self.network.stage_of(last)
-        wanted = [name for name in self.exits if self.network.stage_of(name) <= until and name != FINAL]
-        wanted = [name for name in wanted if name != last] + [last]
-        results: list[ExitResult] = []
-        for result in self.stream(image, audio, exits=wanted):
-            if deadline_ms is not None and results and result.latency_ms > deadline_ms:
-                break
-            results.append(result)
-            if deadline_ms is not None and result.latency_ms >= deadline_ms:
-                break
+        wanted = [name for name in self.exits if self.network.stage_of(name) <= until and name not in (last, FINAL)]
+        wanted.append(last)
+        begun = time.perf_counter()
+        if deadline_ms is None:
+            results = list(filter(None, self._steps(image, audio, wanted, policy, begun)))
+        else:
+            deadline = begun + deadline_ms / 1000
+            steps = self._steps(image, audio, wanted, policy, begun, deadline)
+            come = self._worker.answers_by(deadline, steps, wait=late == "wait")
+            results = [result for result in come if result.latency_ms <= deadline_ms]
+            if not results and late == "wait":
+                results = come[:1]
+        if not results:
+            steps_to_it = [*map(stage_step, range(self.network.stage_of(wanted[0]) + 1)), exit_step(wanted[0])]
+            usual = self._times.total_ms(steps_to_it)
+            note = "" if usual is None else f" (the first, {wanted[0]}, takes about {usual:.0f} ms here)"
+            raise DeadlineMissed(f"no exit answered within {deadline_ms:g} ms{note}")
         chosen = next((r for r in results if r.exit == last), results[-1])
-        return CountResult(self.model, chosen, tuple(results))
+        in_time = None if deadline_ms is None else chosen.latency_ms <= deadline_ms
+        return CountResult(self.model, chosen, tuple(results), in_time)
 
-    def count_batch(
+    def count_many(
         self,
-        pictures: Sequence[NDArray[np.uint8]],
-        sounds: Sequence[NDArray[np.float32] | None],
+        samples: Iterable[tuple[Picture, Sound | None] | None],
         *,
         exits: Sequence[str] | None = None,
-    ) -> dict[str, NDArray[np.float32]]:
-        """Counts (B,) by exit for pictures of ordinary size, H×W×3 uint8, and log-mels (96, 64) or None."""
+        policy: Policy = ANYTIME,
+        budget_ms: float | None = None,
+        number: int | None = None,
+    ) -> Iterator[CountResult | None]:
+        """Count many pictures, several in a batch; what is counted does not depend on which.
+
+        Args:
+            samples: pictures with their sounds, as of :meth:`stream`, taken as they are needed; in the place of None
+                stands None in the results.
+            exits: names; default: all that this counter serves.
+            policy: by which each of them leaves.
+            budget_ms: the time for all of them, from the first result asked for: who leaves where is chosen so that
+                the expected error is least (:mod:`crowdexit.inference.budget`). What is left over when everything
+                has been computed is not burnt. The machine is measured once, before the time begins.
+            number: how many samples there are, for a budget; default: their length.
+
+        Yields:
+            Results in the order of the samples; the chosen answer is the last. Latencies count from the first result
+            asked for.
+
+        Raises:
+            BudgetError: if the first exits alone take longer than the budget, or the network is not calibrated.
+            CrowdExitError: as :meth:`stream`; for a policy that has nothing to go by.
+        """
         wanted = self.exits if exits is None else self._known(exits)
-        return {name: np.maximum(values, 0) for name, values, _, _ in self._pass(pictures, sounds, wanted)}
+        self._check(policy)
+        if isinstance(policy, DeepestThatFits):
+            raise CounterError("many pictures together have no deadline that an exit could fit; give a budget")
+        if budget_ms is None:
+            return self._many(iter(samples), wanted, policy, self._pictures(PIXELS_AT_ONCE))
+        if policy is not ANYTIME:
+            raise CounterError("a budget is a policy itself")
+        check_budget(budget_ms, wanted[0], self.intervals.errors(heard=False))
+        if number is None:
+            if not isinstance(samples, Sized):
+                raise CounterError("a budget has to know the number of pictures")
+            number = len(samples)
+        return self._within(budget_ms, number, iter(samples), wanted)
+
+    @cached_property
+    def profile(self) -> Profile:
+        """How long every stage and exit takes: from the user's cache or, at first and where that does not fit,
+        measured now, which takes about fifty counts, or some seconds. Refreshed by every count, and kept when the
+        counter goes.
+        """
+        times = profile_of(self.network, self.chain.runtime)
+        exits = self.network.exit_names
+        steps = [*map(stage_step, range(len(self.network.stages))), *map(exit_step, exits), PREPARING]
+        if not (times.read() and times.knows(steps)):
+            self._measure(times)
+            times.write()
+        weakref.finalize(self, times.write)
+        self._times = times
+        return times
+
+    def _measure(self, times: Profile) -> None:
+        """Run noise through everything, with one row, two, four … as far as go through a stage at once."""
+        width, height = self.network.config.size
+        noise = np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)
+        rows = 1
+        while rows <= self._rows(PIXELS_AT_ONCE):
+            long_enough = time.perf_counter() + _PATIENCE_S
+            for turn in range(_TURNS):
+                if turn > 1 and time.perf_counter() > long_enough:
+                    break
+                begun = time.perf_counter()
+                _, (row, *_) = prepared(noise, None, self.network.config)
+                preparing = 1000 * (time.perf_counter() - begun)
+                kept = times if turn > 0 else Profile()  # the first warms up
+                kept.note(PREPARING, 1, preparing)
+                walk = Walk(self.chain, rows, self.network.exit_names, kept, turn=self._turn)
+                for _ in walk.run([self._part(0, [[row]] * rows)], ANYTIME):
+                    pass
+            rows *= 2
+
+    def _rows(self, pixels: int) -> int:
+        """How many rows of a batch have so many pixels; one at least."""
+        width, height = self.network.config.size
+        return max(1, pixels // (width * height))
+
+    @cached_property
+    def _views(self) -> int:
+        """How many rows a picture of the scene's shape takes."""
+        width, height = self.size
+        config = self.network.config
+        return len(views(np.zeros((height, width, 3), np.uint8), config.size, config.view))
+
+    def _pictures(self, pixels: int) -> int:
+        """How many pictures of the scene's shape have so many pixels as the network sees them; one at least."""
+        return max(1, self._rows(pixels) // self._views)
+
+    def _check(self, policy: Policy) -> None:
+        if isinstance(policy, Confident) and not self.intervals.silent:
+            raise CounterError(f"{self.model} has no intervals to be confident by: see crowdexit calibrate")
+
+    def _part(self, first: int, samples: Sequence[Sequence[Row]]) -> Part:
+        """Samples numbered from ``first`` on, by their rows; in several batches a single one alone."""
+        rows = [row for of_one in samples for row in of_one]
+        at_once = self._rows(PIXELS_AT_ONCE)
+        together = [rows[start : start + at_once] for start in range(0, len(rows), at_once)]
+        batches = [Batch(partial(_laid_out, some, self.network.config.size), len(some)) for some in together]
+        return Part(np.arange(first, first + len(samples)), np.array([len(of_one) for of_one in samples]), batches)
+
+    def _walk(self, exits: Sequence[str], scenes: Sequence[Scene], size: int, deadline: float = math.inf) -> Walk:
+        """A walk of up to ``size`` samples, of which ``scenes`` tells by their number."""
+
+        def half_widths(told: Told) -> NDArray[np.float64]:
+            halves = [
+                self.intervals.half_width(told.exit, max(0.0, float(count)), heard=scenes[number].heard)
+                for number, count in zip(told.samples, told.values, strict=True)
+            ]
+            return np.array([math.inf if half is None else half for half in halves])
+
+        def left_ms() -> float:
+            return 1000 * (deadline - time.perf_counter())
+
+        return Walk(self.chain, size, exits, self._times, left_ms, half_widths, self._turn)
+
+    def _steps(
+        self,
+        image: Picture,
+        audio: Sound | None,
+        exits: Sequence[str],
+        policy: Policy,
+        begun: float,
+        deadline: float = math.inf,
+    ) -> Iterator[ExitResult | None]:
+        """Count a picture step by step; None after a step without an answer."""
+        scene, rows = prepared(image, audio, self.network.config)
+        yield None
+        # A picture of an absurd shape has too many tiles to go through the network abreast: the last of them tell.
+        abreast = self._rows(PIXELS_ABREAST)
+        counts = dict.fromkeys(exits, 0.0)
+        maps: dict[str, list[NDArray[np.float32]]] = {name: [] for name in exits}
+        for start in range(0, len(rows), abreast):
+            last = start + abreast >= len(rows)
+            walk = self._walk(exits, [scene], 1, deadline if last else math.inf)
+            for told in walk.run([self._part(0, [rows[start : start + abreast]])], policy if last else ANYTIME):
+                if told is not None:
+                    counts[told.exit] += float(told.values[0])
+                    maps[told.exit] += [] if told.density is None else list(told.density[0])
+                yield (
+                    self._result(told.exit, counts[told.exit], maps[told.exit], scene, begun) if told and last else None
+                )
+
+    def _many(
+        self,
+        samples: Iterator[tuple[Picture, Sound | None] | None],
+        exits: Sequence[str],
+        policy: Policy,
+        abreast: int,
+    ) -> Iterator[CountResult | None]:
+        """Count samples, so many abreast."""
+        begun = time.perf_counter()
+        budget = policy if isinstance(policy, Budget) else None
+        while True:
+            scenes: list[Scene] = []
+            order: list[int | None] = []
+            if budget is not None:
+                budget.window(scenes)
+            said: list[list[ExitResult]] = [[] for _ in range(abreast)]
+            walk = self._walk(exits, scenes, abreast)
+            for told in walk.run(self._parts(islice(samples, abreast), scenes, order, budget), policy):
+                for at, number in enumerate([] if told is None else told.samples.tolist()):
+                    assert told is not None
+                    maps = [] if told.density is None else list(told.density[at])
+                    said[number].append(self._result(told.exit, float(told.values[at]), maps, scenes[number], begun))
+            if not order:
+                return
+            for place in order:
+                yield None if place is None else CountResult(self.model, said[place][-1], tuple(said[place]))
+
+    def _within(
+        self,
+        budget_ms: float,
+        number: int,
+        samples: Iterator[tuple[Picture, Sound | None] | None],
+        exits: Sequence[str],
+    ) -> Iterator[CountResult | None]:
+        """Count a known number of samples within a time."""
+        at_once = min(self._rows(PIXELS_AT_ONCE), max(1, number))
+        times, errors = self.profile, {heard: self.intervals.errors(heard=heard) for heard in (False, True)}
+
+        def row_ms(step: str) -> float:
+            ms = times.ms(step, at_once)
+            assert ms is not None
+            return ms / at_once
+
+        costs = Costs(
+            [row_ms(stage_step(index)) for index in range(len(self.network.stages))],
+            {name: row_ms(exit_step(name)) for name in exits},
+            {name: self.network.stage_of(name) for name in exits},
+        )
+        look_ms = self._views * costs.up_to(exits[0]) + (times.ms(PREPARING) or 0.0)
+        budget = Budget(budget_ms, number, exits, errors, costs, look_ms)
+        yield from self._many(samples, exits, budget, self._pictures(PIXELS_ABREAST))
+
+    def _parts(
+        self,
+        samples: Iterable[tuple[Picture, Sound | None] | None],
+        scenes: list[Scene],
+        order: list[int | None],
+        budget: Budget | None,
+    ) -> Iterator[Part]:
+        """Prepare samples one by one and put them together, as many as go through a stage at once, heard ones or not.
+
+        Args:
+            scenes: each picture's is added to it.
+            order: for each sample its number among the scenes is added to it, or None.
+        """
+        at_once = self._rows(PIXELS_AT_ONCE)
+        together: list[list[Row]] = []
+        begun = time.perf_counter()
+        for sample in samples:
+            if sample is None:
+                order.append(None)
+                if budget is not None:
+                    budget.skip()
+                continue
+            scene, rows = prepared(*sample, self.network.config)
+            self._times.note(PREPARING, 1, 1000 * (time.perf_counter() - begun))
+            full = sum(map(len, together)) + len(rows) > at_once
+            if together and (full or scene.heard != scenes[-1].heard):
+                yield self._part(len(scenes) - len(together), together)
+                together = []
+            order.append(len(scenes))
+            scenes.append(scene)
+            together.append(rows)
+            begun = time.perf_counter()
+        if together:
+            yield self._part(len(scenes) - len(together), together)
+
+    def _result(
+        self, name: str, count: float, maps: Sequence[NDArray[np.float32]], scene: Scene, begun: float
+    ) -> ExitResult:
+        """An exit's answer to a scene.
+
+        Args:
+            count: as the network gives it. maps: of each of its rows, on their canvases; none of an exit without.
+            begun: the time of the request.
+        """
+        if not math.isfinite(count):
+            raise CounterError(f"{self.model}: the exit {name} did not give a number")
+        # A regressor may undershoot zero; a crowd does not.
+        count = max(0.0, count)
+        interval = self.intervals.around(name, count, heard=scene.heard)
+        density = scene.density(maps) if maps else None
+        return ExitResult(name, count, interval, 1000 * (time.perf_counter() - begun), density)
 
 
 def served_exits(network: MultiExitNetwork) -> list[str]:
@@ -306,46 +501,5 @@ def load(name: str | Path, *, runtime: str = "auto", exits: Sequence[str] | None
     )
 
 
-def batch_of(
-    laid: Sequence[tuple[NDArray[np.uint8], Placement]],
-    sounds: Sequence[NDArray[np.float32] | None],
-    size: tuple[int, int],
-) -> Features:
-    """Pictures on their canvases and their log-mels as the network's input."""
-    image = torch.from_numpy(np.stack([normalise(canvas) for canvas, _ in laid]))
-    inside = torch.from_numpy(np.stack([placement.inside(size) for _, placement in laid]))[:, None]
-    silence = np.zeros((96, 64), np.float32)
-    mels = torch.from_numpy(np.stack([silence if s is None else s for s in sounds]))[:, None]
-    heard = torch.tensor([s is not None for s in sounds])
-    return inputs(image, mels, heard, inside)
-
-
-def _checked(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-        raise PictureError("a picture is an array H×W×3 of bytes")
-    if min(picture.shape[:2]) < MIN_SIDE:
-        raise PictureError(f"{picture.shape[1]}×{picture.shape[0]} is too small to count in ({MIN_SIDE} at least)")
-    return picture
-
-
-def _without_padding(density: NDArray[np.float32], placement: Placement) -> NDArray[np.float32]:
-    """The cells of a canvas' density map that the picture covers; no mass lies outside them."""
-    (x, y), (w, h) = placement.offset, placement.size
-    return density[y // STRIDE : -(-(y + h) // STRIDE), x // STRIDE : -(-(x + w) // STRIDE)]
-
-
-def _assemble(
-    maps: Sequence[tuple[tuple[int, int, int, int], NDArray[np.float32]]], width: int, height: int
-) -> NDArray[np.float32]:
-    """One density map for a tiled picture, at most 2048 cells a side, each tile's mass kept."""
-    scale = min(1 / STRIDE, 2048 / max(width, height))
-    out = np.zeros((math.ceil(height * scale), math.ceil(width * scale)), np.float32)
-    for (x, y, w, h), density in maps:
-        x0, y0, x1, y1 = (round(v * scale) for v in (x, y, x + w, y + h))
-        x1, y1 = max(x1, x0 + 1), max(y1, y0 + 1)
-        laid = cv2.resize(density, (x1 - x0, y1 - y0), interpolation=cv2.INTER_LINEAR)
-        mass = float(laid.sum())
-        target = out[y0:y1, x0:x1]
-        if mass > 0:
-            target += (laid * (float(density.sum()) / mass))[: target.shape[0], : target.shape[1]]
-    return out
+def _laid_out(rows: Sequence[Row], size: tuple[int, int]) -> Features:
+    return batch_of([(canvas, placement) for canvas, placement, _ in rows], [mel for *_, mel in rows], size)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,14 @@ from crowdexit import zoo
 from crowdexit.data.augment import Conditions
 from crowdexit.data.classes import ClassStore
 from crowdexit.data.picture import decode_picture
-from crowdexit.data.store import Store, StoreError
+from crowdexit.data.store import Store
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference import classify
 from crowdexit.inference.counter import CrowdCounter, ExitResult
 from crowdexit.inference.runtime import pick
-from crowdexit.intervals import Intervals, width
+from crowdexit.intervals import Intervals, expected_error, width
 from crowdexit.memory import keep_freed_memory
+from crowdexit.temperatures import Measure, Temperatures
 
 
 def read_for_counting(
@@ -117,7 +117,7 @@ def _of(sample: Counted, name: str) -> ExitResult:
 def calibrate(
     counter: CrowdCounter, store: Store, split: str, ids: Sequence[str], level: float, *, progress: Any = None
 ) -> Intervals:
-    """Split-conformal intervals of every exit that the counter serves, from held-out samples.
+    """Split-conformal intervals and expected errors of every exit that the counter serves, from held-out samples.
 
     Without sound from all of them, with sound from those that have some.
 
@@ -127,17 +127,20 @@ def calibrate(
     Raises:
         IntervalError: for a level that is no probability, or too few samples for it.
     """
-    widths: list[dict[str, float]] = []
+    widths: dict[bool, dict[str, float]] = {False: {}, True: {}}
+    errors: dict[bool, dict[str, float]] = {False: {}, True: {}}
     for audio in (False, True):
         counted = list(count_samples(counter, store, split, ids, audio=audio, progress=progress))
         if audio:
             counted = [sample for sample in counted if sample.sound != "none"]
         if audio and not counted:
-            widths.append({})
             continue
         truths = [sample.truth for sample in counted]
-        widths.append({n: width([_of(s, n).count for s in counted], truths, level) for n in counter.exits})
-    return Intervals(level, widths[0], widths[1], len(ids))
+        for name in counter.exits:
+            counts = [_of(sample, name).count for sample in counted]
+            widths[audio][name] = width(counts, truths, level)
+            errors[audio][name] = expected_error(counts, truths)
+    return Intervals(level, widths[False], widths[True], len(ids), errors[False], errors[True])
 
 
 def evaluate_file(
@@ -148,6 +151,7 @@ def evaluate_file(
     *,
     audio: bool = True,
     conditions: Conditions = Conditions(),
+    leave: tuple[Measure, float] | None = None,
     runtime: str = "auto",
     progress: Callable[[int], AbstractContextManager[Any]] = lambda total: nullcontext(),
 ) -> dict[str, Any]:
@@ -156,6 +160,7 @@ def evaluate_file(
     Args:
         model: name of a shipped model, or a checkpoint.
         pattern: shell pattern of the ids to use.
+        leave: of a classifier: the measure of doubt, and the bound of it at which samples leave.
         progress: given the number of pictures, a context whose value is called after each.
 
     Raises:
@@ -166,13 +171,13 @@ def evaluate_file(
     if network.classifies:
         if conditions != Conditions():
             raise CrowdExitError("brightness, noise and black areas are for counting; classes are told as they are")
+        leaving = leave and classify.Leaving(*leave, Temperatures.from_dict(spec.meta.get("temperatures")))
         with ClassStore(data) as classes:
-            ids = classes.ids(split)
-            wanted = [index for index, id in enumerate(ids) if fnmatchcase(id, pattern)]
-            if not wanted:
-                raise StoreError(f"{data}: no picture of {split} matches {pattern!r}")
+            wanted = classify.matching(classes, split, pattern)
             with progress(len(wanted)) as advance:
-                return classify.evaluate(network, runtime, classes, split, wanted, progress=advance)
+                return classify.evaluate(network, runtime, classes, split, wanted, leaving=leaving, progress=advance)
+    if leave is not None:
+        raise CrowdExitError("confidence and entropy are of classes; a counter is confident by its intervals")
     counter = CrowdCounter(network, spec.model, runtime=pick(runtime), exits=network.exit_names)
     with Store(data) as store:
         samples = store.ids(split, pattern)

@@ -176,7 +176,10 @@ class ExitTable:
             cells = [e.exit, f"{e.count:.1f}"]
             if with_interval:
                 cells.append("" if e.interval is None else f"{e.interval[0]:.0f} to {e.interval[1]:.0f}")
-            cells += [f"{e.latency_ms:.0f}", "◀ chosen" if chosen else ""]
+            cells += [
+                f"{e.latency_ms:.0f}",
+                ("◀ chosen, late" if result.in_time is False else "◀ chosen") if chosen else "",
+            ]
             table.add_row(*cells, style="bold" if chosen else None)
         print(f"{source}: {result.count:.1f} people", file=self.file)
         Console(file=self.file).print(table)

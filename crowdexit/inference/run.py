@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +20,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from crowdexit.data.log_mel import AudioError
 from crowdexit.data.picture import PictureError, read_picture
 from crowdexit.errors import CrowdExitError
-from crowdexit.inference.counter import CountResult, CrowdCounter, hear
+from crowdexit.inference.anytime import DeadlineMissed
+from crowdexit.inference.budget import TOLERANCE
+from crowdexit.inference.counter import CountResult, CrowdCounter, Late
 from crowdexit.inference.draw import banner, overlay
+from crowdexit.inference.policies import ANYTIME
 from crowdexit.inference.rows import Format, Rows, checked_format, opened, writer
+from crowdexit.inference.scene import hear
 from crowdexit.inference.sources import Source, expand
 from crowdexit.inference.video import (
     DEFAULT_FPS,
@@ -31,6 +37,7 @@ from crowdexit.inference.video import (
     count_video,
     expected_rows,
 )
+from crowdexit.inference.walk import Policy
 from crowdexit.network import FINAL
 
 
@@ -45,6 +52,9 @@ def count_inputs(
     audio: Path | None = None,
     exit: str = "auto",
     deadline_ms: float | None = None,
+    late: Late = "wait",
+    policy: Policy = ANYTIME,
+    budget_ms: float | None = None,
     fps: float | None = None,
     format: Format = "table",
     out: Path | None = None,
@@ -58,7 +68,8 @@ def count_inputs(
 
     Args:
         audio: the sound of a single picture, or in place of a single video's own.
-        exit, deadline_ms: as of :meth:`CrowdCounter.count`.
+        exit, deadline_ms, late, policy: of each of them, as of :meth:`CrowdCounter.count`.
+        budget_ms: of all together, for pictures alone, as of :meth:`CrowdCounter.count_many`.
         fps: frames a second to count in videos; default: one.
         out: the file for the rows; default: the standard output.
         density: where to draw what was counted: of a single picture ``.png`` or ``.npy`` ((h, w) float32, heads
@@ -82,21 +93,22 @@ def count_inputs(
             raise RunError(f"{option} {path}: this is an input, it would be overwritten")
     if density is not None and not counter.network.exit_module(FINAL).maps:
         raise RunError(f"--density: {counter.model} makes no map, it counts directly")
+    if budget_ms is not None:
+        if any(source.kind != "picture" for source in sources):
+            raise RunError("--budget-ms: pictures share a budget, a video has none")
+        if exit != "auto" or deadline_ms is not None or policy is not ANYTIME or density is not None:
+            raise RunError(
+                "--budget-ms: a budget chooses the exits itself, without --exit, --deadline-ms, --policy or --density"
+            )
     drawings = None if density is None else _Drawings(density, sources, single, exit)
     rows = 0
     with opened(out) as file, _bar(sources, fps, shown=progress and not file.isatty()) as advance:
         only_picture = single and sources[0].kind == "picture"
         lines = writer(format, file, [str(s.path) for s in sources], single=only_picture)
-        job = _Job(counter, audio, exit, deadline_ms, fps, lines, drawings)
-        for source in sources:
-            try:
-                for _ in job.rows(source):
-                    rows += 1
-                    advance()
-            except (PictureError, VideoError, AudioError) as error:
-                if source.named:
-                    raise
-                _tell(f"skipped: {error}")
+        job = _Job(counter, audio, exit, deadline_ms, late, policy, fps, lines, drawings)
+        for _ in job.all_rows(sources) if budget_ms is None else job.rows_within(budget_ms, sources):
+            rows += 1
+            advance()
         if rows == 0:
             raise RunError("none of the files could be counted")
     return rows
@@ -110,27 +122,70 @@ class _Job:
     audio: Path | None
     exit: str
     deadline_ms: float | None
+    late: Late
+    policy: Policy
     fps: float
     lines: Rows
     drawings: _Drawings | None
 
-    def rows(self, source: Source) -> Iterator[None]:
-        """Count a source, and yield after each row written."""
-        return self._picture(source) if source.kind == "picture" else self._video(source)
+    def all_rows(self, sources: Sequence[Source]) -> Iterator[None]:
+        """Count sources one after the other, and yield after each row written."""
+        for source in sources:
+            try:
+                yield from self._picture(source) if source.kind == "picture" else self._video(source)
+            except (PictureError, VideoError, AudioError, DeadlineMissed) as error:
+                _pass_over(source, error)
+
+    def rows_within(self, budget_ms: float, sources: Sequence[Source]) -> Iterator[None]:
+        """Count pictures within a time for all of them, and yield after each row written."""
+        results = self.counter.count_many(map(self._sample, sources), budget_ms=budget_ms, number=len(sources))
+        _ = self.counter.profile  # measured before the time begins
+        begun = time.perf_counter()
+        for source, result in zip(sources, results, strict=True):
+            if result is not None:
+                self.lines.picture(str(source.path), result)
+                yield
+        used = 1000 * (time.perf_counter() - begun)
+        if used > (1 + TOLERANCE) * budget_ms:
+            _tell(f"warning: it took {used:.0f} ms instead of {budget_ms:g}, the machine was slower than measured")
 
     def _picture(self, source: Source) -> Iterator[None]:
-        picture = read_picture(source.path)
-        sound = hear(self.audio)
-        if sound is None and source.sound is not None:
-            try:
-                sound = hear(source.sound)
-            except AudioError as error:  # nobody asked for this sound
-                _tell(f"warning: {error}; {source.path} is counted without it")
-        result = self.counter.count(picture, sound, exit=self.exit, deadline_ms=self.deadline_ms)
+        try:
+            result = self._count(source, self.audio or source.sound)
+        except AudioError as error:
+            if self.audio is not None:
+                raise
+            self._unheard(source, error)
+            result = self._count(source, None)
         self.lines.picture(str(source.path), result)
         if self.drawings is not None:
-            self.drawings.picture(source, picture, result)
+            self.drawings.picture(source, read_picture(source.path), result)
         yield
+
+    def _count(self, source: Source, sound: Path | None) -> CountResult:
+        how: dict[str, Any] = {"exit": self.exit, "deadline_ms": self.deadline_ms}
+        try:
+            return self.counter.count(source.path, sound, **how, late=self.late, policy=self.policy)
+        except DeadlineMissed as error:
+            raise DeadlineMissed(f"{source.path}: {error}") from None
+
+    def _sample(self, source: Source) -> tuple[NDArray[np.uint8], NDArray[np.float32] | None] | None:
+        """A picture with its sound; None of one that cannot be counted."""
+        try:
+            picture, sound = read_picture(source.path), hear(self.audio)
+        except (PictureError, AudioError) as error:
+            _pass_over(source, error)
+            return None
+        if sound is None:
+            try:
+                sound = hear(source.sound)
+            except AudioError as error:
+                self._unheard(source, error)
+        return picture, sound
+
+    def _unheard(self, source: Source, error: AudioError) -> None:
+        """Say that a sound which nobody asked for cannot be heard."""
+        _tell(f"warning: {error}; {source.path} is counted without it")
 
     def _video(self, source: Source) -> Iterator[None]:
         drawn = None if self.drawings is None else self.drawings.video(source, self.audio or source.path, 1 / self.fps)
@@ -141,6 +196,8 @@ class _Job:
             audio=self.audio,
             exit=self.exit,
             deadline_ms=self.deadline_ms,
+            late=self.late,
+            policy=self.policy,
             warn=lambda line: _tell(f"warning: {line}"),
             show=None if drawn is None else lambda frame, result: drawn.add(_annotated(frame, result), frame),
         )
@@ -243,6 +300,13 @@ def _bar(sources: Sequence[Source], fps: float, *, shown: bool) -> Iterator[Call
     with Progress(*columns, TimeRemainingColumn(), console=console, redirect_stdout=False, transient=True) as progress:
         task = progress.add_task("", total=total or None)
         yield lambda: progress.advance(task)
+
+
+def _pass_over(source: Source, error: CrowdExitError) -> None:
+    """Say that a file of a folder is not counted; one that is named itself is an error."""
+    if source.named:
+        raise error
+    _tell(f"skipped: {error}")
 
 
 def _tell(line: str) -> None:

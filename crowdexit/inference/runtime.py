@@ -42,7 +42,7 @@ class ReadyChain(ABC):
 
     @abstractmethod
     def advance(self, index: int, state: Any) -> Any:
-        """Run one stage."""
+        """Run one stage to its end: what is begun after it has the machine to itself."""
 
     @abstractmethod
     def ask(self, name: str, state: Any) -> Answer:
@@ -109,7 +109,10 @@ class _EagerChain(ReadyChain):
 
     def advance(self, index: int, state: Features) -> Features:
         with self._mode():
-            return self.network.advance(index, state)
+            state = self.network.advance(index, state)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return state
 
     def ask(self, name: str, state: Features) -> Answer:
         with self._mode():

@@ -21,7 +21,9 @@ from numpy.typing import NDArray
 from crowdexit.data.log_mel import AudioError
 from crowdexit.data.picture import MAX_PIXELS, PictureError
 from crowdexit.errors import CrowdExitError
-from crowdexit.inference.counter import CountResult, CrowdCounter
+from crowdexit.inference.counter import CountResult, CrowdCounter, Late
+from crowdexit.inference.policies import ANYTIME
+from crowdexit.inference.walk import Policy
 
 DEFAULT_FPS = 1.0
 # Less of a frame's second than this, and the frame is not heard: half a second, as at a video's first and
@@ -92,6 +94,8 @@ def count_video(
     audio: Path | None = None,
     exit: str = "auto",
     deadline_ms: float | None = None,
+    late: Late = "wait",
+    policy: Policy = ANYTIME,
     warn: Warn = warnings.warn,
     show: Callable[[Frame, CountResult], None] | None = None,
 ) -> Iterator[FrameRow]:
@@ -99,7 +103,7 @@ def count_video(
 
     Args:
         fps, audio, warn: as of :func:`read_frames`.
-        exit, deadline_ms: for each frame, as of :meth:`CrowdCounter.count`.
+        exit, deadline_ms, late, policy: for each frame, as of :meth:`CrowdCounter.count`.
         show: is called with every counted frame and all that was said of it.
 
     Raises:
@@ -107,7 +111,9 @@ def count_video(
     """
     for frame in read_frames(path, fps=fps, audio=audio, warn=warn):
         try:
-            result = counter.count(frame.picture, frame.sound, exit=exit, deadline_ms=deadline_ms)
+            result = counter.count(
+                frame.picture, frame.sound, exit=exit, deadline_ms=deadline_ms, late=late, policy=policy
+            )
         except PictureError as error:  # too small: it knows no name
             raise VideoError(f"{path}: {error}") from None
         if show is not None:

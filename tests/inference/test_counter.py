@@ -19,10 +19,11 @@ from videos import tone
 
 from crowdexit import zoo
 from crowdexit.data.log_mel import AudioError, log_mel
-from crowdexit.data.picture import PictureError, decode_picture
+from crowdexit.data.picture import LEAST_SCALE, PictureError, decode_picture, tile_boxes
 from crowdexit.inference import counter as module
-from crowdexit.inference.counter import CounterError, CrowdCounter, hear, load, served_exits, tile_boxes
+from crowdexit.inference.counter import CounterError, CrowdCounter, load, served_exits
 from crowdexit.inference.runtime import Eager, RuntimeUnavailable
+from crowdexit.inference.scene import hear
 from crowdexit.intervals import Intervals
 
 
@@ -94,31 +95,38 @@ def test_tiles_cover_the_picture_once(counter):
         boxes = tile_boxes(width, height, (128, 64))
         covered = np.zeros((height, width), np.uint8)
         for x, y, w, h in boxes:
-            assert min(128 / w, 64 / h) >= module.LEAST_SCALE * 0.99
+            assert min(128 / w, 64 / h) >= LEAST_SCALE * 0.99
             covered[y : y + h, x : x + w] += 1
         assert (covered == 1).all()
     assert len(tile_boxes(512, 256, (128, 64))) == 1
     assert len(tile_boxes(513, 256, (128, 64))) == 2
 
 
-def test_how_many_tiles_run_at_once_changes_no_count(counter, monkeypatch):
+@pytest.mark.parametrize("abreast", [3, 1000])
+def test_how_many_tiles_run_at_once_changes_no_count(counter, monkeypatch, abreast):
     picture = noise(1500, 600)
-    four = counter.count(picture)
-    monkeypatch.setattr(module, "TILES_AT_ONCE", 1)
-    one = counter.count(picture)
-    assert [r.count for r in one.exits] == pytest.approx([r.count for r in four.exits], rel=1e-4, abs=1e-5)
+    all_at_once = counter.count(picture)
+    monkeypatch.setattr(module, "PIXELS_AT_ONCE", 2 * 128 * 64)
+    monkeypatch.setattr(module, "PIXELS_ABREAST", abreast * 128 * 64)
+    few = counter.count(picture)
+    assert [r.exit for r in few.exits] == ["V1", "AV1", "AV2", "final"]
+    assert [r.count for r in few.exits] == pytest.approx([r.count for r in all_at_once.exits], rel=1e-4, abs=1e-5)
+    assert few.exits[-1].density == pytest.approx(all_at_once.exits[-1].density, rel=1e-3, abs=1e-6)
 
 
-def test_a_batch_counts_as_its_pictures_alone(counter):
-    pictures = [noise(128, 64, 1), noise(64, 64, 2), noise(300, 100, 3), noise(128, 64, 4)]
-    sounds = [None, log_mel(tone(1), 16_000), None, log_mel(0.1 * tone(1, begin=0.5), 16_000)]
-    together = counter.count_batch(pictures, sounds, exits=["AV1", "AV2", "final"])
-    assert list(together) == ["AV1", "AV2", "final"]
-    for i, (picture, sound) in enumerate(zip(pictures, sounds, strict=True)):
-        alone = {r.exit: r.count for r in counter.stream(picture, sound)}
-        for name, counts in together.items():
-            assert counts.shape == (4,)
-            assert counts[i] == pytest.approx(alone[name], rel=1e-4, abs=1e-5)
+def test_every_tile_comes_to_an_exit_before_any_goes_on(counter, monkeypatch):
+    """A tiled picture, too, has a first answer early."""
+    monkeypatch.setattr(module, "PIXELS_AT_ONCE", 2 * 128 * 64)
+    ran: list[int] = []
+    handles = [
+        stage.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, stage in enumerate(counter.network.stages)
+    ]
+    try:
+        assert next(counter.stream(noise(1500, 600))).exit == "V1"
+        assert ran == [0] * 5  # nine tiles
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def test_exif_orientation(counter, tmp_path):
@@ -176,45 +184,6 @@ def test_exit_stops_the_network(counter, monkeypatch):
         list(counter.stream(noise(128, 64), exits=["V1", "other"]))
 
 
-def test_deadline(counter, monkeypatch):
-    """The latest answer in time; the first if none is; stages behind the deadline do not run."""
-    picture = noise(128, 64)
-    clock = itertools.count()  # seconds: every stage takes one, the machine itself takes none
-    now = [0.0]
-    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
-    ran: list[int] = []
-
-    def run(index: int) -> None:
-        ran.append(index)
-        now[0] = float(next(clock) + 1)
-
-    handles = [
-        stage.register_forward_pre_hook(lambda *_, i=i: run(i)) for i, stage in enumerate(counter.network.stages)
-    ]
-
-    def count(**options):
-        nonlocal clock
-        clock, now[0] = itertools.count(), 0.0
-        ran.clear()
-        return counter.count(picture, **options)
-
-    try:
-        late = count(deadline_ms=2500)  # V1 after 1 s, AV1 after 2 s, AV2 would come after 3 s
-        assert late.chosen.exit == "AV1"
-        assert [(r.exit, r.latency_ms) for r in late.exits] == [("V1", 1000), ("AV1", 2000)]
-        assert 3 not in ran
-        assert count(deadline_ms=4000).chosen.exit == "final"
-        assert [r.exit for r in count(deadline_ms=1).exits] == ["V1"]
-        assert ran == [0]
-        assert count(deadline_ms=2500, exit="V1").chosen.exit == "V1"
-    finally:
-        for handle in handles:
-            handle.remove()
-    for wrong in (0, -5, float("nan")):
-        with pytest.raises(CounterError, match="deadline"):
-            counter.count(picture, deadline_ms=wrong)
-
-
 def test_forms_of_sound(counter, tmp_path):
     """A file, samples and a log-mel are the same sound; none is another count than silence."""
     sound = tone(1.5, begin=0.4)
@@ -238,7 +207,7 @@ def test_forms_of_sound(counter, tmp_path):
 def test_sounds_that_cannot_be_heard(tmp_path):
     assert hear(None) is None
     for wrong in (np.zeros((64, 96), np.float32), np.full((96, 64), np.nan, np.float32)):
-        with pytest.raises(CounterError, match=r"\(96, 64\)"):
+        with pytest.raises(AudioError, match=r"\(96, 64\)"):
             hear(wrong)
     with pytest.raises(AudioError, match="without samples"):
         hear((np.zeros(0, np.float32), 16_000))
@@ -377,7 +346,7 @@ def test_no_crowd_is_negative_and_no_count_is_nan():
     tiny = CrowdCounter(network, "tiny", runtime=Eager(), intervals=Intervals(0.9, {"V1": 0.5}))
     first = next(tiny.stream(noise(128, 64)))
     assert (first.count, first.interval) == (0.0, (0.0, 5.0))
-    assert tiny.count_batch([noise(128, 64)], [None])["V1"][0] == 0
+    assert [result.exits[0].count for result in tiny.count_many([(noise(128, 64), None)])] == [0]
     torch.nn.init.constant_(head.bias, float("nan"))
     with pytest.raises(CounterError, match="V1 did not give a number"):
         next(tiny.stream(noise(128, 64)))

@@ -178,10 +178,8 @@ def test_rows_hold_what_the_counter_says_of_each_frame_alone(tmp_path, counter):
         "latency_ms": round(rows[1].latency_ms, 2),
     }
     # In a batch, too.
-    from crowdexit.inference.counter import hear
-
-    batch = counter.count_batch([f.picture for f in got], [hear(f.sound) for f in got])
-    assert batch["final"] == pytest.approx(alone, rel=1e-4)
+    batch = counter.count_many([(f.picture, f.sound) for f in got])
+    assert [result.count for result in batch] == pytest.approx(alone, rel=1e-4)
 
 
 def test_the_sound_reaches_the_count(tmp_path, counter):

@@ -10,7 +10,8 @@ import torch
 from crowdexit import zoo
 from crowdexit.data.picture import tiles, views
 from crowdexit.errors import CrowdExitError
-from crowdexit.inference.counter import CrowdCounter, batch_of
+from crowdexit.inference.batch import batch_of
+from crowdexit.inference.counter import CrowdCounter
 from crowdexit.inference.run import count_inputs
 from crowdexit.inference.runtime import Eager
 
@@ -59,10 +60,10 @@ def test_tiles_are_added(pictures, sound):
 def test_the_batch_does_not_matter(view, pictures, sound):
     counter = made(view)
     sounds = [sound, None, sound]
-    together = counter.count_batch(pictures, sounds)
-    for i, (picture, heard) in enumerate(zip(pictures, sounds, strict=True)):
-        for result in counter.stream(picture, heard):
-            assert together[result.exit][i] == pytest.approx(result.count, rel=1e-4)
+    pairs = list(zip(pictures, sounds, strict=True))
+    for together, (picture, heard) in zip(counter.count_many(pairs), pairs, strict=True):
+        alone = {result.exit: result.count for result in counter.stream(picture, heard)}
+        assert {result.exit: result.count for result in together.exits} == pytest.approx(alone, rel=1e-4)
 
 
 def test_a_huge_picture_is_several_scenes(pictures):

@@ -1,0 +1,132 @@
+"""How well deadlines are kept: ``python -m benchmarks.bench_deadlines``.
+
+Requests one after the other, each with a random deadline between half of what the first exit takes at most (its 99th
+percentile) and a little more than the whole network takes; first on an otherwise idle machine, then with one core kept
+busy by another process. Told are the first exit's 99th percentile, which share of the requests that left it so much
+time had no answer, and how long after the deadline the call returned.
+
+Between two requests it pauses for as long as the network takes, so that no stage of the one runs into the next. With
+``--back-to-back`` it does not; then every deadline leaves time for the first exit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import crowdexit
+from crowdexit.data.picture import read_picture
+from crowdexit.inference.anytime import DeadlineMissed
+from crowdexit.inference.counter import CrowdCounter, load
+from crowdexit.inference.policies import policy_named
+from crowdexit.inference.profile import machine
+
+STREET = Path(crowdexit.__file__).parent / "samples" / "street.jpg"
+WARM_UP, FOREVER_MS = 10, 1e9
+
+
+@contextmanager
+def busy(cores: int) -> Iterator[None]:
+    """Keep so many cores busy with something else."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(cores)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+def measure(
+    counter: CrowdCounter, picture: Any, requests: int, alone: int, back_to_back: bool, policy_name: str
+) -> dict[str, Any]:
+    """Requests that nobody hurries, then those with a deadline; times in milliseconds."""
+    policy = policy_named(policy_name)
+    _ = counter.profile  # measured here, not in the first request
+    for _ in range(WARM_UP):
+        counter.count(picture, deadline_ms=FOREVER_MS)
+    unhurried = [counter.count(picture, deadline_ms=FOREVER_MS).exits for _ in range(alone)]
+    first = float(np.quantile([exits[0].latency_ms for exits in unhurried], 0.99))
+    whole = float(np.median([exits[-1].latency_ms for exits in unhurried]))
+    least = first if back_to_back else first / 2
+    deadlines = np.random.default_rng(0).uniform(least, max(least, 1.2 * whole), requests)
+    late, unanswered, fitting, chosen = [], 0, 0, Counter[str]()
+    for deadline in deadlines.tolist():
+        time.sleep(0 if back_to_back else whole / 1000)
+        begun = time.perf_counter()
+        try:
+            chosen[counter.count(picture, deadline_ms=deadline, late="fail", policy=policy).chosen.exit] += 1
+            answered = True
+        except DeadlineMissed:
+            answered = False
+        late.append(1000 * (time.perf_counter() - begun) - deadline)
+        fitting += deadline >= first
+        unanswered += deadline >= first and not answered
+    after = np.maximum(late, 0)
+    return {
+        "first_exit_p99_ms": first,
+        "whole_p50_ms": whole,
+        "requests": requests,
+        "first_exit_fits": fitting,
+        "unanswered_though_it_fits": unanswered / max(1, fitting),
+        "late_p50_ms": float(np.median(after)),
+        "late_p99_ms": float(np.quantile(after, 0.99)),
+        "late_max_ms": float(after.max()),
+        "chosen": dict(chosen),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", default="audiocsrnet-s")
+    parser.add_argument("--runtime", default="auto")
+    parser.add_argument("--policy", default="anytime", choices=("anytime", "fits"))
+    parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--alone", type=int, default=200, help="counts without a deadline, for the first exit's p99")
+    parser.add_argument("--back-to-back", action="store_true", help="no pause between requests")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the figures here")
+    args = parser.parse_args()
+    counter, picture = load(args.model, runtime=args.runtime), read_picture(STREET)
+    told: dict[str, Any] = {
+        "machine": machine(),
+        "model": counter.model,
+        "runtime": counter.chain.runtime,
+        "policy": args.policy,
+        "back_to_back": args.back_to_back,
+    }
+    print(", ".join(f"{key} {value}" for key, value in told["machine"].items() if value is not None))
+    way = "back to back" if args.back_to_back else "with pauses"
+    print(f"{counter.model}, {counter.chain.runtime}, {args.policy}, {way}")
+    for name, cores in (("idle", 0), ("one core busy", 1)):
+        with busy(cores):
+            r = measure(counter, picture, args.requests, args.alone, args.back_to_back, args.policy)
+        told[name] = r
+        print(
+            f"\n{name}: first exit p99 {r['first_exit_p99_ms']:.1f} ms, "
+            f"{r['first_exit_p99_ms'] / r['whole_p50_ms']:.2f} of the whole's median {r['whole_p50_ms']:.1f} ms"
+        )
+        print(
+            f"  {r['requests']} random deadlines, {r['first_exit_fits']} with time for the first exit; "
+            f"of these without an answer {r['unanswered_though_it_fits']:.2%}"
+        )
+        print(
+            f"  returned after the deadline by {r['late_p50_ms']:.2f} ms (median), "
+            f"{r['late_p99_ms']:.2f} (p99), {r['late_max_ms']:.2f} (most)"
+        )
+        print("  chosen: " + ", ".join(f"{exit} {n}" for exit, n in sorted(r["chosen"].items())))
+    if args.json is not None:
+        args.json.write_text(json.dumps(told, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""Pictures and sounds as the batch that a network takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from crowdexit.data.picture import Placement, normalise
+from crowdexit.stages import Features, inputs
+
+
+def batch_of(
+    laid: Sequence[tuple[NDArray[np.uint8], Placement]],
+    sounds: Sequence[NDArray[np.float32] | None],
+    size: tuple[int, int],
+) -> Features:
+    """Pictures on their canvases and their log-mels as the network's input."""
+    image = torch.from_numpy(np.stack([normalise(canvas) for canvas, _ in laid]))
+    inside = torch.from_numpy(np.stack([placement.inside(size) for _, placement in laid]))[:, None]
+    silence = np.zeros((96, 64), np.float32)
+    mels = torch.from_numpy(np.stack([silence if s is None else s for s in sounds]))[:, None]
+    heard = torch.tensor([s is not None for s in sounds])
+    return inputs(image, mels, heard, inside)

@@ -1,0 +1,274 @@
+"""Many pictures and one total time: who leaves where, so that the expected error is least.
+
+An exit's expected error on a picture is its mean relative error on held-out pictures times (count + 10), with the
+count that is known so far (:mod:`crowdexit.intervals`): a dense crowd has more to gain from a deeper exit than an
+empty street. Choosing one exit for each picture, least error in all within a total time, is the multiple-choice
+knapsack problem (Sinha and Zoltners 1979; Kellerer, Pferschy and Pisinger 2004, chapter 11). Of each picture's exits
+only those on the lower convex hull of error over time are rungs of its *ladder*; from rung to rung the error falls by
+less and less for each millisecond, so taking steps greedily, the most error for a millisecond first over all
+pictures, is optimal for the time that it takes. What the last step that no longer fits leaves over goes to smaller
+ones.
+
+Every picture is looked at by the first exit. Pictures are planned together as many as fit into memory; those to come
+are taken to be like those seen, so that time is kept for them. The plan is made anew before every stage of every
+part, from the time that has really passed, and with the pace at which the machine has really worked.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+from typing import Protocol
+
+import numpy as np
+
+from crowdexit.errors import CrowdExitError
+from crowdexit.inference.walk import Mask, Part, Walk
+from crowdexit.intervals import ROOM
+
+TOLERANCE = 0.05  # of the budget, to either side
+_REMEMBERED = 64  # pictures already seen that stand for those to come
+_PRIOR = 4  # pictures as which the profile counts against what this run has shown
+_LEAST = 1e-9  # ms; what costs nothing is worth everything
+
+Ladder = Sequence[tuple[float, float]]
+
+
+class BudgetError(CrowdExitError):
+    """A budget that cannot be kept, or a network whose errors are not known."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a row takes, in milliseconds.
+
+    Attributes:
+        stages: each stage.
+        exits: each exit alone, by name.
+        stage_of: the index of the stage after which each exit stands.
+    """
+
+    stages: Sequence[float]
+    exits: Mapping[str, float]
+    stage_of: Mapping[str, int]
+
+    def up_to(self, exit: str, after: int = -1) -> float:
+        """The stages behind stage ``after`` as far as an exit, and that exit."""
+        return sum(self.stages[after + 1 : self.stage_of[exit] + 1]) + self.exits[exit]
+
+
+def ladder(exits: Sequence[str], errors: Mapping[str, float], costs: Costs) -> list[str]:
+    """The exits worth going to: the first, and on the convex hull those with less error, each for a better price.
+
+    Args:
+        exits: in the order of the chain.
+        errors: of each; one that is not there is left out.
+    """
+
+    def slope(low: str, high: str) -> float:
+        return (errors[low] - errors[high]) / max(costs.up_to(high, costs.stage_of[low]), _LEAST)
+
+    rungs = [exits[0]]
+    for name in exits[1:]:
+        if errors.get(name, np.inf) >= errors[rungs[-1]]:
+            continue
+        while len(rungs) > 1 and slope(*rungs[-2:]) <= slope(rungs[-1], name):
+            rungs.pop()
+        rungs.append(name)
+    return rungs
+
+
+def climb(ladders: Sequence[Ladder], room: float, others: Sequence[Ladder] = (), weight: float = 1.0) -> list[int]:
+    """How many steps to take on each ladder within a time, greedily by gain for cost.
+
+    Args:
+        ladders: the steps of each, (cost, gain), gain for cost falling.
+        room: for the costs of all.
+        others: ladders that compete for it, each standing for ``weight`` of its kind; where not all of these fit, as
+            many as do.
+
+    Returns:
+        Steps on each of ``ladders``.
+    """
+    every = [*ladders, *others]
+    taken = [0] * len(every)
+
+    def entry(of: int) -> tuple[float, int]:
+        cost, gain = every[of][taken[of]]
+        return -gain / max(cost, _LEAST), of
+
+    heap = [entry(of) for of, steps in enumerate(every) if steps]
+    heapify(heap)
+    while heap:
+        _, of = heappop(heap)
+        single = of < len(ladders)
+        cost = every[of][taken[of]][0] * (1.0 if single else weight)
+        if cost > room:
+            room = room if single else 0.0
+            continue
+        room -= cost
+        taken[of] += 1
+        if taken[of] < len(every[of]):
+            heappush(heap, entry(of))
+    return taken[: len(ladders)]
+
+
+def check_budget(budget_ms: float, first: str, errors: Mapping[str, float]) -> None:
+    """Refuse what can be refused before anything is measured.
+
+    Args:
+        first: the first exit. errors: of each exit.
+
+    Raises:
+        BudgetError: for a budget that is not positive, or a first exit whose errors are not known.
+    """
+    if not budget_ms > 0:
+        raise BudgetError(f"a budget of {budget_ms:g} ms buys nothing")
+    if first not in errors:
+        raise BudgetError(f"how wrong the exit {first} is, is not known: see crowdexit calibrate")
+
+
+class Sample(Protocol):
+    """What a budget knows of a picture beforehand."""
+
+    @property
+    def heard(self) -> bool:
+        """Whether it has sound."""
+
+
+@dataclass
+class _OnItsWay:
+    """A picture that has been looked at: the last stage it has gone through, the exit it has its answer from."""
+
+    stage: int
+    exit: str
+    rows: int
+
+
+class Budget:
+    """The policy of one run over many pictures; see above. Its time begins when it is made.
+
+    The samples of a part are all heard, or none is.
+
+    Args:
+        budget_ms: for all.
+        number: of pictures.
+        exits: that may be asked, the first of them of every picture.
+        errors: of pictures without (False) and with sound (True), each exit's expected error over (count + 10).
+        costs: as the profile has them.
+        look_ms: what a picture takes until its first answer, preparing it included, as the profile has it.
+        clock: seconds.
+
+    Raises:
+        BudgetError: if the first exits alone take longer, or their errors are not known.
+    """
+
+    def __init__(
+        self,
+        budget_ms: float,
+        number: int,
+        exits: Sequence[str],
+        errors: Mapping[bool, Mapping[str, float]],
+        costs: Costs,
+        look_ms: float,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        for of_state in errors.values():
+            check_budget(budget_ms, exits[0], of_state)
+        if number * look_ms > (1 + TOLERANCE) * budget_ms:
+            raise BudgetError(
+                f"a budget of {budget_ms:g} ms is too small for {number} pictures: "
+                f"their first exits alone take about {number * look_ms:.0f} ms"
+            )
+        self._number, self._first, self._errors, self._costs = number, exits[0], errors, costs
+        self._ladders = {heard: ladder(exits, of_state, costs) for heard, of_state in errors.items()}
+        self._clock, self._mark = clock, clock()
+        self._end = self._mark + budget_ms / 1000
+        self._profiled_ms = look_ms
+        self._looked, self._looking_ms = 0, 0.0
+        self._deep_ms, self._reckoned_ms = 0.0, 0.0  # behind the first exits: what it took, what it was reckoned at
+        self._running_ms: float | None = None  # what the step under way is reckoned at; None: looking
+        self._window: Sequence[Sample] = ()
+        self._here: dict[int, _OnItsWay] = {}
+        self._seen: deque[tuple[bool, float, int]] = deque(maxlen=_REMEMBERED)  # sound, count + 10, rows
+        self._noted = False  # whether this window's pictures are among them
+
+    def window(self, samples: Sequence[Sample]) -> None:
+        """Begin with other pictures, numbered from zero; the list may still be growing."""
+        self._spent()
+        self._running_ms = None
+        self._window, self._here, self._noted = samples, {}, False
+
+    def skip(self) -> None:
+        """One picture fewer: it cannot be counted."""
+        self._number -= 1
+
+    def asks(self, exit: str, part: Part, walk: Walk) -> bool:
+        self._spent()
+        if exit == self._first:
+            self._looked += len(part.samples)
+            for sample, rows in zip(part.samples.tolist(), part.views.tolist(), strict=True):
+                self._here[sample] = _OnItsWay(self._costs.stage_of[exit], exit, rows)
+            return True
+        if exit not in self._ladders[self._window[part.samples[0]].heard]:
+            return False
+        for sample in part.samples.tolist():
+            self._here[sample].exit = exit
+        self._running_ms = float(part.views.sum()) * self._costs.exits[exit]
+        return True
+
+    def goes_on(self, stage: int, part: Part, walk: Walk) -> Mask:
+        if not walk.answered[part.samples].all():
+            return np.ones(len(part.samples), np.bool_)
+        self._spent()
+        steps = self._plan(walk)
+        keep: Mask = np.array([steps[sample] > 0 for sample in part.samples.tolist()])
+        for sample, stays in zip(part.samples.tolist(), keep.tolist(), strict=True):
+            if stays:
+                self._here[sample].stage = stage
+            else:
+                del self._here[sample]
+        self._running_ms = float(part.views[keep].sum()) * self._costs.stages[stage]
+        return keep
+
+    def _spent(self) -> None:
+        """Book the time since the last decision to what it was spent on."""
+        now = self._clock()
+        spent = 1000 * (now - self._mark)
+        self._mark = now
+        if self._running_ms is None:
+            self._looking_ms += spent
+        else:
+            self._deep_ms += spent
+            self._reckoned_ms += self._running_ms
+            self._running_ms = 0.0
+
+    def _plan(self, walk: Walk) -> dict[int, int]:
+        """How many rungs more each picture on its way is to climb."""
+        known = _PRIOR * self._profiled_ms
+        look_ms = (self._looking_ms + known) / (self._looked + _PRIOR)
+        pace = (self._deep_ms + known * look_ms / self._profiled_ms) / (self._reckoned_ms + known)
+        to_come = max(0, self._number - self._looked)
+        room = 1000 * (self._end - self._mark) - to_come * look_ms
+
+        def steps(at: _OnItsWay, heard: bool, scale: float) -> Ladder:
+            rungs, errors = self._ladders[heard], self._errors[heard]
+            stage, exit, out = at.stage, at.exit, []
+            for higher in rungs[rungs.index(exit) + 1 :]:
+                cost = pace * at.rows * self._costs.up_to(higher, stage)
+                out.append((cost, scale * (errors[exit] - errors[higher])))
+                stage, exit = self._costs.stage_of[higher], higher
+            return out
+
+        heard = {sample: self._window[sample].heard for sample in self._here}
+        scale = {sample: float(walk.counts[sample]) + ROOM for sample in self._here}
+        if not self._noted:
+            self._seen += [(heard[sample], scale[sample], at.rows) for sample, at in self._here.items()]
+            self._noted = True
+        ladders = [steps(at, heard[sample], scale[sample]) for sample, at in self._here.items()]
+        looked = self._costs.stage_of[self._first]
+        others = [steps(_OnItsWay(looked, self._first, rows), heard_, scale_) for heard_, scale_, rows in self._seen]
+        return dict(zip(self._here, climb(ladders, room, others, to_come / len(others)), strict=True))

@@ -1,0 +1,123 @@
+"""The policies (:class:`crowdexit.inference.walk.Policy`) by which a walk asks exits and lets samples leave."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from crowdexit.errors import CrowdExitError
+from crowdexit.inference.walk import Mask, Part, Policy, Walk
+
+_TRUSTED = 16  # measurements from which on the shortest of them is believed to be about the least there is
+
+
+class PolicyError(CrowdExitError):
+    """A policy that can never be met, or that goes with nothing."""
+
+
+@dataclass(frozen=True)
+class Anytime:
+    """Ask every exit and go on until the end or the deadline.
+
+    Once there is an answer, a stage that could not end in time, however fast, is not begun: the next request would
+    have to wait for it.
+    """
+
+    def asks(self, exit: str, part: Part, walk: Walk) -> bool:
+        return True
+
+    def goes_on(self, stage: int, part: Part, walk: Walk) -> Mask:
+        everyone = np.ones(len(part.samples), np.bool_)
+        if not walk.answered[part.samples].all():
+            return everyone
+        fastest = walk.needed_ms(stage, None, part, quantile=0, least=_TRUSTED)
+        return everyone & (fastest is None or fastest <= walk.left_ms())
+
+
+@dataclass(frozen=True)
+class DeepestThatFits:
+    """Ask one exit only, the deepest whose answer comes by the deadline as far as the profile tells.
+
+    Nothing is computed in vain; in return there is nothing to fall back to if a stage takes longer than ever. Decided
+    anew at every exit, from the time that is left by then.
+
+    Attributes:
+        sure: how often each step is to keep within the time that is reckoned for it.
+    """
+
+    sure: float = 0.95
+
+    def asks(self, exit: str, part: Part, walk: Walk) -> bool:
+        at = walk.exits.index(exit)
+        if walk.answered[part.samples].any():
+            return False
+        left, here = walk.left_ms(), walk.chain.stage_of(exit)
+        for deeper in reversed(walk.exits[at + 1 :]):
+            needed = walk.needed_ms(here + 1, deeper, part, quantile=self.sure)
+            if needed is not None and needed <= left:
+                return False
+        return True
+
+    def goes_on(self, stage: int, part: Part, walk: Walk) -> Mask:
+        return ~walk.answered[part.samples]
+
+
+@dataclass(frozen=True)
+class Confident:
+    """Ask every exit; a sample leaves with the first answer that is sure enough.
+
+    Attributes:
+        doubt: bound of the doubt: of counts the half-width of the interval in people; of classes 1 − confidence or
+            the entropy, whichever is reckoned.
+        share: of counts, the bound as a share of the count as well; the wider of the two bounds holds.
+
+    Raises:
+        PolicyError: if neither bound is above zero.
+    """
+
+    doubt: float = 0.0
+    share: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (self.doubt > 0 or self.share > 0):
+            raise PolicyError("nobody is ever confident within a bound of nothing: give one above zero")
+
+    def asks(self, exit: str, part: Part, walk: Walk) -> bool:
+        return True
+
+    def goes_on(self, stage: int, part: Part, walk: Walk) -> Mask:
+        bound = np.maximum(self.doubt, self.share * walk.counts[part.samples])
+        kept: Mask = ~(walk.doubts[part.samples] <= bound)
+        return kept
+
+
+ANYTIME = Anytime()
+
+
+def policy_named(name: str, within: str | None = None) -> Policy:
+    """A policy as a command line names it.
+
+    Args:
+        name: ``anytime``, ``fits`` or ``confident``.
+        within: for ``confident``, how far the interval may reach from the count: people (``15``) or a share of it
+            (``20%``, the default).
+
+    Raises:
+        PolicyError: for another name, a bound that means nothing, or one where none belongs.
+    """
+    if name not in ("anytime", "fits", "confident"):
+        raise PolicyError(f"no policy {name!r} (there are anytime, fits and confident)")
+    if name != "confident":
+        if within is not None:
+            raise PolicyError(f"a bound ({within}) is for the policy confident, not for {name}")
+        return ANYTIME if name == "anytime" else DeepestThatFits()
+    number, percent, rest = ("20%" if within is None else within).partition("%")
+    try:
+        bound = float(number)
+    except ValueError:
+        bound = math.nan
+    if rest or not 0 < bound < math.inf:
+        raise PolicyError(f"no bound {within!r}: give one in people (15) or as a share of the count (20%)")
+    return Confident(share=bound / 100) if percent else Confident(bound)

@@ -1,0 +1,195 @@
+"""How long the steps of a walk take: measured on this machine, kept between runs, refreshed as it runs.
+
+A step is a stage or an exit. Whatever else a machine does slows all of a walk alike, so only the first stage is kept
+in milliseconds, and every other step as a multiple of the first stage of its own walk: what a walk still needs is
+told from the time that its first stage has just taken. A deep stage that is seldom run does not go out of date so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import threading
+from bisect import bisect_left
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crowdexit.network import MultiExitNetwork
+
+KEPT = 64  # measurements of a step; the oldest goes for the newest
+_FORMAT = 1
+
+
+def stage_step(index: int) -> str:
+    """A stage's name in a profile."""
+    return f"stage {index}"
+
+
+def exit_step(name: str) -> str:
+    """An exit's name in a profile."""
+    return f"exit {name}"
+
+
+FIRST = stage_step(0)
+PREPARING = "preparing"  # a picture: decoded, resized, with its sound
+
+
+class Profile:
+    """The last measurements of every step, by how many rows were in the batch.
+
+    Args:
+        path: where it is kept; None: only in memory.
+        key: what it was measured of; a file with another one is not read.
+    """
+
+    def __init__(self, path: Path | None = None, key: Mapping[str, Any] | None = None) -> None:
+        self._path, self._key = path, dict(key or {})
+        self._lock = threading.Lock()
+        self._times: dict[str, dict[int, deque[float]]] = defaultdict(dict)
+
+    def note(self, step: str, rows: int, ms: float, first_ms: float | None = None) -> None:
+        """Add a measurement of a step with that many rows.
+
+        Args:
+            first_ms: what the first stage of the same walk took with as many rows; None: keep ``ms`` itself (of the
+                first stage, and of preparing).
+        """
+        value = ms if first_ms is None else ms / first_ms if first_ms > 0 else 0.0
+        with self._lock:
+            self._times[step].setdefault(rows, deque(maxlen=KEPT)).append(value)
+
+    def ms(
+        self, step: str, rows: int = 1, *, quantile: float = 0.5, first_ms: float | None = None, least: int = 1
+    ) -> float | None:
+        """How long a step takes with that many rows, in milliseconds; None where that is not known.
+
+        Between measured numbers of rows it is interpolated; beyond them it grows with the rows.
+
+        Args:
+            quantile: of the measurements kept.
+            first_ms: what the first stage took in this walk; default: its median.
+            least: how many measurements there have to be.
+        """
+        with self._lock:
+            known = sorted((n, sorted(kept)) for n, kept in self._times.get(step, {}).items() if len(kept) >= least)
+        if not known:
+            return None
+        values = [(n, kept[math.ceil(quantile * len(kept)) - 1 if quantile > 0 else 0]) for n, kept in known]
+        if step in (FIRST, PREPARING):
+            return _between(values, rows, beyond=True)
+        first_ms = self.ms(FIRST, rows) if first_ms is None else first_ms
+        return None if first_ms is None else _between(values, rows, beyond=False) * first_ms
+
+    def total_ms(self, steps: Sequence[str], rows: int = 1, **how: Any) -> float | None:
+        """How long several steps take together; None where one of them is not known. As :meth:`ms`."""
+        times = [self.ms(step, rows, **how) for step in steps]
+        known = [ms for ms in times if ms is not None]
+        return sum(known) if len(known) == len(times) else None
+
+    def knows(self, steps: list[str]) -> bool:
+        """Whether there is a measurement of each of these."""
+        with self._lock:
+            return all(self._times.get(step) for step in steps)
+
+    def read(self) -> bool:
+        """Fill it from its file; False, and nothing is changed, where that is missing, damaged, or of another key."""
+        if self._path is None:
+            return False
+        try:
+            data = json.loads(self._path.read_text("utf-8"))
+            if data["format"] != _FORMAT or data["key"] != self._key:
+                return False
+            times: dict[str, dict[int, deque[float]]] = defaultdict(dict)
+            for step, of_step in data["times"].items():
+                for rows, kept in of_step.items():
+                    if not kept or not all(0 <= value < math.inf for value in kept):
+                        return False
+                    times[step][int(rows)] = deque(map(float, kept), KEPT)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return False
+        with self._lock:
+            self._times = times
+        return True
+
+    def write(self) -> None:
+        """Keep it in its file, whole (beside, then renamed). A cache that cannot be written is done without."""
+        if self._path is None:
+            return
+        with self._lock:
+            times = {
+                step: {str(rows): [float(f"{value:.5g}") for value in kept] for rows, kept in of_step.items()}
+                for step, of_step in self._times.items()
+            }
+        part = self._path.with_name(f"{self._path.name}.{os.getpid()}.part")
+        with suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(json.dumps({"format": _FORMAT, "key": self._key, "times": times}), "utf-8")
+            part.replace(self._path)
+
+
+def _between(values: list[tuple[int, float]], rows: int, *, beyond: bool) -> float:
+    """Linear between known numbers of rows; outside of them in proportion (``beyond``), or as at the nearest."""
+    at = bisect_left(values, (rows, -math.inf))
+    if at < len(values) and values[at][0] == rows:
+        return values[at][1]
+    if 0 < at < len(values):
+        (n, low), (m, high) = values[at - 1], values[at]
+        return low + (high - low) * (rows - n) / (m - n)
+    nearest, value = values[min(at, len(values) - 1)]
+    return value * rows / nearest if beyond else value
+
+
+def profile_of(network: MultiExitNetwork, runtime: str) -> Profile:
+    """The profile of a network on a runtime on this machine, empty; its file is in the user's cache folder.
+
+    What it is kept by: processor, usable cores, threads, GPU; names and shapes of the weights (a network that was
+    trained further takes as long as before) and size of the picture; runtime; versions of torch and CrowdExit.
+    """
+    weights = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        weights.update(f"{name} {tuple(tensor.shape)}\n".encode())
+    key = {
+        **machine(),
+        "weights": weights.hexdigest(),
+        "size": list(network.config.size),
+        "runtime": runtime,
+        "versions": [torch.__version__, version("crowdexit")],
+    }
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    folder = _cache_folder()
+    return Profile(None if folder is None else folder / "profiles" / f"{name}.json", key)
+
+
+def machine() -> dict[str, Any]:
+    """This machine in words: its processor, the cores and threads that may be used, its GPU or None."""
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _processor() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cache_folder() -> Path | None:
+    """The user's cache folder; None where there is no home."""
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    with suppress(RuntimeError):
+        return (Path(named) if named else Path.home() / ".cache") / "crowdexit"
+    return None

@@ -1,0 +1,115 @@
+"""From a picture and a sound in any form to rows for a network, and from its maps back to one map of the picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from crowdexit.backbones.audiocsrnet import STRIDE
+from crowdexit.data.log_mel import AudioError, log_mel, read_audio
+from crowdexit.data.picture import MIN_SIDE, PictureError, Placement, read_picture, tile_boxes, views
+from crowdexit.network import Config
+
+Picture = NDArray[np.uint8] | str | Path
+Sound = tuple[NDArray[np.float32], int] | NDArray[np.float32] | str | Path
+Box = tuple[int, int, int, int]  # x, y, width, height
+# A row of a network's batch before it is laid out: canvas (h, w, 3), how the picture lies there, log-mel.
+Row = tuple[NDArray[np.uint8], Placement, NDArray[np.float32] | None]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is to be known of a picture once it is prepared.
+
+    Attributes:
+        size: (width, height) in pixels.
+        heard: whether it is counted with sound.
+        rows: for each row that it takes in a batch, the rectangle of the picture that is seen there, and how it
+            lies on the network's canvas.
+    """
+
+    size: tuple[int, int]
+    heard: bool
+    rows: Sequence[tuple[Box, Placement]]
+
+    def density(self, maps: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+        """One density map (h, w) of the picture from those of its rows; of a tiled one at most 2048 cells a side.
+
+        Each tile's mass is kept.
+        """
+        parts = [(box, _without_padding(map_, at)) for map_, (box, at) in zip(maps, self.rows, strict=True)]
+        if len(parts) == 1:
+            return parts[0][1]
+        width, height = self.size
+        scale = min(1 / STRIDE, 2048 / max(width, height))
+        out = np.zeros((math.ceil(height * scale), math.ceil(width * scale)), np.float32)
+        for (x, y, w, h), density in parts:
+            x0, y0, x1, y1 = (round(v * scale) for v in (x, y, x + w, y + h))
+            x1, y1 = max(x1, x0 + 1), max(y1, y0 + 1)
+            laid = cv2.resize(density, (x1 - x0, y1 - y0), interpolation=cv2.INTER_LINEAR)
+            mass = float(laid.sum())
+            target = out[y0:y1, x0:x1]
+            if mass > 0:
+                target += (laid * (float(density.sum()) / mass))[: target.shape[0], : target.shape[1]]
+        return out
+
+
+def hear(sound: Sound | None) -> NDArray[np.float32] | None:
+    """Any form of sound as a log-mel (96, 64): a file, (waveform, sample rate), or a log-mel already.
+
+    Raises:
+        AudioError: if it cannot be read or holds no sound, or an array is not (96, 64).
+    """
+    if sound is None:
+        return None
+    if isinstance(sound, (str, Path)):
+        sound = read_audio(sound)
+    if isinstance(sound, tuple):
+        return log_mel(*sound)
+    if sound.shape != (96, 64) or not np.isfinite(sound).all():
+        raise AudioError("a log-mel has the shape (96, 64) and finite values")
+    return sound.astype(np.float32)
+
+
+def prepared(image: Picture, audio: Sound | None, config: Config) -> tuple[Scene, list[Row]]:
+    """A picture and a sound as rows for a network of this configuration.
+
+    A picture more than four times the network's scene is cut into tiles; the sound belongs to all of it and is then
+    left out.
+
+    Raises:
+        CrowdExitError: for a picture or a sound that cannot be used.
+    """
+    picture = _checked(read_picture(image) if isinstance(image, (str, Path)) else image)
+    mel = hear(audio)
+    height, width = picture.shape[:2]
+    boxes = tile_boxes(width, height, config.scene)
+    if len(boxes) > 1:
+        mel = None
+    seen = [
+        (box, view)
+        for box in boxes
+        for view in views(picture[box[1] : box[1] + box[3], box[0] : box[0] + box[2]], config.size, config.view)
+    ]
+    scene = Scene((width, height), mel is not None, [(box, placement) for box, (_, placement) in seen])
+    return scene, [(canvas, placement, mel) for _, (canvas, placement) in seen]
+
+
+def _checked(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+        raise PictureError("a picture is an array H×W×3 of bytes")
+    if min(picture.shape[:2]) < MIN_SIDE:
+        raise PictureError(f"{picture.shape[1]}×{picture.shape[0]} is too small to count in ({MIN_SIDE} at least)")
+    return picture
+
+
+def _without_padding(density: NDArray[np.float32], placement: Placement) -> NDArray[np.float32]:
+    """The cells of a canvas' density map that the picture covers; no mass lies outside them."""
+    (x, y), (w, h) = placement.offset, placement.size
+    return density[y // STRIDE : -(-(y + h) // STRIDE), x // STRIDE : -(-(x + w) // STRIDE)]

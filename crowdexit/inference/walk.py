@@ -1,0 +1,205 @@
+"""One walk for a single picture and for many: stage by stage, and whoever has left costs nothing more.
+
+A *sample* is what is counted (or classified); it is one row of a network's batch, or several where it is seen in
+tiles. A *part* is the samples that go through a stage together. All parts go through a stage before any goes through
+the next: early answers come early for all, and who goes on is decided as late as possible.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from crowdexit.inference.profile import FIRST, Profile, exit_step, stage_step
+from crowdexit.inference.runtime import ReadyChain
+from crowdexit.stages import Answer
+
+T = TypeVar("T")
+Mask = NDArray[np.bool_]
+
+
+@dataclass
+class Batch:
+    """Some rows of the network's batch on their way.
+
+    Attributes:
+        state: what the last stage handed over; before the first, what makes the rows' input features.
+        rows: how many.
+        first_ms: what the first stage took; None before it, and where rows have left since.
+    """
+
+    state: Any
+    rows: int
+    first_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Samples that go through a stage together.
+
+    Attributes:
+        samples: their numbers (n,).
+        views: how many rows each of them is (n,).
+        batches: their rows in order; several batches only of a single sample with many rows.
+    """
+
+    samples: NDArray[np.intp]
+    views: NDArray[np.intp]
+    batches: list[Batch]
+
+
+@dataclass(frozen=True)
+class Told:
+    """What an exit said of a part's samples.
+
+    Attributes:
+        exit: its name.
+        samples: their numbers (n,).
+        values: counts (n,), or class scores (n, K); of a sample with several rows the sum.
+        density: of each sample a map for each of its rows (rows, h, w), from exits that make maps.
+    """
+
+    exit: str
+    samples: NDArray[np.intp]
+    values: NDArray[np.float32]
+    density: list[NDArray[np.float32]] | None
+
+
+class Policy(Protocol):
+    """Decides in a walk which exits are asked, and who goes on."""
+
+    def asks(self, exit: str, part: Part, walk: Walk) -> bool:
+        """Whether an exit is asked about a part that has just come to it."""
+
+    def goes_on(self, stage: int, part: Part, walk: Walk) -> Mask:
+        """Which of a part's samples (n,) go through a stage; the others have left. Not asked of the first stage."""
+
+
+@dataclass
+class Walk:
+    """A walk of numbered samples through a chain, and what a policy may know of it.
+
+    Attributes:
+        chain: the network, made ready.
+        size: how many samples there may be.
+        exits: names that may be asked, in the order of the chain.
+        profile: how long steps take; every step that is run with all its rows is noted.
+        left_ms: the time until the deadline; negative after it.
+        doubt: how unsure an exit's answers are (n,), in the unit that the policy compares; default: not known, inf.
+        turn: held during every step: one step at a time on a chain, whichever threads walk it.
+        clock: seconds.
+        answered: which samples have an answer (size,).
+        counts: their latest counts (size,); zero for classes.
+        doubts: of their latest answers (size,); inf without one.
+    """
+
+    chain: ReadyChain
+    size: int
+    exits: Sequence[str]
+    profile: Profile = field(default_factory=Profile)
+    left_ms: Callable[[], float] = lambda: math.inf
+    doubt: Callable[[Told], NDArray[np.float64]] = lambda told: np.full(len(told.samples), math.inf)
+    turn: threading.Lock = field(default_factory=threading.Lock)
+    clock: Callable[[], float] = time.perf_counter
+
+    def __post_init__(self) -> None:
+        self.answered = np.zeros(self.size, np.bool_)
+        self.counts = np.zeros(self.size)
+        self.doubts = np.full(self.size, math.inf)
+
+    def run(self, parts: Iterable[Part], policy: Policy) -> Iterator[Told | None]:
+        """Walk, and yield what the exits say as they say it.
+
+        Args:
+            parts: each is asked for when the one before has gone through the first stage.
+
+        Yields:
+            None after every step without an answer; whoever stops asking there calls off the rest.
+        """
+        stages = [self.chain.stage_of(name) for name in self.exits]
+        for index in range(stages[-1] + 1):
+            here = [name for name, stage in zip(self.exits, stages, strict=True) if stage == index]
+            going = []
+            for arrived in parts:
+                part = arrived if index == 0 else self._only(arrived, policy.goes_on(index, arrived, self))
+                if part is None:
+                    continue
+                for batch in part.batches:
+                    if index == 0:
+                        batch.state = self.chain.begin(batch.state())
+                    self._advance(index, batch)
+                    yield None
+                for name in here:
+                    if policy.asks(name, part, self):
+                        yield self._ask(name, part)
+                going.append(part)
+            parts = going
+
+    def needed_ms(self, stage: int, exit: str | None, part: Part, *, quantile: float, least: int = 1) -> float | None:
+        """What a part takes through a stage and on to an exit's answer; None where a step of it is not known.
+
+        Args:
+            exit: None: the stage alone. Of those before it none is asked.
+            quantile, least: as of :meth:`Profile.ms`.
+        """
+        last = stage if exit is None else self.chain.stage_of(exit)
+        steps = [*map(stage_step, range(stage, last + 1)), *([] if exit is None else [exit_step(exit)])]
+        how: dict[str, Any] = {"quantile": quantile, "least": least}
+        total = 0.0
+        for batch in part.batches:
+            ms = self.profile.total_ms(steps, batch.rows, first_ms=batch.first_ms, **how)
+            if ms is None:
+                return None
+            total += ms
+        return total
+
+    def _only(self, part: Part, keep: Mask) -> Part | None:
+        """The part of some samples only; None of none."""
+        if keep.all():
+            return part
+        if not keep.any():
+            return None
+        (batch,) = part.batches
+        rows = np.repeat(keep, part.views)
+        with self.turn:
+            state = self.chain.select(batch.state, torch.from_numpy(rows))
+        return replace(
+            part, samples=part.samples[keep], views=part.views[keep], batches=[Batch(state, int(rows.sum()))]
+        )
+
+    def _advance(self, index: int, batch: Batch) -> None:
+        batch.state = self._timed(stage_step(index), batch, lambda: self.chain.advance(index, batch.state))
+
+    def _ask(self, name: str, part: Part) -> Told:
+        answers = [self._answer(name, batch) for batch in part.batches]
+        starts = np.cumsum([0, *part.views[:-1]])
+        values = np.add.reduceat(np.concatenate([answer.value.numpy() for answer in answers]), starts)
+        maps = [answer.density[:, 0].numpy() for answer in answers if answer.density is not None]
+        told = Told(name, part.samples, values, np.split(np.concatenate(maps), starts[1:]) if maps else None)
+        self.answered[told.samples] = True
+        self.counts[told.samples] = np.maximum(values, 0) if values.ndim == 1 else 0
+        self.doubts[told.samples] = self.doubt(told)
+        return told
+
+    def _answer(self, name: str, batch: Batch) -> Answer:
+        return self._timed(exit_step(name), batch, lambda: self.chain.ask(name, batch.state))
+
+    def _timed(self, step: str, batch: Batch, work: Callable[[], T]) -> T:
+        with self.turn:
+            begun = self.clock()
+            out = work()
+            took = 1000 * (self.clock() - begun)
+        if step == FIRST:
+            self.profile.note(step, batch.rows, took)
+            batch.first_ms = took
+        elif batch.first_ms is not None:
+            self.profile.note(step, batch.rows, took, batch.first_ms)
+        return out

@@ -1,0 +1,245 @@
+"""Deadlines: the latest answer even in the middle of a stage, nothing begun in vain, nobody disturbed.
+
+Stages sleep; a loaded machine only makes them longer, so every bound here leaves it a second or more.
+"""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import threading
+import time
+import weakref
+
+import numpy as np
+import pytest
+from slow import slow
+
+from crowdexit.data.picture import PictureError
+from crowdexit.inference.anytime import DeadlineMissed
+from crowdexit.inference.counter import CounterError
+from crowdexit.inference.profile import stage_step
+
+SERVED = ["V1", "AV1", "AV2", "final"]
+
+
+def picture(seed: int = 0, shape: tuple[int, int] = (64, 128)) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 255, (*shape, 3), np.uint8)
+
+
+@pytest.fixture
+def expected(counter):
+    """What each exit says of a picture when nobody hurries."""
+
+    def of(image: np.ndarray) -> dict[str, float]:
+        return {result.exit: result.count for result in counter.stream(image)}
+
+    return of
+
+
+def test_the_latest_answer_in_the_middle_of_a_stage(counter, expected):
+    tool = slow(counter.network, 0, 0, 0, 4)
+    begun = time.perf_counter()
+    result = tool.count(picture(), deadline_ms=1500)
+    assert 1.5 <= time.perf_counter() - begun < 3
+    assert result.chosen.exit == "AV2"
+    assert [r.exit for r in result.exits] == SERVED[:3]
+    assert all(r.latency_ms < 1500 for r in result.exits)
+    assert result.in_time
+    assert {r.exit: r.count for r in result.exits} == pytest.approx(
+        {name: count for name, count in expected(picture()).items() if name != "final"}, rel=1e-5
+    )
+    assert 3 not in tool.chain.ran  # it is still under way
+
+
+def test_the_rest_is_called_off_at_the_end_of_the_stage(counter):
+    tool = slow(counter.network, 0, 1.5, 0, 0)
+    assert tool.count(picture(), deadline_ms=500).chosen.exit == "V1"
+    assert tool.count(picture(1)).exits[-1].exit == "final"  # waits for the stage that is running
+    assert tool.chain.ran == [0, "V1", 1, 0, "V1", 1, "AV1", 2, "AV2", 3, "final"]
+
+
+def test_the_next_request_is_not_disturbed(counter, expected):
+    """It waits for the running stage and no longer, and its time runs meanwhile; what it says is its own."""
+    tool = slow(counter.network, 0, 2, 0, 3)
+    tool.count(picture(), deadline_ms=300)
+    tool.chain.seconds = [0, 0, 0, 3]
+    result = tool.count(picture(1), deadline_ms=3500)
+    assert result.chosen.exit == "AV2"
+    assert 1000 < result.exits[0].latency_ms < 3000
+    own = expected(picture(1))
+    assert {r.exit: r.count for r in result.exits} == pytest.approx({n: own[n] for n in SERVED[:3]}, rel=1e-5)
+
+
+def test_too_early_for_the_first_exit(counter):
+    tool = slow(counter.network, 1, 0, 0, 0)
+    begun = time.perf_counter()
+    with pytest.raises(DeadlineMissed, match=r"^no exit answered within 200 ms$"):
+        tool.count(picture(), deadline_ms=200, late="fail")
+    assert time.perf_counter() - begun < 1
+    waited = tool.count(picture(), deadline_ms=200)  # for the first exit, and no other
+    assert [r.exit for r in waited.exits] == ["V1"]
+    assert waited.in_time is False
+    assert waited.to_dict("p")["in_time"] is False
+    assert waited.chosen.latency_ms > 200
+    # From then on it is known how long that takes.
+    with pytest.raises(DeadlineMissed, match=r"\(the first, V1, takes about 1\d\d\d ms here\)"):
+        tool.count(picture(), deadline_ms=200, late="fail")
+
+
+def test_enough_time_is_not_spent(counter, expected):
+    begun = time.perf_counter()
+    result = slow(counter.network, 0, 0, 0, 0).count(picture(), deadline_ms=60_000)
+    assert time.perf_counter() - begun < 30
+    assert (result.chosen.exit, result.in_time) == ("final", True)
+    assert {r.exit: r.count for r in result.exits} == pytest.approx(expected(picture()), rel=1e-5)
+    assert result.chosen.density is not None
+    assert "in_time" not in counter.count(picture()).to_dict("p")
+
+
+def test_up_to_an_exit(counter):
+    tool = slow(counter.network, 0, 0, 4, 0)
+    result = tool.count(picture(), exit="AV1", deadline_ms=30_000)
+    assert [r.exit for r in result.exits] == ["V1", "AV1"]
+    assert tool.count(picture(), deadline_ms=float("inf"), exit="V1").chosen.exit == "V1"
+
+
+def test_a_stage_that_cannot_end_in_time_is_not_begun(counter):
+    tool = slow(counter.network, 0.02, 0, 0, 3)
+    for _ in range(16):
+        for index, ratio in enumerate((1.0, 0.0, 0.0, 100.0)):
+            tool._times.note(stage_step(index), 1, ratio * 20, 20.0 if index else None)
+    begun = time.perf_counter()
+    result = tool.count(picture(), deadline_ms=1900)
+    assert time.perf_counter() - begun < 1.8
+    assert result.chosen.exit == "AV2"
+    assert tool.chain.ran[-1] == "AV2"
+
+
+def test_an_answer_is_waited_for_even_where_its_stage_cannot_end_in_time(counter):
+    tool = slow(counter.network, 0.02, 0.5, 0, 0)
+    for _ in range(16):
+        tool._times.note(stage_step(0), 1, 20.0)
+        tool._times.note(stage_step(1), 1, 500.0, 20.0)
+    result = tool.count(picture(), exit="AV1", deadline_ms=1)
+    assert result.exits[0].exit == "V1"
+    tool.exits = ["AV1"]
+    assert [r.exit for r in tool.count(picture(), deadline_ms=300).exits] == ["AV1"]
+
+
+def test_what_goes_wrong_reaches_whoever_asked(counter, tmp_path):
+    tool = slow(counter.network, 0, 0, 0, 0)
+    with pytest.raises(PictureError, match="no such file"):
+        tool.count(tmp_path / "none.jpg", deadline_ms=10_000)
+    with pytest.raises(PictureError, match="too small"):
+        tool.count(np.zeros((4, 4, 3), np.uint8), deadline_ms=10_000, late="fail")
+    for problem in (RuntimeError("out of memory"), KeyboardInterrupt()):
+        tool.chain.breaks = problem
+        with pytest.raises(type(problem)):
+            tool.count(picture(), deadline_ms=10_000)
+    tool.chain.breaks = None
+    assert tool.count(picture(), deadline_ms=60_000).chosen.exit == "final"
+    for wrong in (0, -5, float("nan")):
+        with pytest.raises(CounterError, match=r"a deadline of .* ms cannot be kept"):
+            tool.count(picture(), deadline_ms=wrong)
+
+
+def test_what_goes_wrong_after_the_deadline_is_nobodys(counter):
+    tool = slow(counter.network, 0, 1.5, 0, 0)
+    breaking = threading.Timer(1.0, lambda: setattr(tool.chain, "breaks", RuntimeError("late")))
+    breaking.start()
+    assert tool.count(picture(), deadline_ms=500).chosen.exit == "V1"
+    breaking.join()
+    time.sleep(1)
+    tool.chain.breaks = None
+    assert tool.count(picture(), deadline_ms=60_000).chosen.exit == "final"
+
+
+def test_two_at_once(counter, expected):
+    """Each gets its own counts; who comes second has his first answer long before the first one's last."""
+    tool = slow(counter.network, 0.3, 0.3, 0.3, 0.3)
+    results = {}
+
+    def ask(seed: int) -> None:
+        results[seed] = tool.count(picture(seed), deadline_ms=60_000)
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in (1, 2, 3)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.1)
+    for thread in threads:
+        thread.join()
+    for seed, result in results.items():
+        assert {r.exit: r.count for r in result.exits} == pytest.approx(expected(picture(seed)), rel=1e-5)
+    assert results[3].exits[0].latency_ms < min(result.exits[-1].latency_ms for result in results.values())
+
+
+def test_many_deadlines(counter, expected):
+    """From three threads, of any length: always the first exits of the very picture."""
+    tool = slow(counter.network, 0.004, 0.002, 0.002, 0.004)
+    pictures = [picture(seed) for seed in range(3)]
+    truth = [expected(image) for image in pictures]
+    faults: list[object] = []
+
+    def ask(who: int) -> None:
+        random = np.random.default_rng(who)
+        for _ in range(40):
+            deadline = float(random.uniform(0.1, 60))
+            try:
+                result = tool.count(pictures[who], deadline_ms=deadline)
+                said = {r.exit: r.count for r in result.exits}
+                assert list(said) == SERVED[: len(said)]
+                assert said == pytest.approx({name: truth[who][name] for name in said}, rel=1e-5)
+                assert result.chosen is result.exits[-1]
+                assert result.in_time == (result.chosen.latency_ms <= deadline)
+                assert result.in_time or len(said) == 1
+            except BaseException as fault:
+                faults.append(fault)
+
+    threads = [threading.Thread(target=ask, args=(who,)) for who in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults
+
+
+def test_a_tiled_picture_in_time(counter, expected, monkeypatch):
+    """Its first exit answers for all tiles before any tile goes on."""
+    monkeypatch.setattr("crowdexit.inference.counter.PIXELS_AT_ONCE", 2 * 128 * 64)
+    tool = slow(counter.network, 0, 5, 0, 0)
+    huge = picture(0, (600, 1500))
+    result = tool.count(huge, deadline_ms=4000)
+    assert [r.exit for r in result.exits] == ["V1"]
+    assert result.count == pytest.approx(expected(huge)["V1"], rel=1e-5)
+
+
+def test_the_thread_goes_with_its_counter(counter):
+    tool = slow(counter.network, 0, 0, 0, 0)
+    tool.count(picture(), deadline_ms=60_000)
+    thread = tool._worker._thread
+    gone = weakref.ref(tool)
+    del tool
+    gc.collect()
+    thread.join(10)
+    assert gone() is None
+    assert not thread.is_alive()
+
+
+def test_a_process_ends_after_the_running_stage():
+    """A thread that runs on in torch while the interpreter is taken down would bring it to a crash."""
+    program = """
+import time
+from crowdexit.inference.anytime import Worker
+def steps():
+    yield "first exit"
+    time.sleep(2)
+    print("stage ended", flush=True)
+    yield None
+    print("the next began", flush=True)
+print(Worker().answers_by(time.perf_counter() + 0.5, steps(), wait=True), flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "['first exit']\nstage ended\n"

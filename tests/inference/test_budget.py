@@ -1,0 +1,233 @@
+"""Budgets: the plan against brute force, and whole runs on a simulated machine whose clock only its steps move."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from crowdexit.inference.budget import Budget, BudgetError, Costs, climb, ladder
+from crowdexit.inference.walk import Batch, Part, Walk
+from crowdexit.stages import Answer
+
+EXITS = ["a", "b", "c", "final"]
+STAGE_OF = dict(zip(EXITS, range(4), strict=True))
+COSTS = Costs([60.0, 5.0, 12.0, 25.0], dict.fromkeys(EXITS, 1.0), STAGE_OF)
+ERRORS = {"a": 0.4, "b": 0.3, "c": 0.35, "final": 0.2}
+
+
+class Simulated:
+    """A chain that takes the time it is told to, and counts what the batch says; ``state`` is the rows' counts."""
+
+    exit_names = EXITS
+
+    def __init__(self, costs: Costs, pace=lambda: 1.0) -> None:
+        self.costs, self.pace, self.now = costs, pace, 0.0
+
+    def stage_of(self, name: str) -> int:
+        return self.costs.stage_of[name]
+
+    def begin(self, features):
+        return features
+
+    def advance(self, index, state):
+        self.now += self.pace() * len(state) * self.costs.stages[index] / 1000
+        return state
+
+    def ask(self, name, state):
+        self.now += self.pace() * len(state) * self.costs.exits[name] / 1000
+        return Answer(state)
+
+    def select(self, state, keep):
+        return state[keep]
+
+
+def run(counts, budget_ms, *, errors=ERRORS, costs=COSTS, pace=lambda: 1.0, preparing=0.0, at_once=4, abreast=32):
+    """(exit by picture, milliseconds taken) of pictures with these counts."""
+    machine = Simulated(costs, pace)
+    look = costs.up_to("a") + preparing
+    both = {False: errors, True: errors}
+    budget = Budget(budget_ms, len(counts), EXITS, both, costs, look, lambda: machine.now)
+    left = []
+    for start in range(0, len(counts), abreast):
+        window = counts[start : start + abreast]
+        budget.window([SimpleNamespace(heard=False)] * len(window))
+        walk = Walk(machine, len(window), EXITS, clock=lambda: machine.now)
+
+        def parts(window=window):
+            for at in range(0, len(window), at_once):
+                rows = torch.tensor(window[at : at + at_once], dtype=torch.float32)
+                machine.now += pace() * preparing * len(rows) / 1000
+                batch = Batch(lambda rows=rows: rows, len(rows))
+                yield Part(np.arange(at, at + len(rows)), np.ones(len(rows), int), [batch])
+
+        said = [""] * len(window)
+        for told in walk.run(parts(), budget):
+            for number in [] if told is None else told.samples:
+                said[number] = told.exit
+        left += said
+    return left, 1000 * machine.now
+
+
+def crowds(number: int, seed: int = 0) -> list[float]:
+    return np.random.default_rng(seed).lognormal(4, 1, number).tolist()
+
+
+def test_the_ladder_is_the_convex_hull():
+    assert ladder(EXITS, ERRORS, COSTS) == ["a", "b", "final"]  # c is worse than b
+    assert ladder(EXITS, {**ERRORS, "b": 0.39, "c": 0.3}, COSTS) == ["a", "c", "final"]  # b is dear for what it gives
+    assert ladder(EXITS, {"a": 0.1, "b": 0.2, "c": 0.3, "final": 0.4}, COSTS) == ["a"]
+    assert ladder(EXITS, {"a": 0.4, "final": 0.3}, COSTS) == ["a", "final"]
+    free = Costs([1.0], dict.fromkeys(EXITS, 0.0), dict.fromkeys(EXITS, 0))
+    assert ladder(EXITS, {**ERRORS, "b": 0.31}, free) == ["a", "final"]
+
+
+steps = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=3).map(
+    lambda made: sorted(made, key=lambda step: -step[1] / step[0])
+)
+
+
+@given(st.lists(steps, min_size=1, max_size=5), st.integers(0, 60))
+def test_no_other_choice_is_better_for_its_time(ladders, room):
+    """Against every other choice; and what the last step leaves over is never worth more than that step."""
+    taken = climb(ladders, room)
+
+    def worth(choice):
+        return tuple(sum(step[i] for of, n in zip(ladders, choice, strict=True) for step in of[:n]) for i in (0, 1))
+
+    every = [worth(choice) for choice in itertools.product(*(range(len(of) + 1) for of in ladders))]
+    cost, gain = worth(taken)
+    assert cost <= room
+    best = max(g for c, g in every if c <= room)
+    biggest = max((g for of in ladders for _, g in of), default=0)
+    assert best - gain <= biggest
+    if best != gain:  # then something did not fit
+        assert any(n < len(of) and cost + of[n][0] > room for of, n in zip(ladders, taken, strict=True))
+
+
+@given(st.lists(steps, min_size=1, max_size=5), st.integers(0, 20))
+def test_steps_in_the_order_of_their_price_are_optimal(ladders, number):
+    """With exactly the room for the first so many steps, nothing beats them."""
+    order = sorted((-gain / cost, of, n) for of, made in enumerate(ladders) for n, (cost, gain) in enumerate(made))
+    chosen = [ladders[of][n] for _, of, n in order[:number]]
+    room, expected = sum(cost for cost, _ in chosen), sum(gain for _, gain in chosen)
+    taken = climb(ladders, room)
+    assert sum(gain for of, n in zip(ladders, taken, strict=True) for _, gain in of[:n]) >= expected
+    every = itertools.product(*(range(len(of) + 1) for of in ladders))
+    best = 0
+    for choice in every:
+        made = [step for of, n in zip(ladders, choice, strict=True) for step in of[:n]]
+        if sum(cost for cost, _ in made) <= room:
+            best = max(best, sum(gain for _, gain in made))
+    assert best == expected
+
+
+def test_those_to_come_compete():
+    ours, theirs = [[(1.0, 1.0)]] * 2, [[(1.0, 2.0)]]
+    assert climb(ours, 2.0) == [1, 1]
+    assert climb(ours, 4.0, theirs, 3.0) == [1, 0]
+    assert climb(ours, 2.5, theirs, 3.0) == [0, 0]  # not all of them fit: as many as do
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.35, 0.6, 0.85, 1.0])
+@pytest.mark.parametrize("number", [40, 100, 333])
+def test_a_run_keeps_to_its_budget(number, share):
+    least, most = number * 61.0, number * (61.0 + 5 + 1 + 12 + 25 + 1)
+    budget = least + share * (most - least)
+    exits, took = run(crowds(number), budget)
+    assert took == pytest.approx(budget, rel=0.05)
+    assert took <= 1.05 * budget
+    assert set(exits) <= {"a", "b", "final"}
+
+
+@pytest.mark.parametrize("factor", [0.7, 0.9, 1.1, 1.3])
+@pytest.mark.parametrize("share", [0.3, 0.6])
+def test_a_machine_faster_or_slower_than_its_profile(factor, share):
+    number = 64
+    least, most = number * 61.0 * factor, number * 105.0 * factor
+    budget = least + share * (most - least)
+    if number * 61.0 <= 1.05 * budget:
+        _, took = run(crowds(number), budget, pace=lambda: factor)
+        assert took == pytest.approx(budget, rel=0.05)
+
+
+def test_a_machine_that_stumbles():
+    """Every step takes between half and one and a half times as long, and preparing counts too."""
+    random = np.random.default_rng(1)
+    for seed in range(5):
+        number = 80
+        _, took = run(crowds(number, seed), number * 95.0, pace=lambda: random.uniform(0.5, 1.5), preparing=12.0)
+        assert took == pytest.approx(number * 95.0, rel=0.05)
+
+
+def test_the_dense_go_deep():
+    counts = crowds(32)
+    exits, _ = run(counts, 32 * 80.0, at_once=1)
+    deep = [count for count, exit in zip(counts, exits, strict=True) if exit == "final"]
+    shallow = [count for count, exit in zip(counts, exits, strict=True) if exit == "b"]
+    assert len(deep) > 3
+    assert len(shallow) > 3
+    assert min(deep) > max(shallow)
+
+
+def test_little_is_lost_by_not_knowing_what_comes():
+    """Planned window by window, the expected error is hardly more than with everything known at once."""
+    counts = crowds(160)
+
+    def error(exits):
+        return sum(ERRORS[exit] * (count + 10) for exit, count in zip(exits, counts, strict=True))
+
+    piecemeal, _ = run(counts, 160 * 85.0, abreast=16)
+    whole, _ = run(counts, 160 * 85.0, abreast=160)
+    assert error(whole) <= error(piecemeal) * 1.001
+    assert error(piecemeal) < 1.03 * error(whole)
+    assert error(whole) < 0.85 * error(["a"] * 160)
+
+
+def test_what_is_more_than_enough_is_not_burnt():
+    exits, took = run(crowds(20), 1e6)
+    assert set(exits) == {"final"}
+    assert took == pytest.approx(20 * 105.0)
+
+
+def test_an_exit_that_is_no_better_is_not_gone_to():
+    exits, took = run(crowds(20), 1e6, errors={"a": 0.2, "b": 0.3, "c": 0.2, "final": 0.4})
+    assert set(exits) == {"a"}
+    assert took == pytest.approx(20 * 61.0)
+
+
+def test_budgets_that_cannot_be():
+    for wrong in (0, -3, float("nan")):
+        with pytest.raises(BudgetError, match="buys nothing"):
+            run(crowds(4), wrong)
+    with pytest.raises(
+        BudgetError, match=r"200 ms is too small for 4 pictures: their first exits alone take about 244"
+    ):
+        run(crowds(4), 200)
+    with pytest.raises(BudgetError, match="how wrong the exit a is, is not known"):
+        run(crowds(4), 1000, errors={})
+
+
+def test_pictures_that_cannot_be_counted_leave_their_time_to_the_others():
+    machine = Simulated(COSTS)
+    budget = Budget(8 * 61.0, 8, EXITS, {False: ERRORS, True: ERRORS}, COSTS, 61.0, lambda: machine.now)
+    budget.window([SimpleNamespace(heard=False)] * 4)
+    for _ in range(4):
+        budget.skip()
+    walk = Walk(machine, 4, EXITS, clock=lambda: machine.now)
+    rows = torch.tensor([1.0, 10.0, 100.0, 1000.0])
+    for _ in walk.run([Part(np.arange(4), np.ones(4, int), [Batch(lambda: rows, 4)])], budget):
+        pass
+    assert 1000 * machine.now == pytest.approx(4 * 105.0)
+
+
+def test_a_network_whose_first_exit_stands_late():
+    late = Costs([20.0, 20.0, 20.0, 30.0], dict.fromkeys(EXITS, 1.0), {"a": 2, "b": 2, "c": 3, "final": 3})
+    exits, took = run(crowds(60), 60 * 80.0, costs=late)
+    assert took == pytest.approx(60 * 80.0, rel=0.05)
+    assert set(exits) == {"b", "final"}

@@ -1,0 +1,117 @@
+"""Intervals and expected errors from a prepared file into a checkpoint, and what the command line makes of them."""
+
+from __future__ import annotations
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+from branches import both_kinds
+from tiny import TINY
+
+from crowdexit import command, zoo
+from crowdexit.cli import app
+from crowdexit.data.store import StoredSample, open_for_writing, write_sample
+from crowdexit.inference.counter import load
+from crowdexit.intervals import IntervalError, Intervals, expected_error
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    """Twelve noisy pictures, every third with sound."""
+    random = np.random.default_rng(0)
+    path = tmp_path / "crowd.h5"
+    with open_for_writing(path) as file:
+        for number in range(12):
+            points = random.uniform(0, 60, (5 * number, 2)).astype(np.float32)
+            picture = cv2.imencode(".png", random.integers(0, 255, (64, 128, 3), np.uint8))[1]
+            sound = {"log_mel": random.normal(size=(96, 64)).astype(np.float32), "audio_source": "simulated"}
+            sample = StoredSample(
+                str(number), "val", picture, points, 128, 64, len(points), **({} if number % 3 else sound)
+            )
+            write_sample(file, sample)
+    return path
+
+
+@pytest.fixture
+def checkpoint(counter, tmp_path):
+    path = tmp_path / "model.safetensors"
+    zoo.save(counter.network, zoo.Spec("audiocsrnet-s", both_kinds(), TINY), path)
+    return path
+
+
+def test_calibrate(prepared, checkpoint, capsys):
+    arguments = [str(checkpoint), "--data", str(prepared), "--level", "0.7", "--runtime", "eager"]
+    assert command.run(app, ["calibrate", *arguments]) == 0
+    assert "within ± w" in capsys.readouterr().out
+    made = Intervals.from_dict(zoo.read_spec(checkpoint).meta["intervals"])
+    exits = load(checkpoint, runtime="eager").network.exit_names
+    for table in (made.silent, made.heard, made.silent_errors, made.heard_errors):
+        assert list(table) == exits
+    for name in exits:
+        # The mean of the scores, and a quantile of them that is above most.
+        assert 0 < made.silent_errors[name] < made.silent[name]
+    assert made.errors(heard=True) == made.heard_errors
+    assert made.errors(heard=False) == made.silent_errors
+    assert made.errors(heard=True) != made.errors(heard=False)
+
+
+def test_expected_errors():
+    assert expected_error([10.0, 0.0, -5.0], [30.0, 0.0, 2.0]) == pytest.approx((20 / 20 + 0 + 7 / 10) / 3)
+    before = Intervals(0.9, {"V1": 0.4}, {}, 20).to_dict()
+    del before["silent_errors"], before["heard_errors"]  # as checkpoints were calibrated once
+    old = Intervals.from_dict(before)
+    assert old.errors(heard=False) == old.errors(heard=True) == {"V1": 0.4}
+    with pytest.raises(IntervalError, match="damaged"):
+        Intervals.from_dict({**before, "silent_errors": {"V1": "x"}})
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--deadline-ms", "0"], "a deadline of 0 ms cannot be kept"),
+        (["--deadline-ms", "-1"], "a deadline of -1 ms cannot be kept"),
+        (["--deadline-ms", "nan"], "a deadline of nan ms cannot be kept"),
+        (["--policy", "fits"], "only a deadline can tell"),
+        (["--policy", "confident"], "has no intervals to be confident by"),
+        (["--policy", "confident", "--within", "x"], "no bound 'x'"),
+        (["--within", "5"], "is for the policy confident, not for anytime"),
+        (["--budget-ms", "0"], "a budget of 0 ms buys nothing"),
+        (["--budget-ms", "1e6"], "how wrong the exit V1 is, is not known"),
+        (["--budget-ms", "1e6", "--exit", "V1"], "a budget chooses the exits itself"),
+        (["--late", "never"], "never"),
+    ],
+)
+def test_bad_input_is_one_line(checkpoint, picture_file, tmp_path, monkeypatch, capsys, options, line):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("crowdexit.inference.counter.PIXELS_AT_ONCE", 1)
+    assert (
+        command.run(app, ["count", str(picture_file()), "--model", str(checkpoint), "--runtime", "eager", *options])
+        == 2
+    )
+    err = capsys.readouterr().err
+    assert line in err
+    assert len(err.splitlines()) == 1
+
+
+def test_count_from_the_command_line(prepared, checkpoint, picture_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("crowdexit.inference.counter.PIXELS_AT_ONCE", 1)
+    widths = {"V1": 0.4, "AV1": 0.3, "AV2": 0.2, "final": 0.1}
+    zoo.annotate(checkpoint, intervals=Intervals(0.9, widths, widths, 20).to_dict())
+    pictures = [str(picture_file(f"{number}.jpg", seed=number)) for number in range(3)]
+
+    def said(*options: str) -> list[dict]:
+        arguments = ["count", *pictures, "--model", str(checkpoint), "--runtime", "eager", "--format", "json", *options]
+        assert command.run(app, arguments) == 0
+        return [json.loads(row) for row in capsys.readouterr().out.splitlines()]
+
+    assert {row["chosen_exit"] for row in said("--policy", "confident", "--within", "100000")} == {"V1"}
+    fitting = said("--policy", "fits", "--deadline-ms", "60000")
+    assert [[e["exit"] for e in row["exits"]] for row in fitting] == [["final"]] * 3
+    assert all(row["in_time"] for row in fitting)
+    assert [row["in_time"] for row in said("--deadline-ms", "0.001")] == [False] * 3
+    within = said("--budget-ms", "600000")
+    assert [row["source"] for row in within] == pictures
+    assert [row["count"] for row in within] == pytest.approx([row["count"] for row in said()], abs=0.02)

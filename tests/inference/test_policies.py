@@ -1,0 +1,245 @@
+"""Who leaves where: whatever the order and the batch, the same; and nothing is computed for those who have left."""
+
+from __future__ import annotations
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+from slow import slow
+
+from crowdexit.data.picture import tile_boxes
+from crowdexit.inference import counter as module
+from crowdexit.inference.budget import BudgetError
+from crowdexit.inference.counter import CounterError, CrowdCounter
+from crowdexit.inference.policies import ANYTIME, Confident, DeepestThatFits, PolicyError, policy_named
+from crowdexit.inference.profile import FIRST, PREPARING, Profile, exit_step, stage_step
+from crowdexit.inference.run import RunError, count_inputs
+from crowdexit.inference.runtime import Eager
+from crowdexit.intervals import Intervals
+
+SERVED = ["V1", "AV1", "AV2", "final"]
+WIDTHS = {"V1": 0.4, "AV1": 0.3, "AV2": 0.2, "final": 0.1}
+ERRORS = {name: width / 2 for name, width in WIDTHS.items()}
+SIZES = [(128, 64), (64, 64), (300, 100), (100, 40), (128, 64), (1024, 256), (61, 33)]
+
+
+@pytest.fixture
+def calibrated(counter):
+    return CrowdCounter(counter.network, "tiny", runtime=Eager(), intervals=Intervals(0.9, WIDTHS, {}, 20))
+
+
+@pytest.fixture
+def pictures():
+    random = np.random.default_rng(0)
+    return [random.integers(0, 60 + 30 * i, (height, width, 3), np.uint8) for i, (width, height) in enumerate(SIZES)]
+
+
+@pytest.fixture
+def sounds():
+    random = np.random.default_rng(1)
+    return [None, *(random.normal(size=(96, 64)).astype(np.float32) for _ in range(2)), None, None, None, None]
+
+
+def left_between(counter, pictures) -> Confident:
+    """A policy by which about half of the pictures leave at the first exit."""
+    halves = sorted(WIDTHS["V1"] * (next(counter.stream(picture)).count + 10) for picture in pictures)
+    return Confident((halves[2] + halves[3]) / 2)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 1000])
+def test_order_and_batch_do_not_matter(calibrated, pictures, sounds, monkeypatch, at_once):
+    policy = left_between(calibrated, pictures)
+    pairs = list(zip(pictures, sounds, strict=True))
+    alone = [calibrated.count(*pair, policy=policy) for pair in pairs]
+    assert len({result.chosen.exit for result in alone}) > 1
+    monkeypatch.setattr(module, "PIXELS_AT_ONCE", at_once * 128 * 64)
+    for seed in range(3):
+        order = np.random.default_rng(seed).permutation(len(pairs)).tolist()
+        together = list(calibrated.count_many([pairs[i] for i in order], policy=policy))
+        for i, result in zip(order, together, strict=True):
+            assert [r.exit for r in result.exits] == [r.exit for r in alone[i].exits]
+            assert [r.count for r in result.exits] == pytest.approx([r.count for r in alone[i].exits], rel=1e-4)
+            assert result.chosen is result.exits[-1]
+            assert (result.chosen.density is None) == (alone[i].chosen.density is None)
+
+
+def test_who_has_left_costs_nothing(counter, pictures, monkeypatch):
+    tool = slow(counter.network, 0, 0, 0, 0, intervals=Intervals(0.9, WIDTHS, {}, 20))
+    policy = left_between(tool, pictures)
+    rows: list[tuple[int, int]] = []
+    advance = tool.chain.advance
+    monkeypatch.setattr(
+        tool.chain, "advance", lambda index, state: rows.append((index, len(state.visual))) or advance(index, state)
+    )
+    results = list(tool.count_many([(picture, None) for picture in pictures], policy=policy))
+    for index, name in enumerate(SERVED):
+        reached = [p for r, p in zip(results, pictures, strict=True) if name in [e.exit for e in r.exits]]
+        tiles = sum(len(tile_boxes(p.shape[1], p.shape[0], tool.size)) for p in reached)
+        assert sum(n for stage, n in rows if stage == index) == tiles
+
+
+def test_confident_in_people_or_as_a_share(calibrated, pictures):
+    for picture in pictures:
+        answers = list(calibrated.stream(picture))
+        for policy in (Confident(5.0), Confident(share=0.5), Confident(4.0, 0.3), Confident(1e9), Confident(1e-9)):
+            bounds = [max(policy.doubt, policy.share * r.count) for r in answers]
+            halves = [r.interval[1] - r.count for r in answers]
+            enough = [half <= bound for half, bound in zip(halves, bounds, strict=True)]
+            expected = SERVED[enough.index(True)] if any(enough) else "final"
+            assert calibrated.count(picture, policy=policy).chosen.exit == expected
+    assert calibrated.count(pictures[0], policy=Confident(1e9), deadline_ms=60_000).chosen.exit == "V1"
+    # Not calibrated with sound: nobody is ever sure.
+    heard = calibrated.count(pictures[0], np.zeros((96, 64), np.float32), policy=Confident(1e9))
+    assert heard.chosen.exit == "final"
+
+
+def test_the_deepest_that_fits(counter, pictures):
+    """Only that one is asked; the time of this very run decides, and the rest follows in proportion."""
+    tool = slow(counter.network, 0.1, 0.1, 0.4, 0.8)
+    profile = Profile()
+    for rows in (1, 2):
+        profile.note(FIRST, rows, 100.0)
+        for index, ms in enumerate((100, 400, 800), 1):
+            profile.note(stage_step(index), rows, float(ms), 100.0)
+        for name in SERVED:
+            profile.note(exit_step(name), rows, 20.0, 100.0)
+    tool.__dict__["profile"] = tool._times = profile
+    for deadline, exit in [(60_000, "final"), (150, "V1"), (1, "V1")]:
+        tool.chain.ran.clear()
+        result = tool.count(pictures[0], deadline_ms=deadline, policy=DeepestThatFits())
+        assert [r.exit for r in result.exits] == [exit]
+        assert [step for step in tool.chain.ran if isinstance(step, str)] == [exit]
+    # Ten times as slow as before: AV2 and what comes after it would take ten times as long, too.
+    tool.chain.seconds = [1.0, 0.0, 0.0, 0.0]
+    tool.chain.ran.clear()
+    result = tool.count(pictures[0], deadline_ms=4000, policy=DeepestThatFits())
+    assert [r.exit for r in result.exits] == ["AV1"]
+    with pytest.raises(CounterError, match="only a deadline can tell"):
+        tool.count(pictures[0], policy=DeepestThatFits())
+    with pytest.raises(CounterError, match="give a budget"):
+        tool.count_many([(pictures[0], None)], policy=DeepestThatFits())
+
+
+def test_what_is_not_known_does_not_fit(counter, pictures):
+    tool = slow(counter.network, 0, 0, 0, 0)
+    tool.__dict__["profile"] = tool._times
+    assert tool.count(pictures[0], deadline_ms=60_000, policy=DeepestThatFits()).chosen.exit == "V1"
+
+
+def test_the_machine_is_measured_once(counter, pictures, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(module, "PIXELS_AT_ONCE", 2 * 128 * 64)
+    tool = slow(counter.network, 0, 0, 0, 0)
+    result = tool.count(pictures[0], deadline_ms=60_000, policy=DeepestThatFits())
+    assert result.chosen.exit == "final"
+    (kept,) = (tmp_path / "crowdexit" / "profiles").iterdir()
+    steps = json.loads(kept.read_text())["times"]
+    assert set(steps) == {
+        *map(stage_step, range(4)),
+        *map(exit_step, counter.network.exit_names),
+        PREPARING,
+    }
+    assert {len(rows) for step, rows in steps.items() if step != PREPARING} == {2}
+    again = slow(counter.network, 0, 0, 0, 0)
+    _ = again.profile
+    assert again.chain.ran == []
+    kept.write_text("{")
+    damaged = slow(counter.network, 0, 0, 0, 0)
+    _ = damaged.profile
+    assert damaged.chain.ran
+    assert json.loads(kept.read_text())["times"]
+
+
+def budgeted(counter, tmp_path, monkeypatch):
+    """A slow counter that has been measured, with expected errors."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(module, "PIXELS_AT_ONCE", 2 * 128 * 64)
+    intervals = Intervals(0.9, WIDTHS, WIDTHS, 20, ERRORS, ERRORS)
+    return slow(counter.network, 0.01, 0.01, 0.01, 0.01, intervals=intervals)
+
+
+def test_a_budget_on_pictures(counter, pictures, sounds, tmp_path, monkeypatch):
+    tool = budgeted(counter, tmp_path, monkeypatch)
+    pairs = list(zip(pictures, sounds, strict=True))
+    rich = list(tool.count_many([*pairs, None], budget_ms=600_000))
+    assert rich.pop() is None
+    for result, pair in zip(rich, pairs, strict=True):
+        assert result.chosen.exit == "final"
+        assert result.count == pytest.approx(tool.count(*pair).count, rel=1e-4)
+    least = len(pictures) * sum(tool.profile.ms(step) for step in (FIRST, exit_step("V1"), PREPARING)) / 2
+    with pytest.raises(BudgetError, match="too small for 7 pictures: their first exits alone take about"):
+        list(tool.count_many(iter(pairs), budget_ms=least / 3, number=7))
+    for options, line in [
+        ({"budget_ms": 5e5, "policy": Confident(3.0)}, "a budget is a policy itself"),
+        ({"budget_ms": 5e5}, "has to know the number"),
+    ]:
+        with pytest.raises(CounterError, match=line):
+            list(tool.count_many(iter(pairs), **options))
+    with pytest.raises(BudgetError, match="buys nothing"):
+        list(tool.count_many(pairs, budget_ms=0))
+    assert list(tool.count_many([], budget_ms=5.0)) == []
+    with pytest.raises(BudgetError, match="how wrong the exit V1 is"):
+        list(slow(counter.network, 0, 0, 0, 0).count_many(pairs, budget_ms=1e6))
+
+
+def test_a_budget_for_a_folder(counter, pictures, tmp_path, monkeypatch, capsys):
+    tool = budgeted(counter, tmp_path, monkeypatch)
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, picture in enumerate(pictures):
+        cv2.imwrite(str(folder / f"{number}.png"), picture)
+    (folder / "4.png").write_bytes(b"no picture")
+    (folder / "5.wav").write_bytes(b"no sound")
+    assert count_inputs(tool, [folder], budget_ms=600_000, format="json") == 6
+    out, err = capsys.readouterr()
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row["source"][-5:] for row in rows] == ["0.png", "1.png", "2.png", "3.png", "5.png", "6.png"]
+    assert {row["chosen_exit"] for row in rows} == {"final"}
+    assert sorted(line.split(":")[0] for line in err.splitlines()) == ["skipped", "warning"]
+    with pytest.raises(BudgetError, match="too small for 7 pictures"):
+        count_inputs(tool, [folder], budget_ms=0.01)
+    for options in ({"exit": "V1"}, {"deadline_ms": 5.0}, {"policy": Confident(3.0)}, {"density": tmp_path / "maps"}):
+        with pytest.raises(RunError, match="a budget chooses the exits itself"):
+            count_inputs(tool, [folder], budget_ms=1e6, **options)
+    (tmp_path / "v.mp4").write_bytes(b"no film")
+    with pytest.raises(RunError, match="a video has none"):
+        count_inputs(tool, [folder, tmp_path / "v.mp4"], budget_ms=1e6)
+
+
+def test_a_folder_in_which_some_come_too_late(counter, pictures, tmp_path, capsys):
+    tool = slow(counter.network, 0.5, 0, 0, 0)
+    for number in range(2):
+        cv2.imwrite(str(tmp_path / f"{number}.png"), pictures[number])
+    with pytest.raises(RunError, match="none of the files could be counted"):
+        count_inputs(tool, [tmp_path], deadline_ms=20, late="fail")
+    assert capsys.readouterr().err.count("no exit answered within 20 ms") == 2
+    with pytest.raises(module.DeadlineMissed, match=r"0\.png: no exit answered"):
+        count_inputs(tool, [tmp_path / "0.png"], deadline_ms=20, late="fail")
+    assert count_inputs(tool, [tmp_path / "0.png"], deadline_ms=20) == 1
+    assert "chosen, late" in capsys.readouterr().out
+
+
+def test_policies_by_name():
+    assert policy_named("anytime") is ANYTIME
+    assert policy_named("fits") == DeepestThatFits()
+    assert policy_named("confident") == Confident(share=0.2)
+    assert policy_named("confident", "15") == Confident(15.0)
+    assert policy_named("confident", "7.5%") == Confident(share=0.075)
+    for name, within, line in [
+        ("lazy", None, "no policy 'lazy'"),
+        ("fits", "15", r"a bound \(15\) is for the policy confident"),
+        *(("confident", wrong, "give one in people") for wrong in ("", "0", "-3", "nan%", "inf", "20%%", "x", "5 %x")),
+    ]:
+        with pytest.raises(PolicyError, match=line):
+            policy_named(name, within)
+    with pytest.raises(PolicyError, match="a bound of nothing"):
+        Confident()
+
+
+def test_nobody_is_confident_without_intervals(counter, pictures):
+    with pytest.raises(CounterError, match="tiny has no intervals to be confident by"):
+        counter.count(pictures[0], policy=Confident(5.0))
+    with pytest.raises(CounterError, match="tiny has no intervals"):
+        counter.count_many([(pictures[0], None)], policy=Confident(5.0))
