@@ -35,10 +35,15 @@ app = typer.Typer(
 
 DEFAULT_MODEL = "audiocsrnet-s"
 CONFIDENCES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)  # to tell what leaving at them is worth
-Model = Annotated[str, typer.Option("--model", help="A shipped model's name, or a checkpoint's path.")]
+Model = Annotated[
+    str, typer.Option("--model", help="A shipped model's name, or the path of a checkpoint or an export.")
+]
 Ids = Annotated[str, typer.Option(help="Only samples whose id matches this shell pattern.")]
 Hear = Annotated[bool, typer.Option("--audio/--no-audio", help="Hear the sound where there is some.")]
-RuntimeName = Annotated[str, typer.Option("--runtime", help="auto, eager, eager-bf16, cuda or cuda-bf16.")]
+RuntimeName = Annotated[
+    str,
+    typer.Option("--runtime", help="auto, eager, compile, openvino, onnx or cuda; -bf16, -int8, -half: see README."),
+]
 
 
 class CountFormat(StrEnum):
@@ -61,6 +66,17 @@ class PolicyName(StrEnum):
 class Format(StrEnum):
     table = "table"
     json = "json"
+
+
+class Library(StrEnum):
+    openvino = "openvino"
+    onnx = "onnx"
+
+
+class Precision(StrEnum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+    int8 = "int8"
 
 
 @app.command(
@@ -241,10 +257,10 @@ def tradeoff(
     except ValueError:
         raise CrowdExitError(f"--budgets {budgets}: numbers with commas between") from None
     analysis.recommend([], wanted or [])
+    spec = zoo.read_spec(zoo.checkpoint_path(model))
     result = evaluate_file(
         model, data, split, ids, audio=audio, runtime=runtime, progress=partial(_progress, "evaluating")
     )
-    spec = zoo.read_spec(zoo.checkpoint_path(model))
     measure = "MAE" if "mae" in result["exits"][0] else "wrong answers, %"
     errors = {row["exit"]: row["mae"] if "mae" in row else 100 - row["accuracy"] for row in result["exits"]}
     made = analysis.points(spec, errors)
@@ -482,6 +498,40 @@ def pack(
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
 
 
+@app.command(epilog="Example: `crowdexit export --precision int8 --calibrate crowd.h5 --out audiocsrnet-s-int8`")
+def export(
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    model: Annotated[
+        str, typer.Option("--model", help="A shipped model's name, or a checkpoint's path.")
+    ] = DEFAULT_MODEL,
+    format: Annotated[Library, typer.Option(help="What is to run it.")] = Library.openvino,
+    precision: Annotated[Precision, typer.Option(help="bf16 and int8: of OpenVINO alone.")] = Precision.fp32,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT; default: the model's own.")] = None,
+    exits: Annotated[
+        str | None, typer.Option(help="Early exits to take along, with commas between; final: none. Default: all.")
+    ] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option(help="A prepared HDF5 file to measure int8's ranges on; default: the samples.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Of that file.")] = "train",
+) -> None:
+    """Write every stage and every exit as a model that runs without PyTorch, and a manifest that says how."""
+    from crowdexit.inference.export import export as run_export
+
+    path = run_export(
+        model,
+        out,
+        library=format.value,
+        precision=precision.value,
+        size=size,
+        exits=None if exits is None else exits.split(","),
+        calibrate=calibrate,
+        split=split,
+    )
+    files = sorted(path.iterdir())
+    print(f"{path}: {len(files)} files, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB")
+
+
 @app.command(epilog="Example: `crowdexit calibrate runs/audiocsrnet-s-branches --data crowd.h5 --split val`")
 def calibrate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A trained run's folder or checkpoint.")],
@@ -536,12 +586,14 @@ def _calibrate_classes(
     from crowdexit.data.classes import ClassStore
     from crowdexit.inference import classify
     from crowdexit.inference.counter import served_exits
+    from crowdexit.inference.runtimes.pick import pick
     from crowdexit.temperatures import surprise
 
     with ClassStore(data) as store:
         wanted = classify.matching(store, split, ids)
         with _progress("calibrating", len(wanted)) as advance:
-            scores, labels = classify.scores_of(network, runtime, store, split, wanted, progress=advance)
+            chain = pick(runtime).ready(network)
+            scores, labels = classify.scores_of(chain, store, split, wanted, progress=advance)
     temperatures = classify.calibrate(scores, labels)
     zoo.annotate(path, temperatures=temperatures.to_dict())
     table = Table(title=f"{path}: temperatures from {len(wanted)} pictures")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol
 
 from torch import nn
 
+from crowdexit.chain import walk
 from crowdexit.stages import Answer, Exit, Features, Stage
 
 FINAL = "final"
-State = TypeVar("State")
 
 
 class Config(Protocol):
@@ -39,52 +39,6 @@ class Config(Protocol):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for a checkpoint's header."""
-
-
-class Chain(Protocol[State]):
-    """Stages and exits that are run one by one, wherever that is; a ``State`` is what a stage hands to the next."""
-
-    @property
-    def exit_names(self) -> list[str]:
-        """All exits in the order in which they answer."""
-
-    def stage_of(self, name: str) -> int:
-        """The index of the stage after which an exit stands."""
-
-    def advance(self, index: int, state: State) -> State:
-        """Run one stage."""
-
-    def ask(self, name: str, state: State) -> Answer:
-        """Run one exit on what its stage handed over."""
-
-
-def walk(
-    chain: Chain[State],
-    state: State,
-    exits: Collection[str] | None = None,
-    proceed: Callable[[], bool] = lambda: True,
-) -> Iterator[tuple[str, Answer]]:
-    """Walk a chain and yield each wanted exit's answer as soon as it is there.
-
-    Nothing behind the last wanted exit is computed, and nothing at all after the caller stops asking.
-
-    Args:
-        state: before the first stage.
-        exits: names; default: all.
-        proceed: asked before every stage and every exit; the walk ends where it says no.
-    """
-    wanted = [name for name in chain.exit_names if exits is None or name in exits]
-    if not wanted:
-        return
-    for index in range(chain.stage_of(wanted[-1]) + 1):
-        if not proceed():
-            return
-        state = chain.advance(index, state)
-        for name in wanted:
-            if chain.stage_of(name) == index:
-                if not proceed():
-                    return
-                yield name, chain.ask(name, state)
 
 
 class MultiExitNetwork(nn.Module):
@@ -187,7 +141,7 @@ class MultiExitNetwork(nn.Module):
         return answer
 
     def stream(self, features: Features, exits: Collection[str] | None = None) -> Iterator[tuple[str, Answer]]:
-        """Each wanted exit's answer as soon as it is there; see :func:`walk`."""
+        """Each wanted exit's answer as soon as it is there; see :func:`crowdexit.chain.walk`."""
         return walk(self, features, exits)
 
     def forward(self, features: Features, exits: Collection[str] | None = None) -> dict[str, Answer]:

@@ -7,6 +7,7 @@ and how it came about; nothing in it is ever unpickled.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from crowdexit.errors import CrowdExitError
 from crowdexit.network import MultiExitNetwork
 
 FORMAT = "crowdexit-1"
+MAX_SIDE = 16_384
 _FROM_NOTHING = {"front_norm": True, "rectify": True, "density_scale": 100.0, "count_scale": 100.0}
 
 AUDIOCSRNETS: Mapping[str, AudioCSRNetConfig] = {
@@ -182,6 +184,42 @@ def with_exits(network: MultiExitNetwork, spec: Spec, names: Sequence[str]) -> t
     own = chosen.state_dict()
     fill(chosen, {key: tensor for key, tensor in network.state_dict().items() if key in own}, spec.model)
     return chosen.eval(), fewer
+
+
+def at_size(network: MultiExitNetwork, spec: Spec, size: tuple[int, int]) -> tuple[MultiExitNetwork, Spec]:
+    """The same weights for pictures of another (width, height); its intervals are not of that size, and go.
+
+    Raises:
+        ZooError: if some weights belong to the size that the network has.
+    """
+    other_spec = replace(
+        spec,
+        changes={**spec.changes, "size": list(size)},
+        meta={key: value for key, value in spec.meta.items() if key != "intervals"},
+    )
+    other, there = build(other_spec), network.state_dict()
+    bound = [key for key, tensor in other.state_dict().items() if tensor.shape != there[key].shape]
+    if bound:
+        exits = dict.fromkeys(key.split(".")[1] for key in bound if key.startswith("branches."))
+        what = f"the exits {', '.join(exits)} are" if len(exits) else f"{bound[0]} is"
+        raise ZooError(f"{spec.model} at {size[0]}x{size[1]}: {what} made for the size that it was trained at")
+    fill(other, there, spec.model)
+    return other.eval(), other_spec
+
+
+def parse_size(text: str, step: int) -> tuple[int, int]:
+    """``1024x576`` → (1024, 576).
+
+    Raises:
+        ZooError: if it is not two numbers, or they are not multiples of ``step`` up to 16,384.
+    """
+    match = re.fullmatch(r"([0-9]{1,6})[x×]([0-9]{1,6})", text.strip())
+    if match is None:
+        raise ZooError(f"size {text!r}: give width and height like 1024x576")
+    width, height = int(match[1]), int(match[2])
+    if any(side % step or not 0 < side <= MAX_SIDE for side in (width, height)):
+        raise ZooError(f"size {text!r}: width and height have to be multiples of {step}, {MAX_SIDE} at most")
+    return width, height
 
 
 def save(network: MultiExitNetwork, spec: Spec, path: Path, *, half: bool = False) -> None:

@@ -14,6 +14,14 @@ from PIL import Image
 # A shell that starts the tests in the background has them ignore Ctrl-C, which some of them send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
+@pytest.fixture(autouse=True)
+def eager_alone(monkeypatch, tmp_path_factory):
+    """``--runtime auto`` tries nothing, for each test has another network; nothing goes to the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setattr("crowdexit.inference.runtimes.pick.candidates", tuple)
+
+
 CrowdPicture = Callable[..., tuple[bytes, NDArray[np.float64]]]
 
 

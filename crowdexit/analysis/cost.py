@@ -6,7 +6,6 @@ network takes a moment and no memory.
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,9 @@ from crowdexit.network import FINAL, MultiExitNetwork
 from crowdexit.scenarios import branch_options, classes_of
 from crowdexit.stages import Features, inputs
 
-MAX_SIDE = 16_384
-
 
 class CostError(CrowdExitError):
-    """A branch, a place or a size that the model does not have."""
+    """A branch, a place or a data set that the model does not have."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +113,7 @@ def cost(
                 raise CostError(f"{spec.model} counts; a data set of classes is for classifiers")
         if size is not None:
             step = zoo.build(spec).config.step
-            spec = replace(spec, changes={**spec.changes, "size": parse_size(size, step)})
+            spec = replace(spec, changes={**spec.changes, "size": zoo.parse_size(size, step)})
         network = zoo.build(spec).eval()
         exits = []
         for place in _chosen(layer, tuple(network.places), f"no place {layer!r} in {spec.model}"):
@@ -167,21 +164,6 @@ def measure(network: MultiExitNetwork, features: Features) -> tuple[list[int], d
             if network.stage_of(name) == index:
                 exits[name], _ = _counted(network.exit_module(name), features)
     return stages, exits
-
-
-def parse_size(text: str, step: int) -> tuple[int, int]:
-    """``1024x576`` → (1024, 576).
-
-    Raises:
-        CostError: if it is not two numbers, or they are not multiples of ``step`` up to 16,384.
-    """
-    match = re.fullmatch(r"([0-9]{1,6})[x×]([0-9]{1,6})", text.strip())
-    if match is None:
-        raise CostError(f"size {text!r}: give width and height like 1024x576")
-    width, height = int(match[1]), int(match[2])
-    if any(side % step or not 0 < side <= MAX_SIDE for side in (width, height)):
-        raise CostError(f"size {text!r}: width and height have to be multiples of {step}, {MAX_SIDE} at most")
-    return width, height
 
 
 def _spec(model: str | Path) -> zoo.Spec:

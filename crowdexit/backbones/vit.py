@@ -172,7 +172,7 @@ class Embedding(Stage):
 
     def forward(self, features: Features) -> Features:
         patches = self.patch_embed(features.visual).flatten(2).transpose(1, 2)  # B×N×D
-        first = self.cls_token.expand(len(patches), -1, -1).to(patches.dtype)
+        first = self.cls_token.expand(patches.shape[0], -1, -1).to(patches.dtype)
         visual = torch.cat([first, patches], dim=1) + self.pos_embed
         return features.with_tokens(visual, self.token_grid)
 

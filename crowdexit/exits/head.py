@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor, nn
 
@@ -88,8 +86,8 @@ class Branch(Exit):
 def ask(head: MLPHead, tokens: Tensor) -> Tensor:
     """The head's output for B×N×d in float32 whatever the features came in: bfloat16 knows few counts."""
     flat = tokens.flatten(1).to(next(head.parameters()).dtype)
-    device = flat.device.type
-    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+    # Autocast knows no meta tensors; a query whether it does would break torch.compile's graph.
+    with torch.autocast("cpu" if flat.is_meta else flat.device.type, enabled=False):
         scores: Tensor = head(flat)
     return scores
 

@@ -217,7 +217,7 @@ class PerceiverExit(_Token):
 
     def tokens(self, features: Features) -> Tensor:
         x = self.norm_tokens(features.tokens())
-        latents = self.latents.expand(len(x), -1, -1)
+        latents = self.latents.expand(x.shape[0], -1, -1)
         q = self.query(latents).unflatten(2, (self.heads, -1)).transpose(1, 2)  # B×h×L×D/h
         k, v = self.key_value(x).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # B×h×(1+N)×D/h each
         asked = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)

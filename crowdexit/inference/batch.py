@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from crowdexit.data.picture import Placement, normalise
+from crowdexit.data.picture import Placement, normalise, views
+from crowdexit.network import Config
 from crowdexit.stages import Features, inputs
 
 
@@ -24,3 +25,9 @@ def batch_of(
     mels = torch.from_numpy(np.stack([silence if s is None else s for s in sounds]))[:, None]
     heard = torch.tensor([s is not None for s in sounds])
     return inputs(image, mels, heard, inside)
+
+
+def look(picture: NDArray[np.uint8], sound: NDArray[np.float32] | None, config: Config) -> Features:
+    """All that a network sees of a picture H×W×3, in one view or several, each with the log-mel (96, 64) or None."""
+    laid = views(picture, config.size, config.view)
+    return batch_of(laid, [sound] * len(laid), config.size)

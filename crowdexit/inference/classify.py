@@ -17,9 +17,8 @@ from crowdexit.data.store import StoreError
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.counter import served_exits
 from crowdexit.inference.policies import Confident
-from crowdexit.inference.runtime import ReadyChain, pick
+from crowdexit.inference.runtimes.base import ReadyChain
 from crowdexit.inference.walk import Batch, Part, Told, Walk
-from crowdexit.network import MultiExitNetwork
 from crowdexit.stages import Features, inputs
 from crowdexit.temperatures import Measure, Temperatures, temperature
 
@@ -57,8 +56,7 @@ class Leaving:
 
 
 def evaluate(
-    network: MultiExitNetwork,
-    runtime: str,
+    chain: ReadyChain,
     store: ClassStore,
     split: str,
     wanted: Sequence[int],
@@ -69,7 +67,7 @@ def evaluate(
     """Accuracy and latency of each exit.
 
     Args:
-        runtime: ``auto``, or a name of :func:`crowdexit.inference.runtime.names`.
+        chain: a classifier, ready to be run.
         wanted: which pictures of the split.
         leaving: count also what comes of leaving when sure, at the exits that are served.
         progress: called after each picture.
@@ -82,10 +80,10 @@ def evaluate(
     Raises:
         CrowdExitError: if the network was made for another number of classes, or the set is damaged.
     """
-    chain, pictures = _opened(network, runtime, store, split)
-    names = network.exit_names
+    pictures = _opened(chain, store, split)
+    names = chain.exit_names
     right = dict.fromkeys(names, 0)
-    served = served_exits(network)
+    served = served_exits(chain.network)
     sure, left = 0, dict.fromkeys(served, 0)
     for batch, labels in _batches(pictures, wanted):
         for name, answer in chain.stream(batch, names):
@@ -134,8 +132,7 @@ def evaluate(
 
 
 def scores_of(
-    network: MultiExitNetwork,
-    runtime: str,
+    chain: ReadyChain,
     store: ClassStore,
     split: str,
     wanted: Sequence[int],
@@ -147,8 +144,8 @@ def scores_of(
     Raises:
         CrowdExitError: as :func:`evaluate`.
     """
-    chain, pictures = _opened(network, runtime, store, split)
-    scores: dict[str, list[NDArray[np.float32]]] = {name: [] for name in network.exit_names}
+    pictures = _opened(chain, store, split)
+    scores: dict[str, list[NDArray[np.float32]]] = {name: [] for name in chain.exit_names}
     truth = []
     for batch, labels in _batches(pictures, wanted):
         for name, answer in chain.stream(batch):
@@ -180,16 +177,17 @@ def matching(store: ClassStore, split: str, pattern: str) -> list[int]:
     return found
 
 
-def _opened(network: MultiExitNetwork, runtime: str, store: ClassStore, split: str) -> tuple[ReadyChain, ClassDataset]:
-    """A network made ready, and pictures of its classes.
+def _opened(chain: ReadyChain, store: ClassStore, split: str) -> ClassDataset:
+    """Pictures of the classes that a network tells apart.
 
     Raises:
-        ClassError: if it was made for another number of classes.
+        ClassError: if it was made for another number of them.
     """
-    outputs = getattr(network.config, "outputs", 0)
+    config = chain.network.config
+    outputs = getattr(config, "outputs", 0)
     if outputs != len(store.classes):
         raise ClassError(f"{store.path}: {len(store.classes)} classes, and the network knows {outputs}")
-    return pick(runtime).ready(network), ClassDataset(store, split, size=network.config.size)
+    return ClassDataset(store, split, size=config.size)
 
 
 def _batches(pictures: ClassDataset, wanted: Sequence[int]) -> Iterator[tuple[Features, NDArray[np.int64]]]:

@@ -16,15 +16,16 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from crowdexit import zoo
 from crowdexit.data.picture import views
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.anytime import DeadlineMissed, Worker
 from crowdexit.inference.batch import batch_of
 from crowdexit.inference.budget import Budget, Costs, check_budget
+from crowdexit.inference.models import open_model
 from crowdexit.inference.policies import ANYTIME, Confident, DeepestThatFits
 from crowdexit.inference.profile import PREPARING, Profile, exit_step, profile_of, stage_step
-from crowdexit.inference.runtime import Runtime, pick
+from crowdexit.inference.runtimes.base import Runtime
+from crowdexit.inference.runtimes.pick import pick
 from crowdexit.inference.scene import Picture, Row, Scene, Sound, prepared
 from crowdexit.inference.walk import Batch, Part, Policy, Told, Walk
 from crowdexit.intervals import Intervals
@@ -128,6 +129,7 @@ class CrowdCounter:
         self.exits = served_exits(network) if exits is None else self._known(exits)
         self.intervals = intervals or Intervals()
         self.chain = (runtime or pick("auto")).ready(network)
+        self.chain.prepare(self.exits)  # before any clock runs
         self._turn = threading.Lock()
         self._worker = Worker()
         self._times = Profile()
@@ -486,16 +488,15 @@ def load(name: str | Path, *, runtime: str = "auto", exits: Sequence[str] | None
     """A counter with a shipped model's or a checkpoint's weights.
 
     Args:
-        name: of a shipped model, or the path of a checkpoint.
-        runtime: ``auto``, or a name of :func:`crowdexit.inference.runtime.names`.
+        name: of a shipped model, or the path of a checkpoint or of an exported folder.
+        runtime: ``auto``, or a name of :func:`crowdexit.inference.runtimes.pick.names`.
         exits: names to serve; default: one a place, and the final exit.
 
     Raises:
         CrowdExitError: if there is no such model, checkpoint, runtime or exit.
     """
     keep_freed_memory()
-    picked = pick(runtime)
-    network, spec = zoo.load(name)
+    network, spec, picked = open_model(name, runtime)
     return CrowdCounter(
         network, spec.model, runtime=picked, exits=exits, intervals=Intervals.from_dict(spec.meta.get("intervals"))
     )

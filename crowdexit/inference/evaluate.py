@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from crowdexit import zoo
 from crowdexit.data.augment import Conditions
 from crowdexit.data.classes import ClassStore
 from crowdexit.data.picture import decode_picture
@@ -19,7 +18,7 @@ from crowdexit.data.store import Store
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference import classify
 from crowdexit.inference.counter import CrowdCounter, ExitResult
-from crowdexit.inference.runtime import pick
+from crowdexit.inference.models import open_model
 from crowdexit.intervals import Intervals, expected_error, width
 from crowdexit.memory import keep_freed_memory
 from crowdexit.temperatures import Measure, Temperatures
@@ -158,7 +157,7 @@ def evaluate_file(
     """Every exit of a model on a prepared file: :func:`evaluate` of a counter, ``classify.evaluate`` of a classifier.
 
     Args:
-        model: name of a shipped model, or a checkpoint.
+        model: name of a shipped model, a checkpoint, or an exported folder.
         pattern: shell pattern of the ids to use.
         leave: of a classifier: the measure of doubt, and the bound of it at which samples leave.
         progress: given the number of pictures, a context whose value is called after each.
@@ -167,7 +166,7 @@ def evaluate_file(
         CrowdExitError: if model, file, split or conditions are of no use, or no id matches.
     """
     keep_freed_memory()
-    network, spec = zoo.load(model)
+    network, spec, picked = open_model(model, runtime)
     if network.classifies:
         if conditions != Conditions():
             raise CrowdExitError("brightness, noise and black areas are for counting; classes are told as they are")
@@ -175,10 +174,12 @@ def evaluate_file(
         with ClassStore(data) as classes:
             wanted = classify.matching(classes, split, pattern)
             with progress(len(wanted)) as advance:
-                return classify.evaluate(network, runtime, classes, split, wanted, leaving=leaving, progress=advance)
+                return classify.evaluate(
+                    picked.ready(network), classes, split, wanted, leaving=leaving, progress=advance
+                )
     if leave is not None:
         raise CrowdExitError("confidence and entropy are of classes; a counter is confident by its intervals")
-    counter = CrowdCounter(network, spec.model, runtime=pick(runtime), exits=network.exit_names)
+    counter = CrowdCounter(network, spec.model, runtime=picked, exits=network.exit_names)
     with Store(data) as store:
         samples = store.ids(split, pattern)
         with progress(len(samples)) as advance:

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from crowdexit.inference.profile import FIRST, Profile, exit_step, stage_step
-from crowdexit.inference.runtime import ReadyChain
+from crowdexit.inference.runtimes.base import ReadyChain
 from crowdexit.stages import Answer
 
 T = TypeVar("T")

@@ -11,7 +11,7 @@ from tiny import TINY
 
 from crowdexit import zoo
 from crowdexit.inference.counter import CrowdCounter
-from crowdexit.inference.runtime import Eager
+from crowdexit.inference.runtimes.eager import Eager
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 
 from crowdexit.inference.counter import CrowdCounter
-from crowdexit.inference.runtime import Eager, ReadyChain
+from crowdexit.inference.runtimes.base import ReadyChain
+from crowdexit.inference.runtimes.eager import Eager
 from crowdexit.intervals import Intervals
 from crowdexit.network import MultiExitNetwork
 

@@ -16,7 +16,7 @@ from crowdexit.errors import CrowdExitError
 from crowdexit.inference import classify
 from crowdexit.inference.classify import Leaving
 from crowdexit.inference.evaluate import evaluate_file
-from crowdexit.inference.runtime import Eager
+from crowdexit.inference.runtimes.eager import Eager
 from crowdexit.temperatures import Temperatures
 
 TINY = {"size": [16, 16], "patch": 4, "dim": 24, "depth": 3, "heads": 3, "outputs": 3}
@@ -67,12 +67,12 @@ def test_calibrate_writes_temperatures(colours, checkpoint):
 def test_leaving_in_a_batch_as_alone(colours, checkpoint, measure):
     network, _ = zoo.load(checkpoint)
     with ClassStore(colours) as store:
-        scores, labels = classify.scores_of(network, "eager", store, "val", range(80))
+        scores, labels = classify.scores_of(Eager().ready(network), store, "val", range(80))
         temperatures = classify.calibrate(scores, labels)
         doubts = {name: temperatures.doubts(name, scores[name], measure) for name in scores}
         bound = float(np.median(doubts["1"]))
         leaving = Leaving(measure, bound, temperatures)
-        said = classify.evaluate(network, "eager", store, "val", range(80), leaving=leaving)["leaving"]
+        said = classify.evaluate(Eager().ready(network), store, "val", range(80), leaving=leaving)["leaving"]
     sure = np.stack([doubts["1"] <= bound, doubts["2"] <= bound, np.ones(80, bool)])
     at = sure.argmax(0)
     assert said["left"] == pytest.approx({n: 100 * (at == i).mean() for i, n in enumerate(["1", "2", "final"])}, abs=3)

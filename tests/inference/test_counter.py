@@ -22,7 +22,8 @@ from crowdexit.data.log_mel import AudioError, log_mel
 from crowdexit.data.picture import LEAST_SCALE, PictureError, decode_picture, tile_boxes
 from crowdexit.inference import counter as module
 from crowdexit.inference.counter import CounterError, CrowdCounter, load, served_exits
-from crowdexit.inference.runtime import Eager, RuntimeUnavailable
+from crowdexit.inference.runtimes.arrays import RuntimeUnavailable
+from crowdexit.inference.runtimes.eager import Eager
 from crowdexit.inference.scene import hear
 from crowdexit.intervals import Intervals
 

@@ -16,7 +16,7 @@ from crowdexit.inference.counter import CounterError, CrowdCounter
 from crowdexit.inference.policies import ANYTIME, Confident, DeepestThatFits, PolicyError, policy_named
 from crowdexit.inference.profile import FIRST, PREPARING, Profile, exit_step, stage_step
 from crowdexit.inference.run import RunError, count_inputs
-from crowdexit.inference.runtime import Eager
+from crowdexit.inference.runtimes.eager import Eager
 from crowdexit.intervals import Intervals
 
 SERVED = ["V1", "AV1", "AV2", "final"]

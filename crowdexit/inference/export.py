@@ -1,0 +1,156 @@
+"""Write a network's stages and exits as models that run without PyTorch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crowdexit import zoo
+from crowdexit.data.picture import MEAN, STD
+from crowdexit.inference.exported import (
+    FORMAT,
+    MANIFEST,
+    ExportError,
+    FilePart,
+    Library,
+    Manifest,
+    NetworkPart,
+    PiecePart,
+    Precision,
+)
+from crowdexit.inference.runtimes import onnx, openvino
+from crowdexit.inference.runtimes.arrays import is_exit
+from crowdexit.inference.runtimes.calibration import bundled, of_file
+from crowdexit.inference.runtimes.engines import installed
+from crowdexit.inference.runtimes.pieces import Piece, take_apart
+from crowdexit.network import FINAL, MultiExitNetwork
+
+_NEEDED = {"openvino": ("openvino",), "onnx": ("onnx", "onnxscript", "onnxruntime")}
+
+
+def export(
+    model: str | Path,
+    out: Path,
+    *,
+    library: Library = "openvino",
+    precision: Precision = "fp32",
+    size: str | None = None,
+    exits: Sequence[str] | None = None,
+    calibrate: Path | None = None,
+    split: str = "train",
+) -> Path:
+    """Export a network; the folder appears whole.
+
+    Args:
+        model: name of a shipped model, or a checkpoint.
+        out: the folder; must not be there yet.
+        library: what is to run it.
+        precision: ``bf16`` and ``int8`` are for OpenVINO alone. bf16 computes in bfloat16 where the CPU does; int8
+            quantises the stages that see, and leaves the ear and the exits in bf16.
+        size: another picture size, ``WIDTHxHEIGHT``.
+        exits: names of early exits to take along; default: all. The final one always comes.
+        calibrate: a prepared file with pictures for int8; default: those that come with the project.
+        split: of that file.
+
+    Raises:
+        CrowdExitError: for options that do not go together, a library that is not installed, or a folder that cannot
+            be written.
+    """
+    if library == "onnx" and precision != "fp32":
+        raise ExportError(f"ONNX is written in fp32; {precision} is for OpenVINO")
+    if calibrate is not None and precision != "int8":
+        raise ExportError(f"--calibrate {calibrate}: only int8 is calibrated")
+    if out.exists():
+        raise ExportError(f"{out}: there already")
+    for module in (*_NEEDED[library], *(("nncf",) if precision == "int8" else ())):
+        installed(module)
+    network, spec = zoo.load(model)
+    if exits is not None:
+        network, spec = zoo.with_exits(network, spec, [name for name in exits if name != FINAL])
+    if size is not None:
+        network, spec = zoo.at_size(network, spec, zoo.parse_size(size, network.config.step))
+    made: Mapping[str, Any] = {}
+    pieces = take_apart(network)
+    if precision == "int8":
+        pictures = bundled(network.config) if calibrate is None else of_file(calibrate, split, network)
+        made = openvino.quantise(pieces, network, pictures)
+    part = out.with_name(f".{out.name}.part-{os.getpid()}")
+    try:
+        part.mkdir(parents=True)
+        parts = {
+            name: _save(part, number, name, piece, library, precision, made.get(name))
+            for number, (name, piece) in enumerate(pieces.items())
+        }
+        manifest = _manifest(network, spec, library, precision, parts, part)
+        (part / MANIFEST).write_text(manifest.model_dump_json(indent=1), "utf-8")
+        part.rename(out)
+    except OSError as error:
+        raise ExportError(f"{out}: cannot be written ({error.strerror})") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return out
+
+
+def _save(
+    folder: Path, number: int, name: str, piece: Piece, library: Library, precision: Precision, quantised: Any
+) -> PiecePart:
+    """Write a piece's model."""
+    # Whoever named an exit did not think of files.
+    stem = name if re.fullmatch(r"[A-Za-z0-9._-]+", name) else f"{number}-{re.sub('[^A-Za-z0-9._-]', '_', name)}"
+    if library == "onnx":
+        files: tuple[str, ...] = (f"{stem}.onnx",)
+        (folder / files[0]).write_bytes(onnx.convert(piece))
+    else:
+        files = (f"{stem}.xml", f"{stem}.bin")
+        model = openvino.convert(piece) if quantised is None else quantised
+        # What computes in bfloat16 loses nothing by weights in float16, which are half the size.
+        half = precision != "fp32" and not is_exit(name)
+        installed("openvino").save_model(model, folder / files[0], compress_to_fp16=half)
+    return PiecePart(files=files, takes=piece.ports.takes, gives=piece.ports.gives)
+
+
+def _manifest(
+    network: MultiExitNetwork,
+    spec: zoo.Spec,
+    library: Library,
+    precision: Precision,
+    pieces: dict[str, PiecePart],
+    folder: Path,
+) -> Manifest:
+    files = {}
+    for name in (name for piece in pieces.values() for name in piece.files):
+        contents = (folder / name).read_bytes()
+        files[name] = FilePart(bytes=len(contents), sha256=hashlib.sha256(contents).hexdigest())
+    config = network.config
+    return Manifest(
+        format=FORMAT,
+        library=library,
+        precision=precision,
+        network=NetworkPart(model=spec.model, exits=tuple(vars(e) for e in spec.exits), changes=dict(spec.changes)),
+        size=config.size,
+        scene=config.scene,
+        view=config.view,
+        step=config.step,
+        mean=_rounded(MEAN),
+        std=_rounded(STD),
+        classifies=network.classifies,
+        exits={name: network.stage_of(name) for name in network.exit_names},
+        intervals=spec.meta.get("intervals"),
+        pieces=pieces,
+        files=files,
+        made_with={name: version(name) for name in ("crowdexit", "torch", *_NEEDED[library])},
+    )
+
+
+def _rounded(values: NDArray[np.float32]) -> tuple[float, float, float]:
+    red, green, blue = (round(float(value), 6) for value in values)
+    return red, green, blue

@@ -1,0 +1,55 @@
+"""A model by name or path, with what is to run it: a checkpoint on any runtime, an exported folder on its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from crowdexit import zoo
+from crowdexit.inference.exported import Exported, ExportError, is_export
+from crowdexit.inference.runtimes.base import ArrayReady, ReadyChain, Runtime
+from crowdexit.inference.runtimes.pick import pick
+from crowdexit.network import MultiExitNetwork
+
+
+class _ExportedRuntime(Runtime):
+    """Runs the one network whose exported models it has."""
+
+    def __init__(self, exported: Exported) -> None:
+        self.name = f"{exported.manifest.library}, {exported.manifest.precision}, exported"
+        self._chain = exported.chain
+
+    def ready(self, network: MultiExitNetwork) -> ReadyChain:
+        return ArrayReady(network, self.name, self._chain)
+
+
+def open_model(name: str | Path, runtime: str = "auto") -> tuple[MultiExitNetwork, zoo.Spec, Runtime]:
+    """A network, its description, and what is to run it.
+
+    The network of an exported folder has shapes and no numbers; only its runtime can run it.
+
+    Args:
+        name: of a shipped model, or the path of a checkpoint or of an exported folder.
+        runtime: ``auto``, or a name of :func:`crowdexit.inference.runtimes.pick.names`; for checkpoints only.
+
+    Raises:
+        CrowdExitError: if there is no such model or runtime, or it is damaged.
+    """
+    if not is_export(name):
+        picked = pick(runtime)
+        return *zoo.load(name), picked
+    if runtime != "auto":
+        raise ExportError(f"{name} runs on what it was exported for; --runtime {runtime} is for checkpoints")
+    exported = Exported(name)
+    manifest = exported.manifest
+    try:
+        exits = tuple(zoo.ExitSpec(**one) for one in manifest.network.exits)
+    except TypeError:
+        raise ExportError(f"{name}: the manifest's exits are damaged") from None
+    spec = zoo.Spec(manifest.network.model, exits, manifest.network.changes, {"intervals": manifest.intervals})
+    with torch.device("meta"):
+        network = zoo.build(spec).eval()
+    if {exit: network.stage_of(exit) for exit in network.exit_names} != manifest.exits:
+        raise ExportError(f"{name}: the manifest describes another network than its models are")
+    return network, spec, _ExportedRuntime(exported)

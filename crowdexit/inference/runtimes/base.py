@@ -1,0 +1,103 @@
+"""The small interface that every way of running a network has."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crowdexit.chain import walk
+from crowdexit.inference.runtimes.arrays import ArrayChain, Record
+from crowdexit.inference.runtimes.pieces import record_of
+from crowdexit.network import MultiExitNetwork
+from crowdexit.stages import Answer, Features
+
+
+class ReadyChain(ABC):
+    """A network made ready on one runtime: a chain (:class:`crowdexit.chain.Chain`) that takes :class:`Features`.
+
+    What stands between two stages belongs to the runtime: only ``begin`` makes it, only ``select`` takes samples
+    out of it. Answers are on the CPU, float32.
+
+    Attributes:
+        network: what it was made of. runtime: the name of what runs it.
+    """
+
+    def __init__(self, network: MultiExitNetwork, runtime: str) -> None:
+        self.network = network
+        self.runtime = runtime
+        self.exit_names = network.exit_names
+        self.stage_of = network.stage_of
+
+    def prepare(self, exits: Collection[str]) -> None:  # noqa: B027  (most runtimes have nothing to prepare)
+        """Do what would otherwise be done at the first picture, for the way to some exits.
+
+        Raises:
+            RuntimeUnavailable: if this runtime cannot run it.
+        """
+
+    @abstractmethod
+    def begin(self, features: Features) -> Any:
+        """A batch as it stands before the first stage."""
+
+    @abstractmethod
+    def advance(self, index: int, state: Any) -> Any:
+        """Run one stage to its end: what is begun after it has the machine to itself."""
+
+    @abstractmethod
+    def ask(self, name: str, state: Any) -> Answer:
+        """Run one exit on what its stage handed over."""
+
+    @abstractmethod
+    def select(self, state: Any, keep: Tensor) -> Any:
+        """The state of some samples only: ``keep`` is a bool mask or indices over the batch."""
+
+    def stream(self, features: Features, exits: Collection[str] | None = None) -> Iterator[tuple[str, Answer]]:
+        """Each wanted exit's answer to a batch as soon as it is there; see :func:`crowdexit.chain.walk`."""
+        return walk(self, self.begin(features), exits)
+
+
+class Runtime(ABC):
+    """A way to run networks.
+
+    Attributes:
+        name: as users name it.
+    """
+
+    name: str
+
+    @abstractmethod
+    def ready(self, network: MultiExitNetwork) -> ReadyChain:
+        """Make a network ready to be run: its weights brought where and how this runtime wants them.
+
+        Raises:
+            RuntimeUnavailable: if this runtime cannot run it.
+        """
+
+
+class ArrayReady(ReadyChain):
+    """A chain of arrays behind the interface of tensors; both share their memory."""
+
+    def __init__(self, network: MultiExitNetwork, runtime: str, chain: ArrayChain) -> None:
+        super().__init__(network, runtime)
+        self._chain = chain
+
+    def prepare(self, exits: Collection[str]) -> None:
+        self._chain.prepare(exits)
+
+    def begin(self, features: Features) -> Record:
+        return record_of(features)
+
+    def advance(self, index: int, state: Record) -> Record:
+        return self._chain.advance(index, state)
+
+    def ask(self, name: str, state: Record) -> Answer:
+        answer = self._chain.ask(name, state)
+        density = None if answer.density is None else torch.from_numpy(answer.density)
+        return Answer(torch.from_numpy(answer.value), density)
+
+    def select(self, state: Record, keep: Tensor) -> Record:
+        return self._chain.select(state, keep.numpy())

@@ -1,0 +1,73 @@
+"""Eager PyTorch, on the CPU or a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from crowdexit.inference.runtimes.base import ReadyChain, Runtime
+from crowdexit.network import MultiExitNetwork
+from crowdexit.stages import Answer, Features
+
+
+class Eager(Runtime):
+    """Eager PyTorch, channels last, in float32, bfloat16, or on a GPU float16."""
+
+    NAMES = ("eager", "eager-bf16", "cuda", "cuda-bf16", "cuda-half")
+
+    def __init__(self, name: str = "eager") -> None:
+        self.name = name
+        self.device = torch.device("cuda" if name.startswith("cuda") else "cpu")
+        self.half = {"bf16": torch.bfloat16, "half": torch.float16}.get(name.rpartition("-")[2])
+
+    def ready(self, network: MultiExitNetwork) -> ReadyChain:
+        network.eval().to(self.device)
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return EagerChain(network, self.name, self.device, self.half)
+
+
+class EagerChain(ReadyChain):
+    """The network itself as a chain.
+
+    Args:
+        half: the type in which the heavy products run under autocast, or None.
+    """
+
+    def __init__(self, network: MultiExitNetwork, runtime: str, device: torch.device, half: torch.dtype | None) -> None:
+        super().__init__(network, runtime)
+        self.device, self.half = device, half
+
+    @contextmanager
+    def _mode(self) -> Iterator[None]:
+        half = self.half
+        with torch.inference_mode(), torch.autocast(self.device.type, half, enabled=half is not None):
+            yield
+
+    def begin(self, features: Features) -> Features:
+        return Features(
+            features.visual.to(self.device).contiguous(memory_format=torch.channels_last),
+            features.log_mel.to(self.device),
+            features.heard.to(self.device),
+            features.inside.to(self.device),
+        )
+
+    def advance(self, index: int, state: Features) -> Features:
+        with self._mode():
+            state = self.network.advance(index, state)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return state
+
+    def ask(self, name: str, state: Features) -> Answer:
+        with self._mode():
+            answer = self.network.ask(name, state)
+        density = None if answer.density is None else answer.density.float().cpu()
+        return replace(answer, value=answer.value.float().cpu(), density=density)
+
+    def select(self, state: Features, keep: Tensor) -> Features:
+        with self._mode():
+            return state.select(keep.to(self.device))

@@ -1,0 +1,142 @@
+"""OpenVINO and ONNX Runtime: models handed to them are made ready once for every size, and run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from importlib import import_module
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crowdexit.errors import CrowdExitError
+from crowdexit.inference.runtimes.arrays import RuntimeUnavailable, is_exit
+
+# A network has up to some ninety pieces (77 branches), and a process hardly ever more than one size of picture.
+MOST_READY = 128
+Shapes = tuple[tuple[int, ...], ...]
+
+# Both libraries report their use to their makers unless told otherwise; a crowd counter tells nobody anything.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+
+def installed(module: str) -> Any:
+    """An optional package.
+
+    Raises:
+        RuntimeUnavailable: if it is not there.
+    """
+    try:
+        return import_module(module)
+    except ImportError:
+        raise RuntimeUnavailable(f"{module} is not installed: pip install 'crowdexit[fast]'") from None
+
+
+class Engine(ABC):
+    """Runs pieces by their names (:class:`crowdexit.inference.runtimes.arrays.Engine`), from any thread.
+
+    Args:
+        model: the piece's model for arrays whose shapes without the batch are these.
+        most: how many sizes of pieces are kept ready; the one not used for longest goes first.
+    """
+
+    library: str
+
+    def __init__(self, model: Callable[[str, Shapes], Any], most: int = MOST_READY) -> None:
+        self._model = model
+        self._made_ready = lru_cache(most)(self._checked_ready)
+        self._lock = Lock()
+
+    def run(self, piece: str, arrays: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+        """What a piece gives for what it takes, in new arrays.
+
+        Raises:
+            RuntimeUnavailable: if the library cannot make the piece ready, or fails on it.
+        """
+        with self._lock:
+            ready = self._made_ready(piece, tuple(array.shape[1:] for array in arrays))
+            try:
+                return self._run(ready, [np.ascontiguousarray(array) for array in arrays])
+            except Exception as error:
+                raise self._failed(piece, "run", error) from None
+
+    def prepare(self, piece: str, shapes: Sequence[tuple[int, ...]]) -> None:
+        """Make a piece ready for arrays whose shapes without the batch are these, so that no run has to.
+
+        Raises:
+            RuntimeUnavailable: if the library cannot.
+        """
+        with self._lock:
+            self._made_ready(piece, tuple(shapes))
+
+    def _checked_ready(self, piece: str, shapes: Shapes) -> Any:
+        try:
+            return self._ready(piece, self._model(piece, shapes), shapes)
+        except CrowdExitError:
+            raise
+        except Exception as error:  # whatever the library or its compiler raises
+            raise self._failed(piece, "compile", error) from None
+
+    def _failed(self, piece: str, what: str, error: Exception) -> RuntimeUnavailable:
+        line = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+        return RuntimeUnavailable(f"{self.library} cannot {what} {piece}: {line.strip()[:200]}")
+
+    @abstractmethod
+    def _ready(self, piece: str, model: Any, shapes: Shapes) -> Any: ...
+
+    @abstractmethod
+    def _run(self, ready: Any, arrays: list[NDArray[Any]]) -> list[NDArray[Any]]: ...
+
+
+class OpenVINOEngine(Engine):
+    """OpenVINO on the CPU; models are ``openvino.Model`` with a batch of any size.
+
+    Args:
+        half: whether stages compute in bfloat16, where the CPU does, what is not quantised of them. Exits never do:
+            they cost little, and a transformer's final count came out four per cent off.
+    """
+
+    library = "OpenVINO"
+
+    def __init__(self, model: Callable[[str, Shapes], Any], *, half: bool = False, most: int = MOST_READY) -> None:
+        super().__init__(model, most)
+        self._core = installed("openvino").Core()
+        self._half = half
+
+    def _ready(self, piece: str, model: Any, shapes: Shapes) -> Any:
+        # The batch stays open: a size of its own for every batch is hardly faster, and compaction makes many.
+        model.reshape({index: [-1, *shape] for index, shape in enumerate(shapes)})
+        precision = "bf16" if self._half and not is_exit(piece) else "f32"
+        options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+        return self._core.compile_model(model, "CPU", options)
+
+    def _run(self, ready: Any, arrays: list[NDArray[Any]]) -> list[NDArray[Any]]:
+        # Inputs are read where they lie; outputs are copied, for the next run of the piece overwrites its own.
+        given = ready(arrays, share_inputs=True, share_outputs=False)
+        return [given[index] for index in range(len(ready.outputs))]
+
+
+class OnnxEngine(Engine):
+    """ONNX Runtime on the CPU; models are the bytes of an ONNX file whose inputs are open in the batch."""
+
+    library = "ONNX Runtime"
+
+    def __init__(self, model: Callable[[str, Shapes], bytes], most: int = MOST_READY) -> None:
+        super().__init__(model, most)
+        self._onnxruntime = installed("onnxruntime")
+
+    def _ready(self, piece: str, model: bytes, shapes: Shapes) -> Any:
+        options = self._onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors
+        return self._onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+    def _run(self, ready: Any, arrays: list[NDArray[Any]]) -> list[NDArray[Any]]:
+        names = [port.name for port in ready.get_inputs()]
+        given: list[NDArray[Any]] = ready.run(None, dict(zip(names, arrays, strict=True)))
+        return given

@@ -1,0 +1,289 @@
+"""Exported folders: whole, the same counts without PyTorch, and one line for whatever is damaged."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import networks
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from crowdexit import command, zoo
+from crowdexit.cli import app
+from crowdexit.errors import CrowdExitError
+from crowdexit.inference import export as module
+from crowdexit.inference.counter import CrowdCounter, load
+from crowdexit.inference.export import export
+from crowdexit.inference.exported import Exported, ExportError
+from crowdexit.inference.runtimes.eager import Eager
+
+RANDOM = np.random.default_rng(0)
+PICTURE = RANDOM.integers(0, 255, (90, 140, 3), np.uint8)
+HUGE = RANDOM.integers(0, 255, (300, 1100, 3), np.uint8)
+SOUND = RANDOM.normal(size=(96, 64)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> Path:
+    """Folders with a checkpoint for each of ``SPECS``."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for name, spec in networks.SPECS.items():
+        zoo.save(networks.made(name), spec, folder / name / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoints, tmp_path_factory) -> Path:
+    """AudioCSRNet with one early exit, for OpenVINO."""
+    out: Path = tmp_path_factory.mktemp("exports") / "tiny"
+    return export(checkpoints / "audiocsrnet", out, exits=["AV1"])
+
+
+def by_eager(folder: Path, picture: np.ndarray, sound: np.ndarray | None) -> dict[str, float]:
+    network, spec = zoo.load(folder)
+    counter = CrowdCounter(network, spec.model, runtime=Eager(), exits=network.exit_names)
+    return {result.exit: result.count for result in counter.stream(picture, sound)}
+
+
+@pytest.mark.parametrize("kind", ["audiocsrnet", "transcrowd-tiles"])
+def test_the_same_counts_without_torch(kind, checkpoints, tmp_path):
+    """In a process that never imports PyTorch: heard and not, small and in several scenes, all exits and some."""
+    out = export(checkpoints / kind, tmp_path / "export")
+    assert {path.name for path in tmp_path.iterdir()} == {"export"}
+    np.savez(tmp_path / "seen.npz", picture=PICTURE, huge=HUGE, sound=SOUND)
+    script = f"""
+import json, sys
+import numpy as np
+from crowdexit.inference.exported import Exported
+seen = np.load({str(tmp_path / "seen.npz")!r})
+exported = Exported({str(out)!r})
+said = [exported.count(seen["picture"]), exported.count(seen["picture"], seen["sound"]), exported.count(seen["huge"])]
+said.append(exported.count(seen["picture"], exits=[exported.chain.exit_names[0]]))
+assert "torch" not in sys.modules
+print(json.dumps(said))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    silent, heard, huge, first = json.loads(done.stdout)
+    for said, picture, sound in ((silent, PICTURE, None), (heard, PICTURE, SOUND), (huge, HUGE, None)):
+        expected = by_eager(checkpoints / kind, picture, sound)
+        assert list(said) == list(expected)
+        assert said == pytest.approx(expected, rel=1e-4)
+    assert first == {name: count for name, count in silent.items() if name == next(iter(silent))}
+
+
+def test_onnx_runs_without_torch_and_openvino(tmp_path):
+    spec = zoo.Spec("transcrowd-token-s", (), {**networks.VIT, "depth": 1, "audio_width": 0.0})
+    torch.manual_seed(0)
+    zoo.save(networks.settled(zoo.build(spec)), spec, tmp_path / "m" / "model.safetensors")
+    out = export(tmp_path / "m", tmp_path / "export", library="onnx")
+    script = f"""
+import sys
+import numpy as np
+from crowdexit.inference.exported import Exported
+print(Exported({str(out)!r}).count(np.load({str(tmp_path / "seen.npy")!r}))["final"])
+assert "torch" not in sys.modules
+assert "openvino" not in sys.modules
+"""
+    np.save(tmp_path / "seen.npy", PICTURE)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    expected = by_eager(tmp_path / "m", PICTURE, None)
+    assert float(done.stdout) == pytest.approx(expected["final"], rel=1e-4)
+
+
+def test_the_command_and_the_counter(checkpoints, tmp_path, picture_file):
+    """``export``, then ``count`` and ``load`` with the folder, as if it were a checkpoint."""
+    out = tmp_path / "export"
+    arguments = ["--model", str(checkpoints / "audiocsrnet"), "--precision", "bf16", "--exits", "V1,AV2", "--out"]
+    done = CliRunner().invoke(app, ["export", *arguments, str(out)])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith(f"{out}: 15 files, ")
+    counter = load(out)
+    assert counter.chain.runtime == "openvino, bf16, exported"
+    expected = by_eager(checkpoints / "audiocsrnet", PICTURE, SOUND)
+    result = {r.exit: r for r in counter.stream(PICTURE, SOUND)}
+    assert list(result) == ["V1", "AV2", "final"]
+    for name, said in result.items():
+        assert said.count == pytest.approx(expected[name], rel=0.02)
+    assert float(result["final"].density.sum()) == pytest.approx(result["final"].count, rel=0.01)
+    rows = CliRunner().invoke(app, ["count", str(picture_file()), "--model", str(out), "--format", "json"])
+    assert rows.exit_code == 0, rows.output
+    assert [e["exit"] for e in json.loads(rows.stdout)["exits"]] == ["V1", "AV2", "final"]
+    with pytest.raises(ExportError, match="runs on what it was exported for"):
+        load(out, runtime="eager")
+
+
+def test_a_classifier_is_exported_and_does_not_count(checkpoints, tmp_path):
+    out = export(checkpoints / "classifier", tmp_path / "classes")
+    exported = Exported(out)
+    with pytest.raises(ExportError, match="resnet18 tells classes apart"):
+        exported.count(PICTURE)
+    network = networks.made("classifier")
+    features = networks.batch(network, 2)
+    state = {"visual": features.visual.numpy()}
+    for index in range(3):
+        state = exported.chain.advance(index, state)
+    scores = exported.chain.ask("final", state).value
+    expected = dict(Eager().ready(network).stream(features))["final"].value.numpy()
+    np.testing.assert_allclose(scores, expected, atol=1e-4)
+
+
+def test_another_size(checkpoints, tmp_path):
+    """Without branches AudioCSRNet sees at any size; with them the line says which cannot come along."""
+    source = checkpoints / "audiocsrnet"
+    out = export(source, tmp_path / "large", size="192x128", exits=["final"])
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["size"] == manifest["scene"] == [192, 128]
+    assert list(manifest["exits"]) == ["final"]
+    network, spec = zoo.load(source)
+    network, spec = zoo.at_size(*zoo.with_exits(network, spec, []), (192, 128))
+    expected = next(CrowdCounter(network, "large", runtime=Eager()).stream(PICTURE))
+    assert Exported(out).count(PICTURE)["final"] == pytest.approx(expected.count, rel=1e-4)
+    with pytest.raises(zoo.ZooError, match=r"audiocsrnet-s at 192x128: the exits V1, .*AV2-cnn are made for the size"):
+        export(source, tmp_path / "more", size="192x128")
+    with pytest.raises(zoo.ZooError, match="multiples of 64"):
+        export(source, tmp_path / "more", size="100x100")
+
+
+def test_exits_with_strange_names(tmp_path):
+    """A name is no path."""
+    spec = zoo.Spec("audiocsrnet-s", (zoo.ExitSpec("V/1 é", "V1", "cnn"),), networks.SPECS["audiocsrnet"].changes)
+    torch.manual_seed(0)
+    network = networks.settled(zoo.build(spec))
+    zoo.save(network, spec, tmp_path / "m" / "model.safetensors")
+    out = export(tmp_path / "m", tmp_path / "export")
+    assert {path.parent for path in tmp_path.rglob("*.xml")} == {out}
+    assert list(Exported(out).count(PICTURE)) == ["V/1 é", "final"]
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--format", "onnx", "--precision", "int8"], "ONNX is written in fp32; int8 is for OpenVINO"),
+        (["--calibrate", "crowd.h5"], "--calibrate crowd.h5: only int8 is calibrated"),
+        (["--precision", "int8", "--calibrate", "crowd.h5"], "crowd.h5: no such prepared file"),
+        (["--exits", "V9"], "no early exit 'V9' in audiocsrnet-s"),
+        (["--size", "big"], "size 'big': give width and height like 1024x576"),
+        (["--model", "nothing"], "nothing: neither a model's name"),
+        (["--precision", "fp8"], "'fp8' is not one of 'fp32', 'bf16', 'int8'"),
+    ],
+)
+def test_what_cannot_be_exported(options, line, checkpoints, tmp_path, capsys):
+    arguments = ["export", "--model", str(checkpoints / "audiocsrnet"), "--out", str(tmp_path / "out"), *options]
+    assert command.run(app, arguments) == 2
+    assert line in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_stays(exported, checkpoints):
+    before = {path: path.read_bytes() for path in exported.iterdir()}
+    with pytest.raises(ExportError, match="there already"):
+        export(checkpoints / "audiocsrnet", exported)
+    assert before == {path: path.read_bytes() for path in exported.iterdir()}
+
+
+def test_nothing_is_left_of_an_export_that_failed(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_manifest", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export(checkpoints / "audiocsrnet", tmp_path / "out", exits=[])
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ExportError, match="cannot be written"):
+        export(checkpoints / "audiocsrnet", tmp_path / "file" / "out", exits=[])
+
+
+def changed(manifest: dict, path: str, value: object) -> None:
+    *keys, last = path.split("/")
+    for key in keys:
+        manifest = manifest[key]
+    manifest[last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "line"),
+    [
+        ("format", "crowdexit-export-9", "of another version"),
+        ("size", [0, 64], "size.0"),
+        ("size", [10**9, 64], "size.0"),
+        ("view", "aside", "view"),
+        ("mean", [0.5, 0.5, 0.5], "normalised in another way"),
+        ("exits/final", 10**9, "exits.final"),
+        ("exits/other", 1, "do not belong together"),
+        ("pieces/stage-0/files", ["../../secret.xml"], "pieces.stage-0.files.0"),
+        ("pieces/stage-0/files", ["/etc/passwd"], "pieces.stage-0.files.0"),
+        ("pieces/stage-0/files", [".hidden"], "pieces.stage-0.files.0"),
+        ("pieces/stage-0/files", ["exit-AV1.xml", "exit-AV1.bin"], "do not belong together"),
+        ("files/stage-0.xml/bytes", 2**40, "too large"),
+        ("files/stage-0.xml/sha256", "0" * 64, "its SHA-256 is not the manifest's"),
+        ("files/stage-0.xml/sha256", "zero", "sha256"),
+        ("extra", 1, "extra"),
+    ],
+)
+def test_a_manifest_is_not_trusted(path, value, line, exported, tmp_path, capsys, picture_file):
+    folder = copied(exported, tmp_path / "copy")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    changed(manifest, path, value)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    refused(folder, line, capsys, picture_file())
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\x00", '{"format": "crowdexit-export-1"}', " " * 2**23])
+def test_a_damaged_manifest(text, exported, tmp_path, capsys, picture_file):
+    folder = copied(exported, tmp_path / "copy")
+    (folder / "manifest.json").write_text(text)
+    refused(folder, "manifest.json", capsys, picture_file())
+
+
+def test_damaged_and_missing_models(exported, tmp_path, capsys, picture_file):
+    picture = picture_file()
+    folder = copied(exported, tmp_path / "copy")
+    weights = folder / "stage-0.bin"
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    refused(folder, "stage-0.bin: damaged (its SHA-256 is not the manifest's)", capsys, picture)
+    weights.write_bytes(good[:-1])
+    refused(folder, f"stage-0.bin: damaged (it has {len(good) - 1} bytes, not {len(good)})", capsys, picture)
+    weights.unlink()
+    refused(folder, "stage-0.bin: cannot be read (No such file or directory)", capsys, picture)
+    # What is not a model although the manifest swears to it is refused by the library, in one line.
+    words = b"these are words" * 100
+    weights.write_bytes(good)
+    (folder / "stage-0.xml").write_bytes(words)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["stage-0.xml"] = {"bytes": len(words), "sha256": hashlib.sha256(words).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    refused(folder, "OpenVINO cannot compile stage-0: ", capsys, picture)
+
+
+def test_bad_requests(exported):
+    opened = Exported(exported)
+    for request, line in [
+        ({"picture": PICTURE, "exits": ["V7"]}, r"no exit 'V7' in this export \(it has AV1, final\)"),
+        ({"picture": PICTURE, "log_mel": np.zeros((64, 96), np.float32)}, r"\(96, 64\)"),
+        ({"picture": "nowhere.jpg"}, "nowhere.jpg: no such file"),
+    ]:
+        with pytest.raises(CrowdExitError, match=line):
+            opened.count(**request)
+
+
+def copied(source: Path, target: Path) -> Path:
+    target.mkdir()
+    for path in source.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+def refused(folder: Path, line: str, capsys, picture: Path) -> None:
+    """The command ends with 2 and one line."""
+    assert command.run(app, ["count", str(picture), "--model", str(folder)]) == 2
+    said = capsys.readouterr().err
+    assert line in said
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
