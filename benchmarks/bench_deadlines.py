@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 
 import crowdexit
+from benchmarks.machine import describe, in_a_line
 from crowdexit.data.picture import read_picture
 from crowdexit.inference.anytime import DeadlineMissed
 from crowdexit.inference.counter import CrowdCounter, load
 from crowdexit.inference.policies import policy_named
-from crowdexit.inference.profile import machine
 
 STREET = Path(crowdexit.__file__).parent / "samples" / "street.jpg"
 WARM_UP, FOREVER_MS = 10, 1e9
@@ -98,13 +98,13 @@ def main() -> None:
     args = parser.parse_args()
     counter, picture = load(args.model, runtime=args.runtime), read_picture(STREET)
     told: dict[str, Any] = {
-        "machine": machine(),
+        "machine": describe(),
         "model": counter.model,
         "runtime": counter.chain.runtime,
         "policy": args.policy,
         "back_to_back": args.back_to_back,
     }
-    print(", ".join(f"{key} {value}" for key, value in told["machine"].items() if value is not None))
+    print(in_a_line(told["machine"]))
     way = "back to back" if args.back_to_back else "with pauses"
     print(f"{counter.model}, {counter.chain.runtime}, {args.policy}, {way}")
     for name, cores in (("idle", 0), ("one core busy", 1)):

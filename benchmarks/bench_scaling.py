@@ -54,12 +54,13 @@ def main() -> None:
     parser.add_argument("--model", default="audiocsrnet-s")
     parser.add_argument("--runtime", default="auto")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--largest", type=int, default=SIZES[-1][0], help="width of the largest picture")
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--plot", type=Path, help="draw them there, as a PNG")
     args = parser.parse_args()
     exits = tuple(zoo.ExitSpec(f"{place}-{kind}", place, kind) for place, kind in EXITS)
     works: dict[str, dict[float, Callable[[], object]]] = {"area": {}, "batch": {}, "exits": {}}
-    for size in SIZES:
+    for size in [size for size in SIZES if size[0] <= args.largest]:
         torch.manual_seed(0)
         network = zoo.build(zoo.Spec(args.model, exits=exits, changes={"size": size})).eval()
         chain = pick(args.runtime).ready(network)
@@ -73,17 +74,24 @@ def main() -> None:
     flat = {f"{kind} {x}": work for kind, of_kind in works.items() for x, work in of_kind.items()}
     seconds = in_turn(flat, args.rounds)
     times = {kind: {x: seconds[f"{kind} {x}"] for x in of_kind} for kind, of_kind in works.items()}
+    powers = {kind: growth(times[kind]) for kind in ("area", "batch")}
     machine = describe()
     print(f"{args.model} on {chain.runtime}; {in_a_line(machine)}")
     for kind, unit in (("area", "megapixels"), ("batch", "pictures")):
-        print(f"time grows with the {kind} to the power of {growth(times[kind]):.2f}")
+        print(f"time grows with the {kind} to the power of {powers[kind]:.2f}")
         for x, taken in times[kind].items():
             print(f"  {x:8.3f} {unit:10} {1e3 * taken:8.1f} ms   {1e3 * taken / x:8.1f} ms each")
     alone = times["exits"][0]
     for number, taken in times["exits"].items():
         print(f"  {number:8.0f} exits more {1e3 * taken:8.1f} ms   {taken / alone:8.3f}× none")
     if args.json is not None:
-        made: dict[str, Any] = {"machine": machine, "model": args.model, "runtime": chain.runtime, "seconds": times}
+        made: dict[str, Any] = {
+            "machine": machine,
+            "model": args.model,
+            "runtime": chain.runtime,
+            "growth": powers,
+            "seconds": times,
+        }
         part = args.json.with_name(args.json.name + ".part")
         part.write_text(json.dumps(made, indent=1), "utf-8")
         part.replace(args.json)

@@ -193,13 +193,14 @@ def _print_evaluation(result: dict[str, Any], format: Format) -> None:
     table = Table(title=f"{result['model']} on {result['split']} ({result['samples']} pictures)")
     if "audio" in result:
         table.caption = f"sound: {result['audio']}"
-    columns = {"mae": "MAE", "rmse": "RMSE", "accuracy": "accuracy %", "latency_ms": "latency ms"}
+    columns = {"mae": "MAE", "rmse": "RMSE", "accuracy": "accuracy %"}
+    columns |= {"covered": f"in the {result.get('level', 0):.0f} % interval, %", "latency_ms": "latency ms"}
     there = [key for key in columns if key in result["exits"][0]]
     table.add_column("exit")
     for key in there:
         table.add_column(columns[key], justify="right")
     for row in result["exits"]:
-        table.add_row(row["exit"], *(f"{row[key]:.{1 if key == 'latency_ms' else 2}f}" for key in there))
+        table.add_row(row["exit"], *(f"{row[key]:.{1 if key in ('latency_ms', 'covered') else 2}f}" for key in there))
     if leaving := result.get("leaving"):
         left = ", ".join(f"{name} {share:.0f}" for name, share in leaving["left"].items() if share)
         table.add_section()

@@ -137,18 +137,19 @@ def scores_of(
     split: str,
     wanted: Sequence[int],
     *,
+    exits: Sequence[str] | None = None,
     progress: Any = None,
 ) -> tuple[dict[str, NDArray[np.float32]], NDArray[np.int64]]:
-    """Every exit's scores (n, K) of pictures of a split, and their classes (n,).
+    """Scores (n, K) that exits, all by default, give to pictures of a split, and the pictures' classes (n,).
 
     Raises:
         CrowdExitError: as :func:`evaluate`.
     """
     pictures = _opened(chain, store, split)
-    scores: dict[str, list[NDArray[np.float32]]] = {name: [] for name in chain.exit_names}
+    scores: dict[str, list[NDArray[np.float32]]] = {name: [] for name in exits or chain.exit_names}
     truth = []
     for batch, labels in _batches(pictures, wanted):
-        for name, answer in chain.stream(batch):
+        for name, answer in chain.stream(batch, exits):
             scores[name].append(answer.value.numpy())
         truth.append(labels)
         for _ in labels if progress else ():

@@ -88,12 +88,14 @@ def evaluate(
 
     Returns:
         ``{"split", "audio", "samples", "exits": [{"exit", "mae", "rmse", "latency_ms"}]}``; ``audio`` is where
-        the sound came from (``recorded``, ``simulated``, ``none``, or ``mixed``).
+        the sound came from (``recorded``, ``simulated``, ``none``, or ``mixed``). Where all exits are
+        calibrated, also ``level``, how many per cent of the truths their intervals should hold, and in each row
+        ``covered``, how many they do.
     """
     counted = list(count_samples(counter, store, split, ids, audio=audio, conditions=conditions, progress=progress))
     sources = {sample.sound for sample in counted}
     errors = {name: np.array([_of(s, name).count - s.truth for s in counted]) for name in counter.exits}
-    return {
+    result: dict[str, Any] = {
         "split": split,
         "audio": sources.pop() if len(sources) == 1 else "mixed",
         "samples": len(ids),
@@ -107,6 +109,19 @@ def evaluate(
             for name in counter.exits
         ],
     }
+    covered = {name: _covered(counted, name) for name in counter.exits}
+    if None not in covered.values():
+        result["level"] = 100 * counter.intervals.level
+        for row in result["exits"]:
+            row["covered"] = covered[row["exit"]]
+    return result
+
+
+def _covered(counted: Sequence[Counted], name: str) -> float | None:
+    """How many per cent of the truths lie in an exit's intervals; None where one has no interval."""
+    pairs = [(_of(sample, name).interval, sample.truth) for sample in counted]
+    inside = [interval[0] <= truth <= interval[1] for interval, truth in pairs if interval is not None]
+    return 100 * float(np.mean(inside)) if len(inside) == len(pairs) else None
 
 
 def _of(sample: Counted, name: str) -> ExitResult:
@@ -179,7 +194,8 @@ def evaluate_file(
                 )
     if leave is not None:
         raise CrowdExitError("confidence and entropy are of classes; a counter is confident by its intervals")
-    counter = CrowdCounter(network, spec.model, runtime=picked, exits=network.exit_names)
+    intervals = Intervals.from_dict(spec.meta.get("intervals"))
+    counter = CrowdCounter(network, spec.model, runtime=picked, exits=network.exit_names, intervals=intervals)
     with Store(data) as store:
         samples = store.ids(split, pattern)
         with progress(len(samples)) as advance:

@@ -115,3 +115,23 @@ def test_count_from_the_command_line(prepared, checkpoint, picture_file, tmp_pat
     within = said("--budget-ms", "600000")
     assert [row["source"] for row in within] == pictures
     assert [row["count"] for row in within] == pytest.approx([row["count"] for row in said()], abs=0.02)
+
+
+def test_how_many_truths_the_intervals_hold(prepared, checkpoint, capsys):
+    """Of the pictures that calibrated them as many as the rank says: the tenth of twelve for 0.7 · 13 = 9.1."""
+    arguments = ["--data", str(prepared), "--split", "val", "--no-audio", "--runtime", "eager", "--format", "json"]
+
+    def rows() -> dict:
+        assert command.run(app, ["evaluate", "--model", str(checkpoint), *arguments]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    assert "level" not in (said := rows())
+    assert all("covered" not in row for row in said["exits"])
+    assert command.run(app, ["calibrate", str(checkpoint), *arguments[:2], "--level", "0.7", "--runtime", "eager"]) == 0
+    capsys.readouterr()
+    said = rows()
+    assert said["level"] == pytest.approx(70)
+    for row in said["exits"]:
+        assert row["covered"] == pytest.approx(100 * 10 / 12)
+    assert command.run(app, ["evaluate", "--model", str(checkpoint), *arguments[:-2]]) == 0
+    assert "83.3" in capsys.readouterr().out

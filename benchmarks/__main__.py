@@ -1,0 +1,226 @@
+"""All benchmarks of speed in one command: ``python -m benchmarks --out bench``.
+
+Each is run by itself, one after the other, in a process of its own; what came out stands in
+``bench/benchmarks.json``, ``bench/benchmarks.md`` (what was to be reached, what was) and ``bench/benchmarks.png``.
+Nothing else should run meanwhile. ``--quick`` uses tiny sizes: it shows that everything runs, its figures mean
+nothing. On a machine with a CUDA GPU the runtimes of the GPU are measured too.
+
+Accuracy against cost needs trained networks and data: ``python -m benchmarks.bench_static --help``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.machine import describe, in_a_line
+from crowdexit.analysis.files import blank, markdown_table, write_files
+
+Figures = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One thing to be reached, as told in the table.
+
+    Attributes:
+        what: is measured. goal: what is to be reached, in words. found: what was. reached: None where it is only shown.
+    """
+
+    what: str
+    goal: str
+    found: str
+    reached: bool | None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A benchmark: its arguments, those that make it quick, what its figures say of its targets, and its picture."""
+
+    arguments: tuple[str, ...]
+    quick: tuple[str, ...]
+    targets: Callable[[Figures], list[Target]]
+    draw: Callable[[Any, Figures], None]
+
+
+def _best(figures: Figures) -> tuple[str, Figures]:
+    """The fastest runtime."""
+    runtimes = figures["runtimes"]
+    name = max(runtimes, key=lambda name: runtimes[name]["faster_than_plain"])
+    return name, runtimes[name]
+
+
+def _runtimes(figures: Figures) -> list[Target]:
+    name, best = _best(figures)
+    gain, cost = best["faster_than_plain"], best["exits_cost"]
+    flags = figures["machine"]["instructions"]
+    what = f"{figures['model']} at {figures['size']}, best runtime against a plain eager float32 forward"
+    if figures["machine"]["gpu"]:
+        told = [Target(what, "shown", f"{gain:.2f}× ({name})", None)]
+    elif "amx_bf16" in flags:
+        told = []
+        for kind, goal in (("bf16", 8.0), ("int8", 15.0)):
+            of_kind = [r["faster_than_plain"] for n, r in figures["runtimes"].items() if n.endswith(kind)]
+            if of_kind:
+                told.append(Target(f"{what}, {kind}", f"≥ {goal:g}×", f"{max(of_kind):.2f}×", max(of_kind) >= goal))
+    else:
+        told = [Target(what, "≥ 1.3×", f"{gain:.2f}× ({name})", gain >= 1.3)]
+    share = best["share_of_matrix_rate"]
+    told.append(Target("… its share of the machine's best matrix rate in its precision", "shown", f"{share:.0%}", None))
+    what = f"the chain with all exits against the backbone without, {name}"
+    told.append(Target(what, "≤ 1.05", f"{cost:.3f}", cost <= 1.05))
+    for exit, speedup in best["speedups"].items():
+        if exit == "final":
+            continue
+        ratio = speedup["measured"] / speedup["of_flops"]
+        found = f"{speedup['measured']:.2f}×, {ratio:.2f} of {speedup['of_flops']:.2f}×"
+        told.append(
+            Target(f"speedup of leaving at {exit}, {name}", "≥ 0.95 of that of the FLOPS", found, ratio >= 0.95)
+        )
+    return told
+
+
+def _draw_runtimes(axes: Any, figures: Figures) -> None:
+    runtimes = figures["runtimes"]
+    axes.barh(list(runtimes), [r["faster_than_plain"] for r in runtimes.values()])
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.set_xlabel("times as fast as a plain eager float32 forward")
+    axes.set_title(f"{figures['model']} at {figures['size']}", fontsize=9)
+
+
+def _deadlines(figures: Figures) -> list[Target]:
+    told = []
+    for state in ("idle", "one core busy"):
+        f = figures[state]
+        what = f"{f['requests']} random deadlines, {figures['model']} on {figures['runtime']}, {state}"
+        none, late = f["unanswered_though_it_fits"], f["late_p99_ms"]
+        told.append(
+            Target(f"{what}: without an answer though the first exit's p99 fits", "none", f"{none:.2%}", none == 0)
+        )
+        told.append(Target(f"{what}: returned after the deadline by (p99)", "≤ 5 ms", f"{late:.2f} ms", late <= 5))
+    return told
+
+
+def _draw_deadlines(axes: Any, figures: Figures) -> None:
+    states, parts = ("idle", "one core busy"), ("late_p50_ms", "late_p99_ms", "late_max_ms")
+    for at, part in enumerate(parts):
+        axes.bar(
+            [x + 0.25 * (at - 1) for x in range(len(states))],
+            [figures[s][part] for s in states],
+            0.25,
+            label={"late_p50_ms": "median", "late_p99_ms": "p99", "late_max_ms": "most"}[part],
+        )
+    axes.axhline(5, color="black", linewidth=1)
+    axes.set_xticks(range(len(states)), states)
+    axes.set_ylabel("returned after the deadline by, ms")
+    axes.set_title(f"deadlines, {figures['model']} on {figures['runtime']}", fontsize=9)
+    axes.legend(fontsize=8)
+
+
+def _video(figures: Figures) -> list[Target]:
+    share, fps = figures["share_of_slower"], figures["fps"]["pipeline"]
+    return [
+        Target(f"{figures['video']}: {figures['what']}, of the slower half", "≥ 0.9", f"{share:.2f}", share >= 0.9),
+        Target("… frames a second", "≥ 25", f"{fps:.1f}", fps >= 25),
+    ]
+
+
+def _draw_video(axes: Any, figures: Figures) -> None:
+    axes.bar(list(figures["fps"]), list(figures["fps"].values()))
+    axes.axhline(25, color="black", linewidth=1)
+    axes.set_ylabel("frames a second")
+    axes.set_title(figures["video"], fontsize=9)
+
+
+def _scaling(figures: Figures) -> list[Target]:
+    told = []
+    for kind in ("area", "batch"):
+        power = figures["growth"][kind]
+        told.append(Target(f"time grows with the {kind} to the power of", "≤ 1", f"{power:.2f}", power <= 1.0))
+    times = figures["seconds"]["exits"]
+    found = ", ".join(f"{n} {1e3 * seconds:.1f} ms" for n, seconds in times.items())
+    return [*told, Target("time with so many early exits asked", "shown", found, None)]
+
+
+def _draw_scaling(axes: Any, figures: Figures) -> None:
+    for kind, times in figures["seconds"].items():
+        xs, ys = [float(x) for x in times], list(times.values())
+        if kind != "exits":
+            axes.plot([x / xs[0] for x in xs], [y / ys[0] for y in ys], "o-", label=kind)
+    top = axes.get_xlim()[1]
+    axes.plot([1, top], [1, top], "k:", label="linear")
+    axes.set_xlabel("times the work")
+    axes.set_ylabel("times the time")
+    axes.set_title(f"growth, {figures['model']} on {figures['runtime']}", fontsize=9)
+    axes.legend(fontsize=8)
+
+
+TINY_NETWORK = ("--model", "audiocsrnet-s", "--size", "128x64", "--rounds", "1", "--runtimes", "eager,openvino")
+BENCHES: dict[str, Bench] = {
+    "runtimes": Bench((), TINY_NETWORK, _runtimes, _draw_runtimes),
+    "deadlines": Bench((), ("--requests", "5", "--alone", "3"), _deadlines, _draw_deadlines),
+    "video": Bench((), ("--frames", "8", "--size", "320x180", "--turns", "1"), _video, _draw_video),
+    "scaling": Bench((), ("--rounds", "1", "--largest", "384"), _scaling, _draw_scaling),
+}
+ON_CUDA = ("--runtimes", "eager,eager-bf16,cuda,cuda-bf16,cuda-half")
+
+
+def run(name: str, folder: Path, quick: bool) -> Figures:
+    """One benchmark in a process of its own: its figures, kept in the folder, too."""
+    bench, path = BENCHES[name], folder / f"{name}.json"
+    arguments = bench.quick if quick else bench.arguments
+    if name == "runtimes" and torch.cuda.is_available() and not quick:
+        arguments += ON_CUDA
+    subprocess.run([sys.executable, "-m", f"benchmarks.bench_{name}", *arguments, "--json", str(path)], check=True)
+    figures: Figures = json.loads(path.read_text("utf-8"))
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("bench"), help="folder for what comes out")
+    parser.add_argument("--only", default=",".join(BENCHES), help="with commas between")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
+    args = parser.parse_args()
+    wanted = args.only.split(",")
+    if unknown := [name for name in wanted if name not in BENCHES]:
+        parser.error(f"no benchmark {unknown[0]!r} (there are {', '.join(BENCHES)})")
+    args.out.mkdir(parents=True, exist_ok=True)
+    machine, figures = describe(), {}
+    for name in wanted:
+        print(f"\n── {name}", flush=True)
+        figures[name] = run(name, args.out, args.quick)
+    targets = [target for name in wanted for target in BENCHES[name].targets(figures[name])]
+    marks = {True: "reached", False: "**missed**", None: ""}
+    rows = [[t.what, t.goal, t.found, marks[t.reached]] for t in targets]
+    table = markdown_table(["what", "to reach", "here", ""], rows)
+    head = [in_a_line(machine) + (". **Tiny sizes: these figures mean nothing.**" if args.quick else ""), ""]
+
+    def draw(path: Path) -> None:
+        figure = blank(12, 4 * ((len(wanted) + 1) // 2))
+        for axes, name in zip(figure.subplots(-(-len(wanted) // 2), 2, squeeze=False).flat, wanted, strict=False):
+            BENCHES[name].draw(axes, figures[name])
+        figure.savefig(path, format="png")
+
+    told = {"machine": machine, "quick": args.quick, "targets": [vars(t) for t in targets], "figures": figures}
+    write_files(
+        args.out,
+        {
+            "benchmarks.json": json.dumps(told, indent=1) + "\n",
+            "benchmarks.md": "\n".join([*head, *table]) + "\n",
+            "benchmarks.png": draw,
+        },
+    )
+    print("\n" + "\n".join(f"{marks[t.reached].strip('*') or '':8} {t.found:28} {t.what} ({t.goal})" for t in targets))
+
+
+if __name__ == "__main__":
+    main()
