@@ -123,14 +123,15 @@ def fit(picture: NDArray[np.uint8], canvas: tuple[int, int]) -> tuple[NDArray[np
 
 
 def tiles(picture: NDArray[np.uint8], side: tuple[int, int]) -> list[NDArray[np.uint8]]:
-    """TransCrowd's protocol: resize a picture to three views (width, height) along its longer side, and cut it.
+    """TransCrowd's protocol: resize a picture to whole views (width, height), three at most a side, and cut it.
 
-    Along the shorter side there are as many views, one to three, as come nearest to the picture's shape, which is
-    bent a little to fit them: 1024×768 becomes 1152×768 and six tiles of 384×384, as in the official code.
+    Along each side there are as many as come nearest to the picture's own size, which is bent a little to fit them:
+    1024×768 becomes 1152×768 and six tiles of 384×384, as in the official code. A smaller picture becomes fewer tiles
+    rather than larger people; of a larger one, and of one that is much longer than wide, the longer side has three.
     """
     height, width = picture.shape[:2]
-    longer = max(width, height)
-    columns, rows = (max(1, round(TILES * edge / longer)) for edge in (width, height))
+    scale = min(1.0, TILES * side[0] / width, TILES * side[1] / height)
+    columns, rows = (max(1, round(scale * edge / of)) for edge, of in zip((width, height), side, strict=True))
     size = (columns * side[0], rows * side[1])
     shrinks = size[0] * size[1] < width * height
     interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
