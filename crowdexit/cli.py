@@ -50,6 +50,7 @@ class CountFormat(StrEnum):
     table = "table"
     json = "json"
     csv = "csv"
+    parquet = "parquet"
 
 
 class Late(StrEnum):
@@ -85,7 +86,13 @@ class Precision(StrEnum):
     "`crowdexit count photos --budget-ms 10000`"
 )
 def count(
-    inputs: Annotated[list[str], typer.Argument(metavar="INPUT…", help="Pictures, folders, videos, mixed.")],
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="INPUT…",
+            help="Pictures, folders, videos, mixed. Or live: camera:0, rtsp://…, http://…, a named pipe, - (piped in).",
+        ),
+    ],
     audio: Annotated[Path | None, typer.Option(help="Sound for the picture, or in place of the video's.")] = None,
     model: Model = DEFAULT_MODEL,
     exit: Annotated[str, typer.Option("--exit", help="The exit to stop at, or auto: the last in time.")] = "auto",
@@ -109,19 +116,31 @@ def count(
         float | None, typer.Option(help="For all pictures together: the exits with the least error in this time.")
     ] = None,
     runtime: RuntimeName = "auto",
-    fps: Annotated[float | None, typer.Option(help="Counted frames a second of video.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Counted frames a second of video; default: one.")] = None,
+    start: Annotated[str, typer.Option(help="Count a video from here: seconds, mm:ss or hh:mm:ss.")] = "0",
+    end: Annotated[str | None, typer.Option(help="Count a video until here, a live source for so long.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Frames of a video at once; default: 4, live or with a deadline 1.")
+    ] = None,
+    smooth: Annotated[float, typer.Option(help="Half-life of a video's smoothed count, in seconds.")] = 2.0,
     format: Annotated[CountFormat, typer.Option()] = CountFormat.table,
     out: Annotated[Path | None, typer.Option(help="Write here instead of the screen.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that was stopped there.")] = False,
     density: Annotated[
         Path | None, typer.Option(help="Density over the picture: PNG, .npy, .mp4 for a video, or a folder.")
     ] = None,
+    annotate: Annotated[
+        Path | None, typer.Option(help="A video's counted frames with density and count: .mp4, or a folder.")
+    ] = None,
 ) -> None:
-    """Count people in pictures, folders and videos."""
+    """Count people in pictures, folders, videos and live sources."""
     from crowdexit.inference.counter import load
     from crowdexit.inference.policies import policy_named
     from crowdexit.inference.run import count_inputs
     from crowdexit.inference.sources import expand
+    from crowdexit.inference.video.frames import parse_time
 
+    span = {"start": parse_time(start)} | ({} if end is None else {"end": parse_time(end)})
     expand(inputs)  # a mistyped path is said before the weights are read
     chosen = policy_named(policy, within)
     counter = load(model, runtime=runtime)
@@ -135,9 +154,14 @@ def count(
         policy=chosen,
         budget_ms=budget_ms,
         fps=fps,
+        **span,
+        batch=batch,
+        smooth=smooth,
         format=format.value,
         out=out,
+        resume=resume,
         density=density,
+        annotate=annotate,
         progress=sys.stderr.isatty(),
     )
 

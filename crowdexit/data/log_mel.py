@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -161,9 +161,30 @@ def at_rate(samples: NDArray[np.float64], rate: int, wanted: int) -> NDArray[np.
     # A rate with no large common divisor (44,101 Hz) would ask for a filter of gigabytes. The nearest simple
     # ratio is exact for every usual rate and off by less than a ten thousandth for the rest.
     ratio = Fraction(wanted, rate).limit_denominator(1000)
-    return np.asarray(
-        torchaudio.functional.resample(torch.from_numpy(samples), ratio.denominator, ratio.numerator, **_FILTER)
-    )
+    matrix, lead, hop = _resampling(ratio)
+    length = -(-len(samples) * ratio.numerator // ratio.denominator)
+    windows = -(-length // matrix.shape[1])
+    padded = np.pad(samples, (lead, max(0, (windows - 1) * hop + len(matrix) - lead - len(samples))))
+    return (np.lib.stride_tricks.sliding_window_view(padded, len(matrix))[::hop] @ matrix).ravel()[:length]
+
+
+@lru_cache(maxsize=8)
+def _resampling(ratio: Fraction) -> tuple[NDArray[np.float64], int, int]:
+    """torchaudio's resampling by a ratio, wanted to given rate, as one matrix (window, samples made of it).
+
+    torchaudio itself makes its filter anew at each call, which takes longer than all the rest of the log-mel.
+
+    Returns:
+        The matrix, the zeros before the first sample, and the samples from one window to the next.
+    """
+    step = ratio.denominator
+    filter = torchaudio.transforms.Resample(step, ratio.numerator, dtype=torch.float64, **_FILTER)
+    rows = filter.kernel[:, 0].numpy()  # (samples made of `step` samples, window)
+    steps = -(-64 // len(rows))
+    matrix = np.zeros((rows.shape[1] + (steps - 1) * step, steps * len(rows)))
+    for i in range(steps):
+        matrix[i * step : i * step + rows.shape[1], i * len(rows) : (i + 1) * len(rows)] = rows.T
+    return matrix, filter.width, steps * step
 
 
 @cache

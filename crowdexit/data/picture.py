@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -164,13 +166,29 @@ def place(picture: NDArray[np.uint8], canvas: tuple[int, int], offset: tuple[int
     height, width = picture.shape[:2]
     if (width, height) == canvas:
         return picture
-    out = np.empty((canvas[1], canvas[0], 3), np.uint8)
-    out[:] = np.round(MEAN * 255).astype(np.uint8)
+    out = _ground(canvas).copy()
     out[offset[1] : offset[1] + height, offset[0] : offset[0] + width] = picture
     return out
 
 
+@lru_cache(maxsize=8)
+def _ground(canvas: tuple[int, int]) -> NDArray[np.uint8]:
+    """A canvas with nothing on it."""
+    return np.full((canvas[1], canvas[0], 3), np.round(MEAN * 255), np.uint8)
+
+
 def normalise(picture: NDArray[np.uint8]) -> NDArray[np.float32]:
     """H×W×3 uint8 → 3×H×W float32 with ImageNet's mean and deviation."""
-    scaled = (picture.astype(np.float32) - MEAN * 255) * (1 / (STD * 255))
-    return np.ascontiguousarray(scaled.transpose(2, 0, 1))
+    return np.ascontiguousarray(normalised([picture])[0])
+
+
+def normalised(pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+    """B pictures H×W×3 uint8 → B×3×H×W float32 with ImageNet's mean and deviation, channels last in memory."""
+    out = np.empty((len(pictures), *pictures[0].shape), np.float32)
+    for picture, values in zip(pictures, out, strict=True):
+        cv2.LUT(picture, _NORMALISED, values)
+    return out.transpose(0, 3, 1, 2)
+
+
+# For each of the 256 bytes and each channel what it becomes; looking it up is several times as fast as computing it.
+_NORMALISED = ((np.arange(256, dtype=np.float32)[:, None] - MEAN * 255) * (1 / (STD * 255)))[None]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from crowdexit.data.picture import Placement, normalise, views
+from crowdexit.data.picture import Placement, normalised, views
 from crowdexit.network import Config
 from crowdexit.stages import Features, inputs
 
@@ -19,7 +19,7 @@ def batch_of(
     size: tuple[int, int],
 ) -> Features:
     """Pictures on their canvases and their log-mels as the network's input."""
-    image = torch.from_numpy(np.stack([normalise(canvas) for canvas, _ in laid]))
+    image = torch.from_numpy(normalised([canvas for canvas, _ in laid]))
     inside = torch.from_numpy(np.stack([placement.inside(size) for _, placement in laid]))[:, None]
     silence = np.zeros((96, 64), np.float32)
     mels = torch.from_numpy(np.stack([silence if s is None else s for s in sounds]))[:, None]

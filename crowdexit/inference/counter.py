@@ -7,7 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from crowdexit.data.picture import views
+from crowdexit.data.picture import tile_boxes, views
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.anytime import DeadlineMissed, Worker
 from crowdexit.inference.batch import batch_of
@@ -99,6 +99,24 @@ class CountResult:
         }
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """Pictures and sounds as the network takes them: what :meth:`CrowdCounter.prepare` makes.
+
+    Attributes:
+        scenes: of each picture. parts: their rows, laid out.
+        seconds: that it took to make.
+    """
+
+    scenes: Sequence[Scene]
+    parts: Sequence[Part]
+    seconds: float
+
+    def to_walk(self) -> list[Part]:
+        """The parts for one walk, which leaves these as they are."""
+        return [replace(part, batches=[replace(batch) for batch in part.batches]) for part in self.parts]
+
+
 class CrowdCounter:
     """Counts people with one network on one runtime.
 
@@ -139,6 +157,13 @@ class CrowdCounter:
             if name not in self.network.exit_names:
                 raise CounterError(f"no exit {name!r} in {self.model} (it has {', '.join(self.network.exit_names)})")
         return [name for name in self.network.exit_names if name in exits]
+
+    def _up_to(self, exit: str) -> list[str]:
+        """The exits that are asked on the way to one, and that one; ``auto`` is the last that this counter serves."""
+        last = self.exits[-1] if exit == "auto" else self._known([exit])[0]
+        until = self.network.stage_of(last)
+        wanted = [name for name in self.exits if self.network.stage_of(name) <= until and name not in (last, FINAL)]
+        return [*wanted, last]
 
     @property
     def size(self) -> tuple[int, int]:
@@ -195,15 +220,12 @@ class CrowdCounter:
         """
         if deadline_ms is not None and not deadline_ms > 0:
             raise CounterError(f"a deadline of {deadline_ms:g} ms cannot be kept")
-        self._check(policy)
-        if isinstance(policy, DeepestThatFits):
-            if deadline_ms is None:
-                raise CounterError("which exit is the deepest that fits, only a deadline can tell")
-            _ = self.profile
-        last = self.exits[-1] if exit == "auto" else self._known([exit])[0]
-        until = self.network.stage_of(last)
-        wanted = [name for name in self.exits if self.network.stage_of(name) <= until and name not in (last, FINAL)]
-        wanted.append(last)
+        if deadline_ms is None:
+            self._check_without_deadline(policy)
+        else:
+            self.make_ready_for(policy)
+        wanted = self._up_to(exit)
+        last = wanted[-1]
         begun = time.perf_counter()
         if deadline_ms is None:
             results = list(filter(None, self._steps(image, audio, wanted, policy, begun)))
@@ -267,6 +289,55 @@ class CrowdCounter:
             number = len(samples)
         return self._within(budget_ms, number, iter(samples), wanted)
 
+    def size_for(self, width: int, height: int) -> tuple[int, int] | None:
+        """The (width, height) to which a picture of that size may be scaled down before it is handed over.
+
+        That spares the work of converting what would not be looked at. None: it will be cut into tiles.
+        """
+        config = self.network.config
+        if len(tile_boxes(width, height, config.scene)) > 1:
+            return None
+        if config.view == "tiles":
+            return width, height
+        scale = min(1.0, config.size[0] / width, config.size[1] / height)
+        return max(1, round(width * scale)), max(1, round(height * scale))
+
+    def prepare(self, samples: Iterable[tuple[Picture, Sound | None]]) -> Prepared:
+        """Make pictures with their sounds, as of :meth:`stream`, ready for the network: all but the counting.
+
+        It may be done in another thread while this counter counts others. All of them are in memory at once.
+
+        Raises:
+            CrowdExitError: for a picture or a sound that cannot be used.
+        """
+        begun = time.perf_counter()
+        scenes: list[Scene] = []
+        parts = list(self._parts(samples, scenes, [], None))
+        for batch in (batch for part in parts for batch in part.batches):
+            batch.state = partial(_itself, batch.state())
+        return Prepared(scenes, parts, time.perf_counter() - begun)
+
+    def answers(self, ready: Prepared, *, exit: str = "auto", policy: Policy = ANYTIME) -> list[CountResult]:
+        """Count what :meth:`prepare` has made, as often as you like: one result for each picture, in their order.
+
+        Args:
+            exit: as of :meth:`count`; nobody else is asked, unless the policy may have a picture leave earlier.
+            policy: by which each of them leaves.
+
+        The latency of an answer is that of the whole batch until then, preparing it included.
+
+        Raises:
+            CrowdExitError: for an exit that there is not, or a policy that has nothing to go by.
+        """
+        self._check_without_deadline(policy)
+        begun = time.perf_counter() - ready.seconds
+        wanted = self._up_to(exit)
+        walk = self._walk(wanted[-1:] if policy is ANYTIME else wanted, ready.scenes, len(ready.scenes))
+        said: list[list[ExitResult]] = [[] for _ in ready.scenes]
+        for told in walk.run(ready.to_walk(), policy):
+            self._write_down(told, said, ready.scenes, begun)
+        return [CountResult(self.model, of_one[-1], tuple(of_one)) for of_one in said]
+
     @cached_property
     def profile(self) -> Profile:
         """How long every stage and exit takes: from the user's cache or, at first and where that does not fit,
@@ -319,9 +390,24 @@ class CrowdCounter:
         """How many pictures of the scene's shape have so many pixels as the network sees them; one at least."""
         return max(1, self._rows(pixels) // self._views)
 
+    def make_ready_for(self, policy: Policy) -> None:
+        """Do what a policy with a deadline needs before any time begins: ``DeepestThatFits`` goes by the profile.
+
+        Raises:
+            CounterError: for a policy that has nothing to go by.
+        """
+        self._check(policy)
+        if isinstance(policy, DeepestThatFits):
+            _ = self.profile
+
     def _check(self, policy: Policy) -> None:
         if isinstance(policy, Confident) and not self.intervals.silent:
             raise CounterError(f"{self.model} has no intervals to be confident by: see crowdexit calibrate")
+
+    def _check_without_deadline(self, policy: Policy) -> None:
+        self._check(policy)
+        if isinstance(policy, DeepestThatFits):
+            raise CounterError("which exit is the deepest that fits, only a deadline can tell")
 
     def _part(self, first: int, samples: Sequence[Sequence[Row]]) -> Part:
         """Samples numbered from ``first`` on, by their rows; in several batches a single one alone."""
@@ -391,14 +477,21 @@ class CrowdCounter:
             said: list[list[ExitResult]] = [[] for _ in range(abreast)]
             walk = self._walk(exits, scenes, abreast)
             for told in walk.run(self._parts(islice(samples, abreast), scenes, order, budget), policy):
-                for at, number in enumerate([] if told is None else told.samples.tolist()):
-                    assert told is not None
-                    maps = [] if told.density is None else list(told.density[at])
-                    said[number].append(self._result(told.exit, float(told.values[at]), maps, scenes[number], begun))
+                self._write_down(told, said, scenes, begun)
             if not order:
                 return
             for place in order:
                 yield None if place is None else CountResult(self.model, said[place][-1], tuple(said[place]))
+
+    def _write_down(
+        self, told: Told | None, said: Sequence[list[ExitResult]], scenes: Sequence[Scene], begun: float
+    ) -> None:
+        """Add what an exit has told of some samples, if it has, to what was said of each."""
+        if told is None:
+            return
+        for at, number in enumerate(told.samples.tolist()):
+            maps = [] if told.density is None else list(told.density[at])
+            said[number].append(self._result(told.exit, float(told.values[at]), maps, scenes[number], begun))
 
     def _within(
         self,
@@ -504,3 +597,7 @@ def load(name: str | Path, *, runtime: str = "auto", exits: Sequence[str] | None
 
 def _laid_out(rows: Sequence[Row], size: tuple[int, int]) -> Features:
     return batch_of([(canvas, placement) for canvas, placement, _ in rows], [mel for *_, mel in rows], size)
+
+
+def _itself(features: Features) -> Features:
+    return features

@@ -14,7 +14,9 @@ from crowdexit.errors import CrowdExitError
 from crowdexit.inference.counter import CrowdCounter, ExitResult
 from crowdexit.inference.draw import banner, overlay
 from crowdexit.inference.rows import opened
-from crowdexit.inference.video import AnnotatedVideo, expected_rows, read_frames
+from crowdexit.inference.video.annotate import AnnotatedVideo
+from crowdexit.inference.video.decode import Span
+from crowdexit.inference.video.frames import expected_rows, read_frames
 
 SAMPLES = Path(__file__).parent.parent / "samples"
 FPS = 2.0  # of the clip's eight: twenty frames, half a minute at most on two cores
@@ -56,17 +58,18 @@ def run_demo(counter: CrowdCounter, out: Path, console: Console) -> None:
         rows = csv.writer(file, lineterminator="\n")
         names = [f"{name}_{what}" for name in counter.exits for what in ("count", "latency_ms")]
         rows.writerow(["frame", "time_s", "true_count", *names])
-        task = progress.add_task("", total=expected_rows(clip, FPS))
-        for frame in read_frames(clip, fps=FPS):
+        task = progress.add_task("", total=expected_rows(clip, Span(FPS)))
+        for frame in read_frames(clip, Span(FPS)):
+            picture = frame.picture
             if not answers:  # the first run warms up, and no latency should tell of it
-                list(counter.stream(frame.picture, frame.sound))
-            results = list(counter.stream(frame.picture, frame.sound))
+                list(counter.stream(picture, frame.sound))
+            results = list(counter.stream(picture, frame.sound))
             counts.append(truth[frame.index])
             answers.append(results)
             numbers = [f"{x:.2f}" for r in results for x in (r.count, r.latency_ms)]
             rows.writerow([frame.index, f"{frame.time_s:.3f}", counts[-1], *numbers])
             last = results[-1]
-            picture = frame.picture if last.density is None else overlay(frame.picture, last.density)
+            picture = picture if last.density is None else overlay(picture, last.density)
             drawn.add(banner(picture, f"counted {last.count:.0f}, true {counts[-1]} (simulated sound)"), frame)
             progress.advance(task)
     console.print(_summary(counts, answers))

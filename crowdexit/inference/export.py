@@ -55,7 +55,7 @@ def export(
         out: the folder; must not be there yet.
         library: what is to run it.
         precision: ``bf16`` and ``int8`` are for OpenVINO alone. bf16 computes in bfloat16 where the CPU does; int8
-            quantises the stages that see, and leaves the ear and the exits in bf16.
+            quantises the stages that see, and leaves the ear in bf16. Exits always compute in float32.
         size: another picture size, ``WIDTHxHEIGHT``.
         exits: names of early exits to take along; default: all. The final one always comes.
         calibrate: a prepared file with pictures for int8; default: those that come with the project.

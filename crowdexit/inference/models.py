@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -18,10 +19,20 @@ class _ExportedRuntime(Runtime):
 
     def __init__(self, exported: Exported) -> None:
         self.name = f"{exported.manifest.library}, {exported.manifest.precision}, exported"
-        self._chain = exported.chain
+        self._exported = exported
 
     def ready(self, network: MultiExitNetwork) -> ReadyChain:
-        return ArrayReady(network, self.name, self._chain)
+        return _ExportedChain(network, self.name, self._exported)
+
+
+class _ExportedChain(ArrayReady):
+    def __init__(self, network: MultiExitNetwork, runtime: str, exported: Exported) -> None:
+        super().__init__(network, runtime, exported.chain)
+        self._manifest = exported.manifest
+
+    def fingerprint(self) -> str:
+        """A hash of the manifest, which has those of all files in it; the network has no numbers."""
+        return hashlib.blake2b(self._manifest.model_dump_json().encode(), digest_size=16).hexdigest()
 
 
 def open_model(name: str | Path, runtime: str = "auto") -> tuple[MultiExitNetwork, zoo.Spec, Runtime]:

@@ -1,12 +1,14 @@
-"""Counts written down as they come: a table, JSON lines or CSV, to the screen or into a file that appears whole."""
+"""Counts written down as they come: a table, JSON lines, CSV or Parquet; a file takes its name when it is whole."""
 
 from __future__ import annotations
 
 import csv
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal, Protocol, TextIO, get_args
 
@@ -15,15 +17,40 @@ from rich.table import Table
 
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.counter import CountResult
-from crowdexit.inference.video import FrameRow
+from crowdexit.inference.smooth import Smoother
+from crowdexit.inference.video.frames import Frame
 
-Format = Literal["table", "json", "csv"]
+Format = Literal["table", "json", "csv", "parquet"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-COLUMNS = ("source", "frame", "time_s", "count", "chosen_exit", "latency_ms")
+COLUMNS = ("source", "frame", "time_s", "count", "smoothed", "chosen_exit", "latency_ms")
+_ROW_GROUP = 50_000  # rows of a Parquet file that are in memory at once
 
 
 class RowError(CrowdExitError):
     """Rows that cannot be written."""
+
+
+@dataclass(frozen=True)
+class FrameRow:
+    """A counted frame (DESIGN.md, section 4), and its smoothed count."""
+
+    source: str
+    frame: int
+    time_s: float
+    count: float
+    smoothed: float
+    chosen_exit: str
+    latency_ms: float
+
+    @classmethod
+    def of(cls, source: str, frame: Frame, result: CountResult, smoother: Smoother) -> FrameRow:
+        """The row of a frame. Times are rounded to a millisecond, counts and latencies to a hundredth.
+
+        What is rounded is smoothed, so that the smoothed count follows from the rows before.
+        """
+        time, count, chosen = round(frame.time_s, 3), round(result.count, 2), result.chosen
+        smoothed = round(smoother.add(time, count), 2)
+        return cls(source, frame.index, time, count, smoothed, chosen.exit, round(chosen.latency_ms, 2))
 
 
 class Rows(Protocol):
@@ -46,25 +73,39 @@ def checked_format(format: str) -> Format:
     raise RowError(f"no format {format!r} (there are {', '.join(FORMATS)})")
 
 
-def writer(format: Format, file: TextIO, sources: Sequence[str], *, single: bool) -> Rows:
+def writer(format: Format, file: TextIO, sources: Sequence[str], *, single: bool, begun: bool = False) -> Rows:
     """A writer of that format.
+
+    A Parquet file cannot be read before its end is written: it is made of JSON lines by :func:`write_parquet`.
 
     Args:
         sources: the names that will come (a table is as wide as they are).
         single: one picture is all that comes; a table then shows every exit.
+        begun: there are rows already.
     """
-    if format == "json":
+    if format in ("json", "parquet"):
         return JSONRows(file)
     if format == "csv":
-        return CSVRows(file)
+        return CSVRows(file, begun=begun)
     return ExitTable(file) if single else TableRows(file, max(map(len, sources), default=0))
 
 
+def part_of(out: Path) -> Path:
+    """Where the rows are until all went well."""
+    return out.with_name(out.name + ".part")
+
+
 @contextmanager
-def opened(out: Path | None) -> Iterator[TextIO]:
+def opened(
+    out: Path | None, *, going_on: bool = False, finish: Callable[[Path, Path], object] = Path.replace
+) -> Iterator[TextIO]:
     """A file to write rows into: the standard output, or one that takes the name ``out`` when all went well.
 
-    After a failure the rows until then stand in ``out`` with ``.part`` behind it; without any, nothing does.
+    After a failure the rows until then stand in :func:`part_of` it; without any, nothing does.
+
+    Args:
+        going_on: write behind the rows that stand there.
+        finish: makes ``out`` of that file: (from, to).
 
     Raises:
         RowError: if it cannot be written.
@@ -72,13 +113,13 @@ def opened(out: Path | None) -> Iterator[TextIO]:
     if out is None:
         yield sys.stdout
         return
-    part = out.with_name(out.name + ".part")
+    part = part_of(out)
     if out.is_dir():
         raise RowError(f"{out}: a folder, not a file to write to")
     try:
-        with part.open("w", encoding="utf-8", newline="") as file:
+        with part.open("a" if going_on else "w", encoding="utf-8", newline="") as file:
             yield file
-        part.replace(out)
+        finish(part, out)
     except BaseException as error:
         kept = part.is_file() and part.stat().st_size > 0
         if part.is_file() and not kept:
@@ -93,6 +134,28 @@ def opened(out: Path | None) -> Iterator[TextIO]:
         raise
 
 
+def write_parquet(lines: Path, out: Path) -> None:
+    """Make a Parquet file of JSON lines, a group of rows at a time, and remove these.
+
+    A picture's row has no frame, time or smoothed count; of its exits only the chosen one is kept.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kinds = {"source": pa.string(), "frame": pa.int64(), "chosen_exit": pa.string()}
+    schema = pa.schema([(name, kinds.get(name, pa.float64())) for name in COLUMNS])
+    part = out.with_name(out.name + ".new")
+    try:
+        with lines.open(encoding="utf-8") as file, pq.ParquetWriter(part, schema) as writer:
+            while group := [json.loads(line) for line in islice(file, _ROW_GROUP)]:
+                columns = [pa.array([row.get(f.name) for row in group], f.type) for f in schema]
+                writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+        part.replace(out)
+    finally:
+        part.unlink(missing_ok=True)
+    lines.unlink()
+
+
 class JSONRows:
     """One JSON object a line."""
 
@@ -103,7 +166,7 @@ class JSONRows:
         self._write(result.to_dict(source))
 
     def frame(self, row: FrameRow) -> None:
-        self._write(row.to_dict())
+        self._write(asdict(row))
 
     def _write(self, row: dict[str, object]) -> None:
         print(json.dumps(row, ensure_ascii=False), file=self.file, flush=True)
@@ -112,16 +175,16 @@ class JSONRows:
 class CSVRows:
     """One line a picture or frame under the names of the columns; a picture has no frame and no time."""
 
-    def __init__(self, file: TextIO) -> None:
+    def __init__(self, file: TextIO, *, begun: bool = False) -> None:
         self.file = file
         self.csv = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
-        self._begun = False
+        self._begun = begun
 
     def picture(self, source: str, result: CountResult) -> None:
         self._write(result.to_dict(source))
 
     def frame(self, row: FrameRow) -> None:
-        self._write(row.to_dict())
+        self._write(asdict(row))
 
     def _write(self, row: dict[str, object]) -> None:
         if not self._begun:
@@ -139,20 +202,22 @@ class TableRows:
         self._begun = False
 
     def picture(self, source: str, result: CountResult) -> None:
-        self._write(source, "", "", result.count, result.chosen.exit, result.chosen.latency_ms)
+        self._write(source, "", "", result.count, "", result.chosen.exit, result.chosen.latency_ms)
 
     def frame(self, row: FrameRow) -> None:
-        time = f"{row.time_s:.2f}"
-        self._write(row.source, str(row.frame), time, row.count, row.chosen_exit, row.latency_ms)
+        time, smoothed = f"{row.time_s:.2f}", f"{row.smoothed:.1f}"
+        self._write(row.source, str(row.frame), time, row.count, smoothed, row.chosen_exit, row.latency_ms)
 
-    def _write(self, source: str, frame: str, time: str, count: float, exit: str, latency: float) -> None:
+    def _write(
+        self, source: str, frame: str, time: str, count: float, smoothed: str, exit: str, latency: float
+    ) -> None:
         if not self._begun:
-            self._line("source", "frame", "time s", "count", "exit", "ms")
+            self._line("source", "frame", "time s", "count", "smoothed", "exit", "ms")
             self._begun = True
-        self._line(source, frame, time, f"{count:.1f}", exit, f"{latency:.0f}")
+        self._line(source, frame, time, f"{count:.1f}", smoothed, exit, f"{latency:.0f}")
 
-    def _line(self, source: str, frame: str, time: str, count: str, exit: str, latency: str) -> None:
-        line = f"{source:<{self.width}}  {frame:>7}  {time:>9}  {count:>9}  {exit:<8}  {latency:>7}"
+    def _line(self, source: str, frame: str, time: str, count: str, smoothed: str, exit: str, latency: str) -> None:
+        line = f"{source:<{self.width}}  {frame:>7}  {time:>9}  {count:>9}  {smoothed:>9}  {exit:<8}  {latency:>7}"
         print(line, file=self.file, flush=True)
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import io
+import math
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +29,17 @@ from crowdexit.inference.budget import TOLERANCE
 from crowdexit.inference.counter import CountResult, CrowdCounter, Late
 from crowdexit.inference.draw import banner, overlay
 from crowdexit.inference.policies import ANYTIME
-from crowdexit.inference.rows import Format, Rows, checked_format, opened, writer
+from crowdexit.inference.resume import Left, recipe, resumable, take_up, was_stopped
+from crowdexit.inference.rows import Format, FrameRow, Rows, checked_format, opened, part_of, write_parquet, writer
 from crowdexit.inference.scene import hear
+from crowdexit.inference.smooth import HALF_LIFE_S, Smoother
 from crowdexit.inference.sources import Source, expand
-from crowdexit.inference.video import (
-    DEFAULT_FPS,
-    AnnotatedVideo,
-    Frame,
-    VideoError,
-    checked_fps,
-    count_video,
-    expected_rows,
-)
+from crowdexit.inference.video.annotate import AnnotatedVideo
+from crowdexit.inference.video.container import VideoError
+from crowdexit.inference.video.decode import DEFAULT_FPS, Span
+from crowdexit.inference.video.frames import Frame, expected_rows, read_frames
+from crowdexit.inference.video.live import LiveFrames
+from crowdexit.inference.video.pipeline import How, count_frames
 from crowdexit.inference.walk import Policy
 from crowdexit.network import FINAL
 
@@ -56,12 +59,18 @@ def count_inputs(
     policy: Policy = ANYTIME,
     budget_ms: float | None = None,
     fps: float | None = None,
+    start: float = 0.0,
+    end: float = math.inf,
+    batch: int | None = None,
+    smooth: float = HALF_LIFE_S,
     format: Format = "table",
     out: Path | None = None,
+    resume: bool = False,
     density: Path | None = None,
+    annotate: Path | None = None,
     progress: bool = True,
 ) -> int:
-    """Count pictures, folders and videos, and write a row for each picture and each counted frame.
+    """Count pictures, folders, videos or a live source, and write a row for each picture and each counted frame.
 
     A picture ``x.jpg`` is heard with ``x.wav`` beside it, a video with its own sound. A file of a folder that
     cannot be counted is told on the standard error and passed over; one that is named itself is an error.
@@ -71,28 +80,37 @@ def count_inputs(
         exit, deadline_ms, late, policy: of each of them, as of :meth:`CrowdCounter.count`.
         budget_ms: of all together, for pictures alone, as of :meth:`CrowdCounter.count_many`.
         fps: frames a second to count in videos; default: one.
+        start, end: of each video only what is shown from then to then, in seconds; of a live source, when to end.
+        batch: frames of a video to count at once; default: as of :func:`count_frames`.
+        smooth: half-life of a video's smoothed count, in seconds.
         out: the file for the rows; default: the standard output.
+        resume: go on with a run that was stopped while it wrote into ``out``; there need not be one.
         density: where to draw what was counted: of a single picture ``.png`` or ``.npy`` ((h, w) float32, heads
-            a cell), of a single video ``.mp4`` with the counted frames; of several inputs a folder.
+            a cell), of a single video as ``annotate``; of several inputs a folder.
+        annotate: where to write the counted frames with what was counted: ``.mp4``, of several inputs a folder.
         progress: show a bar on the standard error, where that is a terminal and the rows go elsewhere.
 
     Returns:
-        How many rows were written.
+        How many rows there are.
 
     Raises:
         CrowdExitError: for inputs or options that cannot be used.
+        KeyboardInterrupt: after Ctrl-C; of a live source, all is written and whole.
     """
+    checked_format(format)
     sources = expand(inputs)
     single = len(sources) == 1 and sources[0].named
-    checked_format(format)
-    fps = DEFAULT_FPS if fps is None else checked_fps(fps)
-    if audio is not None and not single:
-        raise RunError(f"--audio {audio}: a sound belongs to one picture or video, not to several inputs")
-    for option, path in (("--out", out), ("--density", density)):
+    live = sources[0].kind == "live"
+    resumes = out is not None and format != "table" and not live and budget_ms is None
+    if audio is not None and not (single and not live):
+        raise RunError(f"--audio {audio}: a sound belongs to one picture or video, not to several or a live source")
+    for option, path in (("--out", out), ("--density", density), ("--annotate", annotate)):
         if path is not None and any(path.resolve() == s.path.resolve() for s in sources):
             raise RunError(f"{option} {path}: this is an input, it would be overwritten")
-    if density is not None and not counter.network.exit_module(FINAL).maps:
-        raise RunError(f"--density: {counter.model} makes no map, it counts directly")
+    if live and start:
+        raise RunError(f"--start {start:g}: a live source begins now")
+    if format == "parquet" and out is None:
+        raise RunError("--format parquet: name a file with --out")
     if budget_ms is not None:
         if any(source.kind != "picture" for source in sources):
             raise RunError("--budget-ms: pictures share a budget, a video has none")
@@ -100,39 +118,82 @@ def count_inputs(
             raise RunError(
                 "--budget-ms: a budget chooses the exits itself, without --exit, --deadline-ms, --policy or --density"
             )
-    drawings = None if density is None else _Drawings(density, sources, single, exit)
-    rows = 0
-    with opened(out) as file, _bar(sources, fps, shown=progress and not file.isatty()) as advance:
+        if resume:
+            raise RunError("--resume: a budget is for all pictures in one run, what is left of it does not go on")
+    if resume and not resumes:
+        raise RunError("--resume: only rows of files go on, in --out as csv, json or parquet")
+    if resume and (annotate or density):
+        raise RunError("--resume: what is drawn cannot go on where it was stopped, only rows can")
+    if out is not None and not resume and was_stopped(out):
+        raise RunError(f"{out}: a run was stopped there; --resume goes on with it, or delete {part_of(out)}")
+    span = Span(DEFAULT_FPS if fps is None else fps, start, end)
+    how = How(exit, deadline_ms, late, policy, 1 if live and batch is None else batch)
+    left = Left(Smoother(smooth))
+    drawings = _Drawings(density, annotate, sources, single, exit, counter)
+    names = [s.name for s in sources]
+
+    with ExitStack() as stack:
+        finish = write_parquet if format == "parquet" else Path.replace
+        if out is not None and resumes:
+            wanted = recipe(
+                counter,
+                sources,
+                audio,
+                format=format,
+                fps=span.fps,
+                start=start,
+                end=end,
+                smooth=smooth,
+                exit=exit,
+                deadline_ms=deadline_ms,
+                late=late,
+                policy=policy,
+            )
+            if resume and was_stopped(out):
+                left = take_up(out, wanted, format, names, how.at_once)
+            file = stack.enter_context(resumable(out, wanted, going_on=left.rows > 0, finish=finish))
+        else:
+            file = stack.enter_context(opened(out, finish=finish))
+        advance = stack.enter_context(_bar(sources, span, left.rows, shown=progress and not file.isatty()))
         only_picture = single and sources[0].kind == "picture"
-        lines = writer(format, file, [str(s.path) for s in sources], single=only_picture)
-        job = _Job(counter, audio, exit, deadline_ms, late, policy, fps, lines, drawings)
-        for _ in job.all_rows(sources) if budget_ms is None else job.rows_within(budget_ms, sources):
+        lines = writer(format, file, names, single=only_picture, begun=left.rows > 0)
+        job = _Job(counter, audio, how, span, lines, drawings, advance)
+        rows = left.rows
+        for _ in job.all_rows(sources, left) if budget_ms is None else job.rows_within(budget_ms, sources):
             rows += 1
-            advance()
+        if rows == 0 and job.interrupted:
+            raise KeyboardInterrupt
         if rows == 0:
             raise RunError("none of the files could be counted")
+    if job.interrupted:
+        raise KeyboardInterrupt
     return rows
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Job:
     """How each source is counted, and where that is written."""
 
     counter: CrowdCounter
     audio: Path | None
-    exit: str
-    deadline_ms: float | None
-    late: Late
-    policy: Policy
-    fps: float
+    how: How
+    span: Span
     lines: Rows
-    drawings: _Drawings | None
+    drawings: _Drawings
+    advance: Callable[[str], None]
+    interrupted: bool = False  # while a live source was counted, which is how most of them end
 
-    def all_rows(self, sources: Sequence[Source]) -> Iterator[None]:
-        """Count sources one after the other, and yield after each row written."""
-        for source in sources:
+    def all_rows(self, sources: Sequence[Source], left: Left) -> Iterator[None]:
+        """Count sources one after the other, from where a stopped run has left; yield after each row written."""
+        for number, source in enumerate(sources):
+            if number < left.source or (number == left.source and source.kind == "picture"):
+                continue
+            at = left if number == left.source else Left(Smoother(left.smoother.half_life))
             try:
-                yield from self._picture(source) if source.kind == "picture" else self._video(source)
+                if source.kind == "picture":
+                    yield from self._picture(source)
+                else:
+                    yield from self._live(source, at) if source.kind == "live" else self._video(source, at)
             except (PictureError, VideoError, AudioError, DeadlineMissed) as error:
                 _pass_over(source, error)
 
@@ -143,11 +204,12 @@ class _Job:
         begun = time.perf_counter()
         for source, result in zip(sources, results, strict=True):
             if result is not None:
-                self.lines.picture(str(source.path), result)
+                self.lines.picture(source.name, result)
+                self.advance("")
                 yield
         used = 1000 * (time.perf_counter() - begun)
         if used > (1 + TOLERANCE) * budget_ms:
-            _tell(f"warning: it took {used:.0f} ms instead of {budget_ms:g}, the machine was slower than measured")
+            _warn(f"it took {used:.0f} ms instead of {budget_ms:g}, the machine was slower than measured")
 
     def _picture(self, source: Source) -> Iterator[None]:
         try:
@@ -157,15 +219,16 @@ class _Job:
                 raise
             self._unheard(source, error)
             result = self._count(source, None)
-        self.lines.picture(str(source.path), result)
-        if self.drawings is not None:
-            self.drawings.picture(source, read_picture(source.path), result)
+        self.lines.picture(source.name, result)
+        self.drawings.picture(source, result)
+        self.advance("")
         yield
 
     def _count(self, source: Source, sound: Path | None) -> CountResult:
-        how: dict[str, Any] = {"exit": self.exit, "deadline_ms": self.deadline_ms}
+        how = self.how
+        by: dict[str, Any] = {"exit": how.exit, "deadline_ms": how.deadline_ms, "late": how.late}
         try:
-            return self.counter.count(source.path, sound, **how, late=self.late, policy=self.policy)
+            return self.counter.count(source.path, sound, **by, policy=how.policy)
         except DeadlineMissed as error:
             raise DeadlineMissed(f"{source.path}: {error}") from None
 
@@ -185,30 +248,41 @@ class _Job:
 
     def _unheard(self, source: Source, error: AudioError) -> None:
         """Say that a sound which nobody asked for cannot be heard."""
-        _tell(f"warning: {error}; {source.path} is counted without it")
+        _warn(f"{error}; {source.path} is counted without it")
 
-    def _video(self, source: Source) -> Iterator[None]:
-        drawn = None if self.drawings is None else self.drawings.video(source, self.audio or source.path, 1 / self.fps)
-        rows = count_video(
-            self.counter,
-            source.path,
-            fps=self.fps,
-            audio=self.audio,
-            exit=self.exit,
-            deadline_ms=self.deadline_ms,
-            late=self.late,
-            policy=self.policy,
-            warn=lambda line: _tell(f"warning: {line}"),
-            show=None if drawn is None else lambda frame, result: drawn.add(_annotated(frame, result), frame),
-        )
-        if drawn is None:
-            for row in rows:
-                self.lines.frame(row)
+    def _video(self, source: Source, left: Left) -> Iterator[None]:
+        span = replace(self.span, after=left.after)
+        frames = read_frames(source.path, span, audio=self.audio, warn=_warn)
+        for _ in self._frames(source, frames, left, sound=self.audio or source.path):
+            self.advance("")
+            yield
+
+    def _live(self, source: Source, left: Left) -> Iterator[None]:
+        assert source.address is not None
+        frames, rows = LiveFrames(source.address, self.span, _warn), 0
+
+        def interrupt(*_: object) -> None:
+            self.interrupted = True
+            frames.stop()
+
+        with _on_interrupt(interrupt):
+            for _ in self._frames(source, frames, left, sound=None):
+                rows += 1
+                self.advance(f"{frames.dropped} dropped")
                 yield
-            return
-        with drawn:
-            for row in rows:
-                self.lines.frame(row)
+        _tell(f"{source.name}: {rows} frames counted, {frames.dropped} dropped")
+
+    def _frames(self, source: Source, frames: Iterable[Frame], left: Left, *, sound: Path | None) -> Iterator[None]:
+        counted = count_frames(self.counter, frames, source.name, self.how)
+        with ExitStack() as stack:
+            drawn = self.drawings.video(source, sound, 1 / self.span.fps)
+            if drawn is not None:
+                stack.enter_context(drawn)
+            stack.callback(counted.close)
+            for frame, result in islice(counted, left.again, None):
+                self.lines.frame(FrameRow.of(source.name, frame, result, left.smoother))
+                if drawn is not None:
+                    drawn.add(_annotated(frame, result), frame)
                 yield
 
 
@@ -217,43 +291,58 @@ class _Drawings:
     """Where the pictures of what was counted go.
 
     Raises:
-        RunError: if the path does not suit the sources, or the exit makes no map.
+        RunError: if a path does not suit the sources, or there is no map to draw.
     """
 
-    path: Path
+    density: Path | None
+    annotate: Path | None
     sources: Sequence[Source]
     single: bool
     exit: str
+    counter: CrowdCounter
     _taken: set[Path] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        suffix = self.path.suffix.lower()
-        if self.exit not in (FINAL, "auto"):
-            raise RunError(f"--density: the exit {self.exit} makes no map, only the final one does")
-        if not self.single:
-            if suffix in (".png", ".npy", ".mp4"):
-                raise RunError(f"--density {self.path}: for several inputs this has to be a folder")
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise RunError(f"--density {self.path}: cannot be made ({error.strerror})") from None
-            return
-        suffixes = (".png", ".npy") if self.sources[0].kind == "picture" else (".mp4",)
-        if suffix not in suffixes:
-            raise RunError(f"--density {self.path}: of a {self.sources[0].kind} this ends in {' or '.join(suffixes)}")
+        if self.density is not None:
+            if not self.counter.network.exit_module(FINAL).maps:
+                raise RunError(f"--density: {self.counter.model} makes no map, it counts directly")
+            if self.exit not in (FINAL, "auto"):
+                raise RunError(f"--density: the exit {self.exit} makes no map, only the final one does")
+        kinds = {s.kind for s in self.sources}
+        if self.annotate is not None and kinds == {"picture"}:
+            raise RunError(f"--annotate {self.annotate}: this is for videos; of pictures, --density shows the map")
+        for option, path in (("--density", self.density), ("--annotate", self.annotate)):
+            if path is None:
+                continue
+            suffix = path.suffix.lower()
+            if not self.single:
+                if suffix in (".png", ".npy", ".mp4"):
+                    raise RunError(f"{option} {path}: for several inputs this has to be a folder")
+                try:
+                    path.mkdir(parents=True, exist_ok=True)
+                except OSError as error:
+                    raise RunError(f"{option} {path}: cannot be made ({error.strerror})") from None
+                continue
+            kind = self.sources[0].kind
+            suffixes = (".png", ".npy") if kind == "picture" else (".mp4",)
+            if suffix not in suffixes:
+                of = "live source" if kind == "live" else kind
+                raise RunError(f"{option} {path}: of a {of} this ends in {' or '.join(suffixes)}")
 
-    def picture(self, source: Source, picture: NDArray[np.uint8], result: CountResult) -> None:
-        """Write a picture's density."""
+    def picture(self, source: Source, result: CountResult) -> None:
+        """Write a picture's density, if that is wanted."""
+        if self.density is None:
+            return
         density = _density_of(result)
         if density is None:
             _tell(f"warning: {source.path}: no density map, the deadline came before the final exit")
             return
-        target = self._target(source, ".png")
+        target = self._target(self.density, source, ".png")
         data = io.BytesIO()
         if target.suffix.lower() == ".npy":
             np.save(data, density.astype(np.float32))
         else:
-            Image.fromarray(overlay(picture, density)).save(data, "PNG")
+            Image.fromarray(overlay(read_picture(source.path), density)).save(data, "PNG")
         part = target.with_name(target.name + ".part")
         try:
             part.write_bytes(data.getvalue())
@@ -262,16 +351,17 @@ class _Drawings:
             part.unlink(missing_ok=True)
             raise RunError(f"{target}: cannot be written ({error.strerror})") from None
 
-    def video(self, source: Source, sound: Path, usual: float) -> AnnotatedVideo:
-        """A video to draw the counted frames into."""
-        return AnnotatedVideo(self._target(source, ".mp4"), sound, usual)
+    def video(self, source: Source, sound: Path | None, usual: float) -> AnnotatedVideo | None:
+        """A video to draw the counted frames into, if that is wanted."""
+        path = self.annotate or self.density
+        return None if path is None else AnnotatedVideo(self._target(path, source, ".mp4"), sound, usual)
 
-    def _target(self, source: Source, suffix: str) -> Path:
+    def _target(self, path: Path, source: Source, suffix: str) -> Path:
         if self.single:
-            return self.path
-        target, number = self.path / (source.path.stem + suffix), 2
+            return path
+        target, number = path / (source.path.stem + suffix), 2
         while target in self._taken:  # x.jpg and x.png, or of two folders
-            target, number = self.path / f"{source.path.stem}-{number}{suffix}", number + 1
+            target, number = path / f"{source.path.stem}-{number}{suffix}", number + 1
         self._taken.add(target)
         return target
 
@@ -288,18 +378,42 @@ def _annotated(frame: Frame, result: CountResult) -> NDArray[np.uint8]:
 
 
 @contextmanager
-def _bar(sources: Sequence[Source], fps: float, *, shown: bool) -> Iterator[Callable[[], None]]:
-    """A progress bar on the standard error; yields what moves it on by a row."""
+def _on_interrupt(handler: Callable[..., None]) -> Iterator[None]:
+    """Call this at the first Ctrl-C rather than be interrupted; only the main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def once(*arguments: object) -> None:
+        signal.signal(signal.SIGINT, before)
+        handler(*arguments)
+
+    before = signal.signal(signal.SIGINT, once)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _bar(sources: Sequence[Source], span: Span, done: int, *, shown: bool) -> Iterator[Callable[[str], None]]:
+    """A progress bar on the standard error; yields what moves it on by a row, with a word behind it."""
     console = Console(stderr=True)
     if not (shown and console.is_terminal):
-        yield lambda: None
+        yield lambda word: None
         return
-    total = sum(1 if s.kind == "picture" else expected_rows(s.path, fps) for s in sources)
-    columns = (TextColumn("counting"), BarColumn(), TextColumn("{task.completed:.0f}"), TimeElapsedColumn())
+    total = {"picture": lambda s: 1, "video": lambda s: expected_rows(s.path, span), "live": lambda s: 0}
+    rows = sum(total[s.kind](s) for s in sources)
+    columns = (TextColumn("counting"), BarColumn(), TextColumn("{task.completed:.0f} {task.description}"))
+    timing = (TimeElapsedColumn(), TimeRemainingColumn())
     # The rows have their own way to the standard output, which may be a pipe.
-    with Progress(*columns, TimeRemainingColumn(), console=console, redirect_stdout=False, transient=True) as progress:
-        task = progress.add_task("", total=total or None)
-        yield lambda: progress.advance(task)
+    with Progress(*columns, *timing, console=console, redirect_stdout=False, transient=True) as progress:
+        task = progress.add_task("", total=rows or None, completed=done)
+        yield lambda word: progress.update(task, advance=1, description=word)
+
+
+def _warn(line: str) -> None:
+    _tell(f"warning: {line}")
 
 
 def _pass_over(source: Source, error: CrowdExitError) -> None:

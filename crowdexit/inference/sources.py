@@ -1,4 +1,4 @@
-"""What a user names, as pictures and videos: files by their names or contents, folders by what stands in them."""
+"""What a user names, as pictures, videos and live sources: by names or contents, folders by what stands in them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import av
 from PIL import Image
 
 from crowdexit.data.picture import FORMATS, SUFFIXES
 from crowdexit.errors import CrowdExitError
+from crowdexit.inference.video.container import VideoError, open_file
+from crowdexit.inference.video.live import Address, address_of
 
 VIDEO_SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts"),
@@ -20,9 +21,9 @@ VIDEO_SUFFIXES = (
 )
 SOUND_SUFFIX = ".wav"
 # FFmpeg would show a text as a video of its letters, and a picture as a video of one frame.
-_NOT_VIDEO = ("tty", "image2", "_pipe", "gif", "ass", "srt", "webvtt", "hls", "concat", "dash")
+_NOT_VIDEO = ("tty", "image2", "_pipe", "gif", "ass", "srt", "webvtt")
 
-Kind = Literal["picture", "video"]
+Kind = Literal["picture", "video", "live"]
 
 
 class SourceError(CrowdExitError):
@@ -31,19 +32,26 @@ class SourceError(CrowdExitError):
 
 @dataclass(frozen=True)
 class Source:
-    """One picture or video to count.
+    """One picture, video or live source to count.
 
     Attributes:
-        path: of the file.
-        kind: picture or video.
+        path: of the file; of a live source its name.
+        kind: which of the three.
         sound: of a picture ``x.jpg``, the file ``x.wav`` beside it, if there is one.
         named: the user named the file itself, not just its folder.
+        address: of a live source.
     """
 
     path: Path
     kind: Kind
     sound: Path | None = None
     named: bool = True
+    address: Address | None = None
+
+    @property
+    def name(self) -> str:
+        """As it stands in rows."""
+        return str(self.path) if self.address is None else self.address.name
 
 
 def expand(inputs: Sequence[str | Path]) -> list[Source]:
@@ -52,15 +60,24 @@ def expand(inputs: Sequence[str | Path]) -> list[Source]:
     A file is what its suffix says; one without a known suffix is looked into. Of a folder, what stands in it
     is taken, not what stands in its folders; other kinds of files in it and hidden ones are passed over.
 
+    A live source (see :func:`crowdexit.inference.video.live.address_of`) is what the user has named so.
+
     Raises:
-        SourceError: for an input that is missing, neither picture nor video, or a folder without any.
+        SourceError: for an input that is missing, neither picture nor video, or a folder without any; for a live
+            source among others, which would never have their turn.
+        VideoError: for an address of a kind that cannot be read.
     """
     if not inputs:
         raise SourceError("nothing to count: name a picture, a video or a folder")
     sources: list[Source] = []
     for name in inputs:
         path = Path(name)
-        sources += _folder(path) if path.is_dir() else [_named(path)]
+        if (address := address_of(str(name))) is not None:
+            sources.append(Source(Path(address.name), "live", address=address))
+        else:
+            sources += _folder(path) if path.is_dir() else [_named(path)]
+    if len(sources) > 1 and (live := next((s for s in sources if s.kind == "live"), None)):
+        raise SourceError(f"{live.name}: a live source is counted alone, it has no end")
     return sources
 
 
@@ -79,10 +96,10 @@ def kind_of(path: Path) -> Kind | None:
     except Exception:  # whatever a reader makes of a file that is not its own
         pass
     try:
-        with av.open(str(path.absolute())) as container:
+        with open_file(path) as container:
             moving = any(not s.disposition & s.disposition.attached_pic for s in container.streams.video)
             return "video" if moving and not any(n in container.format.name for n in _NOT_VIDEO) else None
-    except (av.FFmpegError, ValueError, OSError):
+    except VideoError:
         return None
 
 

@@ -5,21 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
-from branches import both_kinds
-from tiny import TINY
+from tiny import tiny_counter
 
-from crowdexit import zoo
 from crowdexit.inference.counter import CrowdCounter
-from crowdexit.inference.runtimes.eager import Eager
 
 
 @pytest.fixture(scope="session")
 def counter() -> CrowdCounter:
-    """Random weights on a canvas of 128×64, all exits of both kinds there, eager float32."""
-    torch.manual_seed(3)
-    network = zoo.build(zoo.Spec("audiocsrnet-s", exits=both_kinds(), changes=TINY))
-    return CrowdCounter(network, "tiny", runtime=Eager())
+    return tiny_counter()
 
 
 @pytest.fixture

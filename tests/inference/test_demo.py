@@ -12,7 +12,8 @@ from rich.console import Console
 from crowdexit.data.log_mel import read_audio
 from crowdexit.inference import demo
 from crowdexit.inference.demo import SAMPLES, DemoError, run_demo, true_counts
-from crowdexit.inference.video import read_frames
+from crowdexit.inference.video.decode import Span
+from crowdexit.inference.video.frames import read_frames
 
 
 def test_demo(counter, tmp_path):
@@ -35,7 +36,7 @@ def test_demo(counter, tmp_path):
     assert f"Truth: {np.mean([truth[i] for i in range(0, 80, 4)]):.1f}" in text
     assert str(tmp_path / "out" / "clip-counted.mp4") in text.splitlines()[-1]
 
-    drawn = list(read_frames(tmp_path / "out" / "clip-counted.mp4", fps=2))
+    drawn = list(read_frames(tmp_path / "out" / "clip-counted.mp4", Span(2)))
     assert len(drawn) == 20
     assert drawn[0].picture.shape == (432, 768, 3)
     own, _ = read_audio(SAMPLES / "clip.mp4")

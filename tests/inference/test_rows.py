@@ -20,7 +20,9 @@ from crowdexit.data.picture import PictureError
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.rows import RowError, opened
 from crowdexit.inference.run import RunError, count_inputs
-from crowdexit.inference.video import VideoError, read_frames
+from crowdexit.inference.video.container import VideoError
+from crowdexit.inference.video.decode import Span
+from crowdexit.inference.video.frames import read_frames
 
 
 @pytest.fixture
@@ -65,7 +67,9 @@ def test_json_of_a_picture(counter, street, capsys):
 def test_json_of_mixed_inputs(counter, street, film, capsys):
     assert count_inputs(counter, [film, street], format="json", fps=2) == 5
     *frames, picture = json_lines(capsys.readouterr().out)
-    assert [list(f) for f in frames] == [["source", "frame", "time_s", "count", "chosen_exit", "latency_ms"]] * 4
+    assert [list(f) for f in frames] == [
+        ["source", "frame", "time_s", "count", "smoothed", "chosen_exit", "latency_ms"]
+    ] * 4
     assert [(f["source"], f["frame"], f["time_s"]) for f in frames] == [
         (str(film), 0, 0.0),
         (str(film), 5, 0.5),
@@ -81,7 +85,9 @@ def test_csv(counter, street, film, tmp_path):
     assert count_inputs(counter, [street, film], format="csv", out=out) == 3
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [list(r) for r in rows] == [["source", "frame", "time_s", "count", "chosen_exit", "latency_ms"]] * 3
+    assert [list(r) for r in rows] == [
+        ["source", "frame", "time_s", "count", "smoothed", "chosen_exit", "latency_ms"]
+    ] * 3
     assert [(r["frame"], r["time_s"]) for r in rows] == [("", ""), ("0", "0.0"), ("10", "1.0")]
     assert float(rows[0]["count"]) == pytest.approx(counter.count(street).count, abs=0.006)
 
@@ -103,7 +109,7 @@ def test_table_of_one_picture(counter, street, capsys):
 def test_table_of_several(counter, street, film, capsys):
     count_inputs(counter, [street, film])
     header, *rows = capsys.readouterr().out.splitlines()
-    assert header.split() == ["source", "frame", "time", "s", "count", "exit", "ms"]
+    assert header.split() == ["source", "frame", "time", "s", "count", "smoothed", "exit", "ms"]
     assert len(rows) == 3
     assert len({len(line) for line in (header, *rows)}) == 1
     assert rows[2].split()[:3] == [str(film), "10", "1.00"]
@@ -264,7 +270,7 @@ def test_density_of_a_picture(counter, street, tmp_path):
 
 def test_density_of_a_video(counter, film, tmp_path):
     count_inputs(counter, [film], density=tmp_path / "counted.mp4", out=tmp_path / "o", fps=5)
-    frames = list(read_frames(tmp_path / "counted.mp4", fps=100))
+    frames = list(read_frames(tmp_path / "counted.mp4", Span(100)))
     assert [f.time_s for f in frames] == pytest.approx([i / 5 for i in range(10)], abs=0.002)
     assert frames[0].sound is not None
 

@@ -11,15 +11,16 @@ import pytest
 from videos import grey, index_of, make_video, tone
 
 from crowdexit.data.log_mel import AudioError, read_audio
-from crowdexit.inference.video import (
-    AnnotatedVideo,
-    SoundTrack,
-    VideoError,
-    VideoWriteError,
-    count_video,
-    expected_rows,
-    read_frames,
-)
+from crowdexit.inference.anytime import DeadlineMissed
+from crowdexit.inference.counter import CounterError
+from crowdexit.inference.policies import Confident, DeepestThatFits
+from crowdexit.inference.video.annotate import AnnotatedVideo, VideoWriteError
+from crowdexit.inference.video.container import VideoError
+from crowdexit.inference.video.decode import Span
+from crowdexit.inference.video.frames import expected_rows, read_frames
+from crowdexit.inference.video.pipeline import How, count_frames
+from crowdexit.inference.video.sound import SoundTrack
+from crowdexit.intervals import Intervals
 
 TENTHS = [i / 10 for i in range(30)]
 
@@ -28,8 +29,12 @@ def refuse(line: str) -> None:
     raise AssertionError(f"unexpected warning: {line}")
 
 
-def frames(path: Path, **options):
-    return list(read_frames(path, **{"warn": refuse, **options}))
+def frames(path: Path, *, audio: Path | None = None, warn=refuse, **span):
+    return list(read_frames(path, Span(**span), audio=audio, warn=warn))
+
+
+def counted(counter, path: Path, *, warn=refuse, fps: float = 1.0, **options):
+    return list(count_frames(counter, read_frames(path, Span(fps), warn=warn), str(path), How(**options)))
 
 
 def loudness(frame) -> float:
@@ -39,7 +44,7 @@ def loudness(frame) -> float:
 @pytest.mark.parametrize(
     ("fps", "expected"),
     [
-        (None, [0, 10, 20]),
+        (1.0, [0, 10, 20]),
         (2.0, list(range(0, 30, 5))),
         (3.0, [0, 4, 7, 10, 14, 17, 20, 24, 27]),
         (0.5, [0, 20]),
@@ -143,8 +148,8 @@ def test_sound_from_another_file(tmp_path):
 def test_neither_pictures_nor_sound_pile_up(tmp_path):
     path = make_video(tmp_path / "v.mp4", [i / 10 for i in range(200)], sound=tone(20))
     made, alive, most_samples = [], 0, 0
-    for frame in read_frames(path, fps=10, warn=refuse):
-        made.append(weakref.ref(frame.picture))
+    for frame in read_frames(path, Span(10), warn=refuse):
+        made.append(weakref.ref(frame))
         del frame
         alive = max(alive, sum(ref() is not None for ref in made))
     assert len(made) == 200
@@ -152,47 +157,74 @@ def test_neither_pictures_nor_sound_pile_up(tmp_path):
     track = SoundTrack(path, 0.0, refuse)
     for tenth in range(200):
         track.second_around(tenth / 10)
-        most_samples = max(most_samples, sum(len(samples) for _, samples in track._held))
+        most_samples = max(most_samples, sum(len(samples) for _, samples in track._window._held))
     assert most_samples < 1.3 * 16_000
     # Also when a long stretch is passed over at once.
     track = SoundTrack(path, 0.0, refuse)
     assert track.second_around(19.0) is not None
-    assert sum(len(samples) for _, samples in track._held) < 1.3 * 16_000
+    assert sum(len(samples) for _, samples in track._window._held) < 1.3 * 16_000
 
 
-def test_rows_hold_what_the_counter_says_of_each_frame_alone(tmp_path, counter):
+@pytest.mark.parametrize("batch", [1, 4, 6])
+def test_a_frame_counts_what_it_counts_alone(tmp_path, counter, batch):
     path = make_video(tmp_path / "v.mp4", TENTHS, sound=tone(3, begin=1))
-    rows = list(count_video(counter, path, fps=2, warn=refuse))
-    assert [r.frame for r in rows] == [0, 5, 10, 15, 20, 25]
-    got = frames(path, fps=2)
-    alone = [counter.count(f.picture, f.sound).count for f in got]
-    assert [r.count for r in rows] == pytest.approx(alone, rel=1e-5)
+    got = counted(counter, path, fps=2, batch=batch)
+    assert [f.index for f, _ in got] == [0, 5, 10, 15, 20, 25]
+    alone = [counter.count(f.picture, f.sound).count for f in frames(path, fps=2)]
+    assert [r.count for _, r in got] == pytest.approx(alone, rel=1e-5)
     assert len(set(alone)) == 6
-    assert {r.chosen_exit for r in rows} == {"final"}
-    assert rows[1].to_dict() == {
-        "source": str(path),
-        "frame": 5,
-        "time_s": 0.5,
-        "count": round(rows[1].count, 2),
-        "chosen_exit": "final",
-        "latency_ms": round(rows[1].latency_ms, 2),
-    }
-    # In a batch, too.
-    batch = counter.count_many([(f.picture, f.sound) for f in got])
-    assert [result.count for result in batch] == pytest.approx(alone, rel=1e-4)
+    assert {r.chosen.exit for _, r in got} == {"final"}
+    together = counter.count_many([(f.picture, f.sound) for f, _ in got])
+    assert [result.count for result in together] == pytest.approx(alone, rel=1e-4)
+    density = got[3][1].chosen.density
+    assert density is not None
+    assert density.sum() == pytest.approx(alone[3], rel=1e-4)
+
+
+def test_large_pictures_are_scaled_on_the_way(tmp_path, counter):
+    """What the network looks at is smaller; only pictures that are cut into tiles are needed as they are."""
+    assert counter.size == (128, 64)
+    for size, looked_at in {(256, 96): (128, 48), (96, 64): (96, 64), (640, 64): None}.items():
+        assert counter.size_for(*size) == looked_at
+        path = make_video(tmp_path / f"{size[0]}.mkv", [0, 0.5], size=size, left_dark=True, codec="ffv1")
+        (first, result), _ = counted(counter, path, fps=2)
+        assert first.size == size
+        assert result.count == pytest.approx(counter.count(first.picture).count, rel=0.02)
 
 
 def test_the_sound_reaches_the_count(tmp_path, counter):
     path = make_video(tmp_path / "v.mp4", [0, 0.5, 1.0], sound=tone(2))
     mute = make_video(tmp_path / "mute.mp4", [0, 0.5, 1.0])
-    heard, unheard = (list(count_video(counter, p, warn=refuse)) for p in (path, mute))
-    assert [r.count for r in heard] != pytest.approx([r.count for r in unheard], rel=1e-6)
+    heard, unheard = ([r.count for _, r in counted(counter, p)] for p in (path, mute))
+    assert heard != pytest.approx(unheard, rel=1e-6)
 
 
 def test_exit_and_deadline(tmp_path, counter):
     path = make_video(tmp_path / "v.mp4", TENTHS)
-    assert {r.chosen_exit for r in count_video(counter, path, exit="AV1")} == {"AV1"}
-    assert {r.chosen_exit for r in count_video(counter, path, deadline_ms=1e-3)} == {"V1"}
+    assert {r.chosen.exit for _, r in counted(counter, path, exit="AV1")} == {"AV1"}
+    assert {r.chosen.exit for _, r in counted(counter, path, deadline_ms=1e-3)} == {"V1"}
+    assert {r.in_time for _, r in counted(counter, path, deadline_ms=1e5)} == {True}
+    with pytest.raises(DeadlineMissed, match=r"v\.mp4 at 0\.0 s: no exit answered within 0\.001 ms"):
+        counted(counter, path, deadline_ms=1e-3, late="fail")
+    with pytest.raises(CounterError, match="only a deadline can tell"):
+        counted(counter, path, policy=DeepestThatFits())
+
+
+def test_a_frame_leaves_when_its_count_is_sure(tmp_path, counter, monkeypatch):
+    """As it does alone, whoever else is in its batch."""
+    path = make_video(tmp_path / "v.mp4", TENTHS, sound=tone(3, begin=1))
+    with pytest.raises(CounterError, match="no intervals"):
+        counted(counter, path, policy=Confident(share=0.5))
+    widths = {"V1": 0.9, "AV1": 0.9, "AV2": 0.3, "final": 0.1}
+    monkeypatch.setattr(counter, "intervals", Intervals(0.9, widths, widths))
+    alone = [counter.count(f.picture, f.sound).exits for f in frames(path, fps=5)]
+    halves = sorted((r.interval[1] - r.count) for exits in alone for r in exits if r.exit == "V1")
+    policy = Confident(doubt=float(np.mean(halves[6:8])))  # half of them leave at once
+    together = counted(counter, path, fps=5, policy=policy, batch=4)
+    expected = [counter.count(f.picture, f.sound, policy=policy) for f in frames(path, fps=5)]
+    assert [r.chosen.exit for _, r in together] == [r.chosen.exit for r in expected]
+    assert [r.count for _, r in together] == pytest.approx([r.count for r in expected], rel=1e-5)
+    assert len({r.chosen.exit for r in expected}) > 1
 
 
 @pytest.mark.parametrize("name", ["v.mp4", "v.mkv"])
@@ -214,7 +246,7 @@ def test_cut_short(tmp_path, name, counter):
     cut = tmp_path / ("cut" + whole.suffix)
     cut.write_bytes(data[: int(0.6 * len(data))])
     lines: list[str] = []
-    rows = list(count_video(counter, cut, warn=lines.append))
+    rows = counted(counter, cut, warn=lines.append)
     assert 1 < len(rows) < 4
     assert len(lines) == 1
     assert str(cut) in lines[0]
@@ -227,17 +259,30 @@ def test_damaged_in_the_middle(tmp_path, counter, capfd):
     data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
     path.write_bytes(bytes(data))
     lines: list[str] = []
-    rows = list(count_video(counter, path, warn=lines.append))
-    assert [r.frame for r in rows] in ([0, 10], [0, 10, 20])  # the damage begins about frame 20
+    rows = counted(counter, path, warn=lines.append)
+    assert [f.index for f, _ in rows] in ([0, 10], [0, 10, 20])  # the damage begins about frame 20
     assert len(lines) == 1
     assert capfd.readouterr() == ("", "")
+
+
+def test_packets_that_are_missing_are_told(tmp_path):
+    """A format that finds its way behind them does not say so itself."""
+    path = make_video(tmp_path / "v.ts", [i / 10 for i in range(100)], key_every=5)
+    data = path.read_bytes()
+    begin, end = (round(share * len(data) / 188) * 188 for share in (0.4, 0.8))
+    path.write_bytes(data[:begin] + data[end:])
+    lines: list[str] = []
+    got = frames(path, warn=lines.append)
+    assert len(got) < 9
+    assert len(lines) == 1
+    assert "damaged or without pictures from" in lines[0]
 
 
 def test_by_default_damage_is_a_warning(tmp_path, counter):
     path = make_video(tmp_path / "v.mkv", [i / 10 for i in range(40)], codec="mpeg4", key_every=1)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.warns(UserWarning, match="v.mkv"):
-        list(count_video(counter, path))
+        list(read_frames(path))
 
 
 def test_sound_that_is_damaged_is_not_heard_further(tmp_path):
@@ -294,7 +339,7 @@ def test_impossible_rates(tmp_path, fps):
 def test_too_small_is_said_with_the_name(tmp_path, counter):
     path = make_video(tmp_path / "v.mp4", [0, 0.1], size=(16, 16))
     with pytest.raises(VideoError, match=r"v\.mp4.*too small"):
-        list(count_video(counter, path))
+        counted(counter, path)
 
 
 def test_names_with_colons_are_no_addresses(tmp_path, monkeypatch):
@@ -306,8 +351,8 @@ def test_names_with_colons_are_no_addresses(tmp_path, monkeypatch):
 def test_expected_rows(tmp_path):
     path = make_video(tmp_path / "v.mp4", TENTHS)
     assert expected_rows(path) == 3
-    assert expected_rows(path, 2) == 6
-    assert expected_rows(path, 100) == 30
+    assert expected_rows(path, Span(2)) == 6
+    assert expected_rows(path, Span(100)) == 30
 
 
 def test_annotated_video(tmp_path):

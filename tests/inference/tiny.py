@@ -1,5 +1,14 @@
 """A network small enough for tests, with a density that is not lost in rounding."""
 
+from __future__ import annotations
+
+import torch
+from branches import both_kinds
+
+from crowdexit import zoo
+from crowdexit.inference.counter import CrowdCounter
+from crowdexit.inference.runtimes.eager import Eager
+
 TINY = {
     "width": 0.0625,
     "audio_width": 0.0625,
@@ -10,3 +19,10 @@ TINY = {
     "filters": 2,
     "density_scale": 0.1,
 }
+
+
+def tiny_counter() -> CrowdCounter:
+    """Random weights on a canvas of 128×64, all exits of both kinds there, eager float32."""
+    torch.manual_seed(3)
+    network = zoo.build(zoo.Spec("audiocsrnet-s", exits=both_kinds(), changes=TINY))
+    return CrowdCounter(network, "tiny", runtime=Eager())

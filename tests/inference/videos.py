@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 
 import av
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -68,3 +70,42 @@ def tone(seconds: float, *, begin: float = 0.0, end: float | None = None, rate: 
     time = np.arange(round(seconds * rate)) / rate
     on = (time >= begin) & (time < (seconds if end is None else end))
     return (0.5 * np.sin(2 * np.pi * 440 * time) * on).astype(np.float32)
+
+
+def moving(index: int, size: tuple[int, int] = (96, 64)) -> NDArray[np.uint8]:
+    """A picture of soft shapes that move by a pixel from one index to the next."""
+    at = index % 200
+    return np.ascontiguousarray(_shapes(size)[at : at + size[1], at : at + size[0]])
+
+
+@cache
+def _shapes(size: tuple[int, int]) -> NDArray[np.uint8]:
+    ground = np.random.default_rng(0).integers(0, 255, (size[1] // 8 + 40, size[0] // 8 + 40, 3), np.uint8)
+    return np.asarray(cv2.resize(ground, None, fx=8, fy=8, interpolation=cv2.INTER_CUBIC), np.uint8)
+
+
+def write_moving(
+    path: Path | str,
+    frames: int,
+    *,
+    codec: str = "libx264",
+    options: dict[str, str] | None = None,
+    pixels: str = "yuv420p",
+    key_every: int = 25,
+    size: tuple[int, int] = (96, 64),
+    rate: int = 25,
+    format: str | None = None,
+    container_options: dict[str, str] | None = None,
+) -> None:
+    """Write a video of :func:`moving` pictures, with three pictures between two others where the codec has them."""
+    with av.open(str(path), "w", format=format, options=container_options or {}) as container:
+        video = container.add_stream(codec, rate=rate, options=options or {})
+        video.width, video.height, video.pix_fmt = *size, pixels
+        video.codec_context.gop_size = key_every
+        if codec in ("libx264", "mpeg4", "mpeg2video"):
+            video.codec_context.max_b_frames = 3
+        for index in range(frames):
+            frame = av.VideoFrame.from_ndarray(moving(index, size), format="rgb24")
+            frame.pts, frame.time_base = index, Fraction(1, rate)
+            container.mux(video.encode(frame))
+        container.mux(video.encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -38,6 +39,13 @@ class ReadyChain(ABC):
         Raises:
             RuntimeUnavailable: if this runtime cannot run it.
         """
+
+    def fingerprint(self) -> str:
+        """A hash of the numbers that it computes with: the same of the same weights, whatever runs them."""
+        weights = hashlib.blake2b(digest_size=16)
+        for name, value in sorted(self.network.state_dict().items()):
+            weights.update(name.encode() + bytes(value.detach().cpu().reshape(-1).view(torch.uint8).numpy()))
+        return weights.hexdigest()
 
     @abstractmethod
     def begin(self, features: Features) -> Any:

@@ -75,8 +75,8 @@ def take_apart(network: MultiExitNetwork) -> dict[str, Piece]:
 
 
 def record_of(features: Features) -> Record:
-    """A batch before the first stage as arrays; they share its memory."""
-    return {name: tensor.numpy() for name, tensor in _tensors(features).items()}
+    """A batch before the first stage as arrays; where these lie in order, they share its memory."""
+    return {name: tensor.contiguous().numpy() for name, tensor in _tensors(features).items()}
 
 
 def chain_of(network: MultiExitNetwork, pieces: Mapping[str, Piece], engine: Engine) -> ArrayChain:

@@ -1,0 +1,40 @@
+"""A count that does not jump from frame to frame."""
+
+from __future__ import annotations
+
+import math
+
+from crowdexit.errors import CrowdExitError
+
+HALF_LIFE_S = 2.0
+
+
+class SmoothError(CrowdExitError):
+    """A half-life that is none."""
+
+
+class Smoother:
+    """The mean of all counts so far, each weighing half as much for every half-life that has passed since.
+
+    It looks back only, holds for any spacing of the frames, and begins at the first count.
+
+    Args:
+        half_life: in seconds; 0: each count stands for itself.
+
+    Raises:
+        SmoothError: for a half-life that is none.
+    """
+
+    def __init__(self, half_life: float = HALF_LIFE_S) -> None:
+        if not (math.isfinite(half_life) and half_life >= 0):
+            raise SmoothError(f"counts cannot be smoothed with a half-life of {half_life:g} s")
+        self.half_life = half_life
+        self._time = self._sum = self._weight = 0.0
+
+    def add(self, time_s: float, count: float) -> float:
+        """The mean with this count, which is of a time no earlier than the one before."""
+        kept = 0.5 ** (max(0.0, time_s - self._time) / self.half_life) if self.half_life else 0.0
+        self._time = time_s
+        self._sum = kept * self._sum + count
+        self._weight = kept * self._weight + 1.0
+        return self._sum / self._weight

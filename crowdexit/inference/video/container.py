@@ -1,0 +1,79 @@
+"""Files opened with FFmpeg: nothing but the file itself, and only what is a video or a sound."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import av
+from av.stream import Discard
+
+from crowdexit.errors import CrowdExitError
+
+# Whatever FFmpeg may throw at a damaged file; PyAV adds two of Python's own.
+FAULTS = (av.FFmpegError, ValueError, IndexError)
+# These name other files and addresses, which nobody has asked to open.
+_PLAYLISTS = {"hls", "concat", "dash", "webm_dash_manifest", "sdp", "imf"}
+
+
+class VideoError(CrowdExitError):
+    """A video that cannot be read."""
+
+
+def open_file(path: Path, kind: type[CrowdExitError] = VideoError, what: str = "video") -> Any:
+    """An opened container.
+
+    Raises:
+        CrowdExitError: of that kind, if there is none.
+    """
+    if not path.is_file():
+        raise kind(f"{path}: no such {what} file")
+    try:
+        # A relative name with a colon would be taken for an address.
+        container = av.open(
+            str(path.absolute()), metadata_errors="replace", container_options={"protocol_whitelist": "file"}
+        )
+    except (*FAULTS, OSError):
+        raise kind(f"{path}: not a readable {what} file (damaged or cut short)") from None
+    if _PLAYLISTS & set(container.format.name.split(",")):
+        container.close()
+        raise kind(f"{path}: a list of other files, not a {what}")
+    return container
+
+
+def pictures_of(container: Any, name: str) -> Any:
+    """The stream of moving pictures, the only one that is read; a cover on a sound file is none.
+
+    Raises:
+        VideoError: if there is none.
+    """
+    for stream in container.streams.video:
+        if not stream.disposition & stream.disposition.attached_pic and stream.codec_context is not None:
+            stream.codec_context.thread_type = "AUTO"
+            return stream
+    raise VideoError(f"{name}: no moving picture in it")
+
+
+def read_only(container: Any, *streams: Any) -> None:
+    """Have all other streams passed over where they stand: they need not even be read."""
+    for stream in container.streams:
+        if stream not in streams:
+            stream.discard = Discard.all
+
+
+def stated_length(container: Any, stream: Any) -> float:
+    """Seconds that the container says the pictures last; 0 where it does not say."""
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    hours, *rest = stream.metadata.get("DURATION", "").split(":")  # Matroska: 00:01:30.500000000
+    with suppress(ValueError):
+        return int(hours) * 3600 + int(rest[0]) * 60 + float(rest[1]) if len(rest) == 2 else float(hours)
+    if container.duration and not container.streams.audio:  # else it may be the sound's
+        return float(container.duration / av.time_base)
+    return 0.0
+
+
+def usual_step(stream: Any) -> float:
+    """Seconds from one picture to the next as a rule."""
+    return 1 / float(stream.average_rate or stream.guessed_rate or 25)

@@ -1,0 +1,156 @@
+"""A video's frames, each with the second of sound around it, one at a time."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crowdexit.data.log_mel import AudioError
+from crowdexit.errors import CrowdExitError
+from crowdexit.inference.video.container import VideoError, open_file, pictures_of, stated_length
+from crowdexit.inference.video.decode import DuePictures, Span
+from crowdexit.inference.video.sound import Second, SoundTrack, Warn
+
+_MOST_GAPS_TOLD = 5
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A picture of a video, and its sound.
+
+    Attributes:
+        index: among all pictures of the video in the order of time, from 0.
+        time_s: seconds since the video's first picture.
+        image: as FFmpeg decoded it.
+        sound: mono samples from half a second before the frame to half a second after it, zeros where there
+            are none, and their rate in Hz; None where too little is heard.
+        sound_begins_s: the video's first picture on the clock of the file that the sound is in; None: the
+            sound is from another file, which begins with the first picture.
+    """
+
+    index: int
+    time_s: float
+    image: Any
+    sound: Second | None
+    sound_begins_s: float | None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height), upright."""
+        width, height = self.image.width, self.image.height
+        return (height, width) if self._quarter_turns % 2 else (width, height)
+
+    @property
+    def picture(self) -> NDArray[np.uint8]:
+        """H×W×3 uint8, RGB, upright; made anew at every call."""
+        return self.scaled(self.size)
+
+    def scaled(self, size: tuple[int, int]) -> NDArray[np.uint8]:
+        """The picture, scaled to (width, height): H×W×3 uint8, RGB, upright."""
+        turns = self._quarter_turns
+        width, height = reversed(size) if turns % 2 else size
+        rgb = self.image.reformat(width, height, "rgb24", interpolation="AREA").to_ndarray()
+        return np.ascontiguousarray(np.rot90(rgb, turns))
+
+    @property
+    def _quarter_turns(self) -> int:
+        return round(self.image.rotation / 90) % 4  # anticlockwise, as the display matrix asks
+
+
+def read_frames(
+    path: Path, span: Span | None = None, *, audio: Path | None = None, warn: Warn = warnings.warn
+) -> Iterator[Frame]:
+    """Yield a video's frames with their sound, one at a time, in memory that does not depend on its length.
+
+    Args:
+        span: which frames; default: one a second. A frame is the same whatever else is taken. All before the first
+            is read, though hardly any of it decoded.
+        audio: a file whose sound stands in for the video's own, beginning with the first picture.
+        warn: is called with one line when the video or its sound is damaged or cut short.
+
+    A video without sound is not heard, nor are frames beyond the end of its sound.
+
+    Raises:
+        VideoError: if it cannot be read at all, or has no frames.
+        AudioError: if ``audio`` cannot be read.
+    """
+    span = span or Span()
+    with ExitStack() as stack:
+        pictures = DuePictures(path, span)
+        stack.callback(pictures.close)
+        sound: SoundTrack | None = None
+        begun = False
+        for index, time, image in pictures:
+            pictures.checked(image.width, image.height)
+            if not begun:
+                begun, sound = True, _sound_track(path, audio, pictures.origin, warn)
+                if sound is not None:
+                    stack.callback(sound.close)
+            second = None if sound is None else sound.second_around(time)
+            yield Frame(index, time, image, second, None if audio is not None else pictures.origin)
+        if pictures.length == 0:
+            raise VideoError(f"{path}: no frames in it, or none that can be read")
+        _tell(pictures, span, warn)
+
+
+def _tell(video: DuePictures, span: Span, warn: Warn) -> None:
+    """What of the video was not there to be counted."""
+    stated, length = stated_length(video.container, video.stream), video.length
+    gaps = [(a, b) for a, b in video.gaps if b is not None]
+    rest = next((a for a, b in video.gaps if b is None), length)
+    if gaps:
+        told = ", ".join(f"{a:.1f} to {b:.1f} s" for a, b in gaps[:_MOST_GAPS_TOLD])
+        more = f" and {len(gaps) - _MOST_GAPS_TOLD} more" if len(gaps) > _MOST_GAPS_TOLD else ""
+        warn(f"{video.path}: damaged or without pictures from {told}{more}; nothing is counted there")
+    if rest < length or (rest < span.end and rest < stated - 0.5 - video.usual):
+        how = "damaged" if rest < length else "cut short"
+        warn(f"{video.path}: {how} after {rest:.1f} s of {max(stated, length):.1f} s; what comes before is counted")
+
+
+def expected_rows(path: Path, span: Span | None = None) -> int:
+    """How many frames there will be to count as far as a video says; 0 where it does not or cannot be read."""
+    span = span or Span()
+    try:
+        with open_file(path) as container:
+            stream = pictures_of(container, str(path))
+            rate = float(stream.average_rate or stream.guessed_rate or span.fps)
+            seconds = min(stated_length(container, stream), span.end) - span.start
+            return max(0, math.ceil(seconds * min(span.fps, rate)))
+    except CrowdExitError:
+        return 0
+
+
+def parse_time(text: str) -> float:
+    """Seconds of ``90``, ``1:30``, ``0:01:30.5``.
+
+    Raises:
+        VideoError: if it is no time.
+    """
+    if not re.fullmatch(r"(\d+:){0,2}\d+(\.\d*)?", text):
+        raise VideoError(f"{text!r} is no time (write seconds, mm:ss or hh:mm:ss)")
+    seconds = 0.0
+    for part in text.split(":"):
+        seconds = 60 * seconds + float(part)
+    return seconds
+
+
+def _sound_track(path: Path, audio: Path | None, origin: float, warn: Warn) -> SoundTrack | None:
+    if audio is not None:
+        return SoundTrack(audio, None, warn)
+    with open_file(path) as container:
+        if not container.streams.audio:
+            return None
+    try:
+        return SoundTrack(path, origin, warn)
+    except AudioError as error:
+        warn(f"{error}; the video is counted without it")
+        return None

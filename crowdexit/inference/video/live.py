@@ -1,0 +1,309 @@
+"""Frames of a camera, a stream or a pipe as they come: what cannot be counted in time is dropped, never delayed."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import av
+from av.format import Flags
+
+from crowdexit.inference.video.container import FAULTS, VideoError, pictures_of, read_only
+from crowdexit.inference.video.decode import Due, Span
+from crowdexit.inference.video.frames import Frame
+from crowdexit.inference.video.sound import Places, SoundWindow, Warn
+
+# What an address may lead to: never to a file, nor from one network to another kind.
+_RTSP, _HTTP = "rtsp,rtsps,rtp,srtp,udp,tcp,tls", "http,https,httpproxy,tcp,tls,crypto"
+_PROTOCOLS = {"rtsp": _RTSP, "rtsps": _RTSP, "http": _HTTP, "https": _HTTP}
+_TIMEOUT_S = 10.0  # without a packet, until a source counts as gone
+_WAITS_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # between one try to open a source again and the next
+_LOOK_MICROSECONDS = 1_000_000  # of the source, to find out what it is
+_SOUND_S = 0.5  # that a frame waits for, and no longer than
+_PATIENCE_S = 0.1  # more
+_BEHIND_S = 1.0  # by which decoding may fall behind the source before it leaves pictures out
+_DRIFT = 1e-3  # by which the source's clock may be slower than ours
+_SOUND_KEPT_S = 3.0
+_MOST_EARLY = 200  # blocks, some milliseconds each
+_MOST_BYTES = 2**28  # of pictures that wait for their sound
+
+
+@dataclass(frozen=True)
+class Address:
+    """How a live source is opened.
+
+    Attributes:
+        name: as it is told and written down, without a password.
+        url: for FFmpeg. format: of a device, its kind. protocols: what FFmpeg may open for it.
+        lasting: a source that ought to be there again after it has stopped; a pipe that has ended has ended.
+    """
+
+    name: str
+    url: str
+    protocols: str
+    format: str | None = None
+    lasting: bool = True
+
+
+def address_of(text: str) -> Address | None:
+    """The live source of that name: ``-``, ``camera:0``, ``rtsp://…``, ``http://…``, a named pipe; None: none.
+
+    Raises:
+        VideoError: for an address of a kind that cannot be read.
+    """
+    if text == "-":
+        return Address("-", "pipe:0", "pipe", lasting=False)
+    if match := re.fullmatch(r"(?:camera:|/dev/video)(\d+)", text):
+        return Address(text, f"/dev/video{match[1]}", "file", format="video4linux2")
+    if match := re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", text):
+        if match[1].lower() not in _PROTOCOLS:
+            raise VideoError(f"{text}: an address begins with one of {', '.join(f'{p}://' for p in _PROTOCOLS)}")
+        name = re.sub(r"(?<=://)[^/@]*@", "", text)
+        return Address(name, text, _PROTOCOLS[match[1].lower()])
+    if Path(text).is_fifo():
+        return Address(text, str(Path(text).absolute()), "file", lasting=False)
+    return None
+
+
+class LiveFrames:
+    """Iterates over a live source's frames, the newest at each time; reading goes on in a thread of its own.
+
+    A frame waits half a second for the sound behind it. One that comes before the last was asked for replaces it. A
+    pipe, or a file behind an address, that gives its pictures sooner than they were taken is made to wait instead. A
+    source that stops is opened again, after longer and longer pauses.
+
+    Args:
+        span: which frames; ``end`` by the source's clock or ours, whatever comes first.
+        warn: is called with one line when the source stops and when it comes back.
+
+    Attributes:
+        dropped: frames that were due and have not been given.
+
+    Raises:
+        VideoError: if it cannot be opened at first, or nothing can be read of it.
+    """
+
+    def __init__(self, address: Address, span: Span, warn: Warn) -> None:
+        self.address, self.dropped = address, 0
+        self._span, self._due, self._warn = span, Due(span), warn
+        self._changed = threading.Condition()
+        self._newest: Frame | None = None
+        self._stopped, self._ended = threading.Event(), False
+        self._fault: BaseException | None = None
+        self._begun: float | None = None  # the first frame, on our clock
+        self._index, self._time = -1, 0.0  # of the last picture read
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __iter__(self) -> Iterator[Frame]:
+        self._thread.start()
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._newest is not None or self._ended or self._stopped.is_set())
+                frame, self._newest = self._newest, None
+                self._changed.notify_all()
+            if frame is None or self._stopped.is_set():
+                break
+            yield frame
+        if self._fault is not None:
+            raise self._fault
+
+    def stop(self) -> None:
+        """End; from any thread. What waits for a source that gives nothing is left to itself."""
+        with self._changed:
+            self._stopped.set()
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        try:
+            self._follow()
+        except BaseException as error:
+            self._fault = error
+        finally:
+            with self._changed:
+                self._ended = True
+                self._changed.notify_all()
+
+    def _follow(self) -> None:
+        tries, gone = 0, False
+        while not self._over():
+            before, lasting = self._index, self.address.lasting
+            try:
+                with self._open() as container:
+                    lasting = lasting and not container.size > 0  # what has a size is a file
+                    _Session(self, container, paced=lasting).read()
+            except VideoError:
+                if self._begun is None:
+                    raise
+            if self._begun is None:
+                hint = "" if self.address.lasting else " (an MP4 can only be piped with its index in front)"
+                raise VideoError(f"{self.address.name}: no picture can be read of it{hint}")
+            if not lasting or self._over():
+                return
+            if self._index > before or not gone:
+                tries, gone = 0, True
+                self._warn(f"{self.address.name}: stopped after {self._time:.1f} s; trying again")
+            wait = _WAITS_S[min(tries, len(_WAITS_S) - 1)]
+            tries += 1
+            self._stopped.wait(max(0.0, min(wait, self._span.end - self._elapsed())))
+
+    def _open(self) -> Any:
+        options = {"protocol_whitelist": self.address.protocols, "analyzeduration": str(_LOOK_MICROSECONDS)}
+        if self.address.url.startswith("rtsp"):
+            options["rtsp_flags"] = "prefer_tcp"
+        try:
+            return av.open(
+                self.address.url,
+                format=self.address.format,
+                container_options=options,
+                metadata_errors="replace",
+                timeout=_TIMEOUT_S,
+            )
+        except (*FAULTS, OSError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise VideoError(f"{self.address.name}: cannot be opened ({reason})") from None
+
+    def _elapsed(self) -> float:
+        """Seconds since the first frame, on our clock."""
+        return 0.0 if self._begun is None else monotonic() - self._begun
+
+    def _over(self) -> bool:
+        return self._stopped.is_set() or max(self._time, self._elapsed()) >= self._span.end
+
+    def _picture(self, stamp: float | None, offset: float, skipped: int) -> tuple[int, float]:
+        """The index and time of the next picture, behind some skipped; without a stamp, it is of now."""
+        self._index += 1 + skipped
+        self._time = max(self._time, self._elapsed() if stamp is None else stamp + offset)
+        return self._index, self._time
+
+    def _hand(self, frame: Frame, *, paced: bool) -> None:
+        """Give a frame to whoever asks next, in place of one that nobody has asked for."""
+        with self._changed:
+            early = frame.time_s - self._elapsed()
+            if not paced and early > 0:
+                self._changed.wait_for(lambda: self._newest is None or self._stopped.is_set(), early)
+            self.dropped += self._newest is not None
+            self._newest = frame
+            self._changed.notify_all()
+
+
+class _Session:
+    """A live source from when it is opened to when it stops.
+
+    Args:
+        paced: it gives its pictures at the time that they show, and does not wait.
+    """
+
+    def __init__(self, live: LiveFrames, container: Any, *, paced: bool) -> None:
+        self.live, self.container, self.paced = live, container, paced
+        self.video = pictures_of(container, live.address.name)
+        self.audio = next((s for s in container.streams.audio if s.codec_context is not None and s.rate), None)
+        read_only(container, *self._streams())
+        self.timed = not container.format.flags & Flags.no_timestamps.value  # else FFmpeg makes them up
+        self.origin: float | None = None  # the first picture on the source's clock
+        self.offset = 0.0  # and since the first one of all
+        self.sound: SoundWindow | None = None
+        self.early: deque[Any] = deque(maxlen=_MOST_EARLY)  # blocks of sound from before the first picture
+        self.waiting: deque[Frame] = deque()  # for their sound
+        self.stamps: list[int] = []  # a heap: of the packets whose pictures have not come out
+        self.least, self.asked, self.leaving_out = float("inf"), monotonic(), False
+
+    def _streams(self) -> list[Any]:
+        return [self.video] if self.audio is None else [self.video, self.audio]
+
+    def read(self) -> None:
+        """Read to the end of it."""
+        packets = self.container.demux(*self._streams())
+        with suppress(*FAULTS, OSError):  # it has stopped
+            for packet in packets:
+                if self.live._over():
+                    break
+                if packet.size:  # else a repetition of the picture before, or the end
+                    self._take(packet)
+        with suppress(*FAULTS):
+            for image in self.video.codec_context.decode(None):
+                self._see(image)
+        while self.waiting:
+            self._hand()
+
+    def _take(self, packet: Any) -> None:
+        with suppress(*FAULTS):  # one damaged packet is not the end
+            for decoded in () if self._left_out(packet) else packet.decode():
+                if packet.stream is self.audio:
+                    self._hear(decoded)
+                elif not decoded.is_corrupt:
+                    self._see(decoded)
+        while self.waiting and (self.sound is None or self._heard(self.waiting[0].time_s)):
+            self._hand()
+
+    def _heard(self, time: float) -> bool:
+        """Whether the sound around a time is there, or will not come."""
+        assert self.sound is not None
+        return self.sound.end >= time + _SOUND_S or self.live._time >= time + _SOUND_S + _PATIENCE_S
+
+    def _see(self, image: Any) -> None:
+        live = self.live
+        stamp = float(image.pts * self.video.time_base) if self.timed and image.pts is not None else None
+        if live._begun is None:
+            live._begun = monotonic()
+        if self.origin is None:
+            self.origin, self.offset = stamp or 0.0, live._elapsed()
+            if live._index >= 0:
+                live._warn(f"{live.address.name}: back after {self.offset - live._time:.1f} s")
+            if self.audio is not None:
+                self.place = Places(self.audio.rate, self.origin - self.offset)
+                self.resampler = av.AudioResampler(format="fltp", rate=self.audio.rate)
+                self.sound = SoundWindow(self.audio.rate, kept=_SOUND_KEPT_S)
+                for block in self.early:
+                    self._hear(block)
+        skipped = 0
+        while self.stamps and image.pts is not None and self.stamps[0] <= image.pts:
+            skipped += heappop(self.stamps) < image.pts
+        index, time = live._picture(None if stamp is None else stamp - self.origin, self.offset, skipped)
+        if live._due(index, time):
+            held = sum(plane.buffer_size for plane in image.planes) * (len(self.waiting) + 1)
+            if self.waiting and held > _MOST_BYTES:
+                live.dropped += 1
+            else:
+                self.waiting.append(Frame(index, time, image, None, None))
+
+    def _hear(self, block: Any) -> None:
+        if self.sound is None:
+            self.early.append(block)
+        else:
+            for even in self.resampler.resample(block):
+                self.sound.add(*self.place(even))
+
+    def _hand(self) -> None:
+        frame = self.waiting.popleft()
+        second = None if self.sound is None else self.sound.second_around(frame.time_s)
+        self.live._hand(Frame(frame.index, frame.time_s, frame.image, second, None), paced=self.paced)
+
+    def _left_out(self, packet: Any) -> bool:
+        """Whether decoding has fallen behind the source, and not reached a key frame since."""
+        if packet.stream is self.audio or packet.pts is None or not self.timed:
+            return False
+        if self.origin is not None or packet.is_keyframe or self.stamps:  # from the first one that can be decoded on
+            heappush(self.stamps, packet.pts)
+        if not self.paced:
+            return False
+        now, time = monotonic(), float((packet.pts if packet.dts is None else packet.dts) * packet.time_base)
+        # The least time that a packet has taken to us is that of one which had not to wait.
+        self.least = min(now - time, self.least + _DRIFT * (now - self.asked))
+        self.asked = now
+        behind = now - time - self.least > _BEHIND_S
+        if self.leaving_out and packet.is_keyframe and not behind:
+            self.leaving_out = False
+            self.video.codec_context.flush_buffers()
+        elif behind and self.origin is not None:
+            self.leaving_out = True
+        if self.leaving_out and self.origin is not None:
+            self.live.dropped += self.live._due(self.live._index, time - self.origin + self.offset)
+        return self.leaving_out

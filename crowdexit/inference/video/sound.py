@@ -1,0 +1,165 @@
+"""The second of sound around each frame, by the time stamps of both."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+from crowdexit.data.log_mel import AudioError
+from crowdexit.inference.video.container import FAULTS, open_file, read_only
+
+# Less of a frame's second than this, and the frame is not heard: half a second, as at a video's first and
+# last frame, less the tenth of it by which encoders shift a sound's beginning.
+LEAST_HEARD_S = 0.45
+_JITTER_S = 0.02  # by which sound's time stamps may be off without a gap in the sound
+
+Warn = Callable[[str], None]
+Second = tuple[NDArray[np.float32], int]
+
+
+class SoundWindow:
+    """Holds the sound that came last, and gives the second around a time.
+
+    Args:
+        rate: of the samples, in Hz.
+        kept: seconds of sound to hold when more comes than is asked for.
+    """
+
+    def __init__(self, rate: int, kept: float = float("inf")) -> None:
+        self.rate, self._kept = rate, kept
+        self._held: deque[tuple[int, NDArray[np.float32]]] = deque()
+        self._end = 0
+
+    @property
+    def end(self) -> float:
+        """The time until which there is sound, in seconds."""
+        return self._end / self.rate
+
+    def add(self, start: int, samples: NDArray[np.float32]) -> None:
+        """Samples (n,) of which the first is number ``start``."""
+        self._held.append((start, samples))
+        self._end = start + len(samples)
+        if self._kept < float("inf"):
+            self.forget(self.end - self._kept)
+
+    def forget(self, time: float) -> None:
+        """Let go of what was heard before a time."""
+        begin = round(time * self.rate)
+        while self._held and self._held[0][0] + len(self._held[0][1]) <= begin:
+            self._held.popleft()
+
+    def second_around(self, time: float) -> Second | None:
+        """(samples (rate,), rate) with ``time`` in the middle, zeros where there is no sound; None if hardly any."""
+        begin = round((time - 0.5) * self.rate)
+        second, heard = np.zeros(self.rate, np.float32), 0
+        for start, samples in self._held:
+            first, last = max(start, begin), min(start + len(samples), begin + self.rate)
+            if first < last:
+                second[first - begin : last - begin] = samples[first - start : last - start]
+                heard += last - first
+        return (second, self.rate) if heard >= LEAST_HEARD_S * self.rate else None
+
+
+class SoundTrack:
+    """The sound of a file, asked for second by second in the order of time; holds little more than one second.
+
+    Args:
+        path: an audio or video file.
+        origin: the time on the file's own clock that is asked for as zero; None: where its sound begins.
+        warn: is called with one line if the sound is damaged.
+
+    Raises:
+        AudioError: if there is no sound that can be read.
+    """
+
+    def __init__(self, path: Path, origin: float | None, warn: Warn) -> None:
+        self._blocks = sound_blocks(path, origin, warn)
+        first = next(self._blocks, None)
+        if first is None:
+            raise AudioError(f"{path}: the sound track holds no samples")
+        start, samples, rate = first
+        self._window = SoundWindow(rate)
+        self._window.add(start, samples)
+
+    def second_around(self, time: float) -> Second | None:
+        """As :meth:`SoundWindow.second_around`; reads on until the second is there."""
+        while self._window.end < time + 0.5 and (block := next(self._blocks, None)) is not None:
+            self._window.add(*block[:2])
+            self._window.forget(time - 0.5)
+        self._window.forget(time - 0.5)
+        return self._window.second_around(time)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._blocks.close()
+
+
+class Places:
+    """Says of decoded blocks of sound, one after the other, where they belong.
+
+    Args:
+        rate: of the blocks, in Hz.
+        origin: the time on the blocks' clock that is sample 0; None: where the first one begins.
+    """
+
+    def __init__(self, rate: int, origin: float | None) -> None:
+        self.rate, self.origin = rate, origin
+        self.expected: int | None = None
+
+    def __call__(self, block: Any) -> tuple[int, NDArray[np.float32]]:
+        """(number of the first sample, mono samples (n,)) of a block of float samples in planes."""
+        samples = block.to_ndarray().mean(axis=0, dtype=np.float32)
+        if self.origin is None:
+            self.origin = block.time or 0.0
+        start = self.expected if block.time is None else round((block.time - self.origin) * self.rate)
+        # Coarse time stamps would tear small holes into the sound.
+        if start is None or (self.expected is not None and abs(start - self.expected) < _JITTER_S * self.rate):
+            start = self.expected or 0
+        self.expected = start + len(samples)
+        return start, samples
+
+
+def sound_blocks(path: Path, origin: float | None, warn: Warn, rates: tuple[int, ...] | None = None) -> Any:
+    """Yield a file's sound as (first sample's number from ``origin``, mono samples (n,) float32, rate).
+
+    Args:
+        rates: that will do; another is brought to the last of them.
+        warn: is called with one line when something of it is damaged; what comes behind is heard again.
+
+    Raises:
+        AudioError: if there is no sound that can be read.
+    """
+    with open_file(path, AudioError, "audio") as container:
+        if not container.streams.audio:
+            raise AudioError(f"{path}: no sound track")
+        stream = container.streams.audio[0]
+        rate = stream.rate if stream.codec_context is not None else 0
+        if not rate:
+            raise AudioError(f"{path}: the sound track cannot be decoded")
+        if rates is not None and rate not in rates:
+            rate = rates[-1]
+        read_only(container, stream)
+        resampler, place, damaged = av.AudioResampler(format="fltp", rate=rate), Places(rate, origin), False
+        packets = container.demux(stream)
+        while True:
+            try:
+                packet = next(packets)
+                blocks = [block for frame in packet.decode() for block in resampler.resample(frame)]
+            except StopIteration:
+                break
+            except FAULTS:
+                if not damaged and place.expected is not None:
+                    warn(f"{path}: the sound is damaged after {place.expected / rate:.1f} s; not all of it is heard")
+                damaged = True
+                packets = container.demux(stream)
+                continue
+            for block in blocks:
+                yield *place(block), rate
+        if damaged and place.expected is None:
+            raise AudioError(f"{path}: not a readable sound track (damaged or cut short)")

@@ -1,0 +1,335 @@
+"""Live sources: the newest frame at each time, what is dropped is counted, what stops is opened again.
+
+No camera stands here: one of FFmpeg's own test pictures, at its own pace, takes its place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from videos import index_of, make_video, tone
+
+from crowdexit.inference.run import RunError, count_inputs
+from crowdexit.inference.sources import SourceError, expand
+from crowdexit.inference.video import live
+from crowdexit.inference.video.container import VideoError
+from crowdexit.inference.video.decode import Span
+from crowdexit.inference.video.frames import read_frames
+from crowdexit.inference.video.live import Address, LiveFrames, address_of
+from crowdexit.inference.video.pipeline import How, count_frames
+
+TENTHS = [i / 10 for i in range(25)]
+
+
+def refuse(line: str) -> None:
+    raise AssertionError(f"unexpected warning: {line}")
+
+
+def transport_stream(path: Path, *, times=TENTHS, sound=True, **options) -> bytes:
+    """The bytes of a video as it would be broadcast, in groups of five pictures."""
+    own = tone(times[-1] + 0.1, begin=1) if sound else None
+    return make_video(path, times, sound=own, key_every=5, **options).read_bytes()
+
+
+@contextmanager
+def fed(path: Path, data: bytes, seconds: float) -> Iterator[str]:
+    """A named pipe into which the bytes are written within that time."""
+    os.mkfifo(path)
+
+    def feed() -> None:
+        pieces = max(1, round(seconds * 20))
+        try:
+            with path.open("wb", buffering=0) as pipe:
+                for i in range(pieces):
+                    pipe.write(data[len(data) * i // pieces : len(data) * (i + 1) // pieces])
+                    time.sleep(seconds / pieces)
+        except BrokenPipeError:
+            pass
+
+    thread = threading.Thread(target=feed, daemon=True)
+    thread.start()
+    yield str(path)
+    thread.join(10)
+
+
+def frames_of(name: str, fps: float = 10, *, end: float = float("inf"), pause: float = 0.0, warn=refuse):
+    """All frames, taken at intervals, and how many were dropped."""
+    address = address_of(name)
+    assert address is not None
+    source, got = LiveFrames(address, Span(fps, end=end), warn), []
+    for frame in source:
+        got.append(frame)
+        time.sleep(pause)
+    return got, source.dropped
+
+
+def test_addresses(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for text, name, url, lasting in [
+        ("-", "-", "pipe:0", False),
+        ("camera:1", "camera:1", "/dev/video1", True),
+        ("/dev/video0", "/dev/video0", "/dev/video0", True),
+        ("rtsp://me:secret@10.0.0.1/a@b", "rtsp://10.0.0.1/a@b", "rtsp://me:secret@10.0.0.1/a@b", True),
+        ("https://x.org/a.ts", "https://x.org/a.ts", "https://x.org/a.ts", True),
+        (str(tmp_path / "pipe"), str(tmp_path / "pipe"), str(tmp_path / "pipe"), False),
+    ]:
+        address = address_of(text)
+        assert address is not None
+        assert (address.name, address.url, address.lasting) == (name, url, lasting)
+        (source,) = expand([text])
+        assert (source.kind, source.name) == ("live", name)
+    assert address_of("a.mp4") is None
+    assert address_of("10:30.mp4") is None
+    for text in ("ftp://x/a.mp4", "file:///etc/passwd", "concat://a"):
+        with pytest.raises(VideoError, match=r"begins with one of rtsp://"):
+            address_of(text)
+    assert "file" not in address_of("http://x/").protocols
+    with pytest.raises(SourceError, match="counted alone"):
+        expand(["camera:0", "camera:1"])
+
+
+def test_a_pipe_in_real_time_gives_what_the_file_gives(tmp_path):
+    """Pictures, times and the second of sound around each, though it is half a second late."""
+    data = transport_stream(tmp_path / "v.ts")
+    expected = list(read_frames(tmp_path / "v.ts", Span(5)))
+    with fed(tmp_path / "pipe", data, 2.5) as name:
+        got, dropped = frames_of(name, 5)
+    assert dropped == 0
+    assert [f.index for f in got] == [f.index for f in expected]
+    assert [f.time_s for f in got] == pytest.approx([f.time_s for f in expected], abs=0.002)
+    assert [index_of(f.picture) for f in got] == [index_of(f.picture) for f in expected]
+    for live_frame, frame in zip(got, expected, strict=True):
+        assert (live_frame.sound is None) == (frame.sound is None)
+        # What lies before the first picture has not been kept.
+        begin = max(0, round((0.5 - frame.time_s) * 16_000)) + 400
+        assert np.allclose(live_frame.sound[0][begin:], frame.sound[0][begin:], atol=0.02)
+
+
+def test_who_is_slow_gets_the_newest(tmp_path):
+    data = transport_stream(tmp_path / "v.ts", sound=False)
+    with fed(tmp_path / "pipe", data, 2.5) as name:
+        got, dropped = frames_of(name, 10, pause=0.6)
+    assert 2 <= len(got) <= 8
+    assert len(got) + dropped == 25
+    assert [f.index for f in got] == sorted({f.index for f in got})
+    assert got[-1].index == 24
+
+
+def test_a_pipe_that_could_wait_is_not_dropped(tmp_path):
+    """A whole file at once: counted at the pace at which it would be seen, if not faster."""
+    data = transport_stream(tmp_path / "v.ts", sound=False)
+    with fed(tmp_path / "pipe", data, 0.0) as name:
+        got, dropped = frames_of(name, 10, pause=0.04)
+    assert (len(got), dropped) == (25, 0)
+
+
+class Station(ThreadingHTTPServer):
+    """Broadcasts a video at its own pace; each answer is one of a list: bytes, an error's code."""
+
+    daemon_threads = True
+
+    def __init__(self, answers: list, seconds: float, *, sized: bool = False) -> None:
+        station = self
+        self.asked = 0
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                answer = answers[min(station.asked, len(answers) - 1)]
+                station.asked += 1
+                if isinstance(answer, int):
+                    self.send_error(answer)
+                    return
+                self.send_response(200)
+                self.send_header("Content-Type", "video/mp2t")
+                if sized:
+                    self.send_header("Content-Length", str(len(answer)))
+                self.end_headers()
+                try:
+                    for i in range(50):
+                        self.wfile.write(answer[len(answer) * i // 50 : len(answer) * (i + 1) // 50])
+                        time.sleep(seconds / 50)
+                except OSError:
+                    pass
+
+            def log_message(self, *arguments) -> None:
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/live.ts"
+
+
+@pytest.fixture
+def quick(monkeypatch) -> None:
+    monkeypatch.setattr(live, "_WAITS_S", (0.1, 0.2))
+
+
+def test_a_source_that_stops_and_comes_back(tmp_path, quick):
+    data, got = transport_stream(tmp_path / "v.ts"), []
+    station, lines = Station([data, 503, data], 2.5), []
+    source = LiveFrames(address_of(station.url), Span(10), lines.append)
+    for frame in source:
+        got.append(frame)
+        if frame.index >= 40:
+            source.stop()
+    station.shutdown()
+    assert station.asked == 3
+    assert [f.index for f in got] == sorted({f.index for f in got})
+    times = [f.time_s for f in got]
+    assert times == sorted(times)
+    assert len(lines) == 2
+    assert "stopped after 2.4 s; trying again" in lines[0]
+    assert "back after" in lines[1]
+    assert all(index_of(f.picture) == f.index % 25 for f in got)
+    assert 2.5 <= next(f.time_s for f in got if f.index >= 25) < 12  # our clock went on
+    assert got[-1].sound is not None
+
+
+def test_the_end_comes_while_the_source_is_away(tmp_path, quick):
+    station = Station([transport_stream(tmp_path / "v.ts"), 503], 2.5)
+    begun, lines = time.monotonic(), []
+    got, _ = frames_of(station.url, 10, end=3.5, warn=lines.append)
+    station.shutdown()
+    assert 5 <= len(got) <= 25
+    assert time.monotonic() - begun < 10
+    assert len(lines) == 1
+
+
+def test_a_file_behind_an_address_ends(tmp_path):
+    station = Station([transport_stream(tmp_path / "v.ts", times=TENTHS[:10])], 0.0, sized=True)
+    got, dropped = frames_of(station.url)
+    station.shutdown()
+    assert len(got) + dropped == 10
+
+
+def test_what_cannot_be_opened_is_said_at_once(tmp_path, quick):
+    station = Station([404], 0.0)
+    for name, line in {
+        station.url: "cannot be opened",
+        "http://127.0.0.1:9/": "cannot be opened",
+        "camera:77": "camera:77: cannot be opened",
+    }.items():
+        with pytest.raises(VideoError, match=line) as caught:
+            frames_of(name)
+        assert "\n" not in str(caught.value)
+    station.shutdown()
+    with fed(tmp_path / "pipe", b"no video at all" * 1000, 0.0) as name, pytest.raises(VideoError, match="pipe"):
+        frames_of(name)
+
+
+def test_a_camera(monkeypatch):
+    """A camera gives its pictures for ever, at its own pace, without sound."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(live, "address_of", None)
+        address = Address("camera:0", "testsrc2=size=96x64:rate=20,realtime", "", format="lavfi")
+        try:
+            av.open(address.url, format="lavfi").close()
+        except (av.FFmpegError, ValueError):
+            pytest.skip("this FFmpeg has no test pictures")
+        begun = time.monotonic()
+        got = list(LiveFrames(address, Span(5, end=1.5), refuse))
+    assert time.monotonic() - begun > 1.2
+    assert 4 <= len(got) <= 8
+    assert all(f.sound is None for f in got)
+    assert got[0].picture.shape == (64, 96, 3)
+
+
+def test_decoding_that_falls_behind_leaves_pictures_out(tmp_path, monkeypatch):
+    """Groups of pictures are passed over until the newest is reached again."""
+    data = transport_stream(tmp_path / "v.ts", sound=False)
+    monkeypatch.setattr(live, "_BEHIND_S", 0.3)
+    see, slow = live._Session._see, 0
+
+    def slowly(self, image):
+        nonlocal slow
+        slow += 1
+        if slow < 4:
+            time.sleep(0.4)
+        see(self, image)
+
+    monkeypatch.setattr(live._Session, "_see", slowly)
+    with fed(tmp_path / "pipe", data, 2.5) as name:
+        address = address_of(name)
+        source = LiveFrames(Address(name, address.url, address.protocols), Span(10, end=2.35), lambda line: None)
+        got = list(source)
+    assert source.dropped >= 3
+    assert got[-1].time_s > 1.9
+    assert [index_of(f.picture) for f in got] == [f.index for f in got]
+
+
+def test_rows_of_a_live_source(tmp_path, counter, capsys):
+    data = transport_stream(tmp_path / "v.ts")
+    out, drawn = tmp_path / "rows.json", tmp_path / "drawn.mp4"
+    with fed(tmp_path / "pipe", data, 2.5) as name:
+        rows = count_inputs(counter, [name], fps=5, format="json", out=out, annotate=drawn)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(lines) == rows
+    assert {line["source"] for line in lines} == {name}
+    err = capsys.readouterr().err
+    assert err.splitlines()[-1] == f"{name}: {rows} frames counted, {13 - rows} dropped"
+    assert len(list(read_frames(drawn, Span(100)))) == rows
+
+
+def test_a_slow_network_counts_what_is_new(tmp_path, counter, monkeypatch):
+    """No frame waits for its turn: each is hardly older than the sound that it waits for."""
+    data, ages = transport_stream(tmp_path / "v.ts", times=[i / 10 for i in range(40)], sound=False), []
+    answers = type(counter).answers
+
+    def slow(self, *arguments, **options):
+        time.sleep(0.7)
+        return answers(self, *arguments, **options)
+
+    monkeypatch.setattr(type(counter), "answers", slow)
+    with fed(tmp_path / "pipe", data, 4.0) as name:
+        source = LiveFrames(address_of(name), Span(10), refuse)
+        for frame, _ in count_frames(counter, source, name, How(batch=1)):
+            ages.append(source._time - frame.time_s)
+    assert len(ages) + source.dropped == 40
+    assert max(ages) < 1.5  # of 0.7 s of counting, and what a busy machine adds
+
+
+def test_interrupting_a_live_source_leaves_whole_files(tmp_path, counter, monkeypatch, capsys):
+    data = transport_stream(tmp_path / "v.ts")
+    out, drawn = tmp_path / "rows.csv", tmp_path / "drawn.mp4"
+    answers, left = type(counter).answers, 3
+
+    def interrupted(self, *arguments, **options):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            signal.raise_signal(signal.SIGINT)
+        return answers(self, *arguments, **options)
+
+    monkeypatch.setattr(type(counter), "answers", interrupted)
+    with fed(tmp_path / "pipe", data, 2.5) as name, pytest.raises(KeyboardInterrupt):
+        count_inputs(counter, [name], fps=10, format="csv", out=out, annotate=drawn)
+    rows = len(out.read_text().splitlines()) - 1
+    assert rows == 3  # what was being counted is written
+    assert len(list(read_frames(drawn, Span(100)))) == rows
+    assert f"{rows} frames counted" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["drawn.mp4", "pipe", "rows.csv", "v.ts"]
+
+
+def test_what_a_live_source_cannot_do(tmp_path, counter, capsys):
+    for options, line in [
+        ({"start": 1.0}, "begins now"),
+        ({"audio": Path("a.wav")}, "a live source"),
+        ({"resume": True, "format": "csv", "out": tmp_path / "o"}, "only rows of files"),
+        ({"annotate": Path("a.avi")}, r"of a live source this ends in \.mp4"),
+    ]:
+        with pytest.raises(RunError, match=line):
+            count_inputs(counter, ["camera:0"], **options)

@@ -1,0 +1,250 @@
+"""A run that was killed goes on: no row is lost, none is there twice, and all are as if nothing had happened."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from videos import make_video, tone
+
+from crowdexit.inference import rows as rows_module
+from crowdexit.inference.policies import Confident, DeepestThatFits
+from crowdexit.inference.resume import ResumeError, note_of
+from crowdexit.inference.rows import part_of
+from crowdexit.inference.run import RunError, count_inputs
+from crowdexit.intervals import Intervals
+
+OPTIONS = {"fps": 10, "batch": 4}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> list[Path]:
+    """Two videos with a picture between them, and the first once more."""
+    folder = tmp_path_factory.mktemp("inputs")
+    times = [i / 10 for i in range(23)]
+    first = make_video(folder / "a.mp4", times, sound=tone(2.5, begin=1))
+    second = make_video(folder / 'b "or"\nb.mkv', times[:9], key_every=3)
+    picture = Path(__file__).parent.parent.parent / "crowdexit" / "samples" / "street.jpg"
+    shutil.copy(picture, folder / "p.jpg")
+    return [first, folder / "p.jpg", second, first]
+
+
+def read(out: Path, format: str) -> list[dict]:
+    """The rows without what a clock says."""
+    if format == "parquet":
+        rows = pq.read_table(out).to_pylist()
+    elif format == "csv":
+        with out.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    else:
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+    for row in rows:
+        del row["latency_ms"]
+        for one in row.get("exits", []):
+            del one["latency_ms"]
+    return rows
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_after(counter, monkeypatch, batches: int, part: str = "answers") -> None:
+    """The counter fails at a batch."""
+    answers, left = getattr(type(counter), part), batches
+
+    def failing(self, *arguments, **options):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Stopped
+        return answers(self, *arguments, **options)
+
+    monkeypatch.setattr(type(counter), part, failing)
+
+
+@pytest.mark.parametrize("format", ["json", "csv", "parquet"])
+def test_wherever_it_was_stopped(counter, inputs, tmp_path, monkeypatch, format):
+    whole = tmp_path / "whole"
+    count_inputs(counter, inputs, format=format, out=whole, **OPTIONS)
+    expected = read(whole, format)
+    assert len(expected) == 23 + 1 + 9 + 23
+    assert not part_of(whole).exists()
+    assert not note_of(whole).exists()
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stop_after(counter, patch, 11)
+        with pytest.raises(Stopped):
+            count_inputs(counter, inputs, format=format, out=out, **OPTIONS)
+    assert not out.exists()
+    left, note = part_of(out).read_bytes(), note_of(out).read_bytes()
+    ends = [i + 1 for i, byte in enumerate(left) if byte == 10]
+    for cut in [
+        0,
+        1,
+        ends[0],
+        ends[0] + 5,
+        ends[2],
+        ends[3],
+        ends[4] - 1,
+        ends[22],
+        ends[23],
+        ends[24] + 40,
+        len(left),
+    ]:
+        part_of(out).write_bytes(left[:cut])
+        note_of(out).write_bytes(note)
+        assert count_inputs(counter, inputs, format=format, out=out, resume=True, **OPTIONS) == len(expected)
+        assert read(out, format) == expected, cut
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
+
+
+@pytest.mark.parametrize("format", ["csv"])
+def test_killed(counter, inputs, tmp_path, format):
+    """A process that is killed at several moments, against one that is not."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    count_inputs(counter, inputs[::2], format=format, out=whole, **OPTIONS)
+    command = [sys.executable, str(Path(__file__).parent / "count_tiny.py"), "0.2", str(out), format]
+    command += [str(path) for path in inputs[::2]]
+    tests = Path(__file__).parent
+    paths = os.pathsep.join(map(str, (tests, tests.parent, tests.parent.parent)))
+    for rows in (1, 9):
+        before = part_of(out).stat().st_size if part_of(out).exists() else 0
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": paths})
+        try:
+            deadline = time.monotonic() + 120
+            while not (part_of(out).exists() and part_of(out).read_bytes().count(b"\n") >= rows):
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        finally:
+            process.kill()
+            process.wait()
+        assert part_of(out).stat().st_size > before
+        assert not out.exists()
+    count_inputs(counter, inputs[::2], format=format, out=out, resume=True, **OPTIONS)
+    assert read(out, format) == read(whole, format)
+
+
+def test_what_is_done_is_not_done_again(counter, inputs, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stop_after(counter, patch, 8)
+        with pytest.raises(Stopped):
+            count_inputs(counter, inputs, format="json", out=out, **OPTIONS)
+    batches = 0
+    answers = type(counter).answers
+
+    def counting(self, batch, **options):
+        nonlocal batches
+        batches += len(batch.scenes)
+        return answers(self, batch, **options)
+
+    monkeypatch.setattr(type(counter), "answers", counting)
+    monkeypatch.setattr(type(counter), "count", None)  # of the picture
+    count_inputs(counter, inputs, format="json", out=out, resume=True, **OPTIONS)
+    assert batches == 1 + 23
+
+
+def test_another_run_is_refused_in_one_line(counter, inputs, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stop_after(counter, patch, 2)
+        with pytest.raises(Stopped):
+            count_inputs(counter, inputs, format="json", out=out, **OPTIONS)
+    part = part_of(out).read_bytes()
+    with pytest.raises(RunError, match=r"a run was stopped there; --resume goes on with it, or delete .*out\.part"):
+        count_inputs(counter, inputs, format="json", out=out, **OPTIONS)
+    for change, line in [
+        ({"fps": 5}, r"other fps \(10\);"),
+        ({"smooth": 1.0}, r"other smooth \(2\.0\)"),
+        ({"start": 1.0, "exit": "V1"}, r"other exit \(auto\), start \(0\.0\)"),
+        ({"late": "fail"}, r"other late \(wait\)"),
+        ({"policy": DeepestThatFits(0.9), "deadline_ms": 9.0, "batch": 1}, r"other deadline_ms, policy \(Anytime"),
+        ({"audio": inputs[0]}, "belongs to one"),
+        ({"format": "csv"}, r"other format \(json\)"),
+    ]:
+        with pytest.raises((ResumeError, RunError), match=line) as caught:
+            count_inputs(counter, inputs, **({"format": "json", "out": out, "resume": True} | OPTIONS | change))
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ResumeError, match="other inputs"):
+        count_inputs(counter, inputs[:1], format="json", out=out, resume=True, **OPTIONS)
+    with monkeypatch.context() as patch:
+        parameter = next(counter.network.parameters())
+        patch.setattr(parameter, "data", parameter.data + 1)
+        with pytest.raises(ResumeError, match="other model"):
+            count_inputs(counter, inputs, format="json", out=out, resume=True, **OPTIONS)
+    with monkeypatch.context() as patch:
+        patch.setattr(counter.chain, "runtime", "another")
+        with pytest.raises(ResumeError, match=r"other runtime \(eager\)"):
+            count_inputs(counter, inputs, format="json", out=out, resume=True, **OPTIONS)
+    # What would write over it without being able to go on does not, either.
+    with pytest.raises(RunError, match="a run was stopped there"):
+        count_inputs(counter, inputs, out=out, **OPTIONS)
+    assert part_of(out).read_bytes() == part
+    for bad in (b"{}\n", b'{"source": "x", "frame": 1}\n', b"\xff\n", b"[]\n"):
+        part_of(out).write_bytes(bad)
+        with pytest.raises(ResumeError, match="not the rows of these inputs"):
+            count_inputs(counter, inputs, format="json", out=out, resume=True, **OPTIONS)
+    note_of(out).write_text("[")
+    with pytest.raises(ResumeError, match="is not known"):
+        count_inputs(counter, inputs, format="json", out=out, resume=True, **OPTIONS)
+
+
+def test_what_cannot_go_on(counter, inputs, tmp_path):
+    for options in ({}, {"out": tmp_path / "o"}, {"format": "json"}):
+        with pytest.raises(RunError, match="--resume: only rows"):
+            count_inputs(counter, inputs[:1], resume=True, **options)
+    with pytest.raises(RunError, match="only rows can"):
+        count_inputs(
+            counter, inputs[:1], resume=True, format="csv", out=tmp_path / "o", annotate=tmp_path / "annotated.mp4"
+        )
+    with pytest.raises(RunError, match="name a file"):
+        count_inputs(counter, inputs[:1], format="parquet")
+    with pytest.raises(RunError, match="a budget is for all pictures in one run"):
+        count_inputs(counter, [inputs[1]], budget_ms=1e4, resume=True, format="csv", out=tmp_path / "o")
+
+
+@pytest.mark.parametrize("options", [{"policy": Confident(share=0.5)}, {"deadline_ms": 1e5, "late": "fail"}])
+def test_policies_and_deadlines_go_on(counter, inputs, tmp_path, monkeypatch, options):
+    """With all the time in the world, the rows are the same however the frames were counted."""
+    monkeypatch.setattr(counter, "intervals", Intervals(0.9, dict.fromkeys(counter.exits, 0.3)))
+    count_inputs(counter, inputs[:1], format="json", out=tmp_path / "whole", fps=10, **options)
+    with monkeypatch.context() as patch:
+        part = "answers" if "policy" in options else "count"
+        stop_after(counter, patch, 3, part)
+        with pytest.raises(Stopped):
+            count_inputs(counter, inputs[:1], format="json", out=tmp_path / "out", fps=10, **options)
+    assert note_of(tmp_path / "out").exists()
+    count_inputs(counter, inputs[:1], format="json", out=tmp_path / "out", fps=10, resume=True, **options)
+    assert read(tmp_path / "out", "json") == read(tmp_path / "whole", "json")
+
+
+def test_parquet_is_made_in_groups(counter, inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(rows_module, "_ROW_GROUP", 10)
+    count_inputs(counter, inputs, format="parquet", out=tmp_path / "rows.parquet", fps=10)
+    count_inputs(counter, inputs, format="json", out=tmp_path / "rows.json", fps=10)
+    file = pq.ParquetFile(tmp_path / "rows.parquet")
+    assert file.num_row_groups == 6
+    assert [(f.name, str(f.type)) for f in file.schema_arrow] == [
+        ("source", "string"),
+        ("frame", "int64"),
+        ("time_s", "double"),
+        ("count", "double"),
+        ("smoothed", "double"),
+        ("chosen_exit", "string"),
+        ("latency_ms", "double"),
+    ]
+    lines = read(tmp_path / "rows.json", "json")
+    for row, line in zip(read(tmp_path / "rows.parquet", "parquet"), lines, strict=True):
+        assert row == {key: line.get(key) for key in row}
+    assert read(tmp_path / "rows.parquet", "parquet")[23]["frame"] is None

@@ -1,0 +1,162 @@
+"""Only what is due is decoded, and it is the same picture with the same number wherever decoding began."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from videos import write_moving
+
+from crowdexit.inference.video.container import VideoError, open_file
+from crowdexit.inference.video.decode import Due, DuePictures, Span
+
+KINDS = {
+    "h264.mp4": {},
+    "h264.mkv": {},
+    "h264.ts": {},
+    "bframes.avi": {"codec": "mpeg4"},
+    "h264.avi": {},
+    "hevc.mp4": {"codec": "libx265", "options": {"x265-params": "log-level=none"}},  # open groups of pictures
+    "refresh.mkv": {"options": {"x264-params": "intra-refresh=1"}},  # key frames that are none
+    "mpeg2.mpg": {"codec": "mpeg2video"},
+    "vp9.webm": {"codec": "libvpx-vp9", "options": {"cpu-used": "8", "deadline": "realtime"}},
+    "intra.mkv": {"codec": "mjpeg", "pixels": "yuvj420p"},
+    "raw.h264": {},
+}
+SPANS = [
+    Span(1000),
+    Span(1),
+    Span(0.7, after=20),
+    Span(7, 1.3, 2.1),
+    Span(12.5, 2.52),
+    Span(1000, 1.96, 2.0),
+    Span(3, after=70),
+    Span(25, 0, 0.5),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("videos")
+    for name, options in KINDS.items():
+        write_moving(folder / name, 80, **options)
+    return folder
+
+
+def everything(path: Path, span: Span) -> list:
+    """The same, the long way: all decoded, and what is not due thrown away."""
+    due, out, origin = Due(span), [], None
+    with av.open(str(path)) as container:
+        for index, image in enumerate(container.decode(video=0)):
+            stamp = image.time if image.time is not None else index / 25
+            origin = stamp if origin is None else origin
+            if due(index, stamp - origin):
+                out.append((index, stamp - origin, image.to_ndarray(format="rgb24")))
+    return out
+
+
+def taken(video: DuePictures) -> list:
+    out = [(shown.number, shown.time, shown.image.to_ndarray(format="rgb24")) for shown in video]
+    video.close()
+    return out
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "h264.avi"])
+def test_the_same_pictures_as_decoding_everything(folder, name):
+    for span in SPANS:
+        expected, got = everything(folder / name, span), taken(DuePictures(folder / name, span))
+        assert [g[0] for g in got] == [e[0] for e in expected], span
+        assert [g[1] for g in got] == pytest.approx([e[1] for e in expected], abs=1e-6)
+        assert all(np.array_equal(g[2], e[2]) for g, e in zip(got, expected, strict=True)), span
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_part_is_a_part_of_the_whole(folder, name):
+    """Frame numbers and times are those of the whole video."""
+    whole = taken(DuePictures(folder / name, Span(5)))
+    part = taken(DuePictures(folder / name, Span(5, 0.9, 2.3)))
+    assert [p[:2] for p in part] == [w[:2] for w in whole if 0.899 <= w[1] < 2.299]
+    assert len(part) == 7
+    rest = taken(DuePictures(folder / name, Span(5, after=part[2][0])))
+    assert [r[:2] for r in rest] == [w[:2] for w in whole if w[0] > part[2][0]]
+
+
+def test_what_nothing_depends_on_is_not_decoded(folder, monkeypatch):
+    fed = 0
+
+    class Counting:
+        """A decoder that counts."""
+
+        def __init__(self, codec):
+            object.__setattr__(self, "codec", codec)
+
+        def __getattr__(self, name):
+            return getattr(self.codec, name)
+
+        def __setattr__(self, name, value):
+            setattr(self.codec, name, value)
+
+        def decode(self, packet):
+            nonlocal fed
+            fed += packet is not None
+            return self.codec.decode(packet)
+
+    from crowdexit.inference.video import decode
+
+    made = decode._Planned.__init__
+
+    def init(self, *arguments):
+        made(self, *arguments)
+        self.codec = Counting(self.codec)
+
+    monkeypatch.setattr(decode._Planned, "__init__", init)
+    for span, most in {Span(1000): 80, Span(1): 4, Span(1, 2, 3): 1, Span(1000, after=74): 5}.items():
+        fed = 0
+        assert taken(DuePictures(folder / "h264.mp4", span))
+        assert fed <= most, span
+
+
+def test_no_rate_and_no_time():
+    for fps in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(VideoError, match="frames a second"):
+            Span(fps)
+    for start, end in ((2.0, 1.0), (-1.0, 1.0), (1.0, 1.0), (math.nan, 2.0)):
+        with pytest.raises(VideoError, match="nothing to count"):
+            Span(1, start, end)
+
+
+@pytest.mark.parametrize("name", ["h264.mp4", "h264.mkv", "h264.ts", "vp9.webm", "hevc.mp4"])
+@pytest.mark.parametrize("fps", [25, 1])
+def test_damage_in_the_middle_is_stepped_over(tmp_path, name, fps):
+    clusters = {"cluster_time_limit": "500"} if name.endswith(("mkv", "webm")) else None
+    write_moving(tmp_path / name, 150, size=(320, 240), container_options=clusters, **KINDS[name])
+    whole = dict(enumerate(taken(DuePictures(tmp_path / name, Span(25)))))
+    data = bytearray((tmp_path / name).read_bytes())
+    begin = len(data) * 45 // 100
+    data[begin : begin + len(data) // 10] = np.random.default_rng(1).bytes(len(data) // 10)
+    (tmp_path / name).write_bytes(data)
+    video = DuePictures(tmp_path / name, Span(fps))
+    got = taken(video)
+    times = [time for _, time, _ in got]
+    assert times == sorted(set(times))
+    assert times[0] == 0
+    assert times[-1] == pytest.approx(149 / 25 if fps == 25 else 5.0, abs=0.05)
+    if fps == 25:
+        missing = {i / 25 for i in range(150)} - {round(25 * t) / 25 for t in times}
+        assert 5 < len(missing) < 60
+        assert all(any(a - 0.3 < t < b for a, b in video.gaps) for t in missing)
+        for _, time, picture in got if name != "vp9.webm" else ():  # which shows noise without noticing
+            assert np.abs(picture.astype(int) - whole[round(time * 25)][2]).mean() < 1
+
+
+def test_no_other_file_is_opened(folder, tmp_path):
+    (tmp_path / "list.mp4").write_text(f"ffconcat version 1.0\nfile '{folder / 'h264.mp4'}'\n")
+    (tmp_path / "list.m3u8").write_text(
+        f"#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4,\n{folder / 'h264.ts'}\n#EXT-X-ENDLIST\n"
+    )
+    for name in ("list.mp4", "list.m3u8"):
+        with pytest.raises(VideoError, match=name):
+            open_file(tmp_path / name)
