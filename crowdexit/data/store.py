@@ -163,8 +163,10 @@ class Store(PreparedFile):
         """The ids of a split in alphabetical order, those that match a shell pattern.
 
         Raises:
-            StoreError: if the split is not there, or no id of it matches.
+            StoreError: if the split is not there, no id of it matches, or the file was prepared for classes.
         """
+        if "classes" in self.file.attrs:
+            raise StoreError(f"{self.path}: prepared for telling classes apart, not for counting")
         if split not in self.file:
             raise StoreError(f"{self.path}: no split {split!r} (it has {', '.join(self.splits()) or 'none'})")
         ids = [key for key in self.file[split] if fnmatchcase(key, pattern)]
@@ -173,8 +175,15 @@ class Store(PreparedFile):
         return ids
 
     def counts(self, split: str) -> dict[str, float]:
-        """The count of every sample of a split by its id, without reading pictures."""
-        return {key: float(self.file[split][key].attrs["count"]) for key in self.ids(split)}
+        """The count of every sample of a split by its id, without reading pictures.
+
+        Raises:
+            StoreError: as :meth:`ids`, or if one has none.
+        """
+        try:
+            return {key: float(self.file[split][key].attrs["count"]) for key in self.ids(split)}
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            raise StoreError(f"{self.path}: not prepared for counting, or damaged") from error
 
     def read(self, split: str, id: str, *, with_takes: bool = False) -> StoredSample:
         """Read one sample.

@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 import pytest
 
+from crowdexit.data.classes import write_classes
 from crowdexit.data.store import Store, StoredSample, StoreError, open_for_writing, write_sample
 
 
@@ -137,3 +138,15 @@ def test_what_may_not_be_written(tmp_path):
         for wrong in (sample(split="dev"), sample(audio_source="recorded"), heard(split="testing")):
             with pytest.raises(StoreError):
                 write_sample(file, wrong)
+
+
+def test_a_set_of_classes_is_not_for_counting(path, tmp_path):
+    other = tmp_path / "classes.h5"
+    with write_classes(other, ["red", "blue"], "made for a test") as writer:
+        writer.add("train", np.zeros((2, 8, 8, 3), np.uint8), np.array([0, 1]), ["a", "b"])
+    with Store(other) as store, pytest.raises(StoreError, match="prepared for telling classes apart, not for counting"):
+        store.counts("train")
+    with h5py.File(path, "a") as file:
+        del file["train"]["A_1"].attrs["count"]
+    with Store(path) as store, pytest.raises(StoreError, match="not prepared for counting, or damaged"):
+        store.counts("train")
