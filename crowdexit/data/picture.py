@@ -19,7 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from crowdexit.errors import CrowdExitError
 
 MIN_SIDE = 32
-TILES = 3  # along the longer side
+TILES = 3  # along a side, at most
 # A picture that would shrink by more than this to fit is cut into tiles: its people would be lost.
 LEAST_SCALE = 1 / 4
 MAX_PIXELS = 150_000_000
