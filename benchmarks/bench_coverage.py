@@ -9,12 +9,12 @@ spread is told, too.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.machine import describe, in_a_line, keep
 from crowdexit.data.store import Store
 from crowdexit.inference.counter import load
 from crowdexit.inference.evaluate import count_samples
@@ -63,12 +63,12 @@ def main() -> None:
     truths = np.array([sample.truth for sample in counted])
     told = {}
     print(f"{args.model}, {len(ids)} pictures of {args.split}, {HALVES} random halves, level {args.level:.0%}")
+    print(in_a_line(describe()))
     for at, name in enumerate(counter.exits):
         told[name] = coverage(np.array([sample.results[at].count for sample in counted]), truths, args.level)
         t = told[name]
         print(f"{name:8} {t['covered']:5.1f} % inside (± {t['spread']:.1f} a half), ± {t['width']:.2f} · (count + 10)")
-    if args.json is not None:
-        args.json.write_text(json.dumps({"level": args.level, "pictures": len(ids), "exits": told}) + "\n", "utf-8")
+    keep({"machine": describe(), "level": args.level, "pictures": len(ids), "exits": told}, args.json)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """How fast a network runs, and what an early exit saves: ``python -m benchmarks.bench_runtimes``.
 
-Every runtime against the same network's plain forward in eager float32, as a textbook would write it; with all exits
-against the backbone in one piece, which has none; up to each exit against the end, beside what the FLOPS promise.
-Random weights, a simulated picture and sound; all measured in turn in one process.
+Every runtime against the same network's plain forward in eager float32 on the same device, as a textbook would write
+it; with all exits against the backbone in one piece, which has none; up to each exit against the end, beside what the
+FLOPS promise; and the final exit's rate of operations against plain matrix products. Random weights, a simulated
+picture and sound; all measured in turn in one process, ratios round by round. How far an answer is from the plain one
+is told only to show that the same thing was computed: what that means for counts, ``bench_agreement`` tells.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
@@ -16,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.machine import describe, in_a_line, in_turn, matmul_rate
+from benchmarks.machine import Multiplier, cache_of_its_own, describe, finish, in_a_line, in_turn, keep
 from crowdexit import zoo
-from crowdexit.analysis.cost import cost_of
+from crowdexit.analysis.cost import CostTable, cost_of
 from crowdexit.inference.runtimes.arrays import RuntimeUnavailable
 from crowdexit.inference.runtimes.base import ReadyChain
 from crowdexit.inference.runtimes.pick import pick
@@ -27,7 +29,8 @@ from crowdexit.network import FINAL, MultiExitNetwork
 from crowdexit.stages import Features, Stage, inputs
 
 RUNTIMES = ("eager", "eager-bf16", "compile", "compile-bf16", "openvino", "openvino-bf16", "openvino-int8", "onnx")
-PLAIN = "plain"
+ON_GPU = ("cuda", "cuda-bf16", "cuda-half")
+PLAIN, ONE_PIECE, ALL, MATRICES = "plain", "one piece", "all exits", "matrix products"
 
 
 class InOnePiece(Stage):
@@ -50,37 +53,67 @@ def without_exits(network: MultiExitNetwork) -> MultiExitNetwork:
     return MultiExitNetwork([whole], copied.final, {}, network.config).eval()
 
 
-def last_of(chain: ReadyChain, features: Features, exits: Sequence[str]) -> None:
+def ask(chain: ReadyChain, features: Features, exits: Sequence[str]) -> None:
     """Walk to the last of these exits, asking each."""
     for _ in chain.stream(features, exits):
         pass
 
 
-def plain(network: MultiExitNetwork, features: Features) -> None:
-    """The forward of a textbook: float32, the weights as they were made, every layer after the other."""
+def plain(network: MultiExitNetwork, features: Features, device: str) -> Tensor:
+    """The forward of a textbook, to the density map: float32, the weights as they were made, layer after layer."""
     with torch.no_grad():
-        network(features, [FINAL])
+        density = network(features, [FINAL])[FINAL].density
+    finish(device)
+    return density
 
 
-def measure(runtime: str, network: MultiExitNetwork, features: Features, rounds: int) -> dict[str, float]:
-    """Seconds of the plain forward, the backbone in one piece, the chain to each exit, and to all of them."""
+def moved(features: Features, device: str) -> Features:
+    """The same picture and sound there."""
+    return Features(*(getattr(features, name).to(device) for name in ("visual", "log_mel", "heard", "inside")))
+
+
+def rate_type(runtime: str) -> torch.dtype:
+    """What a runtime multiplies."""
+    ending = runtime.rpartition("-")[2]
+    return {"bf16": torch.bfloat16, "half": torch.float16, "int8": torch.int8}.get(ending, torch.float32)
+
+
+def measure(
+    runtime: str, network: MultiExitNetwork, features: Features, costs: CostTable, rounds: int
+) -> dict[str, Any]:
+    """One runtime's figures; see above."""
+    device = "cuda" if runtime.startswith("cuda") else "cpu"
+    there = moved(features, device)
+    textbook = deepcopy(network).to(device)
     chain = pick(runtime).ready(deepcopy(network))
     whole = pick(runtime).ready(without_exits(network))
+    product = Multiplier(rate_type(runtime), device)
     works: dict[str, Callable[[], object]] = {
-        PLAIN: partial(plain, deepcopy(network), features),
-        "one piece": partial(last_of, whole, features, [FINAL]),
-        "all exits": partial(last_of, chain, features, chain.exit_names),
-        **{name: partial(last_of, chain, features, [name]) for name in chain.exit_names},
+        PLAIN: partial(plain, textbook, there, device),
+        ONE_PIECE: partial(ask, whole, features, [FINAL]),
+        ALL: partial(ask, chain, features, chain.exit_names),
+        MATRICES: product,
+        **{name: partial(ask, chain, features, [name]) for name in chain.exit_names},
     }
-    return in_turn(works, rounds)
+    times = in_turn(works, rounds)
+    expected = plain(textbook, there, device).cpu()
+    given = dict(chain.stream(features, [FINAL]))[FINAL].density
+    return {
+        "seconds": {name: times.median(name) for name in works},
+        "faster_than_plain": times.ratio(PLAIN, FINAL),
+        "share_of_matrix_rate": costs.backbone_flops / product.flop * times.ratio(MATRICES, FINAL),
+        "exits_cost": times.ratio(ALL, ONE_PIECE),
+        "speedups": {e.exit: {"measured": times.ratio(FINAL, e.exit), "of_flops": e.speedup} for e in costs.exits},
+        "off_plain": float((given - expected).norm() / expected.norm()),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="audiocsrnet")
     parser.add_argument("--size", default="1024x576")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--runtimes", default=",".join(RUNTIMES), help="with commas between")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--runtimes", help="with commas between; default: all, those of a GPU where there is one")
     parser.add_argument("--json", type=Path, help="write the figures there")
     args = parser.parse_args()
     width, height = map(int, args.size.split("x"))
@@ -91,37 +124,27 @@ def main() -> None:
     features = inputs(torch.randn(1, 3, height, width), torch.randn(1, 1, 96, 64))
     costs = cost_of(spec, args.model)
     machine = describe()
-    rates = {name: matmul_rate(dtype) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
+    runtimes = args.runtimes.split(",") if args.runtimes else RUNTIMES + (ON_GPU if machine["gpu"] else ())
     print(f"{args.model} at {args.size}, {costs.backbone_flops / 1e9:.0f} GFLOP; {in_a_line(machine)}")
-    print(", ".join(f"a {name} matrix product runs at {rate / 1e9:.0f} GFLOP/s" for name, rate in rates.items()))
-    print(f"{'runtime':14} {'ms':>8} {'plain ÷':>8} {'of the rate':>12} {'exits cost':>11}   speedup ÷ that of FLOPS")
+    print(
+        f"{'runtime':14} {'ms':>8} {'plain ÷':>8} {'of matrix rate':>15} {'exits cost':>11} {'off plain':>10}"
+        "   speedup ÷ that of FLOPS"
+    )
     results = {}
-    for runtime in args.runtimes.split(","):
-        try:
-            seconds = measure(runtime, network, features, args.rounds)
-        except RuntimeUnavailable as error:
-            print(f"{runtime:14} {error}")
-            continue
-        rate = rates["bf16" if runtime.endswith(("bf16", "int8")) else "fp32"]
-        speedups = {e.exit: {"measured": seconds[FINAL] / seconds[e.exit], "of_flops": e.speedup} for e in costs.exits}
-        results[runtime] = {
-            "seconds": seconds,
-            "faster_than_plain": seconds[PLAIN] / seconds[FINAL],
-            "share_of_matrix_rate": costs.backbone_flops / seconds[FINAL] / rate,
-            "exits_cost": seconds["all exits"] / seconds["one piece"],
-            "speedups": speedups,
-        }
-        kept = "  ".join(f"{name} {v['measured'] / v['of_flops']:.2f}" for name, v in speedups.items())
-        told = results[runtime]
-        print(
-            f"{runtime:14} {1e3 * seconds[FINAL]:8.1f} {told['faster_than_plain']:7.2f}× "
-            f"{told['share_of_matrix_rate']:11.0%} {told['exits_cost']:10.3f}×   {kept}"
-        )
-    if args.json is not None:
-        made = {"machine": machine, "model": args.model, "size": args.size, "rates": rates, "runtimes": results}
-        part = args.json.with_name(args.json.name + ".part")
-        part.write_text(json.dumps(made, indent=1), "utf-8")
-        part.replace(args.json)
+    with cache_of_its_own():
+        for runtime in runtimes:
+            try:
+                told = results[runtime] = measure(runtime, network, features, costs, args.rounds)
+            except RuntimeUnavailable as error:
+                print(f"{runtime:14} {error}")
+                continue
+            kept = "  ".join(f"{name} {v['measured'] / v['of_flops']:.2f}" for name, v in told["speedups"].items())
+            print(
+                f"{runtime:14} {1e3 * told['seconds'][FINAL]:8.1f} {told['faster_than_plain']:7.2f}× "
+                f"{told['share_of_matrix_rate']:14.0%} {told['exits_cost']:10.3f}× {told['off_plain']:10.1e}   {kept}",
+                flush=True,
+            )
+    keep({"machine": machine, "model": args.model, "size": args.size, "runtimes": results}, args.json)
 
 
 if __name__ == "__main__":

@@ -1,31 +1,31 @@
 """What a picture costs as the work grows: ``python -m benchmarks.bench_scaling``.
 
 Time against the picture's area, the batch and the number of exits, on one runtime, everything in turn in one process.
-Linear means: a picture of twice the area takes twice the time, a batch of two no more than two pictures, and each exit
-adds what it costs itself. Random weights, simulated pictures and sounds.
+Linear means: a picture of twice the area takes twice the time, a batch of two no more than two pictures, and all exits
+together add no more than each does alone. Random weights, simulated pictures and sounds.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from math import log
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from benchmarks.machine import describe, in_a_line, in_turn
+from benchmarks.bench_runtimes import ask
+from benchmarks.machine import Times, cache_of_its_own, describe, in_a_line, in_turn, keep
 from crowdexit import zoo
 from crowdexit.analysis.files import blank
-from crowdexit.inference.runtimes.base import ReadyChain
 from crowdexit.inference.runtimes.pick import pick
 from crowdexit.network import FINAL
 from crowdexit.stages import Features, inputs
 
 SIZES = ((256, 128), (384, 192), (512, 256), (768, 384), (1024, 512))
+MIDDLE = SIZES[1]
 BATCHES = (1, 2, 4, 8)
 EXITS = tuple((place, kind) for place in ("V1", "AV1", "AV2") for kind in ("slvit", "cnn"))
 
@@ -36,12 +36,6 @@ def seen(size: tuple[int, int], batch: int) -> Features:
     return inputs(torch.randn(batch, 3, height, width), torch.randn(batch, 1, 96, 64))
 
 
-def run(chain: ReadyChain, features: Features, exits: list[str]) -> None:
-    """Ask these exits."""
-    for _ in chain.stream(features, exits):
-        pass
-
-
 def growth(points: dict[float, float]) -> float:
     """The power by which time grows with work, from a straight line through the logarithms; one is linear."""
     xs, ys = [log(x) for x in points], [log(y) for y in points.values()]
@@ -49,55 +43,83 @@ def growth(points: dict[float, float]) -> float:
     return sum((x - mx) * (y - my) for x, y in zip(xs, ys, strict=True)) / sum((x - mx) ** 2 for x in xs)
 
 
+def steepest(points: dict[float, float]) -> float:
+    """The same power between one point and the next, where it is largest."""
+    pairs = pairwise(points.items())
+    return max(log(later / earlier) / log(more / less) for (less, earlier), (more, later) in pairs)
+
+
+def measure(model: str, runtime: str, largest: int, rounds: int) -> tuple[str, dict[str, dict[float, float]], float]:
+    """The runtime's name; seconds by area (in megapixels), batch, and number of early exits asked; what all exits
+    together add over what each adds alone.
+    """
+    exits = tuple(zoo.ExitSpec(f"{place}-{kind}", place, kind) for place, kind in EXITS)
+    works: dict[str, dict[float, Callable[[], object]]] = {"area": {}, "batch": {}, "exits": {}}
+    alone: dict[str, Callable[[], object]] = {}
+    # ``auto`` is asked once: another size could get another runtime.
+    for size in sorted((size for size in SIZES if size[0] <= largest), key=lambda size: size != MIDDLE):
+        torch.manual_seed(0)
+        network = zoo.build(zoo.Spec(model, exits=exits, changes={"size": size})).eval()
+        chain = pick(runtime).ready(network)
+        runtime = chain.runtime
+        works["area"][size[0] * size[1] / 1e6] = partial(ask, chain, seen(size, 1), [FINAL])
+        if size == MIDDLE:
+            *early, _ = network.exit_names
+            for batch in BATCHES:
+                works["batch"][batch] = partial(ask, chain, seen(size, batch), [FINAL])
+            for number in range(len(early) + 1):
+                works["exits"][number] = partial(ask, chain, seen(size, 1), [*early[:number], FINAL])
+            alone = {name: partial(ask, chain, seen(size, 1), [name, FINAL]) for name in early}
+    flat = {f"{kind} {x}": work for kind, of_kind in works.items() for x, work in of_kind.items()}
+    times = in_turn({**flat, **alone}, rounds)
+    seconds = {kind: {x: times.median(f"{kind} {x}") for x in sorted(works[kind])} for kind in works}
+    return runtime, seconds, together(times, list(alone))
+
+
+def together(times: Times, early: list[str]) -> float:
+    """The time with all exits over the time without, were each to add what it adds alone."""
+    without = times.median("exits 0")
+    return times.median(f"exits {len(early)}") / (without + sum(times.median(name) - without for name in early))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="audiocsrnet-s")
     parser.add_argument("--runtime", default="auto")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--largest", type=int, default=SIZES[-1][0], help="width of the largest picture")
+    parser.add_argument("--rounds", type=int, default=11)
+    widths = [width for width, _ in SIZES if width >= MIDDLE[0]]
+    parser.add_argument("--largest", type=int, default=widths[-1], choices=widths, help="width of the largest picture")
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--plot", type=Path, help="draw them there, as a PNG")
     args = parser.parse_args()
-    exits = tuple(zoo.ExitSpec(f"{place}-{kind}", place, kind) for place, kind in EXITS)
-    works: dict[str, dict[float, Callable[[], object]]] = {"area": {}, "batch": {}, "exits": {}}
-    for size in [size for size in SIZES if size[0] <= args.largest]:
-        torch.manual_seed(0)
-        network = zoo.build(zoo.Spec(args.model, exits=exits, changes={"size": size})).eval()
-        chain = pick(args.runtime).ready(network)
-        works["area"][size[0] * size[1] / 1e6] = partial(run, chain, seen(size, 1), [FINAL])
-        if size == SIZES[1]:
-            names = network.exit_names
-            for batch in BATCHES:
-                works["batch"][batch] = partial(run, chain, seen(size, batch), [FINAL])
-            for number in range(len(names)):
-                works["exits"][number] = partial(run, chain, seen(size, 1), [*names[:number], FINAL])
-    flat = {f"{kind} {x}": work for kind, of_kind in works.items() for x, work in of_kind.items()}
-    seconds = in_turn(flat, args.rounds)
-    times = {kind: {x: seconds[f"{kind} {x}"] for x in of_kind} for kind, of_kind in works.items()}
-    powers = {kind: growth(times[kind]) for kind in ("area", "batch")}
+    with cache_of_its_own():
+        runtime, seconds, exits = measure(args.model, args.runtime, args.largest, args.rounds)
+    powers = {kind: growth(seconds[kind]) for kind in ("area", "batch")}
+    most = {kind: steepest(seconds[kind]) for kind in powers}
     machine = describe()
-    print(f"{args.model} on {chain.runtime}; {in_a_line(machine)}")
+    print(f"{args.model} on {runtime}; {in_a_line(machine)}")
     for kind, unit in (("area", "megapixels"), ("batch", "pictures")):
-        print(f"time grows with the {kind} to the power of {powers[kind]:.2f}")
-        for x, taken in times[kind].items():
+        print(f"time grows with the {kind} to the power of {powers[kind]:.2f} ({most[kind]:.2f} where it is steepest)")
+        for x, taken in seconds[kind].items():
             print(f"  {x:8.3f} {unit:10} {1e3 * taken:8.1f} ms   {1e3 * taken / x:8.1f} ms each")
-    alone = times["exits"][0]
-    for number, taken in times["exits"].items():
-        print(f"  {number:8.0f} exits more {1e3 * taken:8.1f} ms   {taken / alone:8.3f}× none")
-    if args.json is not None:
-        made: dict[str, Any] = {
+    print(f"all exits together take {exits:.3f} of what each of them alone lets expect")
+    for number, taken in seconds["exits"].items():
+        print(f"  {number:8.0f} exits more {1e3 * taken:8.1f} ms   {taken / seconds['exits'][0]:8.3f}× none")
+    keep(
+        {
             "machine": machine,
             "model": args.model,
-            "runtime": chain.runtime,
+            "runtime": runtime,
             "growth": powers,
-            "seconds": times,
-        }
-        part = args.json.with_name(args.json.name + ".part")
-        part.write_text(json.dumps(made, indent=1), "utf-8")
-        part.replace(args.json)
+            "steepest": most,
+            "exits_together": exits,
+            "seconds": seconds,
+        },
+        args.json,
+    )
     if args.plot is not None:
         figure = blank(12, 4)
-        for ax, (kind, points) in zip(figure.subplots(1, 3), times.items(), strict=True):
+        for ax, (kind, points) in zip(figure.subplots(1, 3), seconds.items(), strict=True):
             ax.plot(list(points), [1e3 * taken for taken in points.values()], "o-")
             ax.set_xlabel({"area": "megapixels", "batch": "pictures at once", "exits": "early exits asked"}[kind])
             ax.set_ylabel("ms")

@@ -8,7 +8,6 @@ pipeline can be no faster than the slower half; how near it comes is the figure 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -21,7 +20,7 @@ import av
 import cv2
 import numpy as np
 
-from benchmarks.machine import describe, in_a_line
+from benchmarks.machine import describe, in_a_line, keep
 from crowdexit.inference.counter import CrowdCounter, Prepared, load
 from crowdexit.inference.scene import hear
 from crowdexit.inference.video.decode import DuePictures, Span
@@ -125,8 +124,7 @@ def main() -> None:
         spread = ", ".join(f"{1 / turn:.1f}" for turn in times[name])
         print(f"{name:9} {1 / value:7.1f} frames a second   ({spread})")
     print(f"the pipeline is at {figures['share_of_slower']:.2f} of the slower half")
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
+    keep(figures, args.json)
 
 
 if __name__ == "__main__":

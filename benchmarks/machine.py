@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -12,6 +15,8 @@ from time import perf_counter
 from typing import Any
 
 import torch
+
+from crowdexit.analysis.files import write_files
 
 PACKAGES = ("torch", "openvino", "onnxruntime", "nncf")
 _INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
@@ -32,37 +37,88 @@ def describe() -> dict[str, Any]:
 def in_a_line(machine: dict[str, Any]) -> str:
     """What :func:`describe` gave, for people."""
     packages = ", ".join(f"{name} {number}" for name, number in machine["packages"].items())
-    what = machine["gpu"] or f"{machine['processor']}, {machine['cores']} cores ({' '.join(machine['instructions'])})"
-    return f"{what}; {packages}"
+    cpu = f"{machine['processor']}, {machine['cores']} cores ({' '.join(machine['instructions'])})"
+    return "; ".join(filter(None, (machine["gpu"], cpu, packages)))
 
 
-def matmul_rate(dtype: torch.dtype, device: str = "cpu", *, side: int = 2048, seconds: float = 1.0) -> float:
-    """FLOP/s of a plain matrix product of that type in PyTorch, the best of as many as fit into the time."""
-    a, b = torch.randn(2, side, side, device=device).to(dtype)
-    best, end = float("inf"), perf_counter() + seconds
-    while perf_counter() < end or best == float("inf"):
-        begun = perf_counter()
-        a @ b
-        if device != "cpu":
-            torch.cuda.synchronize()
-        best = min(best, perf_counter() - begun)
-    return 2 * side**3 / best
+class Multiplier:
+    """Plain matrix products in PyTorch, to tell what a machine can do at all: 2·side³ operations each.
 
-
-def in_turn(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """The median of the seconds that each takes, measured in turn; all of them run once beforehand.
-
-    Only their ratios mean something on a shared machine.
+    Args:
+        dtype: float32, bfloat16, float16, or int8 (which adds up in int32).
     """
+
+    def __init__(self, dtype: torch.dtype, device: str = "cpu", *, side: int = 2048, times: int = 4) -> None:
+        self.flop = times * 2 * side**3
+        self._times, self._device = times, device
+        if dtype == torch.int8:
+            self._a, self._b = torch.randint(-128, 127, (2, side, side), dtype=dtype, device=device)
+            self._product: Callable[..., Any] = torch._int_mm
+        else:
+            self._a, self._b = torch.randn(2, side, side, device=device).to(dtype)
+            self._product = torch.mm
+
+    def __call__(self) -> None:
+        for _ in range(self._times):
+            self._product(self._a, self._b)
+        finish(self._device)
+
+
+def finish(device: str) -> None:
+    """Wait for what a GPU is still at."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+class Times:
+    """Seconds that several works took, measured in turn. Only their ratios mean something on a shared machine."""
+
+    def __init__(self, seconds: Mapping[str, Sequence[float]]) -> None:
+        self._seconds = seconds
+
+    def median(self, work: str) -> float:
+        """Seconds."""
+        return median(self._seconds[work])
+
+    def ratio(self, work: str, other: str) -> float:
+        """How many times as long as another one took, the median of the rounds: what slowed one slowed both."""
+        pairs = zip(self._seconds[work], self._seconds[other], strict=True)
+        return median(mine / others for mine, others in pairs)
+
+
+def in_turn(works: Mapping[str, Callable[[], object]], rounds: int) -> Times:
+    """Run all of them once, then measure each in every round; each round begins with another one."""
     for work in works.values():
         work()
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(rounds):
-        for name, work in works.items():
+    names = list(works)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds):
+        at = number % len(names)
+        for name in names[at:] + names[:at]:
             begun = perf_counter()
-            work()
-            times[name].append(perf_counter() - begun)
-    return {name: median(values) for name, values in times.items()}
+            works[name]()
+            seconds[name].append(perf_counter() - begun)
+    return Times(seconds)
+
+
+@contextmanager
+def cache_of_its_own() -> Iterator[None]:
+    """Let nothing of networks with random weights stay in the user's cache."""
+    before = os.environ.get("XDG_CACHE_HOME")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_CACHE_HOME"] = folder
+        try:
+            yield
+        finally:
+            os.environ.pop("XDG_CACHE_HOME")
+            if before is not None:
+                os.environ["XDG_CACHE_HOME"] = before
+
+
+def keep(figures: Mapping[str, Any], path: Path | None) -> None:
+    """Write figures as JSON, if they are wanted."""
+    if path is not None:
+        write_files(path.parent, {path.name: json.dumps(figures, indent=1) + "\n"})
 
 
 def _version(package: str) -> str | None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks.__main__ import BENCHES
+from benchmarks.__main__ import BENCHES, Bench, main
 from benchmarks.bench_coverage import coverage
-from benchmarks.bench_scaling import growth
+from benchmarks.bench_deadlines import STATES
+from benchmarks.bench_scaling import growth, steepest
 from benchmarks.bench_static import worth_asking
+from benchmarks.machine import Times, in_turn
 from crowdexit.analysis.tradeoff import Point
 
 ROOT = Path(__file__).parents[1]
@@ -36,16 +39,63 @@ def test_one_command_for_all_of_them(tmp_path):
 
 
 def test_what_is_missed_is_told():
-    state = {"requests": 9, "unanswered_though_it_fits": 0.0, "late_p99_ms": 4.0}
-    figures = {"model": "m", "runtime": "r", "idle": state, "one core busy": {**state, "late_p99_ms": 5.1}}
-    assert [target.reached for target in BENCHES["deadlines"].targets(figures)] == [True, True, True, False]
+    state = {"requests": 9, "first_exit_fits": 5, "unanswered_though_it_fits": 0.0, "late_p99_ms": 4.0}
+    late, none_fits = {**state, "late_p99_ms": 5.1}, {**state, "first_exit_fits": 0}
+    states = dict(zip(STATES, (state, late, none_fits, state), strict=True))
+    told = BENCHES["deadlines"].targets({"model": "m", "runtime": "r", **states})
+    assert [target.reached for target in told] == [True, True, True, False, False, True, True, True]
     video = {"share_of_slower": 0.8, "fps": {"pipeline": 30.0}, "video": "", "what": ""}
     assert [target.reached for target in BENCHES["video"].targets(video)] == [False, True]
+
+
+def of_runtime(gain: float, off: float = 0.0) -> dict[str, object]:
+    speedups = {"V1": {"measured": 1.4, "of_flops": 1.5}}
+    share = {"share_of_matrix_rate": 0.8, "exits_cost": 1.04, "speedups": speedups}
+    return {"faster_than_plain": gain, "off_plain": off, **share}
+
+
+def test_runtimes_are_judged_by_what_the_processor_can():
+    ran = {"eager": of_runtime(1.2), "openvino-bf16": of_runtime(9.0), "openvino-int8": of_runtime(20.0, off=0.5)}
+    figures = {"model": "m", "size": "s", "machine": {"instructions": []}, "runtimes": ran}
+    gain, share, cost, leaving = BENCHES["runtimes"].targets(figures)
+    assert (gain.found, gain.reached) == ("9.00× (openvino-bf16)", True)  # what is far from the plain answer is none
+    assert (share.reached, cost.reached, leaving.reached) == (None, True, False)
+    figures["machine"] = {"instructions": ["amx_bf16"]}
+    bf16, int8, *_ = BENCHES["runtimes"].targets(figures)
+    assert (bf16.reached, int8.reached, int8.found) == (True, False, "no such runtime ran")
+    ran["openvino-int8"] = of_runtime(14.0)
+    assert len(told := BENCHES["runtimes"].targets(figures)) == 8  # of the fastest, and of the fastest without int8
+    assert [target.reached for target in told[:2]] == [True, False]
+
+
+def test_ratios_are_of_the_same_round():
+    times = Times({"slow": [2.0, 20.0, 200.0], "fast": [1.0, 10.0, 50.0]})
+    assert times.ratio("slow", "fast") == 2
+    assert times.median("slow") == 20
+
+
+def test_every_round_begins_with_another_work():
+    run: list[str] = []
+    in_turn({name: partial(run.append, name) for name in "abc"}, rounds=2)
+    assert "".join(run) == "abc" + "abc" + "bca"
+
+
+def test_a_benchmark_that_fails_leaves_the_others(tmp_path, monkeypatch):
+    tiny = Bench(("--rounds", "x"), (), BENCHES["scaling"].targets, BENCHES["scaling"].draw)
+    monkeypatch.setitem(BENCHES, "scaling", tiny)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--only", "scaling", "--out", str(tmp_path)])
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 1
+    (target,) = json.loads((tmp_path / "benchmarks.json").read_text())["targets"]
+    assert (target["found"], target["reached"]) == ("failed", False)
 
 
 def test_growth_is_the_power():
     assert growth({1: 3.0, 2: 6.0, 8: 24.0}) == pytest.approx(1)
     assert growth({1: 1.0, 4: 16.0}) == pytest.approx(2)
+    assert steepest({1: 1.0, 2: 2.0, 4: 8.0}) == pytest.approx(2)
 
 
 def test_intervals_that_hold_what_they_promise():
