@@ -538,7 +538,7 @@ def export(
     calibrate: Annotated[
         Path | None, typer.Option(help="A prepared HDF5 file to measure int8's ranges on; default: the samples.")
     ] = None,
-    split: Annotated[str, typer.Option(help="Of that file.")] = "train",
+    split: Annotated[str | None, typer.Option(help="Of that file; default: train.")] = None,
 ) -> None:
     """Write every stage and every exit as a model that runs without PyTorch, and a manifest that says how."""
     from crowdexit.inference.export import export as run_export
@@ -572,25 +572,29 @@ def calibrate(
     leaving when sure.
     """
     from crowdexit import zoo
+    from crowdexit.memory import keep_freed_memory
 
     path = zoo.checkpoint_path(model)
+    keep_freed_memory()
     network, spec = zoo.load(path)
     if network.classifies:
         _calibrate_classes(path, network, spec, data, split, ids, runtime)
     else:
-        _calibrate_counts(path, data, split, ids, level, runtime)
+        _calibrate_counts(path, network, spec, data, split, ids, level, runtime)
 
 
-def _calibrate_counts(path: Path, data: Path, split: str, ids: str, level: float, runtime: str) -> None:
+def _calibrate_counts(
+    path: Path, network: MultiExitNetwork, spec: Spec, data: Path, split: str, ids: str, level: float, runtime: str
+) -> None:
     from crowdexit import zoo
     from crowdexit.data.store import Store
-    from crowdexit.inference.counter import load
+    from crowdexit.inference.counter import CrowdCounter
     from crowdexit.inference.evaluate import calibrate as run_calibration
+    from crowdexit.inference.runtimes.pick import pick
 
     with Store(data) as store:
         wanted = store.ids(split, ids)
-        counter = load(path, runtime=runtime)
-        counter.exits = counter.network.exit_names
+        counter = CrowdCounter(network, spec.model, runtime=pick(runtime), exits=network.exit_names)
         with _progress("calibrating", 2 * len(wanted)) as advance:
             intervals = run_calibration(counter, store, split, wanted, level, progress=advance)
     zoo.annotate(path, intervals=intervals.to_dict())

@@ -53,6 +53,7 @@ class MultiExitNetwork(nn.Module):
     Attributes:
         hears: whether sound reaches the final exit.
         classifies: whether the exits tell classes apart rather than count.
+        branch_options: of each early exit that was made here, the options of its own.
     """
 
     hears = False
@@ -66,6 +67,7 @@ class MultiExitNetwork(nn.Module):
         self.places = dict(places)
         self.branches = nn.ModuleDict()
         self._stage_of: dict[str, int] = {}
+        self.branch_options: dict[str, dict[str, Any]] = {}
 
     def branch_kinds(self, place: str) -> tuple[str, ...]:
         """The kinds of branches that this backbone can have at a place."""
@@ -94,6 +96,7 @@ class MultiExitNetwork(nn.Module):
                 raise ValueError(f"a branch of this network has no {option!r} of its own (it has {', '.join(fields)})")
         config = replace(self.config, **options) if options else self.config  # type: ignore[type-var]
         self.add_exit(name, place, self.make_branch(place, kind, config))
+        self.branch_options[name] = dict(options or {})
 
     def _check_place(self, place: str) -> None:
         if place not in self.places:

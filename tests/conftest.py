@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,17 @@ def eager_alone(monkeypatch, tmp_path_factory):
     """``--runtime auto`` tries nothing, for each test has another network; nothing goes to the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.setattr("crowdexit.inference.runtimes.pick.candidates", tuple)
+
+
+@pytest.fixture
+def homeless(monkeypatch):
+    """A user without a home folder."""
+
+    def home(cls: type[Path]) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", classmethod(home))
 
 
 CrowdPicture = Callable[..., tuple[bytes, NDArray[np.float64]]]

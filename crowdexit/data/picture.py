@@ -23,6 +23,9 @@ TILES = 3  # along a side, at most
 # A picture that would shrink by more than this to fit is cut into tiles: its people would be lost.
 LEAST_SCALE = 1 / 4
 MAX_PIXELS = 150_000_000
+# Of a batch that goes through a stage, more would only take memory; and of all whose features are kept meanwhile.
+PIXELS_AT_ONCE = 4 * 1024 * 768
+PIXELS_ABREAST = 32 * 1024 * 768
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 # Of all that Pillow reads; some of the rest it hands to other programs (PostScript).
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")

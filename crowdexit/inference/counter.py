@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from crowdexit.data.picture import tile_boxes, views
+from crowdexit.data.picture import PIXELS_ABREAST, PIXELS_AT_ONCE, tile_boxes, views
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.anytime import DeadlineMissed, Worker
 from crowdexit.inference.batch import batch_of
@@ -35,9 +35,6 @@ from crowdexit.stages import Features
 
 Late = Literal["wait", "fail"]
 
-# Of a batch that goes through a stage, more would only take memory; and of all whose features are kept meanwhile.
-PIXELS_AT_ONCE = 4 * 1024 * 768
-PIXELS_ABREAST = 32 * 1024 * 768
 _TURNS, _PATIENCE_S = 6, 3.0  # of measuring: so often, two at least, for each number of rows, or as long
 
 

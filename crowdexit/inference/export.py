@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from crowdexit import zoo
 from crowdexit.data.picture import MEAN, STD
+from crowdexit.errors import CrowdExitError
 from crowdexit.inference.exported import (
     FORMAT,
     MANIFEST,
@@ -30,7 +31,7 @@ from crowdexit.inference.exported import (
 from crowdexit.inference.runtimes import onnx, openvino
 from crowdexit.inference.runtimes.arrays import is_exit
 from crowdexit.inference.runtimes.calibration import bundled, of_file
-from crowdexit.inference.runtimes.engines import installed
+from crowdexit.inference.runtimes.engines import installed, one_line
 from crowdexit.inference.runtimes.pieces import Piece, take_apart
 from crowdexit.network import FINAL, MultiExitNetwork
 
@@ -46,7 +47,7 @@ def export(
     size: str | None = None,
     exits: Sequence[str] | None = None,
     calibrate: Path | None = None,
-    split: str = "train",
+    split: str | None = None,
 ) -> Path:
     """Export a network; the folder appears whole.
 
@@ -59,7 +60,7 @@ def export(
         size: another picture size, ``WIDTHxHEIGHT``.
         exits: names of early exits to take along; default: all. The final one always comes.
         calibrate: a prepared file with pictures for int8; default: those that come with the project.
-        split: of that file.
+        split: of that file; default: ``train``.
 
     Raises:
         CrowdExitError: for options that do not go together, a library that is not installed, or a folder that cannot
@@ -69,6 +70,8 @@ def export(
         raise ExportError(f"ONNX is written in fp32; {precision} is for OpenVINO")
     if calibrate is not None and precision != "int8":
         raise ExportError(f"--calibrate {calibrate}: only int8 is calibrated")
+    if split is not None and calibrate is None:
+        raise ExportError(f"--split {split}: of which file? Name it with --calibrate")
     if out.exists():
         raise ExportError(f"{out}: there already")
     for module in (*_NEEDED[library], *(("nncf",) if precision == "int8" else ())):
@@ -78,13 +81,13 @@ def export(
         network, spec = zoo.with_exits(network, spec, [name for name in exits if name != FINAL])
     if size is not None:
         network, spec = zoo.at_size(network, spec, zoo.parse_size(size, network.config.step))
-    made: Mapping[str, Any] = {}
-    pieces = take_apart(network)
-    if precision == "int8":
-        pictures = bundled(network.config) if calibrate is None else of_file(calibrate, split, network)
-        made = openvino.quantise(pieces, network, pictures)
     part = out.with_name(f".{out.name}.part-{os.getpid()}")
     try:
+        made: Mapping[str, Any] = {}
+        pieces = take_apart(network)
+        if precision == "int8":
+            pictures = bundled(network.config) if calibrate is None else of_file(calibrate, split or "train", network)
+            made = openvino.quantise(pieces, network, pictures)
         part.mkdir(parents=True)
         parts = {
             name: _save(part, number, name, piece, library, precision, made.get(name))
@@ -93,8 +96,12 @@ def export(
         manifest = _manifest(network, spec, library, precision, parts, part)
         (part / MANIFEST).write_text(manifest.model_dump_json(indent=1), "utf-8")
         part.rename(out)
+    except CrowdExitError:
+        raise
     except OSError as error:
         raise ExportError(f"{out}: cannot be written ({error.strerror})") from None
+    except Exception as error:  # whatever the libraries make of a network, a picture or a full disk
+        raise ExportError(f"{spec.model} cannot be exported: {one_line(error)}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return out

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,9 +22,28 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from crowdexit.chain import walk
-from crowdexit.data.picture import MEAN, STD, normalise, read_picture, tile_boxes, views
+from crowdexit.data.picture import (
+    MEAN,
+    PIXELS_ABREAST,
+    PIXELS_AT_ONCE,
+    STD,
+    Placement,
+    normalise,
+    read_picture,
+    tile_boxes,
+    views,
+)
 from crowdexit.errors import CrowdExitError
-from crowdexit.inference.runtimes.arrays import ArrayChain, Port, Ports, Record, exit_piece, stage_piece
+from crowdexit.inference.runtimes.arrays import (
+    ANSWER,
+    RECORD,
+    ArrayChain,
+    Port,
+    Ports,
+    Record,
+    exit_piece,
+    stage_piece,
+)
 from crowdexit.inference.runtimes.engines import Engine, OnnxEngine, OpenVINOEngine, Shapes, installed
 
 MANIFEST = "manifest.json"
@@ -113,9 +132,42 @@ class Manifest(_Part):
             self.files
         ):
             raise ValueError("its pieces, exits and files do not belong together")
+        if list(self.exits.values()) != sorted(self.exits.values()):
+            raise ValueError("its exits are not in the order in which they answer")
+        self._check_ports(len(stages))
         if sum(file.bytes for file in self.files.values()) > _MOST_BYTES:
             raise ValueError("its files are too large")
         return self
+
+    def _check_ports(self, stages: int) -> None:
+        """Every piece takes what is there by then, and gives what there is a place for, in the fields' order."""
+        width, height = self.size
+        shapes = {"visual": (3, height, width), "log_mel": (1, 96, 64), "inside": (1, height // 8, width // 8)}
+        there = {name: Port(name, "float32", shape) for name, shape in shapes.items()}
+        there["heard"] = Port("heard", "bool", ())
+        for index in range(stages):
+            stage = self.pieces[stage_piece(index)]
+            _check_taken(stage_piece(index), stage.takes, there)
+            _check_order(stage_piece(index), stage.gives, RECORD)
+            there |= {port.name: port for port in stage.gives}
+            for name in (exit_piece(name) for name, after in self.exits.items() if after == index):
+                _check_taken(name, self.pieces[name].takes, there)
+                _check_order(name, self.pieces[name].gives, ANSWER)
+                if not self.pieces[name].gives or self.pieces[name].gives[0].name != "value":
+                    raise ValueError(f"{name} gives no value")
+
+
+def _check_order(piece: str, ports: Sequence[Port], names: Sequence[str]) -> None:
+    given = [port.name for port in ports]
+    if given != [name for name in names if name in given]:
+        raise ValueError(f"{piece} has the ports {', '.join(given)}, wanted some of {', '.join(names)} in that order")
+
+
+def _check_taken(piece: str, ports: Sequence[Port], there: Mapping[str, Port]) -> None:
+    _check_order(piece, ports, RECORD)
+    for port in ports:
+        if there.get(port.name) != port:
+            raise ValueError(f"{piece} takes {port.name} as nothing before it gives it")
 
 
 def is_export(path: str | Path) -> bool:
@@ -179,14 +231,24 @@ class Exported:
             raise ExportError("a log-mel has the shape (96, 64) and finite values")
         pixels = read_picture(picture) if isinstance(picture, (str, Path)) else picture
         boxes = tile_boxes(pixels.shape[1], pixels.shape[0], self.manifest.scene)
-        if len(boxes) == 1:
-            yield from self._walk(pixels, log_mel, exits)
-            return
-        sums: dict[str, float] = {}
-        for x, y, w, h in boxes:
-            for name, count in self._walk(pixels[y : y + h, x : x + w], None, exits):
-                sums[name] = sums.get(name, 0.0) + count
-        yield from sums.items()
+        seen = [
+            view
+            for x, y, w, h in boxes
+            for view in views(pixels[y : y + h, x : x + w], self.manifest.size, self.manifest.view)
+        ]
+        sound = log_mel if len(boxes) == 1 else None
+        wanted = self.chain.exit_names if exits is None else exits
+        width, height = self.manifest.size
+        at_once, abreast = (max(1, most // (width * height)) for most in (PIXELS_AT_ONCE, PIXELS_ABREAST))
+        # A picture of an absurd shape has too many boxes to go through the network abreast: the last of them tell.
+        counts = dict.fromkeys(wanted, 0.0)
+        for start in range(0, len(seen), abreast):
+            group = seen[start : start + abreast]
+            batches = (self._record(group[at : at + at_once], sound) for at in range(0, len(group), at_once))
+            for name, count in walk(_Abreast(self.chain), batches, wanted):
+                counts[name] += count
+                if start + abreast >= len(seen):
+                    yield name, self._checked_count(name, counts[name])
 
     def count(
         self,
@@ -197,25 +259,36 @@ class Exported:
         """All counts of a picture by exit; see :meth:`stream`."""
         return dict(self.stream(picture, log_mel, exits))
 
-    def _walk(
-        self, picture: NDArray[np.uint8], log_mel: NDArray[np.float32] | None, exits: Collection[str] | None
-    ) -> Iterator[tuple[str, float]]:
-        for name, answer in walk(self.chain, self._record(picture, log_mel), exits):
-            count = float(answer.value.sum())
-            if not math.isfinite(count):
-                raise ExportError(f"{self.manifest.network.model}: the exit {name} did not give a number")
-            yield name, max(0.0, count)
+    def _checked_count(self, name: str, count: float) -> float:
+        if not math.isfinite(count):
+            raise ExportError(f"{self.manifest.network.model}: the exit {name} did not give a number")
+        return max(0.0, count)
 
-    def _record(self, picture: NDArray[np.uint8], log_mel: NDArray[np.float32] | None) -> Record:
-        """All views of a picture as a batch before the first stage."""
-        laid = views(picture, self.manifest.size, self.manifest.view)
+    def _record(
+        self, seen: Sequence[tuple[NDArray[np.uint8], Placement]], log_mel: NDArray[np.float32] | None
+    ) -> Record:
+        """Views on their canvases as a batch before the first stage."""
         sound = np.zeros((96, 64), np.float32) if log_mel is None else log_mel.astype(np.float32)
         return {
-            "visual": np.stack([normalise(canvas) for canvas, _ in laid]),
-            "log_mel": np.repeat(sound[None, None], len(laid), axis=0),
-            "heard": np.full(len(laid), log_mel is not None),
-            "inside": np.stack([placement.inside(self.manifest.size) for _, placement in laid])[:, None],
+            "visual": np.stack([normalise(canvas) for canvas, _ in seen]),
+            "log_mel": np.repeat(sound[None, None], len(seen), axis=0),
+            "heard": np.full(len(seen), log_mel is not None),
+            "inside": np.stack([placement.inside(self.manifest.size) for _, placement in seen])[:, None],
         }
+
+
+class _Abreast:
+    """A chain over several batches: all of them go through a stage before any goes on. What an exit says is the sum."""
+
+    def __init__(self, chain: ArrayChain) -> None:
+        self._chain = chain
+        self.exit_names, self.stage_of = chain.exit_names, chain.stage_of
+
+    def advance(self, index: int, state: Iterable[Record]) -> Iterable[Record]:
+        return [self._chain.advance(index, record) for record in state]
+
+    def ask(self, name: str, state: Iterable[Record]) -> float:
+        return sum(float(self._chain.ask(name, record).value.sum()) for record in state)
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -47,7 +47,7 @@ def open_model(name: str | Path, runtime: str = "auto") -> tuple[MultiExitNetwor
     Raises:
         CrowdExitError: if there is no such model or runtime, or it is damaged.
     """
-    if not is_export(name):
+    if str(name) in zoo.shipped() or not is_export(name):
         picked = pick(runtime)
         return *zoo.load(name), picked
     if runtime != "auto":
@@ -61,6 +61,12 @@ def open_model(name: str | Path, runtime: str = "auto") -> tuple[MultiExitNetwor
     spec = zoo.Spec(manifest.network.model, exits, manifest.network.changes, {"intervals": manifest.intervals})
     with torch.device("meta"):
         network = zoo.build(spec).eval()
-    if {exit: network.stage_of(exit) for exit in network.exit_names} != manifest.exits:
-        raise ExportError(f"{name}: the manifest describes another network than its models are")
+    built = [(exit, network.stage_of(exit)) for exit in network.exit_names]
+    for what, told, own in (
+        ("exits", list(manifest.exits.items()), built),
+        ("classifies", manifest.classifies, network.classifies),
+        *((key, getattr(manifest, key), getattr(network.config, key)) for key in ("size", "scene", "view", "step")),
+    ):
+        if told != own:
+            raise ExportError(f"{name}: the manifest describes another network than its models are ({what})")
     return network, spec, _ExportedRuntime(exported)

@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import threading
 from bisect import bisect_left
 from collections import defaultdict, deque
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 
+from crowdexit.machine import cache_folder, processor
 from crowdexit.network import MultiExitNetwork
 
 KEPT = 64  # measurements of a step; the oldest goes for the newest
@@ -165,31 +165,15 @@ def profile_of(network: MultiExitNetwork, runtime: str) -> Profile:
         "versions": [torch.__version__, version("crowdexit")],
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    folder = _cache_folder()
+    folder = cache_folder()
     return Profile(None if folder is None else folder / "profiles" / f"{name}.json", key)
 
 
 def machine() -> dict[str, Any]:
     """This machine in words: its processor, the cores and threads that may be used, its GPU or None."""
     return {
-        "processor": _processor(),
+        "processor": processor()[0],
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-
-
-def _processor() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _cache_folder() -> Path | None:
-    """The user's cache folder; None where there is no home."""
-    named = os.environ.get("XDG_CACHE_HOME", "")
-    with suppress(RuntimeError):
-        return (Path(named) if named else Path.home() / ".cache") / "crowdexit"
-    return None

@@ -7,9 +7,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import networks
 import numpy as np
+import openvino as openvino_library
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -17,11 +19,15 @@ from typer.testing import CliRunner
 from crowdexit import command, zoo
 from crowdexit.cli import app
 from crowdexit.errors import CrowdExitError
-from crowdexit.inference import export as module
+from crowdexit.inference import exported as reading
+from crowdexit.inference.batch import look
 from crowdexit.inference.counter import CrowdCounter, load
 from crowdexit.inference.export import export
 from crowdexit.inference.exported import Exported, ExportError
+from crowdexit.inference.models import open_model
+from crowdexit.inference.runtimes import openvino
 from crowdexit.inference.runtimes.eager import Eager
+from crowdexit.inference.runtimes.engines import Engine
 
 RANDOM = np.random.default_rng(0)
 PICTURE = RANDOM.integers(0, 255, (90, 140, 3), np.uint8)
@@ -76,6 +82,63 @@ print(json.dumps(said))
         assert list(said) == list(expected)
         assert said == pytest.approx(expected, rel=1e-4)
     assert first == {name: count for name, count in silent.items() if name == next(iter(silent))}
+
+
+def test_boxes_that_count_below_zero_are_added_like_the_others(tmp_path):
+    """A regressor may undershoot zero in one box of a large picture; both ways of counting clamp the sum alone."""
+    picture = np.zeros((200, 700, 3), np.uint8)
+    picture[:, 350:] = RANDOM.integers(0, 255, (200, 350, 3))
+    boxes = [np.ascontiguousarray(picture[:, :350]), np.ascontiguousarray(picture[:, 350:])]
+    spec = zoo.Spec("audiocsrnet-s", (zoo.ExitSpec("V1", "V1", "cnn"),), networks.SPECS["audiocsrnet"].changes)
+    torch.manual_seed(0)
+    network = networks.settled(zoo.build(spec))
+    last = network.exit_module("V1").head[-1]
+    chain = Eager().ready(network)
+
+    def raw() -> list[float]:
+        return [float(dict(chain.stream(look(box, None, network.config), ["V1"]))["V1"].value) for box in boxes]
+
+    with torch.no_grad():
+        last.weight *= 1000
+        low, high = sorted(raw())
+        last.bias -= (low + (high - low) / 4) / network.exit_module("V1").scale
+    low, high = sorted(raw())
+    assert low < -1
+    assert low + high > 1
+    zoo.save(network, spec, tmp_path / "m" / "model.safetensors")
+    said = Exported(export(tmp_path / "m", tmp_path / "export")).count(picture)
+    expected = by_eager(tmp_path / "m", picture, None)
+    assert said == pytest.approx(expected, rel=1e-3)
+    assert said["V1"] == pytest.approx(low + high, rel=1e-3)
+
+
+def test_an_early_exit_of_a_large_picture_saves_what_comes_after_it(exported, monkeypatch):
+    ran: list[str] = []
+    run = Engine.run
+    monkeypatch.setattr(Engine, "run", lambda self, piece, arrays: ran.append(piece) or run(self, piece, arrays))
+    answers = Exported(exported).stream(HUGE)
+    assert next(answers)[0] == "AV1"
+    assert list(dict.fromkeys(ran)) == ["stage-0", "stage-1", "exit-AV1"]
+    assert next(answers)[0] == "final"
+    assert ran[-1] == "exit-final"
+
+
+def test_a_picture_of_an_absurd_shape_counts_the_same_in_bounded_memory(exported, monkeypatch):
+    expected = Exported(exported).count(HUGE)
+    lengths: list[int] = []
+    run = Engine.run
+
+    def watched(self, piece, arrays):
+        lengths.append(len(arrays[0]))
+        return run(self, piece, arrays)
+
+    monkeypatch.setattr(Engine, "run", watched)
+    monkeypatch.setattr(reading, "PIXELS_AT_ONCE", 2 * 128 * 64)
+    monkeypatch.setattr(reading, "PIXELS_ABREAST", 5 * 128 * 64)
+    assert Exported(exported).count(HUGE) == pytest.approx(expected, rel=1e-4)
+    # Six boxes, five of them abreast: all of these in two batches of two and one of one, stage by stage.
+    assert lengths[:6] == [2, 2, 1] * 2
+    assert max(lengths) == 2
 
 
 def test_onnx_runs_without_torch_and_openvino(tmp_path):
@@ -169,6 +232,7 @@ def test_exits_with_strange_names(tmp_path):
         (["--format", "onnx", "--precision", "int8"], "ONNX is written in fp32; int8 is for OpenVINO"),
         (["--calibrate", "crowd.h5"], "--calibrate crowd.h5: only int8 is calibrated"),
         (["--precision", "int8", "--calibrate", "crowd.h5"], "crowd.h5: no such prepared file"),
+        (["--precision", "int8", "--split", "val"], "--split val: of which file? Name it with --calibrate"),
         (["--exits", "V9"], "no early exit 'V9' in audiocsrnet-s"),
         (["--size", "big"], "size 'big': give width and height like 1024x576"),
         (["--model", "nothing"], "nothing: neither a model's name"),
@@ -189,18 +253,49 @@ def test_an_existing_folder_stays(exported, checkpoints):
     assert before == {path: path.read_bytes() for path in exported.iterdir()}
 
 
-def test_nothing_is_left_of_an_export_that_failed(checkpoints, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_manifest", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        export(checkpoints / "audiocsrnet", tmp_path / "out", exits=[])
+@pytest.mark.parametrize(
+    ("options", "where", "what"),
+    [
+        ({"library": "openvino"}, openvino, "convert"),
+        ({"library": "onnx"}, torch.onnx, "export"),
+        ({"precision": "int8"}, openvino, "quantise"),
+        ({}, openvino_library, "save_model"),
+    ],
+    ids=["conversion", "torch.onnx", "NNCF", "saving"],
+)
+def test_an_export_that_fails_is_one_line_and_leaves_nothing(options, where, what, checkpoints, tmp_path, monkeypatch):
+    def fails(*arguments, **_):
+        for path in arguments[1:2]:  # a save that fails half-way
+            if isinstance(path, Path):
+                path.write_bytes(b"half")
+        raise RuntimeError("Check 'it' failed:\nit cannot be done")
+
+    monkeypatch.setattr(where, what, fails)
+    with pytest.raises(ExportError, match=r"^audiocsrnet-s cannot be exported: it cannot be done$"):
+        export(checkpoints / "audiocsrnet", tmp_path / "out", exits=[], **options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_left_of_an_export_that_cannot_be_written(checkpoints, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ExportError, match="cannot be written"):
         export(checkpoints / "audiocsrnet", tmp_path / "file" / "out", exits=[])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def changed(manifest: dict, path: str, value: object) -> None:
-    *keys, last = path.split("/")
+def test_a_shipped_name_is_the_shipped_model(exported, monkeypatch, tmp_path):
+    """Whatever folder of that name lies in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    shipped = zoo.shipped()[0]
+    copied(exported, tmp_path / shipped)
+    _, _, runtime = open_model(shipped, "eager")
+    assert runtime.name == "eager"
+    _, _, runtime = open_model(f"./{shipped}")
+    assert runtime.name == "openvino, fp32, exported"
+
+
+def changed(manifest: Any, path: str, value: object) -> None:
+    *keys, last = (int(key) if key.isdigit() else key for key in path.split("/"))
     for key in keys:
         manifest = manifest[key]
     manifest[last] = value
@@ -220,6 +315,22 @@ def changed(manifest: dict, path: str, value: object) -> None:
         ("pieces/stage-0/files", ["/etc/passwd"], "pieces.stage-0.files.0"),
         ("pieces/stage-0/files", [".hidden"], "pieces.stage-0.files.0"),
         ("pieces/stage-0/files", ["exit-AV1.xml", "exit-AV1.bin"], "do not belong together"),
+        ("size", [192, 64], "stage-0 takes visual as nothing before it gives it"),
+        ("exits", {"final": 3, "AV1": 1}, "its exits are not in the order in which they answer"),
+        ("exits", {"AV1": 2, "final": 3}, "describes another network than its models are (exits)"),
+        ("scene", [256, 128], "describes another network than its models are (scene)"),
+        ("view", "tiles", "describes another network than its models are (view)"),
+        ("step", 16, "describes another network than its models are (step)"),
+        ("classifies", True, "describes another network than its models are (classifies)"),
+        ("network/changes/size", [128, 128], "describes another network than its models are (size)"),
+        ("pieces/stage-0/takes/0/name", "picture", "stage-0 has the ports picture, wanted some of visual, log_mel"),
+        ("pieces/stage-0/gives/0/name", "seen", "stage-0 has the ports seen, wanted some of visual, log_mel"),
+        ("pieces/stage-0/gives/0/name", "audio", "exit-AV1 takes visual as nothing before it gives it"),
+        ("pieces/stage-0/gives/0/shape", [1, 2, 3], "exit-AV1 takes visual as nothing before it gives it"),
+        ("pieces/stage-1/takes/1/dtype", "float32", "stage-1 takes heard as nothing before it gives it"),
+        ("pieces/stage-1/gives", [], "exit-AV1 takes audio as nothing before it gives it"),
+        ("pieces/exit-final/gives/0/name", "count", "exit-final has the ports count, density"),
+        ("pieces/exit-final/gives", [], "exit-final gives no value"),
         ("files/stage-0.xml/bytes", 2**40, "too large"),
         ("files/stage-0.xml/sha256", "0" * 64, "its SHA-256 is not the manifest's"),
         ("files/stage-0.xml/sha256", "zero", "sha256"),
@@ -232,6 +343,26 @@ def test_a_manifest_is_not_trusted(path, value, line, exported, tmp_path, capsys
     changed(manifest, path, value)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     refused(folder, line, capsys, picture_file())
+
+
+@pytest.mark.parametrize("piece", ["stage-2", "exit-AV1", "exit-final"])
+@pytest.mark.parametrize("side", ["takes", "gives"])
+def test_ports_in_another_order_or_twice_are_not_trusted(piece, side, exported, tmp_path, capsys, picture_file):
+    """They are those of the model's arrays: two of one shape would be taken for each other."""
+    folder = copied(exported, tmp_path / "copy")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    ports = manifest["pieces"][piece][side]
+    ports.append(ports[0] if len(ports) == 1 else ports.pop(0))
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    refused(folder, "in that order", capsys, picture_file())
+
+
+def test_ports_that_the_model_has_not_are_one_line(exported, tmp_path, capsys, picture_file):
+    folder = copied(exported, tmp_path / "copy")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["pieces"]["exit-final"]["gives"][1]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    refused(folder, "exit-final gives 2 arrays, not the 1 of its ports", capsys, picture_file())
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "\x00", '{"format": "crowdexit-export-1"}', " " * 2**23])

@@ -12,6 +12,9 @@ from crowdexit.errors import CrowdExitError
 
 # The tensors of crowdexit.stages.Features that are set, by the names of their fields.
 Record = dict[str, NDArray[Any]]
+# Those fields, and those of crowdexit.stages.Answer, in their order: that of every piece's ports.
+RECORD = ("visual", "log_mel", "heard", "inside", "audio", "aside")
+ANSWER = ("value", "density")
 
 
 class RuntimeUnavailable(CrowdExitError):
@@ -128,4 +131,6 @@ class ArrayChain:
     def _run(self, piece: str, state: Record) -> Record:
         ports = self._ports[piece]
         given = self._engine.run(piece, [state[port.name] for port in ports.takes])
+        if len(given) != len(ports.gives):
+            raise RuntimeUnavailable(f"{piece} gives {len(given)} arrays, not the {len(ports.gives)} of its ports")
         return {port.name: array for port, array in zip(ports.gives, given, strict=True)}

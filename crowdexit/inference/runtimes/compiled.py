@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from crowdexit.inference.batch import look
 from crowdexit.inference.runtimes.arrays import RuntimeUnavailable, exit_piece, stage_piece
 from crowdexit.inference.runtimes.base import ReadyChain, Runtime
 from crowdexit.inference.runtimes.eager import EagerChain
@@ -43,6 +45,13 @@ class _CompiledChain(EagerChain):
         self._compiled: dict[str, Callable[..., tuple[Tensor, ...]]] = {
             name: torch.compile(_own_forward(name, piece)) for name, piece in self._pieces.items()
         }
+
+    def prepare(self, exits: Collection[str]) -> None:
+        """Compile the way to some exits, by running a blank picture of the size that the network looks at."""
+        width, height = self.network.config.scene
+        blank = look(np.zeros((height, width, 3), np.uint8), None, self.network.config)
+        for _ in self.stream(blank, exits):
+            pass
 
     def advance(self, index: int, state: Features) -> Features:
         name = stage_piece(index)

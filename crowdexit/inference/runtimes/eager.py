@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from crowdexit.inference.runtimes.arrays import RuntimeUnavailable
 from crowdexit.inference.runtimes.base import ReadyChain, Runtime
 from crowdexit.network import MultiExitNetwork
 from crowdexit.stages import Answer, Features
@@ -25,9 +26,26 @@ class Eager(Runtime):
         self.half = {"bf16": torch.bfloat16, "half": torch.float16}.get(name.rpartition("-")[2])
 
     def ready(self, network: MultiExitNetwork) -> ReadyChain:
-        network.eval().to(self.device)
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        with _on(self.device):
+            network.eval().to(self.device)
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return EagerChain(network, self.name, self.device, self.half)
+
+
+@contextmanager
+def _on(device: torch.device) -> Iterator[None]:
+    """Whatever is wrong with a GPU, too full, too old or too new, becomes one line.
+
+    Raises:
+        RuntimeUnavailable: for any error of PyTorch's, on a GPU.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if device.type == "cpu":
+            raise
+        line = str(error).partition("\n")[0]  # then hints at environment variables
+        raise RuntimeUnavailable(f"the GPU cannot run it: {line[:200]}") from None
 
 
 class EagerChain(ReadyChain):
@@ -44,29 +62,34 @@ class EagerChain(ReadyChain):
     @contextmanager
     def _mode(self) -> Iterator[None]:
         half = self.half
-        with torch.inference_mode(), torch.autocast(self.device.type, half, enabled=half is not None):
+        with (
+            _on(self.device),
+            torch.inference_mode(),
+            torch.autocast(self.device.type, half, enabled=half is not None),
+        ):
             yield
 
     def begin(self, features: Features) -> Features:
-        return Features(
-            features.visual.to(self.device).contiguous(memory_format=torch.channels_last),
-            features.log_mel.to(self.device),
-            features.heard.to(self.device),
-            features.inside.to(self.device),
-        )
+        with _on(self.device):
+            return Features(
+                features.visual.to(self.device).contiguous(memory_format=torch.channels_last),
+                features.log_mel.to(self.device),
+                features.heard.to(self.device),
+                features.inside.to(self.device),
+            )
 
     def advance(self, index: int, state: Features) -> Features:
         with self._mode():
             state = self.network.advance(index, state)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
         return state
 
     def ask(self, name: str, state: Features) -> Answer:
         with self._mode():
             answer = self.network.ask(name, state)
-        density = None if answer.density is None else answer.density.float().cpu()
-        return replace(answer, value=answer.value.float().cpu(), density=density)
+            density = None if answer.density is None else answer.density.float().cpu()
+            return replace(answer, value=answer.value.float().cpu(), density=density)
 
     def select(self, state: Features, keep: Tensor) -> Features:
         with self._mode():

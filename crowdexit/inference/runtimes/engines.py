@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.runtimes.arrays import RuntimeUnavailable, is_exit
 
-# A network has up to some ninety pieces (77 branches), and a process hardly ever more than one size of picture.
+# Of sizes of pieces the one not used for longest goes first. A network has up to some ninety pieces (77 branches), and
+# a process hardly ever more than one size of picture.
 MOST_READY = 128
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -30,12 +31,20 @@ def installed(module: str) -> Any:
     """An optional package.
 
     Raises:
-        RuntimeUnavailable: if it is not there.
+        RuntimeUnavailable: if it is not there, or cannot be imported.
     """
     try:
         return import_module(module)
-    except ImportError:
-        raise RuntimeUnavailable(f"{module} is not installed: pip install 'crowdexit[fast]'") from None
+    except Exception as error:  # a library of its own that is missing or of another version, however that shows
+        if isinstance(error, ModuleNotFoundError) and error.name == module:
+            raise RuntimeUnavailable(f"{module} is not installed: pip install 'crowdexit[fast]'") from None
+        raise RuntimeUnavailable(f"{module} cannot be imported: {one_line(error)}") from None
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, in a line of 200 characters at most: of several the last, which is about the matter."""
+    line = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+    return line.strip()[:200]
 
 
 class Engine(ABC):
@@ -43,14 +52,13 @@ class Engine(ABC):
 
     Args:
         model: the piece's model for arrays whose shapes without the batch are these.
-        most: how many sizes of pieces are kept ready; the one not used for longest goes first.
     """
 
     library: str
 
-    def __init__(self, model: Callable[[str, Shapes], Any], most: int = MOST_READY) -> None:
+    def __init__(self, model: Callable[[str, Shapes], Any]) -> None:
         self._model = model
-        self._made_ready = lru_cache(most)(self._checked_ready)
+        self._made_ready = lru_cache(MOST_READY)(self._checked_ready)
         self._lock = Lock()
 
     def run(self, piece: str, arrays: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
@@ -84,8 +92,7 @@ class Engine(ABC):
             raise self._failed(piece, "compile", error) from None
 
     def _failed(self, piece: str, what: str, error: Exception) -> RuntimeUnavailable:
-        line = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-        return RuntimeUnavailable(f"{self.library} cannot {what} {piece}: {line.strip()[:200]}")
+        return RuntimeUnavailable(f"{self.library} cannot {what} {piece}: {one_line(error)}")
 
     @abstractmethod
     def _ready(self, piece: str, model: Any, shapes: Shapes) -> Any: ...
@@ -104,8 +111,8 @@ class OpenVINOEngine(Engine):
 
     library = "OpenVINO"
 
-    def __init__(self, model: Callable[[str, Shapes], Any], *, half: bool = False, most: int = MOST_READY) -> None:
-        super().__init__(model, most)
+    def __init__(self, model: Callable[[str, Shapes], Any], *, half: bool = False) -> None:
+        super().__init__(model)
         self._core = installed("openvino").Core()
         self._half = half
 
@@ -127,8 +134,8 @@ class OnnxEngine(Engine):
 
     library = "ONNX Runtime"
 
-    def __init__(self, model: Callable[[str, Shapes], bytes], most: int = MOST_READY) -> None:
-        super().__init__(model, most)
+    def __init__(self, model: Callable[[str, Shapes], bytes]) -> None:
+        super().__init__(model)
         self._onnxruntime = installed("onnxruntime")
 
     def _ready(self, piece: str, model: bytes, shapes: Shapes) -> Any:

@@ -11,23 +11,24 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Generic, TypeVar
 
 from crowdexit.inference.runtimes.engines import Shapes
+from crowdexit.machine import cache_folder
 from crowdexit.network import MultiExitNetwork
 
 MOST_NETWORKS = 8
 MOST_CHOICES = 100
+_CHOICES = "runtimes.json"
 _LIBRARIES = ("crowdexit", "torch", "openvino", "nncf", "onnx", "onnxscript", "onnxruntime")
+_PACKAGE = Path(__file__).parents[2]
+# What a network's graph is made of, and what makes models of it.
+_SOURCES = ("backbones/*.py", "exits/*.py", "inference/runtimes/*.py", "network.py", "stages.py")
 M = TypeVar("M")
-
-
-def cache_folder() -> Path:
-    """The user's cache of this project; perhaps not there yet."""
-    asked = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (asked if asked.is_absolute() else Path.home() / ".cache") / "crowdexit"
 
 
 def installed_version(package: str) -> str | None:
@@ -39,19 +40,36 @@ def installed_version(package: str) -> str | None:
 
 
 def fingerprint(network: MultiExitNetwork, *more: object) -> str:
-    """A hash of a network, its weights, the libraries' versions and what else is given."""
+    """A hash of a network, its weights, the code that makes its graph, the libraries' versions and what else is given.
+
+    Of an exit that is its kind and its options too: two of the same modules and weights may differ in nothing else.
+    """
     digest = hashlib.blake2b(digest_size=16)
     libraries = [installed_version(name) for name in _LIBRARIES]
-    exits = [(name, type(network.exit_module(name)).__name__, network.stage_of(name)) for name in network.exit_names]
-    digest.update(repr((libraries, type(network).__name__, network.config, exits, more)).encode())
+    exits = [
+        (name, network.stage_of(name), network.exit_module(name).kind, network.branch_options.get(name))
+        for name in network.exit_names
+    ]
+    digest.update(repr((libraries, _code(_PACKAGE), str(network), network.config, exits, more)).encode())
     for name, tensor in network.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
+@cache
+def _code(package: Path) -> str:
+    """A hash of the sources in the package's folder that decide what is kept: in a checkout they change."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(path for pattern in _SOURCES for path in package.glob(pattern)):
+        digest.update(repr((str(path.relative_to(package)), path.read_bytes())).encode())
+    return digest.hexdigest()
+
+
 class KeptModels(Generic[M]):
     """The converted pieces of one network for one runtime.
+
+    Beside each model lie the digests of its files: a damaged one may well be readable, and count wrongly.
 
     Args:
         suffix: of a model's file.
@@ -66,30 +84,38 @@ class KeptModels(Generic[M]):
         read: Callable[[Path], M],
         write: Callable[[M, Path], None],
     ) -> None:
-        self._folder = cache_folder() / "models" / fingerprint(network, runtime)
+        root = cache_folder()
+        self._folder = None if root is None else root / "models" / fingerprint(network, runtime)
         self._suffix, self._read, self._write = suffix, read, write
 
     def get(self, piece: str, shapes: Shapes) -> M | None:
         """A kept model, or None."""
-        path = self._path(piece, shapes)
-        if not path.is_file():
+        if self._folder is None:
             return None
-        with suppress(Exception):  # whatever a library makes of a damaged file
-            model = self._read(path)
-            os.utime(self._folder)
-            return model
+        stem = _stem(piece, shapes)
+        with suppress(Exception):  # whatever is missing, or a library makes of a damaged file
+            digests = json.loads((self._folder / f"{stem}.json").read_text("utf-8"))
+            if all(_digest(self._folder / name) == digest for name, digest in digests.items()):
+                model = self._read(self._folder / f"{stem}{self._suffix}")
+                with suppress(OSError):  # a cache that can only be read is of use, too
+                    os.utime(self._folder)
+                return model
         return None
 
     def keep(self, piece: str, shapes: Shapes, model: M) -> None:
         """Keep a model, and of all networks' those that were used last."""
-        path = self._path(piece, shapes)
-        part = self._folder / f"part-{os.getpid()}"
-        with suppress(OSError):
-            part.mkdir(parents=True, exist_ok=True)
-            self._write(model, part / path.name)
-            for made in sorted(part.iterdir(), key=lambda made: made.name == path.name):  # the model itself last
-                made.replace(self._folder / made.name)
-            part.rmdir()
+        if self._folder is None:
+            return
+        stem = _stem(piece, shapes)
+        with suppress(Exception):  # a full disk, and whatever a library makes of it
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(prefix="part-", dir=self._folder, ignore_cleanup_errors=True) as part:
+                self._write(model, Path(part) / f"{stem}{self._suffix}")
+                made = sorted(Path(part).iterdir())
+                digests = Path(part) / f"{stem}.json"
+                digests.write_text(json.dumps({path.name: _digest(path) for path in made}), "utf-8")
+                for path in (*made, digests):  # the digests last: without them there is no model
+                    path.replace(self._folder / path.name)
             others = sorted(self._folder.parent.iterdir(), key=lambda folder: folder.stat().st_mtime)
             for old in others[:-MOST_NETWORKS]:
                 shutil.rmtree(old, ignore_errors=True)
@@ -103,15 +129,24 @@ class KeptModels(Generic[M]):
         self.keep(piece, shapes, made)
         return made
 
-    def _path(self, piece: str, shapes: Shapes) -> Path:
-        name = hashlib.blake2b(repr((piece, shapes)).encode(), digest_size=16).hexdigest()
-        return self._folder / f"{name}{self._suffix}"
+
+def _stem(piece: str, shapes: Shapes) -> str:
+    """The name of a model's files without their suffixes."""
+    return hashlib.blake2b(repr((piece, shapes)).encode(), digest_size=16).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
 def choices() -> dict[str, str]:
     """What was chosen before, by its key; nothing where that file is not there or damaged."""
+    folder = cache_folder()
+    if folder is None:
+        return {}
     with suppress(OSError, ValueError, RecursionError):
-        data = json.loads((cache_folder() / "runtimes.json").read_text("utf-8"))
+        data = json.loads((folder / _CHOICES).read_text("utf-8"))
         if isinstance(data, dict):
             return {str(key): str(name) for key, name in data.items()}
     return {}
@@ -119,10 +154,21 @@ def choices() -> dict[str, str]:
 
 def keep_choice(key: str, name: str) -> None:
     """Keep a choice, and of all the last ones."""
-    path = cache_folder() / "runtimes.json"
-    known = {**choices(), key: name}
-    part = path.with_name(f"part-{os.getpid()}-{path.name}")
+    _write_choices({**choices(), key: name})
+
+
+def forget_choice(key: str) -> None:
+    """Keep a choice no longer."""
+    _write_choices({other: name for other, name in choices().items() if other != key})
+
+
+def _write_choices(known: dict[str, str]) -> None:
+    folder = cache_folder()
+    if folder is None:
+        return
     with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(dict(list(known.items())[-MOST_CHOICES:])), "utf-8")
-        part.replace(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix="part-", dir=folder, ignore_cleanup_errors=True) as part:
+            made = Path(part) / _CHOICES
+            made.write_text(json.dumps(dict(list(known.items())[-MOST_CHOICES:])), "utf-8")
+            made.replace(folder / _CHOICES)

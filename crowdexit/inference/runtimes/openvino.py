@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from crowdexit.inference.runtimes.arrays import Record, stage_piece
+from crowdexit.errors import CrowdExitError
+from crowdexit.inference.runtimes.arrays import Record, RuntimeUnavailable, stage_piece
 from crowdexit.inference.runtimes.base import ArrayReady, ReadyChain, Runtime
 from crowdexit.inference.runtimes.calibration import bundled
-from crowdexit.inference.runtimes.engines import OpenVINOEngine, Shapes, installed
+from crowdexit.inference.runtimes.engines import OpenVINOEngine, Shapes, installed, one_line
 from crowdexit.inference.runtimes.kept import KeptModels
 from crowdexit.inference.runtimes.pieces import Piece, chain_of, record_of, take_apart
-from crowdexit.network import Config, MultiExitNetwork
+from crowdexit.network import MultiExitNetwork
 from crowdexit.stages import Features
 
 log = logging.getLogger(__name__)
@@ -27,10 +28,7 @@ log = logging.getLogger(__name__)
 class OpenVINO(Runtime):
     """OpenVINO on the CPU; pieces are converted when they are first run, and kept.
 
-    Args:
-        name: one of ``NAMES``.
-        calibration: what ``openvino-int8`` is quantised on, for a network's configuration; default: the pictures that
-            come with the project.
+    ``openvino-int8`` is quantised on the pictures that come with the project.
 
     Raises:
         RuntimeUnavailable: if OpenVINO is not installed, or for int8 NNCF is not.
@@ -38,13 +36,10 @@ class OpenVINO(Runtime):
 
     NAMES = ("openvino", "openvino-bf16", "openvino-int8")
 
-    def __init__(
-        self, name: str = "openvino", calibration: Callable[[Config], Iterable[Features]] | None = None
-    ) -> None:
+    def __init__(self, name: str = "openvino") -> None:
         for module in ("openvino", "nncf") if name == "openvino-int8" else ("openvino",):
             installed(module)
         self.name = name
-        self._calibration = calibration
 
     def ready(self, network: MultiExitNetwork) -> ReadyChain:
         pieces = take_apart(network.cpu())
@@ -61,20 +56,22 @@ class OpenVINO(Runtime):
 
     def _quantised(self, network: MultiExitNetwork, pieces: dict[str, Piece]) -> Callable[[str, Shapes], Any]:
         """What gives a piece's quantised model. On the bundled pictures it is always the same, and kept."""
-        if self._calibration is not None:
-            models = quantise(pieces, network, self._calibration(network.config))
-        else:
-            kept = _kept(network, self.name)
-            shapes_of = {name: tuple(port.shape for port in piece.ports.takes) for name, piece in pieces.items()}
-            models = {name: kept.get(name, shapes) for name, shapes in shapes_of.items()}
-            if None in models.values():
-                log.warning(
-                    "openvino-int8: quantised on the pictures that come with the project; "
-                    "`crowdexit export --precision int8 --calibrate DATA.h5` does it better"
-                )
+        kept = _kept(network, self.name)
+        shapes_of = {name: tuple(port.shape for port in piece.ports.takes) for name, piece in pieces.items()}
+        models: dict[str, Any] = {name: kept.get(name, shapes) for name, shapes in shapes_of.items()}
+        if None in models.values():
+            log.warning(
+                "openvino-int8: quantised on the pictures that come with the project; "
+                "`crowdexit export --precision int8 --calibrate DATA.h5` does it better"
+            )
+            try:
                 models = quantise(pieces, network, bundled(network.config))
-                for name, made in models.items():
-                    kept.keep(name, shapes_of[name], made)
+            except CrowdExitError:
+                raise
+            except Exception as error:  # whatever NNCF raises
+                raise RuntimeUnavailable(f"{self.name}: NNCF cannot quantise it ({one_line(error)})") from None
+            for name, made in models.items():
+                kept.keep(name, shapes_of[name], made)
         return lambda piece, shapes: models[piece].clone()  # compiling fixes the shapes of the one it gets
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 import time
+from collections.abc import Collection
 from contextlib import suppress
-from pathlib import Path
+from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
 import torch
@@ -19,18 +20,22 @@ from crowdexit.inference.runtimes.base import ReadyChain, Runtime
 from crowdexit.inference.runtimes.calibration import sample
 from crowdexit.inference.runtimes.compiled import Compiled
 from crowdexit.inference.runtimes.eager import Eager
-from crowdexit.inference.runtimes.kept import choices, fingerprint, installed_version, keep_choice
+from crowdexit.inference.runtimes.engines import one_line
+from crowdexit.inference.runtimes.kept import choices, fingerprint, forget_choice, installed_version, keep_choice
 from crowdexit.inference.runtimes.onnx import Onnx
 from crowdexit.inference.runtimes.openvino import OpenVINO, multiplies_bf16
+from crowdexit.machine import processor
 from crowdexit.network import MultiExitNetwork
-from crowdexit.stages import Features
+from crowdexit.stages import Answer, Features
 
 log = logging.getLogger(__name__)
 
 KINDS: tuple[Any, ...] = (Eager, Compiled, OpenVINO, Onnx)
+# Of all that there is, what needs no preparing of its own: what auto may try.
+READY_MADE = (*Eager.NAMES, "openvino", "openvino-bf16", *Onnx.NAMES)
 # An exit's answer may differ from that of eager float32 by this share of it, and of one head or one class score.
 TOLERANCE = 0.02
-PROBES = 3
+PROBES, LONG_S = 3, 2.0  # so often is each timed, or until so much time has been measured
 PATIENCE_S = 20.0  # then no further candidate is tried
 
 
@@ -61,7 +66,9 @@ class Auto(Runtime):
 
     Tried are those that need no preparing of their own: neither torch.compile, which wants a C++ compiler and a
     minute, nor int8, which wants pictures. What was picked is told once, as a warning of the log, and remembered in
-    the user's cache.
+    the user's cache. Where there is nothing to choose from, nothing is told.
+
+    Nobody has named what is picked, so nothing that goes wrong with it is the caller's: eager float32 takes over.
     """
 
     name = "auto"
@@ -69,26 +76,110 @@ class Auto(Runtime):
     def ready(self, network: MultiExitNetwork) -> ReadyChain:
         key = _key(network)
         known = choices().get(key)
-        if known in names():
+        if known in READY_MADE:
             try:
-                return pick(known).ready(network)
-            except RuntimeUnavailable as error:
-                log.warning("%s; the runtimes are tried anew", error)
+                return _with_eager_behind(pick(known).ready(network), key)
+            except Exception as error:
+                log.warning("%s; the runtimes are tried anew", one_line(error))
         picked, chain = _fastest(network)
         keep_choice(key, picked)
-        return chain
+        return _with_eager_behind(chain, key)
+
+
+def _with_eager_behind(chain: ReadyChain, key: str) -> ReadyChain:
+    return chain if chain.runtime == "eager" else _Picked(chain, key)
+
+
+@dataclass(frozen=True)
+class _State:
+    """What stands between two stages, and what it takes to come there again.
+
+    Attributes:
+        chain: whose state it is. own: the state. stage: the last that was run, at first −1.
+        features: the batch before the first stage. rows: the indices of those of its samples that are left.
+    """
+
+    chain: ReadyChain
+    own: Any
+    stage: int
+    features: Features
+    rows: Tensor
+
+
+class _Picked(ReadyChain):
+    """What ``auto`` has picked, until it fails: from then on eager float32, which walks again what was under way.
+
+    Args:
+        key: of the choice, which is forgotten then.
+    """
+
+    def __init__(self, chain: ReadyChain, key: str) -> None:
+        super().__init__(chain.network, chain.runtime)
+        self._chain, self._key = chain, key
+
+    def prepare(self, exits: Collection[str]) -> None:
+        try:
+            self._chain.prepare(exits)
+        except RuntimeUnavailable as error:
+            self._give_up(self._chain, error)
+
+    def begin(self, features: Features) -> _State:
+        state = _State(self._chain, None, -1, features, torch.arange(len(features.visual)))
+        try:
+            return replace(state, own=state.chain.begin(features))
+        except RuntimeUnavailable as error:
+            return self._again(state, error)
+
+    def advance(self, index: int, state: _State) -> _State:
+        try:
+            return replace(state, own=state.chain.advance(index, state.own), stage=index)
+        except RuntimeUnavailable as error:
+            return self._again(replace(state, stage=index), error)
+
+    def ask(self, name: str, state: _State) -> Answer:
+        try:
+            return state.chain.ask(name, state.own)
+        except RuntimeUnavailable as error:
+            again = self._again(state, error)
+            return again.chain.ask(name, again.own)
+
+    def select(self, state: _State, keep: Tensor) -> _State:
+        state = replace(state, rows=state.rows[keep])
+        try:
+            return replace(state, own=state.chain.select(state.own, keep))
+        except RuntimeUnavailable as error:
+            return self._again(state, error)
+
+    def _give_up(self, failed: ReadyChain, error: RuntimeUnavailable) -> None:
+        """Have eager float32 go on, unless it does already."""
+        if failed is self._chain:
+            log.warning("runtime auto: %s; eager goes on", error)
+            forget_choice(self._key)
+            self._chain = Eager().ready(self.network)
+            self.runtime = self._chain.runtime
+
+    def _again(self, state: _State, error: RuntimeUnavailable) -> _State:
+        """A state whose chain has failed, by eager float32 from the beginning."""
+        self._give_up(state.chain, error)
+        own = self._chain.begin(state.features.select(state.rows))
+        for index in range(state.stage + 1):
+            own = self._chain.advance(index, own)
+        return replace(state, chain=self._chain, own=own)
 
 
 def candidates() -> tuple[tuple[str, ...], ...]:
     """What to try here beside eager float32: of each row, the quickest first, the first that agrees."""
     if torch.cuda.is_available():
-        return (("cuda-half", "cuda-bf16", "cuda"),)
+        return (("cuda-half",), ("cuda-bf16",), ("cuda",))  # which is the quickest depends on the GPU
     rows: list[tuple[str, ...]] = []
     if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
         rows.append(("eager-bf16",))
     if installed_version("openvino"):
-        rows.append(("openvino-bf16", "openvino") if multiplies_bf16() else ("openvino",))
-    elif installed_version("onnxruntime"):
+        try:
+            return (*rows, ("openvino-bf16", "openvino") if multiplies_bf16() else ("openvino",))
+        except Exception as error:  # it is there, and cannot be used
+            _leave_out("openvino", one_line(error))
+    if installed_version("onnxruntime"):
         rows.append(("onnx",))
     return tuple(rows)
 
@@ -106,12 +197,13 @@ def _fastest(network: MultiExitNetwork) -> tuple[str, ReadyChain]:
     for row in rows:
         for name in row:
             if time.perf_counter() - begun > PATIENCE_S:
+                _leave_out(name, "trying the others took too long")
                 continue
             try:
                 other = pick(name).ready(network)
                 answers, seconds = _tried(other, features)
-            except RuntimeUnavailable as error:
-                log.warning("runtime auto leaves out %s: %s", name, error)
+            except Exception as error:  # whatever it is, the next may do
+                _leave_out(name, one_line(error))
                 continue
             if not _agree(answers, expected):
                 continue
@@ -124,17 +216,21 @@ def _fastest(network: MultiExitNetwork) -> tuple[str, ReadyChain]:
     return picked, chain
 
 
+def _leave_out(name: str, why: str) -> None:
+    log.warning("runtime auto leaves out %s: %s", name, why)
+
+
 def _tried(chain: ReadyChain, features: Features) -> tuple[dict[str, Tensor], float]:
     """The answers of the final exit and some early ones, and the median of the seconds that they take."""
     *early, final = chain.exit_names
     exits = [*early[:: max(1, len(early) // 3)][:3], final]
     answers = dict(chain.stream(features, exits))  # once for nothing: this compiles
-    times = []
-    for _ in range(PROBES):
+    times: list[float] = []
+    while len(times) < PROBES and sum(times) < LONG_S:
         begun = time.perf_counter()
         answers = dict(chain.stream(features, exits))
         times.append(time.perf_counter() - begun)
-    return {name: answer.value for name, answer in answers.items()}, sorted(times)[PROBES // 2]
+    return {name: answer.value for name, answer in answers.items()}, median(times)
 
 
 def _agree(answers: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
@@ -146,13 +242,7 @@ def _agree(answers: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 
 def _key(network: MultiExitNetwork) -> str:
     """A hash of everything that decides which runtime is fastest: machine, libraries, network and weights."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return fingerprint(network, _cpu(), os.cpu_count(), torch.get_num_threads(), gpu)
-
-
-def _cpu() -> str:
-    """The processor's name and abilities; clouds give one name to several."""
-    with suppress(OSError):
-        first = Path("/proc/cpuinfo").read_text("utf-8", "replace").partition("\n\n")[0]
-        return "".join(line for line in first.splitlines() if line.startswith(("model name", "flags")))
-    return platform.processor()
+    gpu = ""
+    with suppress(RuntimeError):  # of one that is there and cannot even be asked for its name
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return fingerprint(network, *processor(), os.cpu_count(), torch.get_num_threads(), gpu)

@@ -4,38 +4,68 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 
 import networks
+import numpy as np
 import pytest
 import torch
 
+from crowdexit import zoo
+from crowdexit.inference.counter import CrowdCounter
 from crowdexit.inference.runtimes import pick as module
 from crowdexit.inference.runtimes.arrays import RuntimeUnavailable
 from crowdexit.inference.runtimes.base import ReadyChain, Runtime
 from crowdexit.inference.runtimes.eager import Eager
-from crowdexit.inference.runtimes.kept import cache_folder
-from crowdexit.inference.runtimes.pick import Auto
+from crowdexit.inference.runtimes.kept import keep_choice
+from crowdexit.inference.runtimes.pick import Auto, candidates, names
+from crowdexit.machine import cache_folder
 
 
 class Fake(Runtime):
-    """Eager, wrong by a factor, or failing."""
+    """Eager, wrong by a factor; ``breaks`` names the steps that fail, of ``prepare``, ``begin``, ``advance 0`` …,
+    ``ask V1`` …, ``select``."""
 
-    def __init__(self, name: str, factor: float = 1.0, error: str = "") -> None:
-        self.name, self.factor, self.error = name, factor, error
+    def __init__(self, name: str, factor: float = 1.0, error: Exception | None = None, breaks: str = "ask AV1") -> None:
+        self.name, self.factor, self.error, self.breaks = name, factor, error, breaks
 
     def ready(self, network) -> ReadyChain:
-        chain = Eager().ready(network)
-        chain.runtime = self.name
-        ask = chain.ask
+        return FakeChain(network, self)
 
-        def answer(name, state):
-            if self.error:
-                raise RuntimeUnavailable(self.error)
-            given = ask(name, state)
-            return type(given)(given.value * self.factor, given.density)
 
-        chain.ask = answer
-        return chain
+class FakeChain(ReadyChain):
+    def __init__(self, network, fake: Fake) -> None:
+        super().__init__(network, fake.name)
+        self.fake, self.inner = fake, Eager().ready(network)
+
+    def _step(self, name: str) -> None:
+        if self.fake.error is not None and name == self.fake.breaks:
+            raise self.fake.error
+
+    def prepare(self, exits):
+        self._step("prepare")
+
+    def begin(self, features):
+        self._step("begin")
+        return self.fake, self.inner.begin(features)
+
+    def advance(self, index, state):
+        self._step(f"advance {index}")
+        return self._own(state, self.inner.advance(index, state[1]))
+
+    def ask(self, name, state):
+        self._step(f"ask {name}")
+        given = self.inner.ask(name, self._own(state, state[1])[1])
+        return type(given)(given.value * self.fake.factor, given.density)
+
+    def select(self, state, keep):
+        self._step("select")
+        return self._own(state, self.inner.select(state[1], keep))
+
+    def _own(self, state, inner):
+        """A state goes on on the runtime that began it."""
+        assert state[0] is self.fake
+        return self.fake, inner
 
 
 @pytest.fixture
@@ -52,7 +82,7 @@ def tried(monkeypatch):
     def set_up(rows: list[list[tuple[Fake, float]]], eager: float = 1.0) -> list[str]:
         fakes = {fake.name: (fake, seconds) for row in rows for fake, seconds in row}
         monkeypatch.setattr(module, "candidates", lambda: tuple(tuple(fake.name for fake, _ in row) for row in rows))
-        monkeypatch.setattr(module, "names", lambda: ("auto", "eager", *fakes))
+        monkeypatch.setattr(module, "READY_MADE", ("eager", *fakes))
         monkeypatch.setattr(module, "pick", lambda name: fakes[name][0] if name in fakes else real(name))
 
         def on_a_clock(chain, features):
@@ -85,11 +115,108 @@ def test_the_fastest_that_agrees_is_picked_and_remembered(network, tried, caplog
     assert len(order) == 8
 
 
-def test_what_fails_is_left_out_with_a_warning(network, tried, caplog):
-    tried([[(Fake("broken", error="it cannot"), 0.1)], [(Fake("slow"), 2.0)]])
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeUnavailable("it cannot"), torch.OutOfMemoryError("it cannot"), RuntimeError("a check failed\nit cannot")],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_fails_is_left_out_with_a_warning(error, network, tried, caplog):
+    tried([[(Fake("broken", error=error), 0.1)], [(Fake("slow"), 2.0)]])
     with caplog.at_level(logging.WARNING):
         assert Auto().ready(network).runtime == "eager"
     assert caplog.messages[0] == "runtime auto leaves out broken: it cannot"
+
+
+BREAKS = ["prepare", "begin", *(f"advance {index}" for index in range(4)), "ask V1", "ask final", "select"]
+
+
+@pytest.mark.parametrize("breaks", BREAKS)
+@pytest.mark.parametrize("remembered", [False, True], ids=["new", "remembered"])
+def test_where_what_was_picked_fails_later_eager_goes_on(breaks, remembered, network, tried, caplog):
+    """In the middle of a walk too, with the samples that are left; said once, and never picked again by memory."""
+    fake = Fake("quick", breaks=breaks)
+    tried([[(fake, 0.1)]])
+    chains = [Auto().ready(network) for _ in range(1 + remembered)]
+    features, other = networks.batch(network, 4), networks.batch(network, 3, seed=1)
+    expected = dict(Eager().ready(network).stream(features))
+    chain = chains[-1]
+    under_way = chain.advance(0, chain.begin(other))
+    fake.error = RuntimeUnavailable("there is no more memory")
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        chain.prepare(["V1", "final"])
+        state = chain.begin(features)
+        for index, keep in enumerate((torch.tensor([True, False, True, True]), torch.tensor([2, 0]))):
+            state = chain.advance(index, state)
+            if index == 0:
+                torch.testing.assert_close(chain.ask("V1", state).value, expected["V1"].value)
+            state = chain.select(state, keep)
+        answer = chain.ask("final", chain.advance(3, chain.advance(2, state)))
+    torch.testing.assert_close(answer.value, expected["final"].value[[3, 0]])
+    torch.testing.assert_close(answer.density, expected["final"].density[[3, 0]])
+    assert caplog.messages == ["runtime auto: there is no more memory; eager goes on"]
+    assert chain.runtime == "eager"
+    assert json.loads((cache_folder() / "runtimes.json").read_text()) == {}
+    # What was under way meanwhile comes to its end, too, and says nothing more.
+    wanted = dict(Eager().ready(network).stream(other, ["final"]))["final"].value
+    for index in (1, 2, 3):
+        under_way = chain.advance(index, under_way)
+    torch.testing.assert_close(chain.ask("final", under_way).value, wanted)
+    assert len(caplog.messages) == 1
+
+
+def test_a_counter_on_what_fails_counts_on_eager(network, tried, caplog):
+    fake = Fake("quick", breaks="prepare")
+    tried([[(fake, 0.1)]])
+    Auto().ready(network)
+    fake.error = RuntimeUnavailable("no compiler")
+    picture = np.random.default_rng(0).integers(0, 255, (64, 128, 3), np.uint8)
+    said = list(CrowdCounter(network, "tiny", runtime=Auto()).stream(picture))
+    assert [e.count for e in said] == [e.count for e in CrowdCounter(network, "tiny", runtime=Eager()).stream(picture)]
+    with pytest.raises(RuntimeUnavailable, match=r"^no compiler$"):  # of a runtime that was named
+        CrowdCounter(network, "tiny", runtime=fake)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "bf16", "libraries", "openvino_bf16", "expected"),
+    [
+        (True, True, ("openvino", "onnxruntime"), True, (("cuda-half",), ("cuda-bf16",), ("cuda",))),
+        (False, True, ("openvino", "onnxruntime"), True, (("eager-bf16",), ("openvino-bf16", "openvino"))),
+        (False, False, ("openvino",), False, (("openvino",),)),
+        (False, False, ("onnxruntime",), None, (("onnx",),)),
+        (False, True, (), None, (("eager-bf16",),)),
+        (False, False, (), None, ()),
+        # Its metadata are there, and it cannot be imported.
+        (False, True, ("openvino",), None, (("eager-bf16",),)),
+        (False, False, ("openvino", "onnxruntime"), None, (("onnx",),)),
+    ],
+)
+def test_candidates(cuda, bf16, libraries, openvino_bf16, expected, monkeypatch, caplog):
+    def multiplies_bf16() -> bool:
+        if openvino_bf16 is None:
+            raise RuntimeUnavailable("openvino cannot be imported: libtbb.so.12")
+        return openvino_bf16
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(module, "installed_version", lambda name: "9" if name in libraries else None)
+    monkeypatch.setattr(module, "multiplies_bf16", multiplies_bf16)
+    with caplog.at_level(logging.WARNING):
+        assert candidates() == expected
+    assert {name for row in expected for name in row} <= set(module.READY_MADE) <= set(names())
+    broken = "openvino" in libraries and openvino_bf16 is None
+    said = "runtime auto leaves out openvino: openvino cannot be imported: libtbb.so.12"
+    assert caplog.messages == ([said] if broken else [])
+
+
+@pytest.mark.parametrize("name", ["auto", "compile", "openvino-int8", "abacus"])
+def test_only_what_auto_picks_is_remembered(name, network, tried):
+    """Whatever else stands in the file, ``auto`` itself above all, would be picked for ever."""
+    order = tried([[(Fake("quick"), 0.1)]])
+    keep_choice(module._key(network), name)
+    assert Auto().ready(network).runtime == "quick"
+    assert order == ["eager", "quick"]
 
 
 def test_what_was_picked_and_is_gone_is_tried_anew(network, tried, monkeypatch, caplog):
@@ -127,28 +254,90 @@ def test_a_memory_that_cannot_be_written_is_no_matter(network, tried, monkeypatc
     assert Auto().ready(network).runtime == "quick"
 
 
-def test_nothing_is_tried_after_patience_has_run_out(network, tried, monkeypatch):
+def test_nothing_is_tried_after_patience_has_run_out(network, tried, monkeypatch, caplog):
     order = tried([[(Fake("one"), 0.1)], [(Fake("two"), 0.05)]])
     monkeypatch.setattr(module, "PATIENCE_S", 0.0)
-    assert Auto().ready(network).runtime == "eager"
+    with caplog.at_level(logging.WARNING):
+        assert Auto().ready(network).runtime == "eager"
     assert order == ["eager"]
+    left_out = [f"runtime auto leaves out {name}: trying the others took too long" for name in ("one", "two")]
+    assert caplog.messages[:-1] == left_out
 
 
-def test_weights_machine_and_size_make_the_key(network):
+@pytest.mark.parametrize(("long", "timed"), [(3600.0, module.PROBES), (1e-9, 1)])
+def test_what_takes_long_is_not_timed_thrice(long, timed, network, monkeypatch):
+    monkeypatch.setattr(module, "LONG_S", long)
+    chain = Eager().ready(network)
+    begun: list[int] = []
+    begin = chain.begin
+    monkeypatch.setattr(chain, "begin", lambda features: begun.append(1) or begin(features))
+    module._tried(chain, networks.batch(network, 1))
+    assert len(begun) == 1 + timed
+
+
+def test_weights_machine_and_size_make_the_key(network, monkeypatch):
     key = module._key(network)
     assert key == module._key(networks.made("audiocsrnet"))
+    spec = networks.SPECS["audiocsrnet"]
+    bare = [zoo.with_exits(network, spec, [])]
+    bare.append(zoo.at_size(*bare[0], (192, 128)))
+    keys = [key, *(module._key(of_size) for of_size, _ in bare)]
+    for where, what, other in (
+        (module, "processor", lambda: ("another", "amx_tile")),
+        (os, "cpu_count", lambda: 1000),
+        (torch, "get_num_threads", lambda: 1000),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(where, what, other)
+            keys.append(module._key(network))
     with torch.no_grad():
         network.final.conv.bias += 1e-3
-    assert module._key(network) != key
+    keys.append(module._key(network))
+    assert len(set(keys)) == len(keys) == 7
 
 
-def test_for_real(network, monkeypatch, tmp_path):
-    """On this machine, with what is installed: it answers as eager does."""
-    monkeypatch.undo()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_a_gpu_that_cannot_be_used_is_no_matter(network, monkeypatch, caplog):
+    """One that is full fails as soon as anybody wants anything of it."""
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(module, "candidates", candidates)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", full)
+    to = type(network).to
+
+    def moved(self, *where, **how):
+        return full() if torch.device("cuda") in where else to(self, *where, **how)
+
+    monkeypatch.setattr(type(network), "to", moved)
+    with caplog.at_level(logging.WARNING):
+        assert Auto().ready(network).runtime == "eager"
+    assert caplog.messages[:-1] == [
+        f"runtime auto leaves out {name}: the GPU cannot run it: CUDA out of memory"
+        for name in ("cuda-half", "cuda-bf16", "cuda")
+    ]
+
+
+def test_for_real(network, monkeypatch):
+    """On this machine, with what is installed: where eager is slow another is picked, and answers as eager does."""
+    timed = module._tried
+
+    def with_slow_eager(chain, features):
+        answers, seconds = timed(chain, features)
+        return answers, seconds + 3600 * (chain.runtime == "eager")
+
+    monkeypatch.setattr(module, "candidates", candidates)
+    monkeypatch.setattr(module, "PATIENCE_S", 3600.0)
+    monkeypatch.setattr(module, "_tried", with_slow_eager)
     chain = Auto().ready(network)
+    assert chain.runtime in {name for row in candidates() for name in row}
+    monkeypatch.setattr(module, "_tried", lambda *_: 1 / 0)
+    again = Auto().ready(network)
+    assert again.runtime == chain.runtime
     features = networks.batch(network, 1)
+    said = [dict(picked.stream(features)) for picked in (chain, again)]
     expected = dict(Eager().ready(network).stream(features))
-    for name, answer in chain.stream(features):
-        torch.testing.assert_close(answer.value, expected[name].value, rtol=0.02, atol=0.5)
-    assert len(list(tmp_path.rglob("runtimes.json"))) == 1
+    for answers in said:
+        for name, answer in answers.items():
+            torch.testing.assert_close(answer.value, expected[name].value, rtol=0.02, atol=0.5)

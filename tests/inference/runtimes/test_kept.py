@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
+from pathlib import Path
 
 import networks
 import pytest
 import torch
 
+from crowdexit import zoo
 from crowdexit.inference.counter import CrowdCounter
 from crowdexit.inference.runtimes import kept, openvino
 from crowdexit.inference.runtimes.eager import Eager
-from crowdexit.inference.runtimes.kept import KeptModels, cache_folder, fingerprint
+from crowdexit.inference.runtimes.kept import KeptModels, fingerprint
 from crowdexit.inference.runtimes.openvino import OpenVINO
+from crowdexit.machine import cache_folder
+from crowdexit.network import MultiExitNetwork
 
 
 @pytest.fixture
@@ -33,10 +38,24 @@ def test_what_was_converted_is_found_again(converted):
         for name, answer in answers.items():
             torch.testing.assert_close(answer.value, expected[name].value)
         assert len(converted) == 6  # four stages, two exits
-    for path in cache_folder().rglob("*.xml"):
-        path.write_bytes(b"no model")
-    dict(OpenVINO().ready(network).stream(features))
-    assert len(converted) == 12
+    assert not list(cache_folder().rglob("part-*"))
+
+
+@pytest.mark.parametrize("suffix", [".xml", ".bin", ".json"])
+def test_what_is_damaged_is_made_anew(suffix, converted):
+    """A readable model whose weights are others above all: it would count, and wrongly."""
+    network = networks.made("transcrowd-fit")
+    features = networks.batch(network, 2)
+    expected = dict(OpenVINO().ready(network).stream(features))
+    for path in cache_folder().rglob(f"*{suffix}"):
+        contents = bytearray(path.read_bytes())
+        contents[len(contents) // 2] ^= 0x40
+        path.write_bytes(contents)
+    for _ in range(2):
+        answers = dict(OpenVINO().ready(network).stream(features))
+        for name, answer in answers.items():
+            torch.testing.assert_close(answer.value, expected[name].value, rtol=0, atol=0)
+        assert len(converted) == 12  # and kept again
 
 
 def test_a_counter_is_ready_before_its_first_picture(converted):
@@ -73,6 +92,51 @@ def models(name: str) -> KeptModels[bytes]:
     return KeptModels(network, "any", ".onnx", lambda path: path.read_bytes(), lambda m, path: path.write_bytes(m))
 
 
+def test_a_damaged_file_of_bytes_is_no_model():
+    """Whatever is read of it would pass for one."""
+    some = models("audiocsrnet")
+    some.keep("stage-0", ((1, 2),), b"model")
+    [path] = cache_folder().rglob("*.onnx")
+    for damage in (b"modem", b"mode", b""):
+        path.write_bytes(damage)
+        assert some.get("stage-0", ((1, 2),)) is None
+    assert some.model("stage-0", ((1, 2),), lambda: b"anew") == b"anew"
+    assert some.get("stage-0", ((1, 2),)) == b"anew"
+
+
+@pytest.mark.parametrize("error", [OSError("no space left"), RuntimeError("Check 'bin_file' failed")])
+def test_nothing_is_left_of_what_could_not_be_written(error):
+    def write(model: bytes, path: Path) -> None:
+        path.write_bytes(model[:1])
+        raise error
+
+    network = networks.made("audiocsrnet")
+    some = KeptModels(network, "any", ".onnx", lambda path: path.read_bytes(), write)
+    assert some.model("stage-0", ((1, 2),), lambda: b"model") == b"model"
+    assert some.get("stage-0", ((1, 2),)) is None
+    assert [path for path in cache_folder().rglob("*") if path.is_file() or path.name.startswith("part-")] == []
+
+
+def test_without_a_home_nothing_is_kept(homeless):
+    some = models("audiocsrnet")
+    some.keep("stage-0", ((1, 2),), b"model")
+    assert some.model("stage-0", ((1, 2),), lambda: b"anew") == b"anew"
+    kept.keep_choice("key", "eager")
+    kept.forget_choice("key")
+    assert kept.choices() == {}
+
+
+def test_a_choice_is_kept_until_it_is_forgotten(monkeypatch):
+    monkeypatch.setattr(kept, "MOST_CHOICES", 2)
+    for key in ("one", "two", "three"):
+        kept.keep_choice(key, "eager")
+    assert kept.choices() == {"two": "eager", "three": "eager"}
+    kept.forget_choice("two")
+    kept.forget_choice("never")
+    assert kept.choices() == {"three": "eager"}
+    assert [path.name for path in cache_folder().iterdir()] == ["runtimes.json"]
+
+
 def test_the_networks_used_last_are_kept(monkeypatch):
     monkeypatch.setattr(kept, "MOST_NETWORKS", 2)
     one, two, three = (models(name) for name in ("audiocsrnet", "transcrowd-fit", "classifier"))
@@ -85,12 +149,48 @@ def test_the_networks_used_last_are_kept(monkeypatch):
     assert [some.get("stage-0", ((1, 2),)) for some in (one, two, three)] == [b"model", None, b"model"]
 
 
-def test_weights_exits_and_libraries_make_the_fingerprint(monkeypatch):
+def branched(model: str, kind: str, **options: object) -> MultiExitNetwork:
+    """A network with a branch of its own options; the same weights wherever these give the same shapes."""
+    torch.manual_seed(0)
+    place, changes = ("V1", networks.SPECS["audiocsrnet"].changes) if model == "audiocsrnet-s" else ("1", networks.VIT)
+    return zoo.build(zoo.Spec(model, (zoo.ExitSpec("one", place, kind, options),), changes))
+
+
+def test_weights_exits_code_and_libraries_make_the_fingerprint(monkeypatch, tmp_path):
     network = networks.made("audiocsrnet")
-    print_ = fingerprint(network)
-    assert print_ == fingerprint(networks.made("audiocsrnet").to(memory_format=torch.channels_last))
+    prints = [fingerprint(network)]
+    assert prints == [fingerprint(networks.made("audiocsrnet").to(memory_format=torch.channels_last))]
     with torch.no_grad():
         network.final.conv.bias += 1e-3
-    assert fingerprint(network) != print_
+    prints.append(fingerprint(network))
     monkeypatch.setattr(kept, "installed_version", lambda name: "9")
-    assert fingerprint(networks.made("audiocsrnet")) != print_
+    prints.append(fingerprint(network))
+    for path in ("network.py", "exits/head.py"):
+        source = tmp_path / path
+        source.parent.mkdir(exist_ok=True)
+        source.write_text("# another way to the same names")
+        package = shutil.copytree(tmp_path, tmp_path.with_name(f"{len(prints)}"))
+        monkeypatch.setattr(kept, "_PACKAGE", package)
+        prints.append(fingerprint(network))
+    assert len(set(prints)) == 5
+
+
+@pytest.mark.parametrize(
+    ("model", "one", "other"),
+    [
+        ("audiocsrnet-s", ("slvit", {}), ("slvit", {"second_residual": False})),
+        ("audiocsrnet-s", ("cnn", {"pool": 2}), ("cnn", {"pool": 2, "dropout": 0.0})),
+        ("transcrowd-token-s", ("cnn-ignore", {}), ("cnn-add", {})),
+    ],
+)
+def test_branches_of_equal_weights_have_entries_of_their_own(model, one, other):
+    networks_ = [branched(model, kind, **options) for kind, options in (one, other)]
+    weights = [{name: tensor.tolist() for name, tensor in n.state_dict().items()} for n in networks_]
+    assert weights[0] == weights[1]
+    assert len({fingerprint(n) for n in networks_}) == 2
+
+
+def test_the_code_that_makes_a_graph_is_found():
+    """The patterns still name what is there."""
+    found = [path.name for pattern in kept._SOURCES for path in kept._PACKAGE.glob(pattern)]
+    assert {"vit.py", "feature_map.py", "network.py", "stages.py", "pieces.py", "openvino.py"} <= set(found)

@@ -5,22 +5,26 @@ from __future__ import annotations
 import functools
 import logging
 import sys
+from dataclasses import fields
 
 import networks
+import numpy as np
 import pytest
 import torch
 
+from crowdexit.inference.counter import CrowdCounter
 from crowdexit.inference.runtimes import compiled, engines, openvino
-from crowdexit.inference.runtimes.arrays import RuntimeUnavailable
+from crowdexit.inference.runtimes.arrays import ANSWER, RECORD, ArrayChain, RuntimeUnavailable
 from crowdexit.inference.runtimes.base import ReadyChain
-from crowdexit.inference.runtimes.eager import Eager
+from crowdexit.inference.runtimes.eager import Eager, _on
 from crowdexit.inference.runtimes.onnx import Onnx
 from crowdexit.inference.runtimes.openvino import OpenVINO
 from crowdexit.inference.runtimes.pick import names, pick
 from crowdexit.inference.runtimes.pieces import take_apart
 from crowdexit.network import MultiExitNetwork
-from crowdexit.stages import Features, inputs
+from crowdexit.stages import Answer, Features, inputs
 
+CUDA = torch.device("cuda")
 EXACT = {"rtol": 1e-5, "atol": 1e-4}
 
 
@@ -87,11 +91,12 @@ def test_bfloat16_is_near(name):
 
 
 @pytest.mark.parametrize("kind", ["audiocsrnet", "transcrowd-tiles"])
-def test_int8_is_near(kind, capfd):
-    """Quantised on given batches; the stages that see are, the ear and the exits are not."""
+def test_int8_is_near(kind, capfd, monkeypatch):
+    """Quantised on such batches as are counted; the stages that see are, the ear and the exits are not."""
     network = networks.made(kind)
     seen = [networks.batch(network, 2, seed=seed) for seed in range(4)]
-    chain = OpenVINO("openvino-int8", calibration=lambda config: seen).ready(network)
+    monkeypatch.setattr(openvino, "bundled", lambda config: seen)
+    chain = OpenVINO("openvino-int8").ready(network)
     features = networks.batch(network, 2, seed=9)
     same(chain, features, on_eager(network, features), rtol=0.05, atol=0.5)
     assert capfd.readouterr().out == ""
@@ -183,7 +188,7 @@ def test_nothing_behind_the_exit_is_converted(monkeypatch):
     assert ran == ["stage-0", "exit-V1"]
 
 
-def test_sizes_are_bounded_and_come_again():
+def test_sizes_are_bounded_and_come_again(monkeypatch):
     """Pictures of any size, each converted once; of the sizes that are kept, the one not used for longest goes."""
     network = networks.made("audiocsrnet")
     pieces = take_apart(network)
@@ -193,7 +198,8 @@ def test_sizes_are_bounded_and_come_again():
         converted.append((piece, shapes))
         return openvino.convert(pieces[piece], shapes)
 
-    engine = engines.OpenVINOEngine(model, most=2)
+    monkeypatch.setattr(engines, "MOST_READY", 2)
+    engine = engines.OpenVINOEngine(model)
     stage = pieces["stage-0"]
     for width, times in ((64, 1), (64, 1), (96, 2), (64, 2), (128, 3), (96, 4), (128, 4)):
         picture = torch.randn(2, 3, 64, width)
@@ -226,6 +232,26 @@ def test_what_is_not_installed_is_said_with_how_to_install_it(name, module, monk
         pick(name)
 
 
+def test_what_is_installed_and_cannot_be_imported_is_said_with_why(monkeypatch, tmp_path):
+    """Nobody is sent to install what is there."""
+    monkeypatch.syspath_prepend(tmp_path)
+    for text, why in (
+        ("import not_there_at_all", "No module named 'not_there_at_all'"),
+        ("raise ImportError('libtbb.so.12: no such file')", "libtbb.so.12: no such file"),
+        ("raise OSError('a wrong ELF class')", "a wrong ELF class"),
+    ):
+        (tmp_path / "broken_library.py").write_text(text + "\n" * len(why))  # the length tells a stale .pyc
+        with pytest.raises(RuntimeUnavailable, match=f"^broken_library cannot be imported: {why}$"):
+            engines.installed("broken_library")
+
+
+def test_errors_of_a_gpu_are_one_line_and_of_a_cpu_our_own():
+    with pytest.raises(RuntimeUnavailable, match=r"^the GPU cannot run it: CUDA out of memory\.$"), _on(CUDA):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTry this and that")
+    with pytest.raises(RuntimeError, match="of our own"), _on(torch.device("cpu")):
+        raise RuntimeError("of our own")
+
+
 def test_a_gpu_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeUnavailable, match="'cuda-half' needs a CUDA GPU, and there is none"):
@@ -248,6 +274,58 @@ def test_what_cannot_be_compiled_is_one_line(monkeypatch):
     with pytest.raises(RuntimeUnavailable, match=r"torch\.compile cannot compile stage-0: .*no C") as caught:
         dict(compiled.Compiled().ready(network).stream(features))
     assert "\n" not in str(caught.value)
+
+
+def test_a_compiled_network_is_ready_before_its_first_picture(monkeypatch):
+    """No latency and no deadline counts the compiling, a compiler that is missing is told at once, and what is not
+    served is not compiled."""
+    graphs: list[int] = []
+
+    def compiler(graph, examples):
+        graphs.append(1)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=compiler, fullgraph=True))
+    for kind, exits, pieces in (("audiocsrnet", ["V1", "AV1"], 4), ("transcrowd-tiles", ["final"], 5)):
+        network = networks.made(kind)
+        width, height = network.config.scene
+        graphs.clear()
+        counter = CrowdCounter(network, "tiny", runtime=compiled.Compiled(), exits=exits)
+        assert len(graphs) == pieces
+        list(counter.stream(np.zeros((height, width, 3), np.uint8), np.zeros((96, 64), np.float32)))
+        assert len(graphs) == pieces
+
+    def missing(graph, examples):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=missing))
+    with pytest.raises(RuntimeUnavailable, match="no C"):
+        CrowdCounter(network, "tiny", runtime=compiled.Compiled())
+
+
+def test_what_cannot_be_quantised_is_one_line(monkeypatch):
+    monkeypatch.setattr(openvino, "convert", lambda piece: 1 / 0)
+    with pytest.raises(RuntimeUnavailable, match=r"^openvino-int8: NNCF cannot quantise it \(division by zero\)$"):
+        OpenVINO("openvino-int8").ready(networks.made("transcrowd-fit"))
+
+
+def test_ports_are_named_like_the_fields_of_records():
+    """An export's manifest is checked by these names, without PyTorch."""
+    tensors = {f.name: f.type for f in fields(Features)}
+    assert list(RECORD) == [name for name, kind in tensors.items() if "Tensor" in kind]
+    assert list(ANSWER) == [f.name for f in fields(Answer)]
+
+
+def test_a_model_that_gives_less_than_its_ports_is_one_line():
+    class Short:
+        def run(self, piece, arrays):
+            return []
+
+    pieces = take_apart(networks.made("audiocsrnet"))
+    ports = {name: piece.ports for name, piece in pieces.items()}
+    chain = ArrayChain({"V1": 0}, ports, Short())
+    with pytest.raises(RuntimeUnavailable, match=r"^stage-0 gives 0 arrays, not the 1 of its ports$"):
+        chain.advance(0, {"visual": np.zeros((1, 3, 64, 128), np.float32)})
 
 
 def test_nobody_is_told_what_is_run():
