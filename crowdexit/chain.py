@@ -1,4 +1,8 @@
-"""A chain of stages with exits, and the one walk along it, whatever runs the stages; knows nothing of PyTorch."""
+"""A chain of stages with exits, and a plain walk along it, whatever runs the stages; knows nothing of PyTorch.
+
+Here everybody goes all the way and nobody looks at a clock; who leaves where, and when, is
+:mod:`crowdexit.inference.walk`'s.
+"""
 
 from __future__ import annotations
 

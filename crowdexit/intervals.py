@@ -33,7 +33,7 @@ class Intervals:
     Attributes:
         level: the probability that the interval holds the truth.
         silent, heard: width w by exit, for counts without and with sound.
-        samples: how many held-out pictures it was made of.
+        samples, heard_samples: how many held-out pictures each was made of.
         silent_errors, heard_errors: mean score by exit; empty where a checkpoint was calibrated without.
     """
 
@@ -43,6 +43,7 @@ class Intervals:
     samples: int = 0
     silent_errors: Mapping[str, float] = field(default_factory=dict)
     heard_errors: Mapping[str, float] = field(default_factory=dict)
+    heard_samples: int = 0
 
     def around(self, exit: str, count: float, *, heard: bool) -> tuple[float, float] | None:
         """(low, high) for a count of this exit; None where it was not calibrated in that state."""
@@ -55,9 +56,15 @@ class Intervals:
         return None if width is None else width * (count + ROOM)
 
     def errors(self, *, heard: bool) -> Mapping[str, float]:
-        """Each exit's expected error over (count + 10); of an exit without one its width, which is in proportion."""
-        silent = {**self.silent, **self.silent_errors}
-        return {**silent, **self.heard, **self.heard_errors} if heard else silent
+        """Each exit's expected error over (count + 10), or its width, which is in proportion: of all exits the same.
+
+        With sound from what was calibrated with it, if that has all exits. Empty where nothing has.
+        """
+        tables = [self.silent_errors, self.silent]
+        if heard:
+            tables = [self.heard_errors, self.heard, *tables]
+        every = set().union(*tables)
+        return next((table for table in tables if table.keys() >= every), {})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for a checkpoint's header."""
@@ -68,6 +75,7 @@ class Intervals:
             "samples": self.samples,
             "silent_errors": dict(self.silent_errors),
             "heard_errors": dict(self.heard_errors),
+            "heard_samples": self.heard_samples,
         }
 
     @classmethod
@@ -85,7 +93,8 @@ class Intervals:
             scores = {key: {str(k): float(v) for k, v in table.items()} for key, table in tables.items()}
             if any(not 0 <= score < math.inf for table in scores.values() for score in table.values()):
                 raise ValueError
-            return cls(float(data["level"]), samples=int(data["samples"]), **scores)
+            heard_samples = int(data.get("heard_samples", 0))
+            return cls(float(data["level"]), samples=int(data["samples"]), heard_samples=heard_samples, **scores)
         except (KeyError, TypeError, ValueError, AttributeError):
             raise IntervalError("the checkpoint's intervals are damaged") from None
 

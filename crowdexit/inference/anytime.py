@@ -2,22 +2,25 @@
 
 At the deadline the latest answer is taken, even in the middle of a stage; what is running ends with its stage and is
 then dropped. A stage cannot be broken off: a request that comes meanwhile waits for it, and that counts to its own
-time. A second thread would not help: two stages at once share the cores, and both come later.
+time. A second thread would not help: two stages at once share the cores, and both come later. So there is one for the
+whole process, whichever networks are asked: started by the first request, it ends with the process.
 """
 
 from __future__ import annotations
 
 import atexit
+import logging
+import os
 import threading
 import time
-import weakref
 from collections.abc import Iterator
 from queue import SimpleQueue
-from typing import Generic, TypeAlias, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 from crowdexit.errors import CrowdExitError
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 class DeadlineMissed(CrowdExitError):
@@ -37,78 +40,100 @@ class _Request(Generic[T]):
 
     def advance(self) -> None:
         """Run a step; whatever goes wrong there belongs to whoever asked."""
-        answer, error, ended = None, None, False
+        answer = None
         try:
             answer = next(self.steps)
         except StopIteration:
-            ended = True
+            self._tell(None, ended=True)
         except BaseException as problem:
-            error, ended = problem, True
-        if answer is None and not ended:
-            return
+            # Without this frame in its traceback: the error would hold the request that holds it, and the picture.
+            self.error = problem.with_traceback(problem.__traceback__ and problem.__traceback__.tb_next)
+            self._tell(None, ended=True)
+        if answer is not None:
+            self._tell(answer)
+
+    def _tell(self, answer: T | None, *, ended: bool = False) -> None:
         with self.came:
             if answer is not None:
                 self.answers.append(answer)
-            self.error, self.ended = error, ended
+            self.ended = ended
             self.came.notify()
 
 
-_Queue: TypeAlias = "SimpleQueue[_Request[object] | None]"
-_running: weakref.WeakKeyDictionary[threading.Thread, _Queue] = weakref.WeakKeyDictionary()
-
-
-class Worker:
-    """One thread that runs requests step by step, started by the first of them; it ends with this object.
+class _Worker:
+    """The thread, and what it is to do.
 
     Of several requests the one without an answer goes first, then the one whose deadline is next: every request
     comes to its first exit as early as can be, and a long one keeps nobody waiting for longer than a step.
     """
 
     def __init__(self) -> None:
-        self._queue: _Queue = SimpleQueue()
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Forget the thread: in a process that was forked off there is none."""
+        self._queue: SimpleQueue[_Request[Any] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
 
-    def answers_by(self, deadline: float, steps: Iterator[T | None], *, wait: bool) -> list[T]:
-        """The answers that there are at a deadline, or all of them if that is earlier.
-
-        Args:
-            deadline: as of :func:`time.perf_counter`.
-            steps: run in the thread; gives an answer or, after a step without one, None.
-            wait: where there is none by then, wait for the first one.
-
-        Raises:
-            Whatever ``steps`` raises until then.
-        """
-        request = _Request(steps, deadline)
-        self._start()
-        self._queue.put(cast(_Request[object], request))
-        try:
-            with request.came:
-                left = min(max(0.0, deadline - time.perf_counter()), threading.TIMEOUT_MAX)
-                request.came.wait_for(lambda: request.ended, left)
-                if wait:
-                    request.came.wait_for(lambda: request.ended or request.answers)
-                if request.error is not None:
-                    raise request.error
-                return list(request.answers)
-        finally:
-            request.called_off = True
-
-    def _start(self) -> None:
+    def take(self, request: _Request[Any]) -> None:
         with self._starting:
-            if self._thread is not None and self._thread.is_alive():  # not so in a process that was forked off
-                return
-            self._queue = SimpleQueue()
-            self._thread = threading.Thread(target=_work, args=(self._queue,), name="counting", daemon=True)
-            self._thread.start()
-            _running[self._thread] = self._queue
-            weakref.finalize(self, self._queue.put, None)
+            if self._thread is None:
+                thread = threading.Thread(target=_work, args=(self._queue,), name="counting", daemon=True)
+                thread.start()
+                self._thread = thread
+        self._queue.put(request)
+
+    def end(self) -> None:
+        """Wait for the running stage: a thread in one while the interpreter is taken down would bring it to a crash."""
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join()
+            self._thread = None
 
 
-def _work(queue: _Queue) -> None:
+_worker = _Worker()
+atexit.register(_worker.end)
+if hasattr(os, "register_at_fork"):
+    # For requests to what is made after the fork. What ran a step when the process was forked is of no use there: that
+    # step's locks are held by nobody who could let go of them.
+    os.register_at_fork(after_in_child=_worker.begin_anew)
+
+
+def answers_by(deadline: float, steps: Iterator[T | None], *, wait: bool) -> list[T]:
+    """The answers that there are at a deadline, or all of them if that is earlier.
+
+    Args:
+        deadline: as of :func:`time.perf_counter`.
+        steps: run in the thread; gives an answer or, after a step without one, None. What it raises after an answer
+            is told as a warning: the answers stand.
+        wait: where there is none by then, wait for the first one.
+
+    Raises:
+        Whatever ``steps`` raises until then without having answered.
+    """
+    request = _Request(steps, deadline)
+    _worker.take(request)
+    try:
+        with request.came:
+            left = min(max(0.0, deadline - time.perf_counter()), threading.TIMEOUT_MAX)
+            request.came.wait_for(lambda: request.ended, left)
+            if wait:
+                request.came.wait_for(lambda: request.ended or request.answers)
+            error, request.error = request.error, None
+            if error is not None and not request.answers:
+                raise error
+            if error is not None:
+                log.warning("no further answer, the latest one stands: %s: %s", type(error).__name__, str(error))
+            return list(request.answers)
+    finally:
+        request.called_off = True
+        error = None  # its traceback has this frame in it
+
+
+def _work(queue: SimpleQueue[_Request[Any] | None]) -> None:
     """Run requests until None comes. Holds nothing of a request that is over, so that its counter can be freed."""
-    live: list[_Request[object]] = []
+    live: list[_Request[Any]] = []
     while True:
         while not live or not queue.empty():
             come = queue.get()
@@ -123,11 +148,3 @@ def _work(queue: _Queue) -> None:
             if most_urgent.ended:
                 live.remove(most_urgent)
             del most_urgent
-
-
-@atexit.register
-def _end_all() -> None:
-    """Wait for running stages: a thread still in one when the interpreter is taken down would bring it to a crash."""
-    for thread, queue in list(_running.items()):
-        queue.put(None)
-        thread.join()

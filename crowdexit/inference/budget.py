@@ -9,9 +9,11 @@ less and less for each millisecond, so taking steps greedily, the most error for
 pictures, is optimal for the time that it takes. What the last step that no longer fits leaves over goes to smaller
 ones.
 
-Every picture is looked at by the first exit. Pictures are planned together as many as fit into memory; those to come
-are taken to be like those seen, so that time is kept for them. The plan is made anew before every stage of every
-part, from the time that has really passed, and with the pace at which the machine has really worked.
+Every picture is looked at: by the first exit, and by those rungs of its ladder that stand after the same stage.
+Pictures are planned together as many as fit into memory; those to come are taken to be like those seen, so that time is
+kept for them. The plan is made anew before every stage of every part, from the time that has really passed, and with
+the pace at which the machine has really worked. What the caller does between two results counts as time that has
+passed, and says nothing of the pace.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
+from statistics import median_low
 from typing import Protocol
 
 import numpy as np
@@ -159,11 +162,12 @@ class Budget:
         exits: that may be asked, the first of them of every picture.
         errors: of pictures without (False) and with sound (True), each exit's expected error over (count + 10).
         costs: as the profile has them.
-        look_ms: what a picture takes until its first answer, preparing it included, as the profile has it.
+        preparing_ms: what a picture takes before the first stage, as the profile has it.
+        views: how many rows a picture is.
         clock: seconds.
 
     Raises:
-        BudgetError: if the first exits alone take longer, or their errors are not known.
+        BudgetError: if looking at all of them takes longer, or the first exit's errors are not known.
     """
 
     def __init__(
@@ -173,66 +177,124 @@ class Budget:
         exits: Sequence[str],
         errors: Mapping[bool, Mapping[str, float]],
         costs: Costs,
-        look_ms: float,
+        preparing_ms: float,
+        views: int = 1,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         for of_state in errors.values():
             check_budget(budget_ms, exits[0], of_state)
-        if number * look_ms > (1 + TOLERANCE) * budget_ms:
-            raise BudgetError(
-                f"a budget of {budget_ms:g} ms is too small for {number} pictures: "
-                f"their first exits alone take about {number * look_ms:.0f} ms"
-            )
-        self._number, self._first, self._errors, self._costs = number, exits[0], errors, costs
+        self._budget_ms, self._number, self._first = budget_ms, number, exits[0]
+        self._errors, self._costs = errors, costs
         self._ladders = {heard: ladder(exits, of_state, costs) for heard, of_state in errors.items()}
+        lookers = {heard: [name for name in rungs if self._looks(name)] for heard, rungs in self._ladders.items()}
+        self._seen_by = {heard: names[-1] for heard, names in lookers.items()}  # the last exit of looking
+        further = max(sum(costs.exits[name] for name in names[1:]) for names in lookers.values())
+        self._profiled_ms = preparing_ms + views * (costs.up_to(exits[0]) + further)
+        self._check_room(number * self._profiled_ms)
         self._clock, self._mark = clock, clock()
         self._end = self._mark + budget_ms / 1000
-        self._profiled_ms = look_ms
         self._looked, self._looking_ms = 0, 0.0
+        self._looks_ms = [self._profiled_ms]  # of a picture, by part
         self._deep_ms, self._reckoned_ms = 0.0, 0.0  # behind the first exits: what it took, what it was reckoned at
         self._running_ms: float | None = None  # what the step under way is reckoned at; None: looking
         self._window: Sequence[Sample] = ()
+        self._begun = 0  # pictures of the windows before
         self._here: dict[int, _OnItsWay] = {}
         self._seen: deque[tuple[bool, float, int]] = deque(maxlen=_REMEMBERED)  # sound, count + 10, rows
         self._noted = False  # whether this window's pictures are among them
 
     def window(self, samples: Sequence[Sample]) -> None:
         """Begin with other pictures, numbered from zero; the list may still be growing."""
-        self._spent()
+        self._mark = self._clock()
         self._running_ms = None
+        self._begun += len(self._window)
         self._window, self._here, self._noted = samples, {}, False
+
+    def walked(self) -> None:
+        """The walk of these pictures has come to its end."""
+        self._spent()
 
     def skip(self) -> None:
         """One picture fewer: it cannot be counted."""
         self._number -= 1
 
+    @property
+    def look_ms(self) -> float:
+        """What looking at a picture takes, preparing it included, by what has been seen so far."""
+        return (self._looking_ms + _PRIOR * self._profiled_ms) / (self._looked + _PRIOR)
+
+    @property
+    def pace(self) -> float:
+        """How many times as long as the costs say what comes after looking has taken so far."""
+        known = _PRIOR * self._profiled_ms
+        return (self._deep_ms + known * self.look_ms / self._profiled_ms) / (self._reckoned_ms + known)
+
     def asks(self, exit: str, part: Part, walk: Walk) -> bool:
+        before = self._looking_ms
         self._spent()
         if exit == self._first:
-            self._looked += len(part.samples)
+            number = len(part.samples)
+            self._looked += number
+            self._looks_ms.append((self._looking_ms - before) / number)
+            self._check_time()
             for sample, rows in zip(part.samples.tolist(), part.views.tolist(), strict=True):
                 self._here[sample] = _OnItsWay(self._costs.stage_of[exit], exit, rows)
             return True
-        if exit not in self._ladders[self._window[part.samples[0]].heard]:
+        if not self._is_rung(exit, part):
             return False
         for sample in part.samples.tolist():
             self._here[sample].exit = exit
-        self._running_ms = float(part.views.sum()) * self._costs.exits[exit]
+        if not self._looks(exit):
+            self._running_ms = float(part.views.sum()) * self._costs.exits[exit]
         return True
+
+    def stays(self, exit: str, part: Part, walk: Walk) -> Mask:
+        if self._looks(exit) or not self._is_rung(exit, part):
+            return np.ones(len(part.samples), np.bool_)
+        return self._climbing(part, walk)
 
     def goes_on(self, stage: int, part: Part, walk: Walk) -> Mask:
         if not walk.answered[part.samples].all():
             return np.ones(len(part.samples), np.bool_)
+        keep = self._climbing(part, walk)
+        for sample in part.samples[keep].tolist():
+            self._here[sample].stage = stage
+        self._running_ms = float(part.views[keep].sum()) * self._costs.stages[stage]
+        return keep
+
+    def _looks(self, exit: str) -> bool:
+        """Whether an exit stands where every picture comes to, at the stage of the first."""
+        return self._costs.stage_of[exit] == self._costs.stage_of[self._first]
+
+    def _is_rung(self, exit: str, part: Part) -> bool:
+        return exit in self._ladders[self._window[part.samples[0]].heard]
+
+    def _climbing(self, part: Part, walk: Walk) -> Mask:
+        """Which of a part's samples are to climb further by the plan as it is now; the others are forgotten."""
         self._spent()
         steps = self._plan(walk)
         keep: Mask = np.array([steps[sample] > 0 for sample in part.samples.tolist()])
-        for sample, stays in zip(part.samples.tolist(), keep.tolist(), strict=True):
-            if stays:
-                self._here[sample].stage = stage
-            else:
-                del self._here[sample]
-        self._running_ms = float(part.views[keep].sum()) * self._costs.stages[stage]
+        for sample in part.samples[~keep].tolist():
+            del self._here[sample]
         return keep
+
+    def _check_room(self, looking_ms: float) -> None:
+        if looking_ms > (1 + TOLERANCE) * self._budget_ms:
+            raise BudgetError(
+                f"a budget of {self._budget_ms:g} ms is too small for {self._number} pictures: "
+                f"their first exits alone take about {looking_ms:.0f} ms"
+            )
+
+    def _check_time(self) -> None:
+        """Give up where looking at those to come can no longer be paid for.
+
+        A picture of these takes what a part's usually does, or what one has taken on average, if that is less: neither
+        one step that hung nor a few pictures that are large are to end everything.
+        """
+        to_come = max(0, self._number - self._begun - len(self._window))
+        if to_come > 0:
+            used = self._budget_ms - 1000 * (self._end - self._mark)
+            self._check_room(used + to_come * min(self.look_ms, median_low(self._looks_ms)))
 
     def _spent(self) -> None:
         """Book the time since the last decision to what it was spent on."""
@@ -248,11 +310,9 @@ class Budget:
 
     def _plan(self, walk: Walk) -> dict[int, int]:
         """How many rungs more each picture on its way is to climb."""
-        known = _PRIOR * self._profiled_ms
-        look_ms = (self._looking_ms + known) / (self._looked + _PRIOR)
-        pace = (self._deep_ms + known * look_ms / self._profiled_ms) / (self._reckoned_ms + known)
+        pace = self.pace
         to_come = max(0, self._number - self._looked)
-        room = 1000 * (self._end - self._mark) - to_come * look_ms
+        room = 1000 * (self._end - self._mark) - to_come * self.look_ms
 
         def steps(at: _OnItsWay, heard: bool, scale: float) -> Ladder:
             rungs, errors = self._ladders[heard], self._errors[heard]
@@ -270,5 +330,7 @@ class Budget:
             self._noted = True
         ladders = [steps(at, heard[sample], scale[sample]) for sample, at in self._here.items()]
         looked = self._costs.stage_of[self._first]
-        others = [steps(_OnItsWay(looked, self._first, rows), heard_, scale_) for heard_, scale_, rows in self._seen]
+        others = [
+            steps(_OnItsWay(looked, self._seen_by[heard_], rows), heard_, scale_) for heard_, scale_, rows in self._seen
+        ]
         return dict(zip(self._here, climb(ladders, room, others, to_come / len(others)), strict=True))

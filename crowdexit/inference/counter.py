@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
@@ -16,17 +15,18 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from crowdexit.data.picture import PIXELS_ABREAST, PIXELS_AT_ONCE, tile_boxes, views
+from crowdexit.data.picture import PIXELS_ABREAST, PIXELS_AT_ONCE, decode_picture, tile_boxes, views
 from crowdexit.errors import CrowdExitError
-from crowdexit.inference.anytime import DeadlineMissed, Worker
+from crowdexit.inference.anytime import DeadlineMissed, answers_by
 from crowdexit.inference.batch import batch_of
 from crowdexit.inference.budget import Budget, Costs, check_budget
 from crowdexit.inference.models import open_model
 from crowdexit.inference.policies import ANYTIME, Confident, DeepestThatFits
-from crowdexit.inference.profile import PREPARING, Profile, exit_step, profile_of, stage_step
+from crowdexit.inference.profile import LAYING, PREPARING, Profile, exit_step, profile_of, stage_step
 from crowdexit.inference.runtimes.base import Runtime
 from crowdexit.inference.runtimes.pick import pick
-from crowdexit.inference.scene import Picture, Row, Scene, Sound, prepared
+from crowdexit.inference.scene import Picture, Row, Scene, Sound, photo, prepared
+from crowdexit.inference.turn import Turn
 from crowdexit.inference.walk import Batch, Part, Policy, Told, Walk
 from crowdexit.intervals import Intervals
 from crowdexit.memory import keep_freed_memory
@@ -76,7 +76,7 @@ class CountResult:
         return self.chosen.count
 
     def to_dict(self, source: str) -> dict[str, Any]:
-        """The JSON form (DESIGN.md, section 4); with a deadline also ``in_time``."""
+        """The JSON form; with a deadline also ``in_time``."""
         return {
             "source": source,
             "model": self.model,
@@ -121,7 +121,7 @@ class CrowdCounter:
         network: with its weights.
         model: the name to report.
         runtime: how stages and exits are run.
-        exits: names to serve; default: the SL-ViT branches (``served_exits``) and the final exit.
+        exits: names to serve; default: one a place, and the final exit (:func:`served_exits`).
         intervals: the checkpoint's calibration.
 
     Raises:
@@ -145,8 +145,7 @@ class CrowdCounter:
         self.intervals = intervals or Intervals()
         self.chain = (runtime or pick("auto")).ready(network)
         self.chain.prepare(self.exits)  # before any clock runs
-        self._turn = threading.Lock()
-        self._worker = Worker()
+        self._turn = Turn()
         self._times = Profile()
 
     def _known(self, exits: Sequence[str]) -> list[str]:
@@ -158,9 +157,8 @@ class CrowdCounter:
     def _up_to(self, exit: str) -> list[str]:
         """The exits that are asked on the way to one, and that one; ``auto`` is the last that this counter serves."""
         last = self.exits[-1] if exit == "auto" else self._known([exit])[0]
-        until = self.network.stage_of(last)
-        wanted = [name for name in self.exits if self.network.stage_of(name) <= until and name not in (last, FINAL)]
-        return [*wanted, last]
+        names = self.network.exit_names
+        return [*(name for name in names[: names.index(last)] if name in self.exits), last]
 
     @property
     def size(self) -> tuple[int, int]:
@@ -205,7 +203,8 @@ class CrowdCounter:
             exit: the last exit to run; ``auto`` is the last that this counter serves.
             deadline_ms: when to return, from this call on, with the latest answer that is there by then, even in
                 the middle of a stage. Preparing the picture counts, and so does the end of a stage that an earlier
-                request has left running.
+                request, to whichever counter of this process, has left running. An error that comes after an answer is
+                told as a warning.
             late: what to do where not even the first exit has answered by then: ``wait`` for it, or ``fail``.
             policy: which exits are asked, and when one of them will do (:mod:`crowdexit.inference.policies`). For
                 ``DeepestThatFits`` the machine is measured once, before the time begins.
@@ -229,13 +228,12 @@ class CrowdCounter:
         else:
             deadline = begun + deadline_ms / 1000
             steps = self._steps(image, audio, wanted, policy, begun, deadline)
-            come = self._worker.answers_by(deadline, steps, wait=late == "wait")
+            come = answers_by(deadline, steps, wait=late == "wait")
             results = [result for result in come if result.latency_ms <= deadline_ms]
             if not results and late == "wait":
                 results = come[:1]
         if not results:
-            steps_to_it = [*map(stage_step, range(self.network.stage_of(wanted[0]) + 1)), exit_step(wanted[0])]
-            usual = self._times.total_ms(steps_to_it)
+            usual = self._usual_ms(wanted[0])
             note = "" if usual is None else f" (the first, {wanted[0]}, takes about {usual:.0f} ms here)"
             raise DeadlineMissed(f"no exit answered within {deadline_ms:g} ms{note}")
         chosen = next((r for r in results if r.exit == last), results[-1])
@@ -258,9 +256,10 @@ class CrowdCounter:
                 stands None in the results.
             exits: names; default: all that this counter serves.
             policy: by which each of them leaves.
-            budget_ms: the time for all of them, from the first result asked for: who leaves where is chosen so that
-                the expected error is least (:mod:`crowdexit.inference.budget`). What is left over when everything
-                has been computed is not burnt. The machine is measured once, before the time begins.
+            budget_ms: the time for all of them, from the first result asked for, and with what the caller does between
+                two results: who leaves where is chosen so that the expected error is least
+                (:mod:`crowdexit.inference.budget`). What is left over when everything has been computed is not burnt.
+                The machine is measured once, before the time begins.
             number: how many samples there are, for a budget; default: their length.
 
         Yields:
@@ -268,7 +267,9 @@ class CrowdCounter:
             asked for.
 
         Raises:
-            BudgetError: if the first exits alone take longer than the budget, or the network is not calibrated.
+            BudgetError: for a budget that is not positive, or a network that is not calibrated. If the first exits
+                alone take longer than the budget: when the first result is asked for, as far as the profile tells, and
+                with any later one, as soon as the time shows it.
             CrowdExitError: as :meth:`stream`; for a policy that has nothing to go by.
         """
         wanted = self.exits if exits is None else self._known(exits)
@@ -338,12 +339,13 @@ class CrowdCounter:
     @cached_property
     def profile(self) -> Profile:
         """How long every stage and exit takes: from the user's cache or, at first and where that does not fit,
-        measured now, which takes about fifty counts, or some seconds. Refreshed by every count, and kept when the
-        counter goes.
+        measured now, which takes up to three seconds for each number of rows (one, two, four …), or two runs of these
+        where they take longer. From then on every step that this counter runs refreshes it, those of batches excepted
+        that some have left; it is kept when the counter goes.
         """
         times = profile_of(self.network, self.chain.runtime)
         exits = self.network.exit_names
-        steps = [*map(stage_step, range(len(self.network.stages))), *map(exit_step, exits), PREPARING]
+        steps = [*map(stage_step, range(len(self.network.stages))), *map(exit_step, exits), PREPARING, LAYING]
         if not (times.read() and times.knows(steps)):
             self._measure(times)
             times.write()
@@ -352,9 +354,8 @@ class CrowdCounter:
         return times
 
     def _measure(self, times: Profile) -> None:
-        """Run noise through everything, with one row, two, four … as far as go through a stage at once."""
-        width, height = self.network.config.size
-        noise = np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)
+        """Run a picture through everything, with one row, two, four … as far as go through a stage at once."""
+        jpeg = photo(self.size)
         rows = 1
         while rows <= self._rows(PIXELS_AT_ONCE):
             long_enough = time.perf_counter() + _PATIENCE_S
@@ -362,14 +363,21 @@ class CrowdCounter:
                 if turn > 1 and time.perf_counter() > long_enough:
                     break
                 begun = time.perf_counter()
-                _, (row, *_) = prepared(noise, None, self.network.config)
+                _, (row, *_) = prepared(decode_picture(jpeg), None, self.network.config)
                 preparing = 1000 * (time.perf_counter() - begun)
                 kept = times if turn > 0 else Profile()  # the first warms up
                 kept.note(PREPARING, 1, preparing)
                 walk = Walk(self.chain, rows, self.network.exit_names, kept, turn=self._turn)
-                for _ in walk.run([self._part(0, [[row]] * rows)], ANYTIME):
+                for _ in walk.run([self._part(0, [[row]] * rows, kept)], ANYTIME):
                     pass
             rows *= 2
+
+    def _usual_ms(self, exit: str) -> float | None:
+        """What a picture of the scene's shape takes here until an exit's answer, about; None: not known yet."""
+        preparing = self._times.ms(PREPARING)
+        steps = [LAYING, *map(stage_step, range(self.network.stage_of(exit) + 1)), exit_step(exit)]
+        rest = self._times.total_ms(steps, self._views)
+        return None if preparing is None or rest is None else preparing + rest
 
     def _rows(self, pixels: int) -> int:
         """How many rows of a batch have so many pixels; one at least."""
@@ -406,15 +414,22 @@ class CrowdCounter:
         if isinstance(policy, DeepestThatFits):
             raise CounterError("which exit is the deepest that fits, only a deadline can tell")
 
-    def _part(self, first: int, samples: Sequence[Sequence[Row]]) -> Part:
+    def _part(self, first: int, samples: Sequence[Sequence[Row]], times: Profile) -> Part:
         """Samples numbered from ``first`` on, by their rows; in several batches a single one alone."""
         rows = [row for of_one in samples for row in of_one]
         at_once = self._rows(PIXELS_AT_ONCE)
         together = [rows[start : start + at_once] for start in range(0, len(rows), at_once)]
-        batches = [Batch(partial(_laid_out, some, self.network.config.size), len(some)) for some in together]
+        batches = [Batch(partial(_laid_out, some, self.network.config.size, times), len(some)) for some in together]
         return Part(np.arange(first, first + len(samples)), np.array([len(of_one) for of_one in samples]), batches)
 
-    def _walk(self, exits: Sequence[str], scenes: Sequence[Scene], size: int, deadline: float = math.inf) -> Walk:
+    def _walk(
+        self,
+        exits: Sequence[str],
+        scenes: Sequence[Scene],
+        size: int,
+        deadline: float = math.inf,
+        earlier: Mapping[str, float] | None = None,
+    ) -> Walk:
         """A walk of up to ``size`` samples, of which ``scenes`` tells by their number."""
 
         def half_widths(told: Told) -> NDArray[np.float64]:
@@ -427,7 +442,8 @@ class CrowdCounter:
         def left_ms() -> float:
             return 1000 * (deadline - time.perf_counter())
 
-        return Walk(self.chain, size, exits, self._times, left_ms, half_widths, self._turn)
+        earlier = {} if earlier is None else earlier
+        return Walk(self.chain, size, exits, self._times, left_ms, half_widths, self._turn, earlier)
 
     def _steps(
         self,
@@ -439,18 +455,21 @@ class CrowdCounter:
         deadline: float = math.inf,
     ) -> Iterator[ExitResult | None]:
         """Count a picture step by step; None after a step without an answer."""
+        preparing = time.perf_counter()
         scene, rows = prepared(image, audio, self.network.config)
+        self._times.note(PREPARING, 1, 1000 * (time.perf_counter() - preparing))
         yield None
         # A picture of an absurd shape has too many tiles to go through the network abreast: the last of them tell.
         abreast = self._rows(PIXELS_ABREAST)
-        counts = dict.fromkeys(exits, 0.0)
+        counts = dict.fromkeys(exits, 0.0)  # of the rows so far
         maps: dict[str, list[NDArray[np.float32]]] = {name: [] for name in exits}
         for start in range(0, len(rows), abreast):
             last = start + abreast >= len(rows)
-            walk = self._walk(exits, [scene], 1, deadline if last else math.inf)
-            for told in walk.run([self._part(0, [rows[start : start + abreast]])], policy if last else ANYTIME):
+            walk = self._walk(exits, [scene], 1, deadline if last else math.inf, counts)
+            part = self._part(0, [rows[start : start + abreast]], self._times)
+            for told in walk.run([part], policy if last else ANYTIME):
                 if told is not None:
-                    counts[told.exit] += float(told.values[0])
+                    counts[told.exit] = float(told.values[0])
                     maps[told.exit] += [] if told.density is None else list(told.density[0])
                 yield (
                     self._result(told.exit, counts[told.exit], maps[told.exit], scene, begun) if told and last else None
@@ -475,6 +494,8 @@ class CrowdCounter:
             walk = self._walk(exits, scenes, abreast)
             for told in walk.run(self._parts(islice(samples, abreast), scenes, order, budget), policy):
                 self._write_down(told, said, scenes, begun)
+            if budget is not None:
+                budget.walked()
             if not order:
                 return
             for place in order:
@@ -511,8 +532,8 @@ class CrowdCounter:
             {name: row_ms(exit_step(name)) for name in exits},
             {name: self.network.stage_of(name) for name in exits},
         )
-        look_ms = self._views * costs.up_to(exits[0]) + (times.ms(PREPARING) or 0.0)
-        budget = Budget(budget_ms, number, exits, errors, costs, look_ms)
+        preparing_ms = (times.ms(PREPARING) or 0.0) + self._views * row_ms(LAYING)
+        budget = Budget(budget_ms, number, exits, errors, costs, preparing_ms, self._views)
         yield from self._many(samples, exits, budget, self._pictures(PIXELS_ABREAST))
 
     def _parts(
@@ -536,19 +557,20 @@ class CrowdCounter:
                 order.append(None)
                 if budget is not None:
                     budget.skip()
+                begun = time.perf_counter()
                 continue
             scene, rows = prepared(*sample, self.network.config)
             self._times.note(PREPARING, 1, 1000 * (time.perf_counter() - begun))
             full = sum(map(len, together)) + len(rows) > at_once
             if together and (full or scene.heard != scenes[-1].heard):
-                yield self._part(len(scenes) - len(together), together)
+                yield self._part(len(scenes) - len(together), together, self._times)
                 together = []
             order.append(len(scenes))
             scenes.append(scene)
             together.append(rows)
             begun = time.perf_counter()
         if together:
-            yield self._part(len(scenes) - len(together), together)
+            yield self._part(len(scenes) - len(together), together, self._times)
 
     def _result(
         self, name: str, count: float, maps: Sequence[NDArray[np.float32]], scene: Scene, begun: float
@@ -592,8 +614,11 @@ def load(name: str | Path, *, runtime: str = "auto", exits: Sequence[str] | None
     )
 
 
-def _laid_out(rows: Sequence[Row], size: tuple[int, int]) -> Features:
-    return batch_of([(canvas, placement) for canvas, placement, _ in rows], [mel for *_, mel in rows], size)
+def _laid_out(rows: Sequence[Row], size: tuple[int, int], times: Profile) -> Features:
+    begun = time.perf_counter()
+    features = batch_of([(canvas, placement) for canvas, placement, _ in rows], [mel for *_, mel in rows], size)
+    times.note(LAYING, len(rows), 1000 * (time.perf_counter() - begun))
+    return features
 
 
 def _itself(features: Features) -> Features:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,9 +20,11 @@ from crowdexit.errors import CrowdExitError
 from crowdexit.inference import classify
 from crowdexit.inference.counter import CrowdCounter, ExitResult
 from crowdexit.inference.models import open_model
-from crowdexit.intervals import Intervals, expected_error, width
+from crowdexit.intervals import IntervalError, Intervals, expected_error, width
 from crowdexit.memory import keep_freed_memory
 from crowdexit.temperatures import Measure, Temperatures
+
+log = logging.getLogger(__name__)
 
 
 def read_for_counting(
@@ -133,7 +136,8 @@ def calibrate(
 ) -> Intervals:
     """Split-conformal intervals and expected errors of every exit that the counter serves, from held-out samples.
 
-    Without sound from all of them, with sound from those that have some.
+    Without sound from all of them, with sound from those that have some; where these are too few, a warning says so,
+    and there are none with sound.
 
     Args:
         progress: called after each count, twice a sample.
@@ -141,20 +145,23 @@ def calibrate(
     Raises:
         IntervalError: for a level that is no probability, or too few samples for it.
     """
-    widths: dict[bool, dict[str, float]] = {False: {}, True: {}}
-    errors: dict[bool, dict[str, float]] = {False: {}, True: {}}
-    for audio in (False, True):
-        counted = list(count_samples(counter, store, split, ids, audio=audio, progress=progress))
-        if audio:
-            counted = [sample for sample in counted if sample.sound != "none"]
-        if audio and not counted:
-            continue
+
+    def tables(counted: Sequence[Counted]) -> tuple[dict[str, float], dict[str, float]]:
         truths = [sample.truth for sample in counted]
-        for name in counter.exits:
-            counts = [_of(sample, name).count for sample in counted]
-            widths[audio][name] = width(counts, truths, level)
-            errors[audio][name] = expected_error(counts, truths)
-    return Intervals(level, widths[False], widths[True], len(ids), errors[False], errors[True])
+        counts = {name: [_of(sample, name).count for sample in counted] for name in counter.exits}
+        widths = {name: width(of_exit, truths, level) for name, of_exit in counts.items()}
+        return widths, {name: expected_error(of_exit, truths) for name, of_exit in counts.items()}
+
+    silent, silent_errors = tables(list(count_samples(counter, store, split, ids, audio=False, progress=progress)))
+    heard, heard_errors = dict[str, float](), dict[str, float]()
+    with_sound = [s for s in count_samples(counter, store, split, ids, progress=progress) if s.sound != "none"]
+    if with_sound:
+        try:
+            heard, heard_errors = tables(with_sound)
+        except IntervalError as error:
+            log.warning("not calibrated with sound: %s", error)
+            with_sound = []
+    return Intervals(level, silent, heard, len(ids), silent_errors, heard_errors, len(with_sound))
 
 
 def evaluate_file(

@@ -28,6 +28,9 @@ class Anytime:
     def asks(self, exit: str, part: Part, walk: Walk) -> bool:
         return True
 
+    def stays(self, exit: str, part: Part, walk: Walk) -> Mask:
+        return np.ones(len(part.samples), np.bool_)
+
     def goes_on(self, stage: int, part: Part, walk: Walk) -> Mask:
         everyone = np.ones(len(part.samples), np.bool_)
         if not walk.answered[part.samples].all():
@@ -51,8 +54,6 @@ class DeepestThatFits:
 
     def asks(self, exit: str, part: Part, walk: Walk) -> bool:
         at = walk.exits.index(exit)
-        if walk.answered[part.samples].any():
-            return False
         left, here = walk.left_ms(), walk.chain.stage_of(exit)
         for deeper in reversed(walk.exits[at + 1 :]):
             needed = walk.needed_ms(here + 1, deeper, part, quantile=self.sure)
@@ -60,13 +61,16 @@ class DeepestThatFits:
                 return False
         return True
 
+    def stays(self, exit: str, part: Part, walk: Walk) -> Mask:
+        return ~walk.answered[part.samples]
+
     def goes_on(self, stage: int, part: Part, walk: Walk) -> Mask:
         return ~walk.answered[part.samples]
 
 
 @dataclass(frozen=True)
 class Confident:
-    """Ask every exit; a sample leaves with the first answer that is sure enough.
+    """A sample is asked about by one exit after the other, and leaves with the first answer that is sure enough.
 
     Attributes:
         doubt: bound of the doubt: of counts the half-width of the interval in people; of classes 1 − confidence or
@@ -87,7 +91,13 @@ class Confident:
     def asks(self, exit: str, part: Part, walk: Walk) -> bool:
         return True
 
+    def stays(self, exit: str, part: Part, walk: Walk) -> Mask:
+        return self._unsure(part, walk)
+
     def goes_on(self, stage: int, part: Part, walk: Walk) -> Mask:
+        return self._unsure(part, walk)
+
+    def _unsure(self, part: Part, walk: Walk) -> Mask:
         bound = np.maximum(self.doubt, self.share * walk.counts[part.samples])
         kept: Mask = ~(walk.doubts[part.samples] <= bound)
         return kept

@@ -11,17 +11,19 @@ import hashlib
 import json
 import math
 import os
+import sys
 import threading
 from bisect import bisect_left
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 
+from crowdexit.inference.runtimes.kept import installed_version
 from crowdexit.machine import cache_folder, processor
 from crowdexit.network import MultiExitNetwork
 
@@ -41,6 +43,8 @@ def exit_step(name: str) -> str:
 
 FIRST = stage_step(0)
 PREPARING = "preparing"  # a picture: decoded, resized, with its sound
+LAYING = "laying out"  # rows: normalised, as the batch that goes into the first stage
+_BY_THEMSELVES = (FIRST, PREPARING, LAYING)  # kept in milliseconds
 
 
 class Profile:
@@ -61,7 +65,7 @@ class Profile:
 
         Args:
             first_ms: what the first stage of the same walk took with as many rows; None: keep ``ms`` itself (of the
-                first stage, and of preparing).
+                first stage, and of what comes before it).
         """
         value = ms if first_ms is None else ms / first_ms if first_ms > 0 else 0.0
         with self._lock:
@@ -84,7 +88,7 @@ class Profile:
         if not known:
             return None
         values = [(n, kept[math.ceil(quantile * len(kept)) - 1 if quantile > 0 else 0]) for n, kept in known]
-        if step in (FIRST, PREPARING):
+        if step in _BY_THEMSELVES:
             return _between(values, rows, beyond=True)
         first_ms = self.ms(FIRST, rows) if first_ms is None else first_ms
         return None if first_ms is None else _between(values, rows, beyond=False) * first_ms
@@ -111,10 +115,11 @@ class Profile:
             times: dict[str, dict[int, deque[float]]] = defaultdict(dict)
             for step, of_step in data["times"].items():
                 for rows, kept in of_step.items():
-                    if not kept or not all(0 <= value < math.inf for value in kept):
+                    known = 1 <= int(rows) <= sys.maxsize
+                    if not known or not kept or not all(0 <= value < math.inf for value in kept):
                         return False
                     times[step][int(rows)] = deque(map(float, kept), KEPT)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             return False
         with self._lock:
             self._times = times
@@ -129,11 +134,14 @@ class Profile:
                 step: {str(rows): [float(f"{value:.5g}") for value in kept] for rows, kept in of_step.items()}
                 for step, of_step in self._times.items()
             }
-        part = self._path.with_name(f"{self._path.name}.{os.getpid()}.part")
+        part = self._path.with_name(f"{self._path.name}.{uuid4().hex}.part")
         with suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps({"format": _FORMAT, "key": self._key, "times": times}), "utf-8")
-            part.replace(self._path)
+            try:
+                part.write_text(json.dumps({"format": _FORMAT, "key": self._key, "times": times}), "utf-8")
+                part.replace(self._path)
+            finally:
+                part.unlink(missing_ok=True)
 
 
 def _between(values: list[tuple[int, float]], rows: int, *, beyond: bool) -> float:
@@ -152,7 +160,8 @@ def profile_of(network: MultiExitNetwork, runtime: str) -> Profile:
     """The profile of a network on a runtime on this machine, empty; its file is in the user's cache folder.
 
     What it is kept by: processor, usable cores, threads, GPU; names and shapes of the weights (a network that was
-    trained further takes as long as before) and size of the picture; runtime; versions of torch and CrowdExit.
+    trained further takes as long as before), size of the picture and how it is seen; runtime; versions of CrowdExit and
+    of what runs networks.
     """
     weights = hashlib.sha256()
     for name, tensor in network.state_dict().items():
@@ -161,8 +170,9 @@ def profile_of(network: MultiExitNetwork, runtime: str) -> Profile:
         **machine(),
         "weights": weights.hexdigest(),
         "size": list(network.config.size),
+        "view": network.config.view,
         "runtime": runtime,
-        "versions": [torch.__version__, version("crowdexit")],
+        "versions": [torch.__version__, *map(installed_version, ("crowdexit", "openvino", "onnxruntime"))],
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_folder()

@@ -101,6 +101,14 @@ def prepared(image: Picture, audio: Sound | None, config: Config) -> tuple[Scene
     return scene, [(canvas, placement, mel) for _, (canvas, placement) in seen]
 
 
+def photo(size: tuple[int, int]) -> bytes:
+    """A JPEG to measure with, about as hard to decode as a photograph, of twice such a (width, height)."""
+    width, height = size
+    rough = np.random.default_rng(0).integers(0, 255, (max(1, height // 4), max(1, width // 4), 3), np.uint8)
+    _, data = cv2.imencode(".jpg", cv2.resize(rough, (2 * width, 2 * height), interpolation=cv2.INTER_CUBIC))
+    return data.tobytes()
+
+
 def _checked(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
         raise PictureError("a picture is an array H×W×3 of bytes")

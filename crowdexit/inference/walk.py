@@ -1,4 +1,4 @@
-"""One walk for a single picture and for many: stage by stage, and whoever has left costs nothing more.
+"""The walk of a single picture and of many that may leave: stage by stage, and who has left costs nothing more.
 
 A *sample* is what is counted (or classified); it is one row of a network's batch, or several where it is seen in
 tiles. A *part* is the samples that go through a stage together. All parts go through a stage before any goes through
@@ -8,9 +8,9 @@ the next: early answers come early for all, and who goes on is decided as late a
 from __future__ import annotations
 
 import math
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from crowdexit.inference.profile import FIRST, Profile, exit_step, stage_step
 from crowdexit.inference.runtimes.base import ReadyChain
+from crowdexit.inference.turn import Turn
 from crowdexit.stages import Answer
 
 T = TypeVar("T")
@@ -79,6 +80,9 @@ class Policy(Protocol):
     def asks(self, exit: str, part: Part, walk: Walk) -> bool:
         """Whether an exit is asked about a part that has just come to it."""
 
+    def stays(self, exit: str, part: Part, walk: Walk) -> Mask:
+        """Which of a part's samples (n,), just answered by an exit, are there for a further one of the same stage."""
+
     def goes_on(self, stage: int, part: Part, walk: Walk) -> Mask:
         """Which of a part's samples (n,) go through a stage; the others have left. Not asked of the first stage."""
 
@@ -95,6 +99,7 @@ class Walk:
         left_ms: the time until the deadline; negative after it.
         doubt: how unsure an exit's answers are (n,), in the unit that the policy compares; default: not known, inf.
         turn: held during every step: one step at a time on a chain, whichever threads walk it.
+        earlier: what each exit has said of the samples' rows that went another walk before; it is added.
         clock: seconds.
         answered: which samples have an answer (size,).
         counts: their latest counts (size,); zero for classes.
@@ -107,7 +112,8 @@ class Walk:
     profile: Profile = field(default_factory=Profile)
     left_ms: Callable[[], float] = lambda: math.inf
     doubt: Callable[[Told], NDArray[np.float64]] = lambda told: np.full(len(told.samples), math.inf)
-    turn: threading.Lock = field(default_factory=threading.Lock)
+    turn: Turn = field(default_factory=Turn)
+    earlier: Mapping[str, float] = field(default_factory=dict)
     clock: Callable[[], float] = time.perf_counter
 
     def __post_init__(self) -> None:
@@ -127,21 +133,39 @@ class Walk:
         stages = [self.chain.stage_of(name) for name in self.exits]
         for index in range(stages[-1] + 1):
             here = [name for name, stage in zip(self.exits, stages, strict=True) if stage == index]
-            going = []
+            going: deque[Part] = deque()
             for arrived in parts:
-                part = arrived if index == 0 else self._only(arrived, policy.goes_on(index, arrived, self))
+                part = yield from self._through(index, here, arrived, policy)
+                if part is not None:
+                    going.append(part)
+            parts = _taken_from(going)
+
+    def _through(
+        self, index: int, here: Sequence[str], arrived: Part, policy: Policy
+    ) -> Generator[Told | None, None, Part | None]:
+        """Take a part through a stage and to the exits there.
+
+        Returns:
+            What is left of it; None of nobody.
+        """
+        part = arrived if index == 0 else self._only(arrived, policy.goes_on(index, arrived, self))
+        if part is None:
+            return None
+        for batch in part.batches:
+            if index == 0:
+                batch.state = self.chain.begin(batch.state())
+            self._advance(index, batch)
+            yield None
+        answered = False
+        for name in here:
+            if answered:
+                part = self._only(part, policy.stays(name, part, self))
                 if part is None:
-                    continue
-                for batch in part.batches:
-                    if index == 0:
-                        batch.state = self.chain.begin(batch.state())
-                    self._advance(index, batch)
-                    yield None
-                for name in here:
-                    if policy.asks(name, part, self):
-                        yield self._ask(name, part)
-                going.append(part)
-            parts = going
+                    return None
+            if policy.asks(name, part, self):
+                yield self._ask(name, part)
+                answered = True
+        return part
 
     def needed_ms(self, stage: int, exit: str | None, part: Part, *, quantile: float, least: int = 1) -> float | None:
         """What a part takes through a stage and on to an exit's answer; None where a step of it is not known.
@@ -182,6 +206,8 @@ class Walk:
         answers = [self._answer(name, batch) for batch in part.batches]
         starts = np.cumsum([0, *part.views[:-1]])
         values = np.add.reduceat(np.concatenate([answer.value.numpy() for answer in answers]), starts)
+        if name in self.earlier:
+            values = values + np.float32(self.earlier[name])
         maps = [answer.density[:, 0].numpy() for answer in answers if answer.density is not None]
         told = Told(name, part.samples, values, np.split(np.concatenate(maps), starts[1:]) if maps else None)
         self.answered[told.samples] = True
@@ -203,3 +229,9 @@ class Walk:
         elif batch.first_ms is not None:
             self.profile.note(step, batch.rows, took, batch.first_ms)
         return out
+
+
+def _taken_from(parts: deque[Part]) -> Iterator[Part]:
+    """Parts one after the other, each let go: what has left is not to wait in memory for the end of the stage."""
+    while parts:
+        yield parts.popleft()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from copy import deepcopy
 
 from crowdexit.inference.counter import CrowdCounter
 from crowdexit.inference.runtimes.base import ReadyChain
@@ -12,19 +13,23 @@ from crowdexit.network import MultiExitNetwork
 
 
 class SlowChain(ReadyChain):
-    """Attributes: seconds of each stage; every step in the order it ended, ``0`` … or an exit's name; what breaks."""
+    """Of a copy of the network: a stage that runs on after its test disturbs nobody.
 
-    def __init__(self, network: MultiExitNetwork, seconds: list[float]) -> None:
+    Attributes: seconds of each stage, and whether for each row; every step in the order it ended, ``0`` … or an exit's
+    name; what breaks.
+    """
+
+    def __init__(self, network: MultiExitNetwork, seconds: list[float], *, a_row: bool = False) -> None:
         super().__init__(network, "slow")
-        self.inner = Eager().ready(network)
-        self.seconds, self.ran = seconds, list[int | str]()
+        self.inner = Eager().ready(deepcopy(network))
+        self.seconds, self.a_row, self.ran = seconds, a_row, list[int | str]()
         self.breaks: Exception | None = None
 
     def begin(self, features):
         return self.inner.begin(features)
 
     def advance(self, index, state):
-        time.sleep(self.seconds[index])
+        time.sleep(self.seconds[index] * (len(state.visual) if self.a_row else 1))
         if self.breaks is not None:
             raise self.breaks
         state = self.inner.advance(index, state)
@@ -43,13 +48,15 @@ class SlowChain(ReadyChain):
 class Slow:
     name = "slow"
 
-    def __init__(self, seconds: list[float]) -> None:
-        self.seconds = seconds
+    def __init__(self, seconds: list[float], a_row: bool) -> None:
+        self.seconds, self.a_row = seconds, a_row
 
     def ready(self, network: MultiExitNetwork) -> SlowChain:
-        return SlowChain(network, self.seconds)
+        return SlowChain(network, self.seconds, a_row=self.a_row)
 
 
-def slow(network: MultiExitNetwork, *seconds: float, intervals: Intervals | None = None) -> CrowdCounter:
-    """A counter with so many seconds for each of the four stages."""
-    return CrowdCounter(network, "slow", runtime=Slow(list(seconds)), intervals=intervals)
+def slow(
+    network: MultiExitNetwork, *seconds: float, intervals: Intervals | None = None, a_row: bool = False
+) -> CrowdCounter:
+    """A counter with so many seconds for each of the four stages, or for each row there."""
+    return CrowdCounter(network, "slow", runtime=Slow(list(seconds), a_row), intervals=intervals)

@@ -6,11 +6,13 @@ Stages sleep; a loaded machine only makes them longer, so every bound here leave
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 import threading
 import time
 import weakref
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from slow import slow
 from crowdexit.data.picture import PictureError
 from crowdexit.inference.anytime import DeadlineMissed
 from crowdexit.inference.counter import CounterError
-from crowdexit.inference.profile import stage_step
+from crowdexit.inference.profile import PREPARING, stage_step
 
 SERVED = ["V1", "AV1", "AV2", "final"]
 
@@ -83,8 +85,10 @@ def test_too_early_for_the_first_exit(counter):
     assert waited.in_time is False
     assert waited.to_dict("p")["in_time"] is False
     assert waited.chosen.latency_ms > 200
-    # From then on it is known how long that takes.
-    with pytest.raises(DeadlineMissed, match=r"\(the first, V1, takes about 1\d\d\d ms here\)"):
+    # From then on it is known how long that takes, with all that comes before it.
+    for _ in range(3):
+        tool._times.note(PREPARING, 1, 3000.0)
+    with pytest.raises(DeadlineMissed, match=r"\(the first, V1, takes about 4\d\d\d ms here\)"):
         tool.count(picture(), deadline_ms=200, late="fail")
 
 
@@ -122,8 +126,6 @@ def test_an_answer_is_waited_for_even_where_its_stage_cannot_end_in_time(counter
     for _ in range(16):
         tool._times.note(stage_step(0), 1, 20.0)
         tool._times.note(stage_step(1), 1, 500.0, 20.0)
-    result = tool.count(picture(), exit="AV1", deadline_ms=1)
-    assert result.exits[0].exit == "V1"
     tool.exits = ["AV1"]
     assert [r.exit for r in tool.count(picture(), deadline_ms=300).exits] == ["AV1"]
 
@@ -154,6 +156,76 @@ def test_what_goes_wrong_after_the_deadline_is_nobodys(counter):
     time.sleep(1)
     tool.chain.breaks = None
     assert tool.count(picture(), deadline_ms=60_000).chosen.exit == "final"
+
+
+def test_an_answer_stands_whatever_comes_after_it(counter, caplog):
+    tool = slow(counter.network, 0, 0.5, 0, 0)
+    breaking = threading.Timer(0.3, lambda: setattr(tool.chain, "breaks", RuntimeError("out of memory")))
+    breaking.start()
+    result = tool.count(picture(), deadline_ms=60_000, late="fail")
+    assert (result.chosen.exit, result.in_time) == ("V1", True)
+    assert "no further answer, the latest one stands: RuntimeError: out of memory" in caplog.text
+
+
+@pytest.mark.parametrize("breaks", ["never", "before the deadline", "after it"])
+def test_nothing_of_a_request_is_kept(counter, breaks):
+    """Freed at once, nothing is to be collected."""
+    tool = slow(counter.network, 0, 0.8 if breaks == "after it" else 0, 0, 0)
+    tool.chain.breaks = RuntimeError("out of memory") if breaks == "before the deadline" else None
+    image = picture()
+    gone = weakref.ref(image)
+    gc.disable()
+    try:
+        with pytest.raises(RuntimeError) if tool.chain.breaks else nullcontext():
+            tool.count(image, deadline_ms=400 if breaks == "after it" else 60_000)
+        del image
+        if breaks == "after it":
+            tool.chain.breaks = RuntimeError("out of memory")
+            time.sleep(1)
+        tool.chain.breaks = None
+        assert ended(gone)
+    finally:
+        gc.enable()
+
+
+def ended(gone: weakref.ref) -> bool:
+    """Whether it is gone, when the thread has had time to let go of it."""
+    until = time.perf_counter() + 10
+    while gone() is not None and time.perf_counter() < until:
+        time.sleep(0.01)
+    return gone() is None
+
+
+def test_beside_a_thread_that_does_not_hurry(counter):
+    """Whose steps come one after the other without a pause: a request waits for one of them at a time."""
+    tool = slow(counter.network, 0.02, 0.02, 0.02, 0.02)
+    unhurried, stop = [(picture(), None)], threading.Event()
+    ran: list[tuple[int, int | str]] = []
+    advance = tool.chain.advance
+    tool.chain.advance = lambda index, state: ran.append((threading.get_ident(), index)) or advance(index, state)
+
+    def count() -> None:
+        while not stop.is_set():
+            list(tool.count_many(unhurried * 4))
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    try:
+        for _ in range(5):
+            ran.clear()
+            assert tool.count(picture(1), deadline_ms=60_000).chosen.exit == "final"
+            between = [0]
+            for who, _ in ran:
+                if who == thread.ident:
+                    between[-1] += 1
+                else:
+                    between.append(0)
+            assert len(between) == 5
+            # Of every stage of the request, and of the answers after it, one step.
+            assert max(between[:-1]) <= 2
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_two_at_once(counter, expected):
@@ -215,31 +287,54 @@ def test_a_tiled_picture_in_time(counter, expected, monkeypatch):
     assert result.count == pytest.approx(expected(huge)["V1"], rel=1e-5)
 
 
-def test_the_thread_goes_with_its_counter(counter):
-    tool = slow(counter.network, 0, 0, 0, 0)
-    tool.count(picture(), deadline_ms=60_000)
-    thread = tool._worker._thread
-    gone = weakref.ref(tool)
-    del tool
-    gc.collect()
-    thread.join(10)
-    assert gone() is None
-    assert not thread.is_alive()
+def test_a_counter_goes_and_the_thread_stays(counter):
+    threads = set()
+    for _ in range(2):
+        tool = slow(counter.network, 0, 0, 0, 0)
+        tool.count(picture(), deadline_ms=60_000)
+        threads |= {thread for thread in threading.enumerate() if thread.name == "counting"}
+        gone = weakref.ref(tool.chain)
+        del tool
+        gc.collect()
+        assert ended(gone)
+    assert len(threads) == 1
+    assert threads.pop().is_alive()
 
 
 def test_a_process_ends_after_the_running_stage():
     """A thread that runs on in torch while the interpreter is taken down would bring it to a crash."""
     program = """
 import time
-from crowdexit.inference.anytime import Worker
+from crowdexit.inference.anytime import answers_by
 def steps():
     yield "first exit"
     time.sleep(2)
     print("stage ended", flush=True)
     yield None
     print("the next began", flush=True)
-print(Worker().answers_by(time.perf_counter() + 0.5, steps(), wait=True), flush=True)
+print(answers_by(time.perf_counter() + 0.5, steps(), wait=True), flush=True)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "['first exit']\nstage ended\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is nothing to fork with")
+def test_a_process_that_was_forked_off_has_a_thread_of_its_own():
+    """Even where the first one's was in the middle of a step."""
+    program = """
+import os, time
+from crowdexit.inference.anytime import answers_by
+def steps(seconds):
+    yield "first exit"
+    time.sleep(seconds)
+    yield "second exit"
+answers_by(time.perf_counter() + 0.2, steps(1), wait=True)
+child = os.fork()
+print(answers_by(time.perf_counter() + 30, steps(0), wait=False), flush=True)
+if child:
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == ["['first exit', 'second exit']"] * 2 + ["0"]

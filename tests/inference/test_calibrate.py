@@ -52,9 +52,22 @@ def test_calibrate(prepared, checkpoint, capsys):
     for name in exits:
         # The mean of the scores, and a quantile of them that is above most.
         assert 0 < made.silent_errors[name] < made.silent[name]
+    assert (made.samples, made.heard_samples) == (12, 4)
     assert made.errors(heard=True) == made.heard_errors
     assert made.errors(heard=False) == made.silent_errors
     assert made.errors(heard=True) != made.errors(heard=False)
+
+
+def test_too_few_with_sound(prepared, checkpoint, caplog):
+    """Twelve pictures are enough for 0.9, four with sound are not: told, and the rest is kept."""
+    arguments = [str(checkpoint), "--data", str(prepared), "--level", "0.9", "--runtime", "eager"]
+    assert command.run(app, ["calibrate", *arguments]) == 0
+    assert "not calibrated with sound: 4 pictures are too few for a level of 0.9" in caplog.text
+    made = Intervals.from_dict(zoo.read_spec(checkpoint).meta["intervals"])
+    assert (made.samples, made.heard_samples) == (12, 0)
+    assert made.heard == made.heard_errors == {}
+    assert list(made.silent) == list(made.silent_errors)
+    assert made.errors(heard=True) == made.silent_errors
 
 
 def test_expected_errors():
@@ -63,6 +76,16 @@ def test_expected_errors():
     del before["silent_errors"], before["heard_errors"]  # as checkpoints were calibrated once
     old = Intervals.from_dict(before)
     assert old.errors(heard=False) == old.errors(heard=True) == {"V1": 0.4}
+    # A mean error is not to be held against another exit's width.
+    widths, errors = {"V1": 0.4, "final": 0.3}, {"V1": 0.2, "final": 0.1}
+    for silent, heard, silent_errors, heard_errors, expected in [
+        (widths, {}, {"final": 0.1}, {}, widths),
+        (widths, {"final": 0.2}, errors, {"final": 0.2}, errors),
+        (widths, widths, errors, {"V1": 0.2}, widths),
+        ({"V1": 0.4}, {}, {"final": 0.1}, {}, {}),
+    ]:
+        mixed = Intervals(0.9, silent, heard, 20, silent_errors, heard_errors)
+        assert mixed.errors(heard=True) == expected
     with pytest.raises(IntervalError, match="damaged"):
         Intervals.from_dict({**before, "silent_errors": {"V1": "x"}})
 

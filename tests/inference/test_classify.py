@@ -10,6 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from crowdexit import zoo
+from crowdexit.analysis.leaving import leaving
 from crowdexit.cli import app
 from crowdexit.data.classes import ClassStore, write_classes
 from crowdexit.errors import CrowdExitError
@@ -71,8 +72,8 @@ def test_leaving_in_a_batch_as_alone(colours, checkpoint, measure):
         temperatures = classify.calibrate(scores, labels)
         doubts = {name: temperatures.doubts(name, scores[name], measure) for name in scores}
         bound = float(np.median(doubts["1"]))
-        leaving = Leaving(measure, bound, temperatures)
-        said = classify.evaluate(Eager().ready(network), store, "val", range(80), leaving=leaving)["leaving"]
+        how = Leaving(measure, bound, temperatures)
+        said = classify.evaluate(Eager().ready(network), store, "val", range(80), leaving=how)["leaving"]
     sure = np.stack([doubts["1"] <= bound, doubts["2"] <= bound, np.ones(80, bool)])
     at = sure.argmax(0)
     assert said["left"] == pytest.approx({n: 100 * (at == i).mean() for i, n in enumerate(["1", "2", "final"])}, abs=3)
@@ -80,6 +81,31 @@ def test_leaving_in_a_batch_as_alone(colours, checkpoint, measure):
     right = np.stack([of.argmax(1) == labels for of in scores.values()])
     assert said["accuracy"] == pytest.approx(100 * right[at, np.arange(80)].mean(), abs=3)
     assert said["latency_ms"] > 0
+
+
+def test_leaving_between_exits_of_one_place_as_the_analysis_foretells(colours):
+    torch.manual_seed(1)
+    exits = tuple(zoo.ExitSpec(f"1-{kind}", "1", kind) for kind in ("mlp", "vit"))
+    network = zoo.build(zoo.Spec("vit-ti16", exits, {**TINY, "hidden": 8})).eval()
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, torch.nn.Linear) and module.out_features == 3:
+                module.weight.mul_(30)
+    names = ["1-mlp", "1-vit", "final"]
+    with ClassStore(colours) as store:
+        chain = Eager().ready(network)
+        scores, labels = classify.scores_of(chain, store, "val", range(80))
+        doubts = {name: Temperatures().doubts(name, scores[name], "confidence") for name in scores}
+        bound = float(np.median(doubts["1-mlp"])) + 1e-4
+        said = classify.evaluate(chain, store, "val", range(80), leaving=Leaving("confidence", bound, Temperatures()))[
+            "leaving"
+        ]
+    errors = {name: (of_exit.argmax(1) != labels).astype(float) for name, of_exit in scores.items()}
+    (foretold,) = leaving(doubts, errors, dict.fromkeys(names, 1.0), [bound])
+    assert list(doubts) == names
+    assert said["left"] == pytest.approx({name: 100 * share for name, share in foretold.shares.items()}, abs=3)
+    assert said["left"]["1-vit"] > 5
+    assert said["accuracy"] == pytest.approx(100 * (1 - foretold.error), abs=3)
 
 
 def test_who_has_left_is_not_computed(colours, checkpoint):
@@ -98,9 +124,9 @@ def test_evaluate_from_the_command_line(colours, checkpoint):
     arguments = ["evaluate", "--model", str(checkpoint), "--data", str(colours), "--split", "val", "--runtime", "eager"]
     said = CliRunner().invoke(app, [*arguments, "--confidence", "0.4", "--format", "json"])
     assert said.exit_code == 0, said.output
-    leaving = json.loads(said.stdout)["leaving"]
-    assert (leaving["measure"], leaving["bound"]) == ("confidence", pytest.approx(0.6))
-    assert sum(leaving["left"].values()) == pytest.approx(100)
+    told = json.loads(said.stdout)["leaving"]
+    assert (told["measure"], told["bound"]) == ("confidence", pytest.approx(0.6))
+    assert sum(told["left"].values()) == pytest.approx(100)
     table = CliRunner().invoke(app, [*arguments, "--entropy", "0.5"])
     assert "when sure" in table.stdout
     both = CliRunner().invoke(app, [*arguments, "--entropy", "0.5", "--confidence", "0.5"])

@@ -8,11 +8,13 @@ import struct
 import time
 import wave
 import zlib
+from copy import deepcopy
 
 import numpy as np
 import pytest
 import torch
 from branches import both_kinds
+from networks import VIT
 from PIL import Image
 from tiny import TINY
 from videos import tone
@@ -22,9 +24,10 @@ from crowdexit.data.log_mel import AudioError, log_mel
 from crowdexit.data.picture import LEAST_SCALE, PictureError, decode_picture, tile_boxes
 from crowdexit.inference import counter as module
 from crowdexit.inference.counter import CounterError, CrowdCounter, load, served_exits
+from crowdexit.inference.profile import LAYING, PREPARING
 from crowdexit.inference.runtimes.arrays import RuntimeUnavailable
 from crowdexit.inference.runtimes.eager import Eager
-from crowdexit.inference.scene import hear
+from crowdexit.inference.scene import hear, prepared
 from crowdexit.intervals import Intervals
 
 
@@ -115,19 +118,20 @@ def test_how_many_tiles_run_at_once_changes_no_count(counter, monkeypatch, abrea
     assert few.exits[-1].density == pytest.approx(all_at_once.exits[-1].density, rel=1e-3, abs=1e-6)
 
 
+def watched(counter: CrowdCounter, **options) -> tuple[CrowdCounter, list[int]]:
+    """A counter with a copy of another's network, and which of its stages ran."""
+    network, ran = deepcopy(counter.network), []
+    for index, stage in enumerate(network.stages):
+        stage.register_forward_hook(lambda *_, index=index: ran.append(index))
+    return CrowdCounter(network, "tiny", runtime=Eager(), **options), ran
+
+
 def test_every_tile_comes_to_an_exit_before_any_goes_on(counter, monkeypatch):
     """A tiled picture, too, has a first answer early."""
     monkeypatch.setattr(module, "PIXELS_AT_ONCE", 2 * 128 * 64)
-    ran: list[int] = []
-    handles = [
-        stage.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, stage in enumerate(counter.network.stages)
-    ]
-    try:
-        assert next(counter.stream(noise(1500, 600))).exit == "V1"
-        assert ran == [0] * 5  # nine tiles
-    finally:
-        for handle in handles:
-            handle.remove()
+    tool, ran = watched(counter)
+    assert next(tool.stream(noise(1500, 600))).exit == "V1"
+    assert ran == [0] * 5  # nine tiles
 
 
 def test_exif_orientation(counter, tmp_path):
@@ -153,36 +157,69 @@ def test_kinds_of_pictures(counter, tmp_path):
         assert counter.count(str(path)).count == counter.count(path).count
 
 
-def test_exit_stops_the_network(counter, monkeypatch):
+def test_exit_stops_the_network(counter):
     """What stands behind the asked exit is not computed."""
-    ran: list[int] = []
-    handles = [
-        stage.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, stage in enumerate(counter.network.stages)
-    ]
-    try:
-        for name, stages, answers in [
-            ("V1", [0], ["V1"]),
-            ("AV1", [0, 1], ["V1", "AV1"]),
-            ("AV2", [0, 1, 2], ["V1", "AV1", "AV2"]),
-            ("AV1-cnn", [0, 1], ["V1", "AV1", "AV1-cnn"]),
-            ("final", [0, 1, 2, 3], ["V1", "AV1", "AV2", "final"]),
-            ("auto", [0, 1, 2, 3], ["V1", "AV1", "AV2", "final"]),
-        ]:
-            ran.clear()
-            result = counter.count(noise(128, 64), exit=name)
-            assert ran == stages
-            assert [r.exit for r in result.exits] == answers
-            assert result.chosen.exit == answers[-1]
+    tool, ran = watched(counter)
+    for name, stages, answers in [
+        ("V1", [0], ["V1"]),
+        ("AV1", [0, 1], ["V1", "AV1"]),
+        ("AV2", [0, 1, 2], ["V1", "AV1", "AV2"]),
+        ("AV1-cnn", [0, 1], ["V1", "AV1", "AV1-cnn"]),
+        ("final", [0, 1, 2, 3], ["V1", "AV1", "AV2", "final"]),
+        ("auto", [0, 1, 2, 3], ["V1", "AV1", "AV2", "final"]),
+    ]:
         ran.clear()
-        list(itertools.islice(counter.stream(noise(128, 64)), 1))
-        assert ran == [0]
-    finally:
-        for handle in handles:
-            handle.remove()
+        result = tool.count(noise(128, 64), exit=name)
+        assert ran == stages
+        assert [r.exit for r in result.exits] == answers
+        assert result.chosen.exit == answers[-1]
+    ran.clear()
+    list(itertools.islice(tool.stream(noise(128, 64)), 1))
+    assert ran == [0]
     with pytest.raises(CounterError, match=r"no exit 'V2' in tiny \(it has V1,"):
-        counter.count(noise(128, 64), exit="V2")
+        tool.count(noise(128, 64), exit="V2")
     with pytest.raises(CounterError, match="no exit"):
-        list(counter.stream(noise(128, 64), exits=["V1", "other"]))
+        list(tool.stream(noise(128, 64), exits=["V1", "other"]))
+
+
+def test_up_to_an_exit_of_several_at_its_place(counter):
+    """What comes after it there is not asked, and nothing comes out of its turn."""
+    tool, _ = watched(counter, exits=counter.network.exit_names)
+    for name, answers in [("V1", ["V1"]), ("V1-cnn", ["V1", "V1-cnn"]), ("AV1", ["V1", "V1-cnn", "AV1"])]:
+        assert [r.exit for r in tool.count(noise(128, 64), exit=name).exits] == answers
+
+
+def test_what_cannot_be_read_is_not_the_next_pictures_preparing(counter):
+    tool, _ = watched(counter)
+
+    def samples():
+        yield noise(128, 64), None
+        time.sleep(0.4)
+        yield None
+        yield noise(128, 64), None
+
+    assert len(list(tool.count_many(samples()))) == 3
+    assert tool._times.ms(PREPARING, quantile=1) < 400
+
+
+def test_what_is_measured_is_all_of_a_picture(counter, monkeypatch, tmp_path):
+    """Decoded, resized and laid out, in all the tiles that the scene has."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(module, "PIXELS_AT_ONCE", 2 * 64 * 64)
+    torch.manual_seed(0)
+    network = zoo.build(zoo.Spec("transcrowd-gap-s", (), VIT))
+    tool = CrowdCounter(network, "tiny", runtime=Eager())
+    rows: list[int] = []
+    monkeypatch.setattr(module, "prepared", lambda *given: rows.append(len((made := prepared(*given))[1])) or made)
+    decoded: list[tuple[int, ...]] = []
+    monkeypatch.setattr(
+        module, "decode_picture", lambda data: decoded.append((picture := decode_picture(data)).shape) or picture
+    )
+    times = tool.profile
+    assert set(rows) == {6}
+    assert set(decoded) == {(2 * 128, 2 * 192, 3)}
+    assert times.ms(PREPARING) > 0
+    assert times.ms(LAYING, 2) > 0
 
 
 def test_forms_of_sound(counter, tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+import weakref
 
 import cv2
 import numpy as np
@@ -14,7 +16,7 @@ from crowdexit.inference import counter as module
 from crowdexit.inference.budget import BudgetError
 from crowdexit.inference.counter import CounterError, CrowdCounter
 from crowdexit.inference.policies import ANYTIME, Confident, DeepestThatFits, PolicyError, policy_named
-from crowdexit.inference.profile import FIRST, PREPARING, Profile, exit_step, stage_step
+from crowdexit.inference.profile import FIRST, LAYING, PREPARING, Profile, exit_step, stage_step
 from crowdexit.inference.run import RunError, count_inputs
 from crowdexit.inference.runtimes.eager import Eager
 from crowdexit.intervals import Intervals
@@ -95,6 +97,69 @@ def test_confident_in_people_or_as_a_share(calibrated, pictures):
     assert heard.chosen.exit == "final"
 
 
+ALL = ["V1", "V1-cnn", "AV1", "AV1-cnn", "AV2", "AV2-cnn", "final"]
+
+
+@pytest.mark.parametrize("at_once", [1, 1000])
+def test_leaving_between_the_exits_of_a_stage(counter, pictures, monkeypatch, at_once):
+    """The first answer that is sure enough counts; what comes after it at the same stage is not asked any more."""
+    monkeypatch.setattr(module, "PIXELS_AT_ONCE", at_once * 128 * 64)
+    widths = dict(zip(ALL, (0.4, 0.9, 0.5, 0.2, 0.9, 0.3, 0.1), strict=True))
+    tool = CrowdCounter(counter.network, "tiny", runtime=Eager(), exits=ALL, intervals=Intervals(0.9, widths, {}, 20))
+    answers = [list(tool.stream(picture)) for picture in pictures]
+    policy = left_between(tool, pictures)
+    expected = []
+    for of_one in answers:
+        enough = [r.interval[1] - r.count <= policy.doubt for r in of_one[:-1]]
+        expected.append(ALL[: [*enough, True].index(True) + 1])
+    assert len({len(names) for names in expected}) > 1
+    assert ["V1"] in expected
+    for picture, names in zip(pictures, expected, strict=True):
+        assert [r.exit for r in tool.count(picture, policy=policy).exits] == names
+    together = tool.count_many([(picture, None) for picture in pictures], policy=policy)
+    assert [[r.exit for r in result.exits] for result in together] == expected
+
+
+def test_confident_of_all_of_a_picture_of_very_many_tiles(calibrated, pictures, monkeypatch):
+    """Its tiles go through the network a few at a time; what counts is their sum."""
+    picture = next(p for p in pictures if p.shape == (256, 1024, 3))
+    answers = {r.exit: r for r in calibrated.stream(picture)}
+    monkeypatch.setattr(module, "PIXELS_AT_ONCE", 128 * 64)
+    monkeypatch.setattr(module, "PIXELS_ABREAST", 128 * 64)
+    widest = answers["V1"].interval[1] - answers["V1"].count
+    for policy, exit in [(Confident(widest * 1.01), "V1"), (Confident(widest * 0.99), "AV1")]:
+        result = calibrated.count(picture, policy=policy)
+        assert result.chosen.exit == exit
+        assert result.count == pytest.approx(answers[exit].count, rel=1e-4)
+
+
+def test_who_has_left_is_let_go_at_once(counter, pictures, monkeypatch):
+    """A part that has left is not in memory any more while others go through the stage."""
+    monkeypatch.setattr(module, "PIXELS_AT_ONCE", 128 * 64)
+    tool = slow(counter.network, 0, 0, 0, 0, intervals=Intervals(0.9, WIDTHS, {}, 20))
+    small = [picture for picture in pictures if picture.shape[1] <= 300]
+    halves = [WIDTHS["V1"] * (next(tool.stream(picture)).count + 10) for picture in small]
+    held: list[weakref.ref] = []
+    alive: list[int] = []
+    advance = tool.chain.advance
+
+    def watched(index, state):
+        if index == 1:
+            alive.append(sum(ref() is not None for ref in held))
+        state = advance(index, state)
+        if index == 0:
+            held.append(weakref.ref(state.visual))
+        return state
+
+    monkeypatch.setattr(tool.chain, "advance", watched)
+    last = int(np.argmax(halves))
+    order = [*(p for i, p in enumerate(small) if i != last), small[last]]  # all but the last leave at the first exit
+    policy = Confident((sorted(halves)[-2] + halves[last]) / 2)
+    results = list(tool.count_many([(picture, None) for picture in order], policy=policy))
+    assert [r.chosen.exit == "V1" for r in results] == [True] * (len(small) - 1) + [False]
+    assert alive == [1]
+
+
 def test_the_deepest_that_fits(counter, pictures):
     """Only that one is asked; the time of this very run decides, and the rest follows in proportion."""
     tool = slow(counter.network, 0.1, 0.1, 0.4, 0.8)
@@ -140,6 +205,7 @@ def test_the_machine_is_measured_once(counter, pictures, tmp_path, monkeypatch):
         *map(stage_step, range(4)),
         *map(exit_step, counter.network.exit_names),
         PREPARING,
+        LAYING,
     }
     assert {len(rows) for step, rows in steps.items() if step != PREPARING} == {2}
     again = slow(counter.network, 0, 0, 0, 0)
@@ -182,6 +248,48 @@ def test_a_budget_on_pictures(counter, pictures, sounds, tmp_path, monkeypatch):
     assert list(tool.count_many([], budget_ms=5.0)) == []
     with pytest.raises(BudgetError, match="how wrong the exit V1 is"):
         list(slow(counter.network, 0, 0, 0, 0).count_many(pairs, budget_ms=1e6))
+
+
+FALLING = {"V1": 0.6, "AV1": 0.3, "AV2": 0.2, "final": 0.15}
+
+
+@pytest.mark.parametrize("ms_a_picture", [42.0, 60.0])
+def test_a_middling_budget_is_kept_and_spent(counter, tmp_path, monkeypatch, ms_a_picture):
+    """Forty pictures of which a stage takes 20 ms each: between 20 ms a picture for the first exit and 80 for all."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(module, "PIXELS_AT_ONCE", 2 * 128 * 64)
+    monkeypatch.setattr(module, "PIXELS_ABREAST", 16 * 128 * 64)
+    intervals = Intervals(0.9, WIDTHS, {}, 20, FALLING)
+    tool = slow(counter.network, 0.02, 0.02, 0.02, 0.02, intervals=intervals, a_row=True)
+    random = np.random.default_rng(0)
+    pairs = [(random.integers(0, 30 + 5 * i, (64, 128, 3), np.uint8), None) for i in range(40)]
+    _ = tool.profile
+    budget_ms = len(pairs) * ms_a_picture
+    begun = time.perf_counter()
+    results = list(tool.count_many(pairs, budget_ms=budget_ms))
+    took = 1000 * (time.perf_counter() - begun)
+    # A tenth of a second for what else the machine does.
+    assert abs(took - budget_ms) <= 0.05 * budget_ms + 100
+    assert len({result.chosen.exit for result in results}) > 1
+    deep = [r.exits[0].count for r in results if r.chosen.exit != "V1"]
+    shallow = [r.exits[0].count for r in results if r.chosen.exit == "V1"]
+    assert not shallow or np.mean(deep) > np.mean(shallow)
+
+
+def test_a_budget_too_small_for_the_first_exits_shows_on_the_way(counter, tmp_path, monkeypatch):
+    """The profile thinks preparing is quick; these pictures are slow to come."""
+    tool = budgeted(counter, tmp_path, monkeypatch)
+    asked = []
+
+    def slow_to_come():
+        for number in range(100):
+            asked.append(number)
+            time.sleep(0.1)
+            yield np.zeros((64, 128, 3), np.uint8), None
+
+    with pytest.raises(BudgetError, match="too small for 100 pictures: their first exits alone take about"):
+        list(tool.count_many(slow_to_come(), budget_ms=3000, number=100))
+    assert len(asked) < 20
 
 
 def test_a_budget_for_a_folder(counter, pictures, tmp_path, monkeypatch, capsys):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from branches import both_kinds
+from networks import VIT
 from tiny import TINY
 
 from crowdexit import zoo
+from crowdexit.inference import profile as module
 from crowdexit.inference.profile import FIRST, KEPT, Profile, exit_step, profile_of, stage_step
 
 
@@ -81,6 +84,10 @@ def test_kept_and_read(tmp_path):
         lambda data: json.dumps({**data, "format": 0}).encode(),
         lambda data: json.dumps({**data, "times": 3}).encode(),
         lambda data: json.dumps({**data, "times": {FIRST: {"one": [1.0]}}}).encode(),
+        lambda data: json.dumps({**data, "times": {FIRST: {"0": [1.0]}}}).encode(),
+        lambda data: json.dumps({**data, "times": {FIRST: {"-1": [1.0]}}}).encode(),
+        lambda data: json.dumps({**data, "times": {FIRST: {"9" * 400: [1.0]}}}).encode(),
+        lambda data: json.dumps({**data, "times": {FIRST: {"1": [10**400]}}}).encode(),
         lambda data: json.dumps({**data, "times": {FIRST: {"1": []}}}).encode(),
         lambda data: json.dumps({**data, "times": {FIRST: {"1": ["x"]}}}).encode(),
         lambda data: json.dumps({**data, "times": {FIRST: {"1": [-1.0]}}}).encode(),
@@ -99,11 +106,12 @@ def test_damaged_files(tmp_path, damage):
 def test_what_a_profile_is_kept_by(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
-    def path_of(changes=(), exits=both_kinds(), runtime="eager"):
+    def path_of(changes=(), exits=both_kinds(), runtime="eager", network=None):
         torch.manual_seed(len(changes))
-        profile = profile_of(zoo.build(zoo.Spec("audiocsrnet-s", exits, {**TINY, **dict(changes)})), runtime)
-        profile.note(FIRST, 1, 1.0)
-        profile.write()
+        network = network or zoo.build(zoo.Spec("audiocsrnet-s", exits, {**TINY, **dict(changes)}))
+        fresh = profile_of(network, runtime)
+        fresh.note(FIRST, 1, 1.0)
+        fresh.write()
         return len(list((tmp_path / "crowdexit" / "profiles").iterdir()))
 
     assert path_of() == path_of() == 1
@@ -111,6 +119,28 @@ def test_what_a_profile_is_kept_by(tmp_path, monkeypatch):
     assert path_of({"size": [64, 64]}) == 3
     assert path_of({"dim": 8}) == 4
     assert path_of(exits=both_kinds()[:2]) == 5
-    torch.set_num_threads(threads := torch.get_num_threads())
+    threads = torch.get_num_threads()
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
     assert path_of() == 6
+    for number, view in enumerate(("fit", "tiles"), 7):
+        assert path_of(network=zoo.build(zoo.Spec("transcrowd-gap-s", (), {**VIT, "view": view}))) == number
+    versions = module.installed_version
+    for number, library in enumerate(("openvino", "onnxruntime"), 9):
+        monkeypatch.setattr(
+            module, "installed_version", lambda name, new=library: "9" if name == new else versions(name)
+        )
+        assert path_of() == number
+
+
+def test_two_of_one_key_do_not_disturb_each_other(tmp_path, monkeypatch):
+    """Each writes a file of its own beside the one that it is to become; what fails leaves none behind."""
+    path, parts = tmp_path / "p.json", []
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda part, to: parts.append(part) or replace(part, to))
+    made(path).write()
+    made(path).write()
+    assert len(set(parts)) == 2
+    monkeypatch.setattr(Path, "replace", lambda part, to: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        made(path).write()
+    assert list(tmp_path.iterdir()) == [path]

@@ -26,9 +26,16 @@ class Eager(Runtime):
         self.half = {"bf16": torch.bfloat16, "half": torch.float16}.get(name.rpartition("-")[2])
 
     def ready(self, network: MultiExitNetwork) -> ReadyChain:
+        network.eval()
+        # What is as it should be is left alone: another thread may be running it.
+        numbers = [*network.parameters(), *network.buffers()]
         with _on(self.device):
-            network.eval().to(self.device)
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            if any(tensor.device.type != self.device.type for tensor in numbers):
+                network.to(self.device)
+            if not all(
+                tensor.is_contiguous(memory_format=torch.channels_last) for tensor in numbers if tensor.dim() == 4
+            ):
+                network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return EagerChain(network, self.name, self.device, self.half)
 
 

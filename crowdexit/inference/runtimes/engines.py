@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from importlib import import_module
 from threading import Lock
 from typing import Any
@@ -58,7 +58,7 @@ class Engine(ABC):
 
     def __init__(self, model: Callable[[str, Shapes], Any]) -> None:
         self._model = model
-        self._made_ready = lru_cache(MOST_READY)(self._checked_ready)
+        self._kept: OrderedDict[tuple[str, Shapes], Any] = OrderedDict()  # the one used last comes last
         self._lock = Lock()
 
     def run(self, piece: str, arrays: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
@@ -82,6 +82,15 @@ class Engine(ABC):
         """
         with self._lock:
             self._made_ready(piece, tuple(shapes))
+
+    def _made_ready(self, piece: str, shapes: Shapes) -> Any:
+        key = (piece, shapes)
+        if key not in self._kept:
+            self._kept[key] = self._checked_ready(piece, shapes)
+            if len(self._kept) > MOST_READY:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key]
 
     def _checked_ready(self, piece: str, shapes: Shapes) -> Any:
         try:

@@ -262,10 +262,12 @@ def test_nothing_is_tried_after_patience_has_run_out(network, tried, monkeypatch
     assert order == ["eager"]
     left_out = [f"runtime auto leaves out {name}: trying the others took too long" for name in ("one", "two")]
     assert caplog.messages[:-1] == left_out
+    monkeypatch.setattr(module, "PATIENCE_S", 3600.0)
+    assert Auto().ready(network).runtime == "two"  # nothing was remembered of the hurry
 
 
 @pytest.mark.parametrize(("long", "timed"), [(3600.0, module.PROBES), (1e-9, 1)])
-def test_what_takes_long_is_not_timed_thrice(long, timed, network, monkeypatch):
+def test_what_takes_long_is_not_timed_as_often(long, timed, network, monkeypatch):
     monkeypatch.setattr(module, "LONG_S", long)
     chain = Eager().ready(network)
     begun: list[int] = []

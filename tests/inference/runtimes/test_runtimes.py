@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import sys
+import weakref
 from dataclasses import fields
 
 import networks
@@ -208,6 +210,51 @@ def test_sizes_are_bounded_and_come_again(monkeypatch):
             [wanted] = stage(picture)
         torch.testing.assert_close(torch.from_numpy(given), wanted, **EXACT)
         assert len(converted) == times
+
+
+def test_models_go_with_their_engine(monkeypatch):
+    """At once, in the thread that lets go of it: nothing is left for whoever collects garbage next."""
+
+    class Model:
+        pass
+
+    class Fake(engines.Engine):
+        library = "fake"
+
+        def _ready(self, piece, model, shapes):
+            return Model()
+
+        def _run(self, ready, arrays):
+            gone.append(weakref.ref(ready))
+            return arrays
+
+    gone: list[weakref.ref] = []
+    monkeypatch.setattr(engines, "MOST_READY", 2)
+    engine = Fake(lambda piece, shapes: None)
+    gc.disable()
+    try:
+        for width in (1, 2, 1, 3):
+            engine.run("stage-0", [np.zeros((1, width))])
+        one, two, again, three = (ref() for ref in gone)
+        assert one is again
+        assert two is None
+        assert one is not three
+        del one, two, again, three, engine
+        assert not any(ref() for ref in gone)
+    finally:
+        gc.enable()
+
+
+def test_a_network_that_is_ready_is_left_alone():
+    """A thread may be running it while it is made ready once more."""
+    network = networks.made("audiocsrnet")
+    Eager().ready(network)
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in network.parameters() if p.dim() == 4)
+    touched: list[torch.nn.Module] = []
+    for module in network.modules():
+        module._apply = lambda *given, module=module, **how: touched.append(module) or module
+    Eager().ready(network)
+    assert touched == []
 
 
 def test_another_size_of_picture():
