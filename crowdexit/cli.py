@@ -134,14 +134,18 @@ def count(
     ] = None,
 ) -> None:
     """Count people in pictures, folders, videos and live sources."""
-    from crowdexit.inference.counter import load
+    from crowdexit.inference.budget import check_positive
+    from crowdexit.inference.counter import check_deadline, load
     from crowdexit.inference.policies import policy_named
     from crowdexit.inference.run import count_inputs
     from crowdexit.inference.sources import expand
     from crowdexit.inference.video.frames import parse_time
 
     span = {"start": parse_time(start)} | ({} if end is None else {"end": parse_time(end)})
-    expand(inputs)  # a mistyped path is said before the weights are read
+    # What is mistyped is said before the weights are read.
+    expand(inputs)
+    check_deadline(deadline_ms)
+    check_positive(budget_ms)
     chosen = policy_named(policy, within)
     counter = load(model, runtime=runtime)
     count_inputs(

@@ -119,6 +119,16 @@ def climb(ladders: Sequence[Ladder], room: float, others: Sequence[Ladder] = (),
     return taken[: len(ladders)]
 
 
+def check_positive(budget_ms: float | None) -> None:
+    """Refuse a budget that is none, before anything is loaded.
+
+    Raises:
+        BudgetError: for one that is not positive.
+    """
+    if budget_ms is not None and not budget_ms > 0:
+        raise BudgetError(f"a budget of {budget_ms:g} ms buys nothing")
+
+
 def check_budget(budget_ms: float, first: str, errors: Mapping[str, float]) -> None:
     """Refuse what can be refused before anything is measured.
 
@@ -128,8 +138,7 @@ def check_budget(budget_ms: float, first: str, errors: Mapping[str, float]) -> N
     Raises:
         BudgetError: for a budget that is not positive, or a first exit whose errors are not known.
     """
-    if not budget_ms > 0:
-        raise BudgetError(f"a budget of {budget_ms:g} ms buys nothing")
+    check_positive(budget_ms)
     if first not in errors:
         raise BudgetError(f"how wrong the exit {first} is, is not known: see crowdexit calibrate")
 

@@ -214,8 +214,7 @@ class CrowdCounter:
             CrowdExitError: as :meth:`stream`; for a deadline that is not positive, or a policy that has nothing to
                 go by.
         """
-        if deadline_ms is not None and not deadline_ms > 0:
-            raise CounterError(f"a deadline of {deadline_ms:g} ms cannot be kept")
+        check_deadline(deadline_ms)
         if deadline_ms is None:
             self._check_without_deadline(policy)
         else:
@@ -588,6 +587,16 @@ class CrowdCounter:
         interval = self.intervals.around(name, count, heard=scene.heard)
         density = scene.density(maps) if maps else None
         return ExitResult(name, count, interval, 1000 * (time.perf_counter() - begun), density)
+
+
+def check_deadline(deadline_ms: float | None) -> None:
+    """Refuse a deadline that is over when it begins, before anything is loaded.
+
+    Raises:
+        CounterError: for one that is not positive.
+    """
+    if deadline_ms is not None and not deadline_ms > 0:
+        raise CounterError(f"a deadline of {deadline_ms:g} ms cannot be kept")
 
 
 def served_exits(network: MultiExitNetwork) -> list[str]:

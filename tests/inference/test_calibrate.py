@@ -118,6 +118,13 @@ def test_bad_input_is_one_line(checkpoint, picture_file, tmp_path, monkeypatch, 
     assert len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("option", ["--deadline-ms", "--budget-ms"])
+def test_times_that_are_none_are_told_before_the_weights_are_read(option, picture_file, monkeypatch, capsys):
+    monkeypatch.setattr("crowdexit.inference.counter.load", lambda *_, **__: pytest.fail("loaded"))
+    assert command.run(app, ["count", str(picture_file()), option, "-1"]) == 2
+    assert " of -1 ms " in capsys.readouterr().err
+
+
 def test_count_from_the_command_line(prepared, checkpoint, picture_file, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("crowdexit.inference.counter.PIXELS_AT_ONCE", 1)

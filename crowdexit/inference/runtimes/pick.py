@@ -35,7 +35,7 @@ READY_MADE = (*Eager.NAMES, "openvino", "openvino-bf16", *Onnx.NAMES)
 # An exit's answer may differ from that of eager float32 by this share of it, and of one head or one class score.
 TOLERANCE = 0.02
 PROBES, LONG_S = 5, 2.0  # so often is each timed, or until so much time has been measured
-PATIENCE_S = 20.0  # then no further candidate is tried
+PATIENCE_S = 60.0  # then no further candidate is tried
 
 
 def names() -> tuple[str, ...]:
