@@ -1,6 +1,6 @@
 """The prepared data set for counting: one HDF5 file that training, evaluation and preparation share.
 
-Layout (house format, DESIGN.md section 4)::
+Layout (house format)::
 
     /SPLIT/ID/image          (n,)     uint8    the encoded picture's bytes (JPEG or PNG)
     /SPLIT/ID/points         (N, 2)   float32  heads, x y in pixels of the stored picture

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.counter import CrowdCounter
-from crowdexit.inference.rows import COLUMNS, Format, opened, part_of
+from crowdexit.inference.rows import COLUMNS, Format, opened, part_of, whole
 from crowdexit.inference.smooth import Smoother
 from crowdexit.inference.sources import Source
 
@@ -74,8 +74,8 @@ def note_of(out: Path) -> Path:
 
 
 def was_stopped(out: Path) -> bool:
-    """Whether there are rows of a run that can go on."""
-    return note_of(out).is_file() and part_of(out).is_file() and part_of(out).stat().st_size > 0
+    """Whether there are rows of a run that did not end."""
+    return part_of(out).is_file() and part_of(out).stat().st_size > 0
 
 
 def take_up(out: Path, wanted: Mapping[str, Any], format: Format, names: Sequence[str], batch: int) -> Left:
@@ -160,7 +160,9 @@ def resumable(
     note = note_of(out)
     try:
         with opened(out, going_on=going_on, finish=finish) as file:
-            note.write_text(json.dumps(wanted), "utf-8")
+            if not going_on:  # else it is there, and a full disk must not take it
+                with whole(note) as new:
+                    new.write_text(json.dumps(wanted), "utf-8")
             yield file
     finally:
         if not part_of(out).exists():

@@ -20,6 +20,9 @@ from crowdexit.inference.counter import CountResult
 from crowdexit.inference.smooth import Smoother
 from crowdexit.inference.video.frames import Frame
 
+if sys.platform != "win32":
+    import fcntl
+
 Format = Literal["table", "json", "csv", "parquet"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 COLUMNS = ("source", "frame", "time_s", "count", "smoothed", "chosen_exit", "latency_ms")
@@ -32,7 +35,7 @@ class RowError(CrowdExitError):
 
 @dataclass(frozen=True)
 class FrameRow:
-    """A counted frame (DESIGN.md, section 4), and its smoothed count."""
+    """A counted frame and its smoothed count: a line of JSON, a row of the other formats."""
 
     source: str
     frame: int
@@ -96,6 +99,46 @@ def part_of(out: Path) -> Path:
 
 
 @contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write a file that takes the name ``path`` when all went well; else nothing of it is left."""
+    new = path.with_name(path.name + ".new")
+    try:
+        yield new
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Keep other runs from writing rows for ``out`` meanwhile, where the system can.
+
+    Raises:
+        RowError: if one is at it, or there can be no rows.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    part = part_of(out)
+    try:
+        file = part.open("ab")
+    except OSError as error:
+        raise RowError(f"{out}: cannot be written ({error.strerror})") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RowError(f"{out}: another run is writing there") from None
+        except OSError:  # a file system without locks
+            pass
+        try:
+            yield
+        finally:
+            if part.is_file() and part.stat().st_size == 0:
+                part.unlink()
+
+
+@contextmanager
 def opened(
     out: Path | None, *, going_on: bool = False, finish: Callable[[Path, Path], object] = Path.replace
 ) -> Iterator[TextIO]:
@@ -144,15 +187,10 @@ def write_parquet(lines: Path, out: Path) -> None:
 
     kinds = {"source": pa.string(), "frame": pa.int64(), "chosen_exit": pa.string()}
     schema = pa.schema([(name, kinds.get(name, pa.float64())) for name in COLUMNS])
-    part = out.with_name(out.name + ".new")
-    try:
-        with lines.open(encoding="utf-8") as file, pq.ParquetWriter(part, schema) as writer:
-            while group := [json.loads(line) for line in islice(file, _ROW_GROUP)]:
-                columns = [pa.array([row.get(f.name) for row in group], f.type) for f in schema]
-                writer.write_table(pa.Table.from_arrays(columns, schema=schema))
-        part.replace(out)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole(out) as new, lines.open(encoding="utf-8") as file, pq.ParquetWriter(new, schema) as writer:
+        while group := [json.loads(line) for line in islice(file, _ROW_GROUP)]:
+            columns = [pa.array([row.get(f.name) for row in group], f.type) for f in schema]
+            writer.write_table(pa.Table.from_arrays(columns, schema=schema))
     lines.unlink()
 
 

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,19 @@ from crowdexit.inference.budget import TOLERANCE
 from crowdexit.inference.counter import CountResult, CrowdCounter, Late
 from crowdexit.inference.draw import banner, overlay
 from crowdexit.inference.policies import ANYTIME
-from crowdexit.inference.resume import Left, recipe, resumable, take_up, was_stopped
-from crowdexit.inference.rows import Format, FrameRow, Rows, checked_format, opened, part_of, write_parquet, writer
+from crowdexit.inference.resume import Left, note_of, recipe, resumable, take_up, was_stopped
+from crowdexit.inference.rows import (
+    Format,
+    FrameRow,
+    Rows,
+    alone,
+    checked_format,
+    opened,
+    part_of,
+    whole,
+    write_parquet,
+    writer,
+)
 from crowdexit.inference.scene import hear
 from crowdexit.inference.smooth import HALF_LIFE_S, Smoother
 from crowdexit.inference.sources import Source, expand
@@ -95,17 +106,18 @@ def count_inputs(
 
     Raises:
         CrowdExitError: for inputs or options that cannot be used.
-        KeyboardInterrupt: after Ctrl-C; of a live source, all is written and whole.
+        KeyboardInterrupt: after Ctrl-C; SystemExit with 143: after SIGTERM. Of a live source, all is written and whole.
     """
     checked_format(format)
-    sources = expand(inputs)
+    sources = _tellable(expand(inputs))
     single = len(sources) == 1 and sources[0].named
     live = sources[0].kind == "live"
     resumes = out is not None and format != "table" and not live and budget_ms is None
     if audio is not None and not (single and not live):
         raise RunError(f"--audio {audio}: a sound belongs to one picture or video, not to several or a live source")
+    given = {path.resolve() for s in sources for path in (s.path, s.sound, audio) if path is not None}
     for option, path in (("--out", out), ("--density", density), ("--annotate", annotate)):
-        if path is not None and any(path.resolve() == s.path.resolve() for s in sources):
+        if path is not None and path.resolve() in given:
             raise RunError(f"{option} {path}: this is an input, it would be overwritten")
     if live and start:
         raise RunError(f"--start {start:g}: a live source begins now")
@@ -124,16 +136,19 @@ def count_inputs(
         raise RunError("--resume: only rows of files go on, in --out as csv, json or parquet")
     if resume and (annotate or density):
         raise RunError("--resume: what is drawn cannot go on where it was stopped, only rows can")
-    if out is not None and not resume and was_stopped(out):
-        raise RunError(f"{out}: a run was stopped there; --resume goes on with it, or delete {part_of(out)}")
     span = Span(DEFAULT_FPS if fps is None else fps, start, end)
     how = How(exit, deadline_ms, late, policy, 1 if live and batch is None else batch)
     left = Left(Smoother(smooth))
-    drawings = _Drawings(density, annotate, sources, single, exit, counter)
+    drawings = _Drawings(density, annotate, sources, single, exit, counter, given)
     names = [s.name for s in sources]
 
     with ExitStack() as stack:
         finish = write_parquet if format == "parquet" else Path.replace
+        if out is not None:
+            stack.enter_context(alone(out))
+            if not resume and was_stopped(out):
+                hint = "--resume goes on with it, or delete" if note_of(out).is_file() else "rename or delete its rows,"
+                raise RunError(f"{out}: a run was stopped there; {hint} {part_of(out)}")
         if out is not None and resumes:
             wanted = recipe(
                 counter,
@@ -162,11 +177,11 @@ def count_inputs(
         for _ in job.all_rows(sources, left) if budget_ms is None else job.rows_within(budget_ms, sources):
             rows += 1
         if rows == 0 and job.interrupted:
-            raise KeyboardInterrupt
+            raise _end_by(job.interrupted)
         if rows == 0:
             raise RunError("none of the files could be counted")
     if job.interrupted:
-        raise KeyboardInterrupt
+        raise _end_by(job.interrupted)
     return rows
 
 
@@ -181,7 +196,7 @@ class _Job:
     lines: Rows
     drawings: _Drawings
     advance: Callable[[str], None]
-    interrupted: bool = False  # while a live source was counted, which is how most of them end
+    interrupted: int = 0  # the signal that came while a live source was counted, which is how most of them end
 
     def all_rows(self, sources: Sequence[Source], left: Left) -> Iterator[None]:
         """Count sources one after the other, from where a stopped run has left; yield after each row written."""
@@ -261,8 +276,8 @@ class _Job:
         assert source.address is not None
         frames, rows = LiveFrames(source.address, self.span, _warn), 0
 
-        def interrupt(*_: object) -> None:
-            self.interrupted = True
+        def interrupt(number: int, _: object) -> None:
+            self.interrupted = number
             frames.stop()
 
         with _on_interrupt(interrupt):
@@ -300,7 +315,7 @@ class _Drawings:
     single: bool
     exit: str
     counter: CrowdCounter
-    _taken: set[Path] = field(default_factory=set)
+    taken: set[Path]  # what the user has named, and what has been drawn
 
     def __post_init__(self) -> None:
         if self.density is not None:
@@ -311,6 +326,8 @@ class _Drawings:
         kinds = {s.kind for s in self.sources}
         if self.annotate is not None and kinds == {"picture"}:
             raise RunError(f"--annotate {self.annotate}: this is for videos; of pictures, --density shows the map")
+        if self.annotate is not None and self.density is not None and "picture" not in kinds:
+            raise RunError(f"--density {self.density}: of a video, --annotate draws it; name one of the two")
         for option, path in (("--density", self.density), ("--annotate", self.annotate)):
             if path is None:
                 continue
@@ -343,26 +360,26 @@ class _Drawings:
             np.save(data, density.astype(np.float32))
         else:
             Image.fromarray(overlay(read_picture(source.path), density)).save(data, "PNG")
-        part = target.with_name(target.name + ".part")
         try:
-            part.write_bytes(data.getvalue())
-            part.replace(target)
+            with whole(target) as new:
+                new.write_bytes(data.getvalue())
         except OSError as error:
-            part.unlink(missing_ok=True)
             raise RunError(f"{target}: cannot be written ({error.strerror})") from None
 
     def video(self, source: Source, sound: Path | None, usual: float) -> AnnotatedVideo | None:
         """A video to draw the counted frames into, if that is wanted."""
         path = self.annotate or self.density
-        return None if path is None else AnnotatedVideo(self._target(path, source, ".mp4"), sound, usual)
+        if path is None:
+            return None
+        return AnnotatedVideo(self._target(path, source, ".mp4"), sound, usual, endless=source.kind == "live")
 
     def _target(self, path: Path, source: Source, suffix: str) -> Path:
         if self.single:
             return path
         target, number = path / (source.path.stem + suffix), 2
-        while target in self._taken:  # x.jpg and x.png, or of two folders
+        while target.resolve() in self.taken:  # x.jpg and x.png, or of two folders, or an input
             target, number = path / f"{source.path.stem}-{number}{suffix}", number + 1
-        self._taken.add(target)
+        self.taken.add(target.resolve())
         return target
 
 
@@ -378,21 +395,30 @@ def _annotated(frame: Frame, result: CountResult) -> NDArray[np.uint8]:
 
 
 @contextmanager
-def _on_interrupt(handler: Callable[..., None]) -> Iterator[None]:
-    """Call this at the first Ctrl-C rather than be interrupted; only the main thread can."""
+def _on_interrupt(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Call this at the first Ctrl-C or SIGTERM rather than be interrupted; only the main thread can."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def once(*arguments: object) -> None:
-        signal.signal(signal.SIGINT, before)
-        handler(*arguments)
+    def restore() -> None:
+        for number, former in before.items():
+            signal.signal(number, former)
 
-    before = signal.signal(signal.SIGINT, once)
+    def once(number: int, frame: object) -> None:
+        restore()
+        handler(number, frame)
+
+    before = {number: signal.signal(number, once) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()
+
+
+def _end_by(number: int) -> BaseException:
+    """How a signal ends a run that has written all it had."""
+    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
 
 
 @contextmanager
@@ -414,6 +440,25 @@ def _bar(sources: Sequence[Source], span: Span, done: int, *, shown: bool) -> It
 
 def _warn(line: str) -> None:
     _tell(f"warning: {line}")
+
+
+def _tellable(sources: Sequence[Source]) -> list[Source]:
+    """Those whose names rows can hold, which is in UTF-8.
+
+    Raises:
+        RunError: if there is none, or one that was named itself has another name.
+    """
+    good = []
+    for source in sources:
+        try:
+            source.name.encode()
+            good.append(source)
+        except UnicodeEncodeError:
+            name = source.name.encode(errors="backslashreplace").decode()
+            _pass_over(source, RunError(f"{name}: no row can hold this name, it is not in UTF-8"))
+    if not good:
+        raise RunError("none of the files could be counted")
+    return good
 
 
 def _pass_over(source: Source, error: CrowdExitError) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
 from pathlib import Path
 
 import av
@@ -22,8 +23,9 @@ from videos import index_of, make_video, tone
 
 from crowdexit.inference.run import RunError, count_inputs
 from crowdexit.inference.sources import SourceError, expand
+from crowdexit.inference.video import container as container_module
 from crowdexit.inference.video import live
-from crowdexit.inference.video.container import VideoError
+from crowdexit.inference.video.container import TooLarge, VideoError
 from crowdexit.inference.video.decode import Span
 from crowdexit.inference.video.frames import read_frames
 from crowdexit.inference.video.live import Address, LiveFrames, address_of
@@ -43,8 +45,8 @@ def transport_stream(path: Path, *, times=TENTHS, sound=True, **options) -> byte
 
 
 @contextmanager
-def fed(path: Path, data: bytes, seconds: float) -> Iterator[str]:
-    """A named pipe into which the bytes are written within that time."""
+def fed(path: Path, data: bytes, seconds: float, *, pause: float = 0.0) -> Iterator[str]:
+    """A named pipe into which the bytes are written within that time, with a pause after the first half."""
     os.mkfifo(path)
 
     def feed() -> None:
@@ -53,7 +55,7 @@ def fed(path: Path, data: bytes, seconds: float) -> Iterator[str]:
             with path.open("wb", buffering=0) as pipe:
                 for i in range(pieces):
                     pipe.write(data[len(data) * i // pieces : len(data) * (i + 1) // pieces])
-                    time.sleep(seconds / pieces)
+                    time.sleep(seconds / pieces + (pause if i == pieces // 2 else 0))
         except BrokenPipeError:
             pass
 
@@ -81,6 +83,8 @@ def test_addresses(tmp_path):
         ("camera:1", "camera:1", "/dev/video1", True),
         ("/dev/video0", "/dev/video0", "/dev/video0", True),
         ("rtsp://me:secret@10.0.0.1/a@b", "rtsp://10.0.0.1/a@b", "rtsp://me:secret@10.0.0.1/a@b", True),
+        ("rtsp://me:p@ss@host/a", "rtsp://host/a", "rtsp://me:p@ss@host/a", True),
+        ("http://h/v?user=me&pwd=s3&ch=1", "http://h/v?user=***&pwd=***&ch=1", "http://h/v?user=me&pwd=s3&ch=1", True),
         ("https://x.org/a.ts", "https://x.org/a.ts", "https://x.org/a.ts", True),
         (str(tmp_path / "pipe"), str(tmp_path / "pipe"), str(tmp_path / "pipe"), False),
     ]:
@@ -94,6 +98,8 @@ def test_addresses(tmp_path):
     for text in ("ftp://x/a.mp4", "file:///etc/passwd", "concat://a"):
         with pytest.raises(VideoError, match=r"begins with one of rtsp://"):
             address_of(text)
+    with pytest.raises(VideoError, match=r"^ftp://x/a: an address"):
+        address_of("ftp://me:secret@x/a")
     assert "file" not in address_of("http://x/").protocols
     with pytest.raises(SourceError, match="counted alone"):
         expand(["camera:0", "camera:1"])
@@ -139,7 +145,7 @@ class Station(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, answers: list, seconds: float, *, sized: bool = False) -> None:
+    def __init__(self, answers: list, seconds: float, *, sized: bool = False, missing: int = 0) -> None:
         station = self
         self.asked = 0
 
@@ -153,7 +159,7 @@ class Station(ThreadingHTTPServer):
                 self.send_response(200)
                 self.send_header("Content-Type", "video/mp2t")
                 if sized:
-                    self.send_header("Content-Length", str(len(answer)))
+                    self.send_header("Content-Length", str(len(answer) + missing))
                 self.end_headers()
                 try:
                     for i in range(50):
@@ -231,17 +237,13 @@ def test_what_cannot_be_opened_is_said_at_once(tmp_path, quick):
         frames_of(name)
 
 
-def test_a_camera(monkeypatch):
+def test_a_camera():
     """A camera gives its pictures for ever, at its own pace, without sound."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(live, "address_of", None)
-        address = Address("camera:0", "testsrc2=size=96x64:rate=20,realtime", "", format="lavfi")
-        try:
-            av.open(address.url, format="lavfi").close()
-        except (av.FFmpegError, ValueError):
-            pytest.skip("this FFmpeg has no test pictures")
-        begun = time.monotonic()
-        got = list(LiveFrames(address, Span(5, end=1.5), refuse))
+    if "lavfi" not in av.formats_available:
+        pytest.skip("this FFmpeg has no test pictures")
+    address = Address("camera:0", "testsrc2=size=96x64:rate=20,realtime", "", format="lavfi")
+    begun = time.monotonic()
+    got = list(LiveFrames(address, Span(5, end=1.5), refuse))
     assert time.monotonic() - begun > 1.2
     assert 4 <= len(got) <= 8
     assert all(f.sound is None for f in got)
@@ -251,7 +253,9 @@ def test_a_camera(monkeypatch):
 def test_decoding_that_falls_behind_leaves_pictures_out(tmp_path, monkeypatch):
     """Groups of pictures are passed over until the newest is reached again."""
     data = transport_stream(tmp_path / "v.ts", sound=False)
-    monkeypatch.setattr(live, "_BEHIND_S", 0.3)
+    for name, value in (("_BEHIND_S", 0.3), ("_LONG_S", 0.0), ("_MOST_STAMPS", 8)):
+        monkeypatch.setattr(live, name, value)
+    lines: list[str] = []
     see, slow = live._Session._see, 0
 
     def slowly(self, image):
@@ -264,9 +268,13 @@ def test_decoding_that_falls_behind_leaves_pictures_out(tmp_path, monkeypatch):
     monkeypatch.setattr(live._Session, "_see", slowly)
     with fed(tmp_path / "pipe", data, 2.5) as name:
         address = address_of(name)
-        source = LiveFrames(Address(name, address.url, address.protocols), Span(10, end=2.35), lambda line: None)
+        source = LiveFrames(Address(name, address.url, address.protocols), Span(10, end=2.35), lines.append)
         got = list(source)
-    assert source.dropped >= 3
+    assert 6 <= slow <= 20  # of all that came out of the decoder
+    assert source.dropped >= 25 - 1 - slow
+    assert [line for line in lines if "too much to decode" in line] == [
+        f"{name}: too much to decode here, pictures are left out"
+    ]
     assert got[-1].time_s > 1.9
     assert [index_of(f.picture) for f in got] == [f.index for f in got]
 
@@ -302,7 +310,9 @@ def test_a_slow_network_counts_what_is_new(tmp_path, counter, monkeypatch):
     assert max(ages) < 1.5  # of 0.7 s of counting, and what a busy machine adds
 
 
-def test_interrupting_a_live_source_leaves_whole_files(tmp_path, counter, monkeypatch, capsys):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupting_a_live_source_leaves_whole_files(tmp_path, counter, monkeypatch, capsys, number):
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     data = transport_stream(tmp_path / "v.ts")
     out, drawn = tmp_path / "rows.csv", tmp_path / "drawn.mp4"
     answers, left = type(counter).answers, 3
@@ -311,12 +321,14 @@ def test_interrupting_a_live_source_leaves_whole_files(tmp_path, counter, monkey
         nonlocal left
         left -= 1
         if left == 0:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return answers(self, *arguments, **options)
 
     monkeypatch.setattr(type(counter), "answers", interrupted)
-    with fed(tmp_path / "pipe", data, 2.5) as name, pytest.raises(KeyboardInterrupt):
+    with fed(tmp_path / "pipe", data, 2.5) as name, pytest.raises((KeyboardInterrupt, SystemExit)) as ended:
         count_inputs(counter, [name], fps=10, format="csv", out=out, annotate=drawn)
+    assert ended.type is KeyboardInterrupt if number == signal.SIGINT else ended.value.code == 143
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
     rows = len(out.read_text().splitlines()) - 1
     assert rows == 3  # what was being counted is written
     assert len(list(read_frames(drawn, Span(100)))) == rows
@@ -333,3 +345,175 @@ def test_what_a_live_source_cannot_do(tmp_path, counter, capsys):
     ]:
         with pytest.raises(RunError, match=line):
             count_inputs(counter, ["camera:0"], **options)
+
+
+def lasting(name: str) -> Address:
+    """A pipe as if it were a camera, which gives its pictures when they show."""
+    address = address_of(name)
+    assert address is not None
+    return Address(name, address.url, address.protocols)
+
+
+def test_a_source_that_becomes_later_is_not_left_out(tmp_path, monkeypatch):
+    """It is not our decoding that is behind."""
+    monkeypatch.setattr(live, "_BEHIND_S", 0.3)
+    monkeypatch.setattr(live, "_WAITS_S", (60.0,))  # the pipe is not opened again
+    data = transport_stream(tmp_path / "v.ts", times=[i / 20 for i in range(120)], sound=False)
+    see, seen = live._Session._see, 0
+
+    def counted(self, image):
+        nonlocal seen
+        seen += 1
+        see(self, image)
+
+    monkeypatch.setattr(live._Session, "_see", counted)
+    with fed(tmp_path / "pipe", data, 6.0, pause=1.2) as name:
+        got = list(LiveFrames(lasting(name), Span(10, end=8), lambda line: None))
+    assert got[-1].index >= 115
+    assert seen >= 115
+
+
+@pytest.mark.parametrize("paced", [False, True])
+def test_a_clock_that_is_set_anew(tmp_path, monkeypatch, paced):
+    """Files joined in a pipe, or a camera that is set: forward by an hour and back again."""
+    monkeypatch.setattr(live, "_WAITS_S", (60.0,))
+    times = TENTHS[:15]
+    first = transport_stream(tmp_path / "a.ts", times=times)
+    sound = tone(1.6)
+    later = make_video(tmp_path / "b.ts", [3600 + t for t in times], sound=sound, sound_at=3600, key_every=5)
+    data, lines = first + later.read_bytes() + first, list[str]()
+    with fed(tmp_path / "pipe", data, 4.5 if paced else 0.5) as name:
+        address = lasting(name) if paced else address_of(name)
+        got = list(LiveFrames(address, Span(10, end=4.4), lines.append))
+    steps = np.diff([f.time_s for f in got])
+    assert (steps > 0).all()
+    assert steps.max() < 1.5
+    assert got[-1].time_s < 5
+    assert {index_of(f.picture) for f in got[-5:]} < set(range(15))
+    assert len(got) >= (25 if paced else 42)
+    assert sum(f.sound is not None for f in got if f.time_s > 3.2) >= 3
+
+
+def test_what_breaks_off_is_told(tmp_path):
+    data = make_video(tmp_path / "v.mkv", TENTHS, codec="mpeg4", key_every=1).read_bytes()
+    lines: list[str] = []
+    with fed(tmp_path / "pipe", data[: len(data) // 2], 0.0) as name:
+        got, _ = frames_of(name, warn=lines.append)
+    assert 5 < len(got) < 20
+    assert len(lines) == 1
+    assert lines[0].startswith(f"{name}: damaged or broken off after {got[-1].time_s:.1f} s")
+    station = Station([transport_stream(tmp_path / "v.ts", sound=False)], 0.0, sized=True, missing=100_000)
+    got, dropped = frames_of(station.url, warn=lines.append)
+    station.shutdown()
+    assert len(got) + dropped >= 24
+    assert len(lines) == 2
+    assert "damaged or broken off after 2." in lines[1]
+
+
+def test_a_whole_pipe_is_not_called_broken_off(tmp_path):
+    """Though the decoder holds its last pictures until the end."""
+    data = make_video(tmp_path / "v.mkv", list(range(12))).read_bytes()
+    with fed(tmp_path / "pipe", data, 0.0) as name:
+        got = [frame.index for frame in frames_of(name, 1)[0]]
+    assert got == list(range(12))
+
+
+def test_behind_damage_in_a_pipe_counting_goes_on(tmp_path, monkeypatch):
+    """Whatever FFmpeg makes of it, reading is tried again."""
+    data, opened, tries = transport_stream(tmp_path / "v.ts", sound=False), LiveFrames._open, 0
+
+    class Broken:
+        def __init__(self, container) -> None:
+            self.container = container
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *arguments) -> None:
+            self.container.close()
+
+        def __getattr__(self, name):
+            return getattr(self.container, name)
+
+        def demux(self, *streams):
+            nonlocal tries
+            tries += 1
+            if tries < 4:
+                yield from islice(self.container.demux(*streams), 5)
+                raise av.error.InvalidDataError(1, "broken")
+            yield from self.container.demux(*streams)
+
+    monkeypatch.setattr(LiveFrames, "_open", lambda self: Broken(opened(self)))
+    lines: list[str] = []
+    with fed(tmp_path / "pipe", data, 0.0) as name:
+        got, _ = frames_of(name, warn=lines.append)
+    assert [f.index for f in got] == list(range(25))
+    assert len(lines) == 1
+    assert lines[0].startswith(f"{name}: damaged or broken off after 0.")
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_list_of_pieces_is_a_file_when_it_is_ended(tmp_path, quick, monkeypatch, ended):
+    monkeypatch.setattr(live, "_TIMEOUT_S", 2.0)
+    piece = transport_stream(tmp_path / "v.ts", sound=False)
+    text = "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:1\n#EXTINF:2.5,\npiece.ts\n" + "#EXT-X-ENDLIST\n" * ended
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            answer = piece if self.path.endswith(".ts") else text.encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *arguments) -> None:
+            pass
+
+    server, lines = ThreadingHTTPServer(("127.0.0.1", 0), Handler), list[str]()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    source = LiveFrames(
+        address_of(f"http://127.0.0.1:{server.server_address[1]}/live.m3u8"), Span(10, end=20), lines.append
+    )
+    got = []
+    for frame in source:
+        got.append(frame)
+        if frame.index >= 30:
+            source.stop()
+    server.shutdown()
+    assert sum(f.index < 25 for f in got) >= 15  # it waits, where the pieces come sooner than they are seen
+    assert bool(lines) != ended
+    if not ended:
+        assert "trying again" in lines[0]
+        assert got[-1].index >= 30
+
+
+def test_what_is_held_at_the_end_is_dropped(tmp_path):
+    data, got = transport_stream(tmp_path / "v.ts"), []
+    with fed(tmp_path / "pipe", data, 0.0) as name:
+        source = LiveFrames(address_of(name), Span(10), refuse)
+        for frame in source:
+            got.append(frame)
+            if len(got) == 3:
+                source.stop()
+    assert source.dropped >= 4  # those that wait for half a second of sound
+    assert len(got) + source.dropped == source._index + 1
+
+
+def test_live_pictures_that_are_too_large(tmp_path, monkeypatch):
+    data = transport_stream(tmp_path / "v.ts", sound=False)
+    with monkeypatch.context() as patch, fed(tmp_path / "pipe", data, 0.0) as name:
+        patch.setattr(container_module, "MAX_PIXELS", 96 * 64 - 1)
+        with pytest.raises(VideoError, match="pipe: 96×64 is too large"):
+            frames_of(name)
+    seen = 0
+
+    def grown(name: str, width: int, height: int) -> None:
+        nonlocal seen
+        seen += 1
+        if seen > 5:
+            raise TooLarge(f"{name}: too large")
+
+    monkeypatch.setattr(live, "check_size", grown)
+    with fed(tmp_path / "again", data, 0.0) as name, pytest.raises(VideoError, match="again: too large"):
+        frames_of(name)
+    assert seen == 6

@@ -18,7 +18,7 @@ from videos import make_video, tone
 from crowdexit.inference import rows as rows_module
 from crowdexit.inference.policies import Confident, DeepestThatFits
 from crowdexit.inference.resume import ResumeError, note_of
-from crowdexit.inference.rows import part_of
+from crowdexit.inference.rows import RowError, part_of
 from crowdexit.inference.run import RunError, count_inputs
 from crowdexit.intervals import Intervals
 
@@ -51,6 +51,12 @@ def read(out: Path, format: str) -> list[dict]:
         for one in row.get("exits", []):
             del one["latency_ms"]
     return rows
+
+
+def whole_lines(part: Path) -> bytes:
+    """What stands in a file, but for a last line that is not whole."""
+    data = part.read_bytes() if part.exists() else b""
+    return data[: data.rfind(b"\n") + 1]
 
 
 class Stopped(Exception):
@@ -118,7 +124,7 @@ def test_killed(counter, inputs, tmp_path, format):
     tests = Path(__file__).parent
     paths = os.pathsep.join(map(str, (tests, tests.parent, tests.parent.parent)))
     for rows in (1, 9):
-        before = part_of(out).stat().st_size if part_of(out).exists() else 0
+        before = whole_lines(part_of(out))
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": paths})
         try:
             deadline = time.monotonic() + 120
@@ -129,9 +135,11 @@ def test_killed(counter, inputs, tmp_path, format):
         finally:
             process.kill()
             process.wait()
-        assert part_of(out).stat().st_size > before
+        assert part_of(out).read_bytes().startswith(before)  # to the hundredth of a millisecond
         assert not out.exists()
+    before = whole_lines(part_of(out))
     count_inputs(counter, inputs[::2], format=format, out=out, resume=True, **OPTIONS)
+    assert out.read_bytes().startswith(before)
     assert read(out, format) == read(whole, format)
 
 
@@ -248,3 +256,30 @@ def test_parquet_is_made_in_groups(counter, inputs, tmp_path, monkeypatch):
     for row, line in zip(read(tmp_path / "rows.parquet", "parquet"), lines, strict=True):
         assert row == {key: line.get(key) for key in row}
     assert read(tmp_path / "rows.parquet", "parquet")[23]["frame"] is None
+
+
+def test_a_full_disk_leaves_what_can_go_on(counter, inputs, tmp_path, monkeypatch):
+    """The note of what the run is stays as it was, or there is none."""
+    out, write = tmp_path / "out", Path.write_text
+
+    def full(self, *arguments, **options):
+        write(self, "")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(RowError, match="No space left"):
+            count_inputs(counter, inputs[:1], format="json", out=out, **OPTIONS)
+    assert not list(tmp_path.iterdir())
+    with monkeypatch.context() as patch:
+        stop_after(counter, patch, 2)
+        with pytest.raises(Stopped):
+            count_inputs(counter, inputs[:1], format="json", out=out, **OPTIONS)
+    note = note_of(out).read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        stop_after(counter, patch, 1)
+        with pytest.raises((Stopped, RowError)):
+            count_inputs(counter, inputs[:1], format="json", out=out, resume=True, **OPTIONS)
+    assert note_of(out).read_bytes() == note
+    assert count_inputs(counter, inputs[:1], format="json", out=out, resume=True, **OPTIONS) == 23

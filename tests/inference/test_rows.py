@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import shutil
 import struct
 import sys
 import wave
@@ -18,7 +20,8 @@ from videos import make_video, tone
 
 from crowdexit.data.picture import PictureError
 from crowdexit.errors import CrowdExitError
-from crowdexit.inference.rows import RowError, opened
+from crowdexit.inference.resume import ResumeError
+from crowdexit.inference.rows import RowError, alone, opened
 from crowdexit.inference.run import RunError, count_inputs
 from crowdexit.inference.video.container import VideoError
 from crowdexit.inference.video.decode import Span
@@ -329,3 +332,64 @@ def test_rows_come_as_they_are_counted(counter, film, street, monkeypatch):
             patch.setattr(sys, "stdout", Screen())
             count_inputs(counter, [film, street], format=format, fps=2)
         assert len(set(seen)) >= 5, format
+
+
+def test_drawings_never_take_the_place_of_an_input(counter, street, film, tmp_path):
+    street.rename(tmp_path / "street.png")
+    again = tmp_path / "again.mp4"
+    shutil.copy(film, again)
+    before = {path: path.read_bytes() for path in (tmp_path / "street.png", film, again)}
+    count_inputs(counter, list(before), density=tmp_path, out=tmp_path / "o")
+    assert {path: path.read_bytes() for path in before} == before
+    made = {"street-2.png", "film-2.mp4", "again-2.mp4"}
+    assert {p.name for p in tmp_path.iterdir()} == {p.name for p in before} | made | {"o"}
+    with pytest.raises(RunError, match="would be overwritten"):
+        count_inputs(counter, [film], audio=again, annotate=again)
+
+
+def test_a_video_is_drawn_once(counter, film, tmp_path):
+    with pytest.raises(RunError, match=r"--density .*d\.mp4: of a video, --annotate draws it"):
+        count_inputs(counter, [film], density=tmp_path / "d.mp4", annotate=tmp_path / "a.mp4")
+    assert [p.name for p in tmp_path.iterdir()] == [film.name]
+
+
+def test_names_that_are_not_utf8(counter, street, tmp_path, capsys):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    odd = folder / os.fsdecode(b"caf\xe9.jpg")
+    try:
+        shutil.copy(street, odd)
+    except OSError:
+        pytest.skip("this file system has no such names")
+    for inputs, line in (([odd], "caf.*jpg: no row can hold this name"), ([folder], "none of the files")):
+        with pytest.raises(RunError, match=line):
+            count_inputs(counter, inputs, format="json")
+    shutil.copy(street, folder / "good.jpg")
+    capsys.readouterr()
+    assert count_inputs(counter, [folder], format="json") == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out)["source"] == str(folder / "good.jpg")
+    assert err.startswith("skipped: ")
+    assert len(err.splitlines()) == 1
+
+
+def test_rows_of_a_stopped_run_are_not_written_over(counter, street, tmp_path):
+    """Also where they are such that no run can go on with them."""
+    out, part = tmp_path / "rows.json", tmp_path / "rows.json.part"
+    part.write_text("{}\n")
+    with pytest.raises(RunError, match=r"a run was stopped there; rename or delete its rows, .*rows\.json\.part$"):
+        count_inputs(counter, [street], format="json", out=out)
+    with pytest.raises(ResumeError, match="is not known"):
+        count_inputs(counter, [street], format="json", out=out, resume=True)
+    assert part.read_text() == "{}\n"
+    part.write_text("")
+    assert count_inputs(counter, [street], format="json", out=out) == 1
+
+
+def test_one_run_at_a_time_writes_a_file(counter, street, tmp_path):
+    out = tmp_path / "rows.json"
+    for resume in (False, True):
+        with alone(out), pytest.raises(RowError, match=r"rows\.json: another run is writing there"):
+            count_inputs(counter, [street], format="json", out=out, resume=resume)
+        assert [p.name for p in tmp_path.iterdir()] == [street.name]
+    assert count_inputs(counter, [street], format="json", out=out) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import islice
 from pathlib import Path
 
 import av
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from videos import write_moving
 
+from crowdexit.inference.video import decode
 from crowdexit.inference.video.container import VideoError, open_file
 from crowdexit.inference.video.decode import Due, DuePictures, Span
 
@@ -104,8 +106,6 @@ def test_what_nothing_depends_on_is_not_decoded(folder, monkeypatch):
             fed += packet is not None
             return self.codec.decode(packet)
 
-    from crowdexit.inference.video import decode
-
     made = decode._Planned.__init__
 
     def init(self, *arguments):
@@ -144,6 +144,8 @@ def test_damage_in_the_middle_is_stepped_over(tmp_path, name, fps):
     assert times == sorted(set(times))
     assert times[0] == 0
     assert times[-1] == pytest.approx(149 / 25 if fps == 25 else 5.0, abs=0.05)
+    if name != "vp9.webm":  # which goes on without noticing
+        assert any(a < 3.3 and (b is None or b > 2.6) for a, b in video.gaps)
     if fps == 25:
         missing = {i / 25 for i in range(150)} - {round(25 * t) / 25 for t in times}
         assert 5 < len(missing) < 60
@@ -160,3 +162,39 @@ def test_no_other_file_is_opened(folder, tmp_path):
     for name in ("list.mp4", "list.m3u8"):
         with pytest.raises(VideoError, match=name):
             open_file(tmp_path / name)
+
+
+def damaged(path: Path, number: int) -> Path:
+    """The same video, one packet of it noise but for its beginning."""
+    with av.open(str(path)) as container:
+        packet = next(islice(container.demux(video=0), number, None))
+        begin, end = packet.pos + 30, packet.pos + packet.size - 10
+    data = bytearray(path.read_bytes())
+    data[begin:end] = np.random.default_rng(1).bytes(end - begin)
+    out = path.with_name("damaged-" + path.name)
+    out.write_bytes(data)
+    return out
+
+
+def test_what_was_in_other_threads_is_not_lost_with_what_is_damaged(tmp_path):
+    """Decoders with threads tell of damage when they have been given more."""
+    write_moving(tmp_path / "v.mkv", 100, key_every=1, size=(320, 240))
+    got = [number for number, *_ in taken(DuePictures(damaged(tmp_path / "v.mkv", 41), Span(25)))]
+    assert got == [i for i in range(100) if i != 41]
+
+
+def test_behind_damage_nothing_piles_up(tmp_path, monkeypatch):
+    """Though no key frame follows, and all is lost."""
+    write_moving(tmp_path / "v.mkv", 195, key_every=1000, size=(320, 240))
+    most, lose = 0, decode._Planned._lose
+
+    def measured(self, packet):
+        nonlocal most
+        lose(self, packet)
+        most = max(most, len(self.owed), len(self.plan), len(self.unfed))
+
+    monkeypatch.setattr(decode._Planned, "_lose", measured)
+    video = DuePictures(damaged(tmp_path / "v.mkv", 41), Span(25))
+    assert 35 < len(taken(video)) <= 41
+    assert video.gaps[-1][1] is None
+    assert 0 < most < 60

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +21,8 @@ from crowdexit.inference.video.sound import sound_blocks
 
 _AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 _LONGEST_SIDE = 1920
+# Of at most ten seconds, each written out when it is whole.
+_PIECES = {"movflags": "frag_keyframe+empty_moov", "frag_duration": "10000000", "flush_packets": "1"}
 
 
 class VideoWriteError(CrowdExitError):
@@ -35,20 +38,24 @@ class AnnotatedVideo:
         path: ends in .mp4.
         sound: the file with the sound, or None.
         usual: seconds from one picture to the next, for the last one's sound.
+        endless: written in pieces, so that memory does not grow; what a kill leaves beside can be played.
     """
 
-    def __init__(self, path: Path, sound: Path | None, usual: float) -> None:
+    def __init__(self, path: Path, sound: Path | None, usual: float, *, endless: bool = False) -> None:
         self.path, self._part = path, path.with_name(path.name + ".part")
         self._sound_path, self._usual = sound, usual
         self._begins = self._time = 0.0  # of the first picture and the last one, by their frames
-        self._sound: Iterator[tuple[int, NDArray[np.float32], int]] | None = None
+        self._sound: Generator[tuple[int, NDArray[np.float32], int], None, None] | None = None
         self._written = 0
         self._video: Any = None
         self._audio: Any = None
+        options = _PIECES if endless else {"movflags": "faststart"}
         try:
             self._part.touch()  # PyAV opens it with the first picture only; this says at once that it cannot be
-            self._container = av.open(str(self._part.absolute()), "w", format="mp4", options={"movflags": "faststart"})
+            self._container = av.open(str(self._part.absolute()), "w", format="mp4", options=options)
         except (av.FFmpegError, OSError, ValueError) as error:
+            with suppress(OSError):
+                self._part.unlink(missing_ok=True)
             raise VideoWriteError(f"{path}: cannot be written ({getattr(error, 'strerror', error)})") from None
 
     def __enter__(self) -> AnnotatedVideo:
@@ -124,10 +131,11 @@ class AnnotatedVideo:
                     self._container.mux(self._audio.encode())
                 self._container.close()
                 self._part.replace(self.path)
-                return
-            self._container.close()
         except (av.FFmpegError, OSError, ValueError) as failure:
-            if error is None:
-                raise VideoWriteError(f"{self.path}: cannot be written ({failure})") from None
+            raise VideoWriteError(f"{self.path}: cannot be written ({failure})") from None
         finally:
+            with suppress(av.FFmpegError, OSError, ValueError):
+                self._container.close()
+            if self._sound is not None:
+                self._sound.close()
             self._part.unlink(missing_ok=True)

@@ -9,16 +9,22 @@ from typing import Any
 import av
 from av.stream import Discard
 
+from crowdexit.data.picture import MAX_PIXELS
 from crowdexit.errors import CrowdExitError
 
 # Whatever FFmpeg may throw at a damaged file; PyAV adds two of Python's own.
 FAULTS = (av.FFmpegError, ValueError, IndexError)
-# These name other files and addresses, which nobody has asked to open.
-_PLAYLISTS = {"hls", "concat", "dash", "webm_dash_manifest", "sdp", "imf"}
+MOST_FAULTS = 100  # of reading, one after the other, without a packet in between
+# These name other files and addresses, which nobody has asked a file to open.
+PLAYLISTS = {"hls", "concat", "dash", "webm_dash_manifest", "sdp", "imf"}
 
 
 class VideoError(CrowdExitError):
     """A video that cannot be read."""
+
+
+class TooLarge(VideoError):
+    """Pictures that do not fit into memory."""
 
 
 def open_file(path: Path, kind: type[CrowdExitError] = VideoError, what: str = "video") -> Any:
@@ -36,23 +42,37 @@ def open_file(path: Path, kind: type[CrowdExitError] = VideoError, what: str = "
         )
     except (*FAULTS, OSError):
         raise kind(f"{path}: not a readable {what} file (damaged or cut short)") from None
-    if _PLAYLISTS & set(container.format.name.split(",")):
+    if PLAYLISTS & set(container.format.name.split(",")):
         container.close()
         raise kind(f"{path}: a list of other files, not a {what}")
     return container
 
 
-def pictures_of(container: Any, name: str) -> Any:
+def pictures_of(container: Any, name: str, threads: str = "AUTO") -> Any:
     """The stream of moving pictures, the only one that is read; a cover on a sound file is none.
 
+    Args:
+        threads: how it is decoded abreast, in FFmpeg's words.
+
     Raises:
-        VideoError: if there is none.
+        VideoError: if there is none; TooLarge: if its pictures are.
     """
     for stream in container.streams.video:
         if not stream.disposition & stream.disposition.attached_pic and stream.codec_context is not None:
-            stream.codec_context.thread_type = "AUTO"
+            stream.codec_context.thread_type = threads
+            check_size(name, stream.width, stream.height)
             return stream
     raise VideoError(f"{name}: no moving picture in it")
+
+
+def check_size(name: str, width: int, height: int) -> None:
+    """See that a picture of that size fits into memory.
+
+    Raises:
+        TooLarge: if it does not.
+    """
+    if width * height > MAX_PIXELS:
+        raise TooLarge(f"{name}: {width}×{height} is too large")
 
 
 def read_only(container: Any, *streams: Any) -> None:

@@ -16,8 +16,15 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from crowdexit.data.picture import MAX_PIXELS
-from crowdexit.inference.video.container import FAULTS, VideoError, open_file, pictures_of, read_only, usual_step
+from crowdexit.inference.video.container import (
+    FAULTS,
+    MOST_FAULTS,
+    VideoError,
+    open_file,
+    pictures_of,
+    read_only,
+    usual_step,
+)
 
 DEFAULT_FPS = 1.0
 ROUNDING_S = 0.001  # time stamps in Matroska are whole milliseconds
@@ -27,7 +34,6 @@ _MOST_HELD, _MOST_BYTES = 512, 2**26  # of packets of which it is not known yet 
 # Where packets are missing, most formats do not tell; this long without a picture is worth a word.
 _HOLE_S, _HOLE_STEPS = 3.0, 20
 _MOST_THREADS = 16  # of FFmpeg's own choice
-_MOST_FAULTS = 100  # one after the other, without a packet in between
 # Where a picture that no other refers to is left out exactly as the standard says.
 _LEAVES_OUT = ("h264", "mpeg4", "mpeg2video", "mpeg1video")
 
@@ -91,50 +97,48 @@ class DuePictures:
     Attributes (as far as has been read):
         origin: the first picture on the file's own clock, in seconds.
         length: seconds from there to the end of the last picture.
+        stored: seconds that the packets last; more than the length where the last picture is shown for long.
         gaps: (from, to) in seconds where pictures are lost or there are none for long; to None: the rest.
+        begins: seconds from which on pictures are asked for.
+        past: whether all that is asked for lies before what has been read.
 
     Raises:
         VideoError: if it cannot be read at all.
     """
 
     def __init__(self, path: Path, span: Span) -> None:
-        self.path, self._span = path, span
+        self.path, self.span = path, span
         self._open()
 
     def _open(self) -> None:
-        self.origin = self.length = 0.0
+        self.origin = self.length = self.stored = 0.0
         self.gaps: list[tuple[float, float | None]] = []
+        self.begins, self.past = self.span.start, False
         self.container = open_file(self.path)
-        self.stream = pictures_of(self.container, str(self.path))
+        try:
+            self.stream = pictures_of(self.container, str(self.path))
+        except VideoError:
+            self.close()
+            raise
         self.usual = usual_step(self.stream)
-        self.checked(self.stream.width, self.stream.height)
         read_only(self.container, self.stream)
         self._lost_from: float | None = None
         self._reached = 0.0  # the time of the last good picture that came out of the decoder
-
-    def checked(self, width: int, height: int) -> None:
-        """See that a picture of that size fits into memory.
-
-        Raises:
-            VideoError: if it does not.
-        """
-        if width * height > MAX_PIXELS:
-            raise VideoError(f"{self.path}: {width}×{height} is too large")
 
     def close(self) -> None:
         """Close the file."""
         self.container.close()
 
     def __iter__(self) -> Iterator[Shown]:
-        last = self._span.after
+        last = self.span.after
         try:
-            for shown in self._read(self._span, leaping=True):
+            for shown in self._read(self.span, leaping=True):
                 last = shown.number
                 yield shown
         except _NoEntry:
             self.close()
             self._open()
-            yield from self._read(replace(self._span, after=last), leaping=False)
+            yield from self._read(replace(self.span, after=last), leaping=False)
         finally:
             if self._lost_from is not None:
                 self.gaps.append((self._lost_from, None))
@@ -162,8 +166,8 @@ class DuePictures:
     def _packets(self) -> Iterator[Any]:
         """The packets in the order of storing, from the first key frame on, on a clock that is never set back."""
         demuxed, faults = self.container.demux(self.stream), 0
-        begun, before, first, offset, latest = False, 0, None, 0, None
-        while faults <= _MOST_FAULTS:
+        begun, before, first, offset, latest, earliest = False, 0, None, 0, None, None
+        while faults <= MOST_FAULTS:
             try:
                 packet = next(demuxed)
             except StopIteration:
@@ -186,6 +190,8 @@ class DuePictures:
                 if latest is not None and packet.dts + offset < latest - 1 / packet.time_base:
                     offset = latest - packet.dts + round(self.usual / packet.time_base)
                 latest = packet.dts + offset
+                earliest = latest if earliest is None else earliest
+                self.stored = float((latest + (packet.duration or 0) - earliest) * packet.time_base)
             if packet.pts is not None:
                 packet.pts += offset
                 if first is not None and packet.pts < first:  # needs what stood before the beginning
@@ -217,7 +223,10 @@ class DuePictures:
                 else:
                     time = stamp - origin
                 if due.past(time):
+                    self.past = True
                     return
+                if index == self.span.after:
+                    self.begins = time
                 self.good(time)
                 self.length = time + self.usual
                 if due(index, time):
@@ -251,7 +260,6 @@ class _Planned:
         self.index = -1
         self.unfed: set[int] = set()  # stamps of due pictures that the decoder has not been given
         self.owed: deque[int] = deque()  # stamps of due pictures that have not come out
-        self.past = False  # nothing further is due
         self.broken = False  # nothing can be decoded before the next key frame
         self.fed: deque[Any] = deque(maxlen=_MOST_THREADS + 1)  # the packets that may be in the decoder's threads
         self.retried = -math.inf  # the stamp of the last key frame that has been decoded twice
@@ -265,7 +273,7 @@ class _Planned:
             while len(self.stamps) > _REORDER:
                 self._plan_next()
             yield from self._advance()
-            if self.past and not self.unfed:
+            if self.video.past and not self.unfed:
                 break
         else:
             while self.stamps:
@@ -301,9 +309,11 @@ class _Planned:
             video.origin = seconds
         before, time = video.length, seconds - video.origin
         self.planned = stamp
-        self.past = self.past or self.due.past(time)
-        if self.past:
+        video.past = video.past or self.due.past(time)
+        if video.past:
             return
+        if self.index == video.span.after:
+            video.begins = time
         if time - before > max(_HOLE_S, _HOLE_STEPS * video.usual, 2 / self.due.span.fps):
             video.gaps.append((before, time))
         video.length = time + video.usual
@@ -330,7 +340,9 @@ class _Planned:
                 self.floor = -math.inf if packet.pts is None else packet.pts
                 self.broken, self.leapt = False, False
                 self._forget(self.floor)
-            if not self.broken and (packet.pts is None or packet.pts >= self.floor):
+            if self.broken:
+                self._lose(packet)
+            elif packet.pts is None or packet.pts >= self.floor:
                 yield from self._decode(packet)
 
     def _leap(self) -> None:
@@ -352,6 +364,12 @@ class _Planned:
         """Nothing more is expected of what is shown before a stamp, but for what is owed or stands in for it."""
         stamp = min(stamp, self.owed[0]) if self.owed else stamp
         self.plan = {s: planned for s, planned in self.plan.items() if s >= stamp}
+
+    def _lose(self, packet: Any) -> None:
+        """Its picture will not come out; the first that was due stays owed, for another to stand in for it."""
+        self.plan.pop(packet.pts, None)
+        if packet.pts in islice(self.owed, 1, None):
+            self.owed.remove(packet.pts)
 
     def _decode(self, packet: Any) -> Iterator[Shown]:
         due = packet.pts is None or packet.pts in self.owed
@@ -410,4 +428,5 @@ class _Planned:
                 self.held.extendleft(reversed(fed[i:]))
                 self.keys.extendleft(packet for packet in reversed(fed[i:]) if packet.is_keyframe)
                 self.bytes += sum(packet.size for packet in fed[i:])
+                self.unfed.update(packet.pts for packet in fed[i:] if packet.pts in self.owed)
                 return

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from crowdexit.data.log_mel import AudioError
 from crowdexit.errors import CrowdExitError
-from crowdexit.inference.video.container import VideoError, open_file, pictures_of, stated_length
+from crowdexit.inference.video.container import VideoError, check_size, open_file, pictures_of, stated_length
 from crowdexit.inference.video.decode import DuePictures, Span
 from crowdexit.inference.video.sound import Second, SoundTrack, Warn
 
@@ -34,7 +34,7 @@ class Frame:
         sound: mono samples from half a second before the frame to half a second after it, zeros where there
             are none, and their rate in Hz; None where too little is heard.
         sound_begins_s: the video's first picture on the clock of the file that the sound is in; None: the
-            sound is from another file, which begins with the first picture.
+            sound is from another file, which begins with the first picture, or live.
     """
 
     index: int
@@ -90,7 +90,7 @@ def read_frames(
         sound: SoundTrack | None = None
         begun = False
         for index, time, image in pictures:
-            pictures.checked(image.width, image.height)
+            check_size(str(path), image.width, image.height)
             if not begun:
                 begun, sound = True, _sound_track(path, audio, pictures.origin, warn)
                 if sound is not None:
@@ -99,19 +99,23 @@ def read_frames(
             yield Frame(index, time, image, second, None if audio is not None else pictures.origin)
         if pictures.length == 0:
             raise VideoError(f"{path}: no frames in it, or none that can be read")
-        _tell(pictures, span, warn)
+        if not begun and span.after < 0:
+            until = "on" if math.isinf(span.end) else f"to {span.end:g} s"
+            warn(f"{path}: no picture is shown from {span.start:g} s {until}")
+        _tell(pictures, warn)
 
 
-def _tell(video: DuePictures, span: Span, warn: Warn) -> None:
+def _tell(video: DuePictures, warn: Warn) -> None:
     """What of the video was not there to be counted."""
     stated, length = stated_length(video.container, video.stream), video.length
-    gaps = [(a, b) for a, b in video.gaps if b is not None]
+    gaps = [(a, b) for a, b in video.gaps if b is not None and b > video.begins]
     rest = next((a for a, b in video.gaps if b is None), length)
     if gaps:
         told = ", ".join(f"{a:.1f} to {b:.1f} s" for a, b in gaps[:_MOST_GAPS_TOLD])
         more = f" and {len(gaps) - _MOST_GAPS_TOLD} more" if len(gaps) > _MOST_GAPS_TOLD else ""
         warn(f"{video.path}: damaged or without pictures from {told}{more}; nothing is counted there")
-    if rest < length or (rest < span.end and rest < stated - 0.5 - video.usual):
+    cut = not video.past and rest < video.span.end and max(rest, video.stored) < stated - 0.5 - video.usual
+    if rest < length or cut:
         how = "damaged" if rest < length else "cut short"
         warn(f"{video.path}: {how} after {rest:.1f} s of {max(stated, length):.1f} s; what comes before is counted")
 

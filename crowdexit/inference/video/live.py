@@ -14,9 +14,21 @@ from time import monotonic
 from typing import Any
 
 import av
+import numpy as np
 from av.format import Flags
 
-from crowdexit.inference.video.container import FAULTS, VideoError, pictures_of, read_only
+from crowdexit.inference.video.container import (
+    FAULTS,
+    MOST_FAULTS,
+    PLAYLISTS,
+    TooLarge,
+    VideoError,
+    check_size,
+    pictures_of,
+    read_only,
+    stated_length,
+    usual_step,
+)
 from crowdexit.inference.video.decode import Due, Span
 from crowdexit.inference.video.frames import Frame
 from crowdexit.inference.video.sound import Places, SoundWindow, Warn
@@ -28,12 +40,19 @@ _TIMEOUT_S = 10.0  # without a packet, until a source counts as gone
 _WAITS_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # between one try to open a source again and the next
 _LOOK_MICROSECONDS = 1_000_000  # of the source, to find out what it is
 _SOUND_S = 0.5  # that a frame waits for, and no longer than
-_PATIENCE_S = 0.1  # more
+_MORE_S = 0.1  # at most, for it to come
 _BEHIND_S = 1.0  # by which decoding may fall behind the source before it leaves pictures out
-_DRIFT = 1e-3  # by which the source's clock may be slower than ours
+_DRIFT = 1e-3  # by which the source's clock may be slower than ours while nothing is waited for
+_IDLE_SHARE, _IDLE_S = 0.1, 0.05  # who waits for more than this share of the time, and for so long, is not behind
+_LONG_S = 10.0  # of leaving out, until it is told
+_BACK_S, _AHEAD_S = 1.0, 60.0  # by which stamps may leap before the source's clock counts as set anew
+_MOST_STAMPS = 512
 _SOUND_KEPT_S = 3.0
+_PATIENCE_S = 1.0  # for the reading to end
 _MOST_EARLY = 200  # blocks, some milliseconds each
 _MOST_BYTES = 2**28  # of pictures that wait for their sound
+# What may be a part of an address that lets its reader in.
+_SECRETS = r"(?i)([^?&;/=]*(?:user|usr|login|pass|pwd|psw|token|key|auth|secret|sig)[^?&;/=]*=)[^&;#/]*"
 
 
 @dataclass(frozen=True)
@@ -64,9 +83,9 @@ def address_of(text: str) -> Address | None:
     if match := re.fullmatch(r"(?:camera:|/dev/video)(\d+)", text):
         return Address(text, f"/dev/video{match[1]}", "file", format="video4linux2")
     if match := re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", text):
+        name = re.sub(_SECRETS, r"\1***", re.sub(r"(?<=://)[^/?#]*@", "", text))
         if match[1].lower() not in _PROTOCOLS:
-            raise VideoError(f"{text}: an address begins with one of {', '.join(f'{p}://' for p in _PROTOCOLS)}")
-        name = re.sub(r"(?<=://)[^/@]*@", "", text)
+            raise VideoError(f"{name}: an address begins with one of {', '.join(f'{p}://' for p in _PROTOCOLS)}")
         return Address(name, text, _PROTOCOLS[match[1].lower()])
     if Path(text).is_fifo():
         return Address(text, str(Path(text).absolute()), "file", lasting=False)
@@ -100,6 +119,7 @@ class LiveFrames:
         self._fault: BaseException | None = None
         self._begun: float | None = None  # the first frame, on our clock
         self._index, self._time = -1, 0.0  # of the last picture read
+        self._told_slow = False
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __iter__(self) -> Iterator[Frame]:
@@ -112,7 +132,10 @@ class LiveFrames:
             if frame is None or self._stopped.is_set():
                 break
             yield frame
-        if self._fault is not None:
+        if self._stopped.is_set():
+            self._thread.join(_PATIENCE_S)  # what it still holds is dropped
+            self.dropped += frame is not None
+        elif self._fault is not None:
             raise self._fault
 
     def stop(self) -> None:
@@ -135,10 +158,16 @@ class LiveFrames:
         tries, gone = 0, False
         while not self._over():
             before, lasting = self._index, self.address.lasting
+            broken: float | None = None
             try:
                 with self._open() as container:
-                    lasting = lasting and not container.size > 0  # what has a size is a file
-                    _Session(self, container, paced=lasting).read()
+                    listed = bool(PLAYLISTS & set(container.format.name.split(",")))  # comes in pieces of seconds
+                    # What has a size is a file; a list of files is one if it knows how long they are.
+                    whole = (container.duration or 0) > av.time_base if listed else container.size > 0
+                    lasting = lasting and not whole
+                    broken = _Session(self, container, paced=lasting and not listed).read()
+            except TooLarge:
+                raise
             except VideoError:
                 if self._begun is None:
                     raise
@@ -146,6 +175,8 @@ class LiveFrames:
                 hint = "" if self.address.lasting else " (an MP4 can only be piped with its index in front)"
                 raise VideoError(f"{self.address.name}: no picture can be read of it{hint}")
             if not lasting or self._over():
+                if broken is not None:
+                    self._warn(f"{self.address.name}: damaged or broken off after {broken:.1f} s")
                 return
             if self._index > before or not gone:
                 tries, gone = 0, True
@@ -177,10 +208,10 @@ class LiveFrames:
     def _over(self) -> bool:
         return self._stopped.is_set() or max(self._time, self._elapsed()) >= self._span.end
 
-    def _picture(self, stamp: float | None, offset: float, skipped: int) -> tuple[int, float]:
-        """The index and time of the next picture, behind some skipped; without a stamp, it is of now."""
+    def _picture(self, time: float | None, skipped: int) -> tuple[int, float]:
+        """The index and time of the next picture, behind some skipped; without a time, it is of now."""
         self._index += 1 + skipped
-        self._time = max(self._time, self._elapsed() if stamp is None else stamp + offset)
+        self._time = max(self._time, self._elapsed() if time is None else time)
         return self._index, self._time
 
     def _hand(self, frame: Frame, *, paced: bool) -> None:
@@ -189,6 +220,9 @@ class LiveFrames:
             early = frame.time_s - self._elapsed()
             if not paced and early > 0:
                 self._changed.wait_for(lambda: self._newest is None or self._stopped.is_set(), early)
+            if self._stopped.is_set():
+                self.dropped += 1
+                return
             self.dropped += self._newest is not None
             self._newest = frame
             self._changed.notify_all()
@@ -203,35 +237,65 @@ class _Session:
 
     def __init__(self, live: LiveFrames, container: Any, *, paced: bool) -> None:
         self.live, self.container, self.paced = live, container, paced
-        self.video = pictures_of(container, live.address.name)
+        self.video = pictures_of(container, live.address.name, "SLICE")  # pictures decoded abreast come late
         self.audio = next((s for s in container.streams.audio if s.codec_context is not None and s.rate), None)
         read_only(container, *self._streams())
+        # Of what has a size the length may only be estimated.
+        self.stated = 0.0 if live.address.lasting else stated_length(container, self.video)
         self.timed = not container.format.flags & Flags.no_timestamps.value  # else FFmpeg makes them up
-        self.origin: float | None = None  # the first picture on the source's clock
-        self.offset = 0.0  # and since the first one of all
+        self.shift: float | None = None  # from the source's clock to seconds since the first picture of all
         self.sound: SoundWindow | None = None
         self.early: deque[Any] = deque(maxlen=_MOST_EARLY)  # blocks of sound from before the first picture
         self.waiting: deque[Frame] = deque()  # for their sound
         self.stamps: list[int] = []  # a heap: of the packets whose pictures have not come out
-        self.least, self.asked, self.leaving_out = float("inf"), monotonic(), False
+        self.passed = 0  # and of those that were let go of
+        self.least, self.asked, self.seen = float("inf"), monotonic(), monotonic()
+        self.idle, self.new = 0.0, False  # how long packets were waited for, of late; whether the last ones were
+        self.leaving_out, self.since = False, 0.0
 
     def _streams(self) -> list[Any]:
         return [self.video] if self.audio is None else [self.video, self.audio]
 
-    def read(self) -> None:
-        """Read to the end of it."""
-        packets = self.container.demux(*self._streams())
-        with suppress(*FAULTS, OSError):  # it has stopped
-            for packet in packets:
-                if self.live._over():
-                    break
-                if packet.size:  # else a repetition of the picture before, or the end
-                    self._take(packet)
+    def read(self) -> float | None:
+        """Read to the end of it.
+
+        Returns:
+            When the first fault came, or the end before it was due; None: neither.
+        """
+        packets, faults, broken, ended = self.container.demux(*self._streams()), 0, None, False
+        # Behind what is damaged in a pipe more may come, as in a file; a connection that is gone is gone.
+        most = 0 if self.live.address.lasting else MOST_FAULTS
+        while faults <= most and not self.live._over():
+            asked = monotonic()
+            try:
+                packet = next(packets)
+            except StopIteration:
+                ended = True
+                break
+            except (*FAULTS, OSError):
+                faults, broken = faults + 1, self.live._time if broken is None else broken
+                packets = self.container.demux(*self._streams())
+                continue
+            faults = 0
+            self._waited(asked)
+            if packet.size:  # else a repetition of the picture before, or the end
+                self._take(packet)
         with suppress(*FAULTS):
             for image in self.video.codec_context.decode(None):
                 self._see(image)
+        if ended and broken is None and self.live._time < self.stated - 0.5 - usual_step(self.video):
+            broken = self.live._time
         while self.waiting:
             self._hand()
+        return broken
+
+    def _waited(self, asked: float) -> None:
+        """A packet has come that was asked for then. One that had to be waited for is new: nothing stood before it."""
+        now = monotonic()
+        self.idle = max(0.0, self.idle + now - asked - _IDLE_SHARE * (now - self.asked))
+        self.asked = now
+        if self.idle >= _IDLE_S:
+            self.idle, self.new = 0.0, True
 
     def _take(self, packet: Any) -> None:
         with suppress(*FAULTS):  # one damaged packet is not the end
@@ -246,27 +310,21 @@ class _Session:
     def _heard(self, time: float) -> bool:
         """Whether the sound around a time is there, or will not come."""
         assert self.sound is not None
-        return self.sound.end >= time + _SOUND_S or self.live._time >= time + _SOUND_S + _PATIENCE_S
+        return self.sound.end >= time + _SOUND_S or self.live._time >= time + _SOUND_S + _MORE_S
 
     def _see(self, image: Any) -> None:
         live = self.live
+        check_size(live.address.name, image.width, image.height)
         stamp = float(image.pts * self.video.time_base) if self.timed and image.pts is not None else None
         if live._begun is None:
             live._begun = monotonic()
-        if self.origin is None:
-            self.origin, self.offset = stamp or 0.0, live._elapsed()
-            if live._index >= 0:
-                live._warn(f"{live.address.name}: back after {self.offset - live._time:.1f} s")
-            if self.audio is not None:
-                self.place = Places(self.audio.rate, self.origin - self.offset)
-                self.resampler = av.AudioResampler(format="fltp", rate=self.audio.rate)
-                self.sound = SoundWindow(self.audio.rate, kept=_SOUND_KEPT_S)
-                for block in self.early:
-                    self._hear(block)
-        skipped = 0
+        shift = self.shift
+        if shift is None or (stamp is not None and self._leaps(stamp + shift)):
+            shift = self._anchor(stamp or 0.0)
+        skipped, self.passed = self.passed, 0
         while self.stamps and image.pts is not None and self.stamps[0] <= image.pts:
             skipped += heappop(self.stamps) < image.pts
-        index, time = live._picture(None if stamp is None else stamp - self.origin, self.offset, skipped)
+        index, time = live._picture(None if stamp is None else stamp + shift, skipped)
         if live._due(index, time):
             held = sum(plane.buffer_size for plane in image.planes) * (len(self.waiting) + 1)
             if self.waiting and held > _MOST_BYTES:
@@ -274,12 +332,38 @@ class _Session:
             else:
                 self.waiting.append(Frame(index, time, image, None, None))
 
+    def _leaps(self, time: float) -> bool:
+        """Whether the source's clock has been set anew, by a time on it."""
+        live = self.live
+        return time < live._time - _BACK_S or time > max(live._time, live._elapsed()) + _AHEAD_S
+
+    def _anchor(self, stamp: float) -> float:
+        """Take a stamp on the source's clock for now, or for the next after the last one; the shift to there."""
+        live, first, now = self.live, self.shift is None, max(self.live._elapsed(), self.live._time)
+        while self.waiting:
+            self._hand()  # with the sound by the clock before
+        if first and live._index >= 0:
+            live._warn(f"{live.address.name}: back after {now - live._time:.1f} s")
+        # One that is made to wait has not gone on with our clock.
+        self.shift = (now if first or self.paced else live._time + usual_step(self.video)) - stamp
+        if self.audio is not None:
+            self.place = Places(self.audio.rate, -self.shift)
+            self.resampler = av.AudioResampler(format="fltp", rate=self.audio.rate)
+            self.sound = SoundWindow(self.audio.rate, kept=_SOUND_KEPT_S)
+            while self.early:
+                self._hear(self.early.popleft())
+        return self.shift
+
     def _hear(self, block: Any) -> None:
         if self.sound is None:
             self.early.append(block)
-        else:
-            for even in self.resampler.resample(block):
-                self.sound.add(*self.place(even))
+            return
+        for even in self.resampler.resample(block):
+            start, samples = self.place(even)
+            # What is still on a clock that has been set back would never be let go of.
+            known = start < (max(self.live._time, self.live._elapsed()) + _AHEAD_S) * self.sound.rate
+            if known and np.isfinite(samples).all():
+                self.sound.add(start, samples)
 
     def _hand(self) -> None:
         frame = self.waiting.popleft()
@@ -290,20 +374,29 @@ class _Session:
         """Whether decoding has fallen behind the source, and not reached a key frame since."""
         if packet.stream is self.audio or packet.pts is None or not self.timed:
             return False
-        if self.origin is not None or packet.is_keyframe or self.stamps:  # from the first one that can be decoded on
+        if self.shift is not None or packet.is_keyframe or self.stamps:  # from the first one that can be decoded on
             heappush(self.stamps, packet.pts)
+        if len(self.stamps) > _MOST_STAMPS:
+            heappop(self.stamps)
+            self.passed += 1
         if not self.paced:
             return False
         now, time = monotonic(), float((packet.pts if packet.dts is None else packet.dts) * packet.time_base)
-        # The least time that a packet has taken to us is that of one which had not to wait.
-        self.least = min(now - time, self.least + _DRIFT * (now - self.asked))
-        self.asked = now
+        # The least time that a packet has taken to us is that of one which had not to wait. By a minute more than that
+        # a clock was set, for nothing on the way holds so much.
+        if self.new or now - time - self.least > _AHEAD_S:
+            self.least = now - time
+        self.least = min(now - time, self.least + _DRIFT * (now - self.seen))
+        self.seen, self.new = now, False
         behind = now - time - self.least > _BEHIND_S
         if self.leaving_out and packet.is_keyframe and not behind:
             self.leaving_out = False
             self.video.codec_context.flush_buffers()
-        elif behind and self.origin is not None:
-            self.leaving_out = True
-        if self.leaving_out and self.origin is not None:
-            self.live.dropped += self.live._due(self.live._index, time - self.origin + self.offset)
+        elif behind and self.shift is not None and not self.leaving_out:
+            self.leaving_out, self.since = True, now
+        if self.leaving_out and self.shift is not None and not self._leaps(time + self.shift):
+            self.live.dropped += self.live._due(self.live._index, time + self.shift)
+        if self.leaving_out and now - self.since > _LONG_S and not self.live._told_slow:
+            self.live._told_slow = True
+            self.live._warn(f"{self.live.address.name}: too much to decode here, pictures are left out")
         return self.leaving_out

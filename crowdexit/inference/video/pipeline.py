@@ -59,7 +59,7 @@ class Threads:
             thread.join(_PATIENCE_S)
 
     def ahead(self, items: Iterable[T], depth: int) -> Iterator[T]:
-        """The same items, of which up to ``depth`` are made before they are asked for.
+        """The same items; up to ``depth`` are held before they are asked for, while one more is made.
 
         Raises:
             BaseException: what ``items`` raises, after the items before it.

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crowdexit.data.log_mel import AudioError
-from crowdexit.inference.video.container import FAULTS, open_file, read_only
+from crowdexit.inference.video.container import FAULTS, MOST_FAULTS, open_file, read_only
 
 # Less of a frame's second than this, and the frame is not heard: half a second, as at a video's first and
 # last frame, less the tenth of it by which encoders shift a sound's beginning.
@@ -146,20 +146,31 @@ def sound_blocks(path: Path, origin: float | None, warn: Warn, rates: tuple[int,
             rate = rates[-1]
         read_only(container, stream)
         resampler, place, damaged = av.AudioResampler(format="fltp", rate=rate), Places(rate, origin), False
-        packets = container.demux(stream)
-        while True:
+
+        def tell() -> None:
+            nonlocal damaged
+            if not damaged and place.expected is not None:
+                warn(f"{path}: the sound is damaged after {place.expected / rate:.1f} s; not all of it is heard")
+            damaged = True
+
+        packets, faults = container.demux(stream), 0
+        while faults <= MOST_FAULTS:
             try:
                 packet = next(packets)
+                faults = 0
                 blocks = [block for frame in packet.decode() for block in resampler.resample(frame)]
             except StopIteration:
                 break
             except FAULTS:
-                if not damaged and place.expected is not None:
-                    warn(f"{path}: the sound is damaged after {place.expected / rate:.1f} s; not all of it is heard")
-                damaged = True
+                tell()
+                faults += 1
                 packets = container.demux(stream)
                 continue
             for block in blocks:
-                yield *place(block), rate
+                start, samples = place(block)
+                if np.isfinite(samples).all():
+                    yield start, samples, rate
+                else:
+                    tell()
         if damaged and place.expected is None:
             raise AudioError(f"{path}: not a readable sound track (damaged or cut short)")
