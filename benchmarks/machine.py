@@ -86,13 +86,20 @@ class Times:
         return median(mine / others for mine, others in pairs)
 
 
-def in_turn(works: Mapping[str, Callable[[], object]], rounds: int) -> Times:
-    """Run all of them once, then measure each in every round; each round begins with another one."""
+def in_turn(works: Mapping[str, Callable[[], object]], rounds: int, least_s: float = 0.0) -> Times:
+    """Run all of them once, then measure each in every round; each round begins with another one.
+
+    Args:
+        rounds: at least; up to three times as many until ``least_s`` seconds have passed.
+    """
     for work in works.values():
         work()
     names = list(works)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(rounds):
+    end = perf_counter() + least_s
+    for number in range(3 * rounds):
+        if number >= rounds and perf_counter() > end:
+            break
         at = number % len(names)
         for name in names[at:] + names[:at]:
             begun = perf_counter()
