@@ -19,7 +19,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from videos import index_of, make_video, tone
+from videos import Wrapped, index_of, make_video, tone
 
 from crowdexit.inference.run import RunError, count_inputs
 from crowdexit.inference.sources import SourceError, expand
@@ -431,19 +431,7 @@ def test_behind_damage_in_a_pipe_counting_goes_on(tmp_path, monkeypatch):
     """Whatever FFmpeg makes of it, reading is tried again."""
     data, opened, tries = transport_stream(tmp_path / "v.ts", sound=False), LiveFrames._open, 0
 
-    class Broken:
-        def __init__(self, container) -> None:
-            self.container = container
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *arguments) -> None:
-            self.container.close()
-
-        def __getattr__(self, name):
-            return getattr(self.container, name)
-
+    class Broken(Wrapped):
         def demux(self, *streams):
             nonlocal tries
             tries += 1

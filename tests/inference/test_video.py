@@ -12,7 +12,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from videos import grey, index_of, make_video, tone
+from videos import Wrapped, grey, index_of, make_video, tone, write_sound_alone
 
 from crowdexit.data.log_mel import AudioError, read_audio
 from crowdexit.inference.anytime import DeadlineMissed
@@ -313,12 +313,7 @@ def test_sound_that_is_damaged_is_not_heard_further(tmp_path):
 
 def test_no_frames(tmp_path):
     path = tmp_path / "v.mp4"
-    with av.open(str(path), "w") as container:
-        audio = container.add_stream("aac", rate=16_000, layout="mono")
-        block = av.AudioFrame.from_ndarray(tone(1)[None], format="fltp", layout="mono")
-        block.sample_rate = 16_000
-        container.mux(audio.encode(block))
-        container.mux(audio.encode())
+    write_sound_alone(path)
     with pytest.raises(VideoError, match="no moving picture"):
         frames(path)
     empty = make_video(tmp_path / "empty.avi", [], codec="mpeg4")
@@ -484,19 +479,7 @@ def test_sound_that_cannot_be_read_on_ends(tmp_path, monkeypatch):
     """A fault at every try is not asked again for ever."""
     path, tries = make_video(tmp_path / "v.mp4", TENTHS, sound=tone(3)), 0
 
-    class Broken:
-        def __init__(self, container) -> None:
-            self.container = container
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *arguments) -> None:
-            self.container.close()
-
-        def __getattr__(self, name):
-            return getattr(self.container, name)
-
+    class Broken(Wrapped):
         def demux(self, stream):
             nonlocal tries
             tries += 1
@@ -515,12 +498,7 @@ def test_sound_that_cannot_be_read_on_ends(tmp_path, monkeypatch):
 
 def test_what_cannot_be_used_is_not_left_open(tmp_path):
     path = tmp_path / "v.mp4"
-    with av.open(str(path), "w") as container:
-        audio = container.add_stream("aac", rate=16_000, layout="mono")
-        block = av.AudioFrame.from_ndarray(tone(1)[None], format="fltp", layout="mono")
-        block.sample_rate = 16_000
-        container.mux(audio.encode(block))
-        container.mux(audio.encode())
+    write_sound_alone(path)
     before = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(VideoError, match="no moving picture") as caught:
         frames(path)

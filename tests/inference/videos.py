@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import av
 import cv2
@@ -109,3 +110,29 @@ def write_moving(
             frame.pts, frame.time_base = index, Fraction(1, rate)
             container.mux(video.encode(frame))
         container.mux(video.encode())
+
+
+def write_sound_alone(path: Path) -> None:
+    """A file with a second of sound and no picture."""
+    with av.open(str(path), "w") as container:
+        audio = container.add_stream("aac", rate=16_000, layout="mono")
+        block = av.AudioFrame.from_ndarray(tone(1)[None], format="fltp", layout="mono")
+        block.sample_rate = 16_000
+        container.mux(audio.encode(block))
+        container.mux(audio.encode())
+
+
+class Wrapped:
+    """An open container; who inherits has it do something in another way."""
+
+    def __init__(self, container: Any) -> None:
+        self.container = container
+
+    def __enter__(self) -> Wrapped:
+        return self
+
+    def __exit__(self, *arguments: object) -> None:
+        self.container.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.container, name)
