@@ -29,9 +29,8 @@ from crowdexit.inference.exported import (
     Precision,
 )
 from crowdexit.inference.runtimes import onnx, openvino
-from crowdexit.inference.runtimes.arrays import is_exit
 from crowdexit.inference.runtimes.calibration import bundled, of_file
-from crowdexit.inference.runtimes.engines import installed, one_line
+from crowdexit.inference.runtimes.engines import bears_half, installed, one_line
 from crowdexit.inference.runtimes.pieces import Piece, take_apart
 from crowdexit.network import FINAL, MultiExitNetwork
 
@@ -120,7 +119,7 @@ def _save(
         files = (f"{stem}.xml", f"{stem}.bin")
         model = openvino.convert(piece) if quantised is None else quantised
         # What computes in bfloat16 loses nothing by weights in float16, which are half the size.
-        half = precision != "fp32" and not is_exit(name)
+        half = precision != "fp32" and bears_half(name, tuple(port.shape for port in piece.ports.takes))
         installed("openvino").save_model(model, folder / files[0], compress_to_fp16=half)
     return PiecePart(files=files, takes=piece.ports.takes, gives=piece.ports.gives)
 

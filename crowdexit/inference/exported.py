@@ -96,7 +96,7 @@ class Manifest(_Part):
     """All that there is to know of an exported network.
 
     Attributes:
-        library: what runs it. precision: of the stages; the exits compute in float32.
+        library: what runs it. precision: of the stages and of exits on maps; exits on tokens compute in float32.
         size: (width, height) of one view. scene: of all that is looked at. view: see :class:`crowdexit.network.Config`.
         step: sides are multiples of this.
         mean, std: of the normalised picture, of 1, by channel, red first.

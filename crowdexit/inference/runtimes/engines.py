@@ -47,6 +47,14 @@ def one_line(error: Exception) -> str:
     return line.strip()[:200]
 
 
+def bears_half(piece: str, shapes: Shapes) -> bool:
+    """Whether a piece that takes arrays of these shapes may compute in bfloat16.
+
+    Exits on tokens may not: they cost little, and a transformer's final count came out four per cent off.
+    """
+    return not (is_exit(piece) and any(len(shape) == 2 for shape in shapes))
+
+
 class Engine(ABC):
     """Runs pieces by their names (:class:`crowdexit.inference.runtimes.arrays.Engine`), from any thread.
 
@@ -114,8 +122,7 @@ class OpenVINOEngine(Engine):
     """OpenVINO on the CPU; models are ``openvino.Model`` with a batch of any size.
 
     Args:
-        half: whether stages compute in bfloat16, where the CPU does, what is not quantised of them. Exits never do:
-            they cost little, and a transformer's final count came out four per cent off.
+        half: whether pieces that bear it compute in bfloat16, where the CPU does, what is not quantised of them.
     """
 
     library = "OpenVINO"
@@ -128,7 +135,7 @@ class OpenVINOEngine(Engine):
     def _ready(self, piece: str, model: Any, shapes: Shapes) -> Any:
         # The batch stays open: a size of its own for every batch is hardly faster, and compaction makes many.
         model.reshape({index: [-1, *shape] for index, shape in enumerate(shapes)})
-        precision = "bf16" if self._half and not is_exit(piece) else "f32"
+        precision = "bf16" if self._half and bears_half(piece, shapes) else "f32"
         options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
         return self._core.compile_model(model, "CPU", options)
 
@@ -150,6 +157,8 @@ class OnnxEngine(Engine):
     def _ready(self, piece: str, model: bytes, shapes: Shapes) -> Any:
         options = self._onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors
+        # Every piece has threads of its own: those that have just run must not spin while the next need the cores.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         return self._onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
     def _run(self, ready: Any, arrays: list[NDArray[Any]]) -> list[NDArray[Any]]:
