@@ -13,6 +13,7 @@ from functools import partial
 from itertools import pairwise
 from math import log
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,7 +55,7 @@ def measure(model: str, runtime: str, largest: int, rounds: int) -> tuple[str, d
     together add over what each adds alone.
     """
     exits = tuple(zoo.ExitSpec(f"{place}-{kind}", place, kind) for place, kind in EXITS)
-    works: dict[str, dict[float, Callable[[], object]]] = {"area": {}, "batch": {}, "exits": {}}
+    works: dict[str, dict[Any, Callable[[], object]]] = {"area": {}, "batch": {}, "exits": {}}
     alone: dict[str, Callable[[], object]] = {}
     # ``auto`` is asked once: another size could get another runtime.
     for size in sorted((size for size in SIZES if size[0] <= largest), key=lambda size: size != MIDDLE):
@@ -70,16 +71,17 @@ def measure(model: str, runtime: str, largest: int, rounds: int) -> tuple[str, d
             for number in range(len(early) + 1):
                 works["exits"][number] = partial(ask, chain, seen(size, 1), [*early[:number], FINAL])
             alone = {name: partial(ask, chain, seen(size, 1), [name, FINAL]) for name in early}
-    flat = {f"{kind} {x}": work for kind, of_kind in works.items() for x, work in of_kind.items()}
-    times = in_turn({**flat, **alone}, rounds)
-    seconds = {kind: {x: times.median(f"{kind} {x}") for x in sorted(works[kind])} for kind in works}
-    return runtime, seconds, together(times, list(alone))
+    # An exit adds a hundredth: what it adds is told from the noise by many rounds, which are short.
+    of_exits = in_turn({**works["exits"], **alone}, 5 * rounds)
+    times = {"exits": of_exits, **{kind: in_turn(works[kind], rounds) for kind in ("area", "batch")}}
+    seconds = {kind: {x: times[kind].median(x) for x in sorted(works[kind])} for kind in works}
+    return runtime, seconds, together(of_exits, list(alone))
 
 
 def together(times: Times, early: list[str]) -> float:
     """The time with all exits over the time without, were each to add what it adds alone."""
-    without = times.median("exits 0")
-    return times.median(f"exits {len(early)}") / (without + sum(times.median(name) - without for name in early))
+    without = times.median(0)
+    return times.median(len(early)) / (without + sum(times.median(name) - without for name in early))
 
 
 def main() -> None:

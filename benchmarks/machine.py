@@ -6,10 +6,11 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from random import Random
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -73,35 +74,35 @@ def finish(device: str) -> None:
 class Times:
     """Seconds that several works took, measured in turn. Only their ratios mean something on a shared machine."""
 
-    def __init__(self, seconds: Mapping[str, Sequence[float]]) -> None:
+    def __init__(self, seconds: Mapping[Any, Sequence[float]]) -> None:
         self._seconds = seconds
 
-    def median(self, work: str) -> float:
+    def median(self, work: Hashable) -> float:
         """Seconds."""
         return median(self._seconds[work])
 
-    def ratio(self, work: str, other: str) -> float:
+    def ratio(self, work: Hashable, other: Hashable) -> float:
         """How many times as long as another one took, the median of the rounds: what slowed one slowed both."""
         pairs = zip(self._seconds[work], self._seconds[other], strict=True)
         return median(mine / others for mine, others in pairs)
 
 
-def in_turn(works: Mapping[str, Callable[[], object]], rounds: int, least_s: float = 0.0) -> Times:
-    """Run all of them once, then measure each in every round; each round begins with another one.
+def in_turn(works: Mapping[Any, Callable[[], object]], rounds: int, least_s: float = 0.0) -> Times:
+    """Run all of them once, then measure each in every round, in another order each time, so that none always runs
+    after the largest, which leaves it cold caches.
 
     Args:
         rounds: at least; up to three times as many until ``least_s`` seconds have passed.
     """
     for work in works.values():
         work()
-    names = list(works)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    names, orders = list(works), Random(0)
+    seconds: dict[Hashable, list[float]] = {name: [] for name in names}
     end = perf_counter() + least_s
     for number in range(3 * rounds):
         if number >= rounds and perf_counter() > end:
             break
-        at = number % len(names)
-        for name in names[at:] + names[:at]:
+        for name in orders.sample(names, len(names)):
             begun = perf_counter()
             works[name]()
             seconds[name].append(perf_counter() - begun)

@@ -74,10 +74,13 @@ def test_ratios_are_of_the_same_round():
     assert times.median("slow") == 20
 
 
-def test_every_round_begins_with_another_work():
+def test_rounds_run_all_in_orders_of_their_own():
     run: list[str] = []
-    in_turn({name: partial(run.append, name) for name in "abc"}, rounds=2)
-    assert "".join(run) == "abc" + "abc" + "bca"
+    in_turn({name: partial(run.append, name) for name in "abc"}, rounds=20)
+    rounds = ["".join(run[at : at + 3]) for at in range(0, len(run), 3)]
+    assert len(rounds) == 21
+    assert all(sorted(order) == list("abc") for order in rounds)
+    assert len(set(rounds)) == 6
 
 
 def test_a_benchmark_that_fails_leaves_the_others(tmp_path, monkeypatch):
