@@ -5,9 +5,9 @@ percentile) and a little more than the whole network takes, or twice the first; 
 one core kept busy by another process. Told are the first exit's 99th percentile, which share of the requests that left
 it so much time had no answer, and how long after the deadline the call returned.
 
-Between two requests it pauses for half of what the network takes. Then, a quarter as often, *back to back*, without a
-pause, so that a stage called off in the one may still run when the next comes; there every deadline leaves time for
-the first exit.
+Between two requests, hurried or not, it pauses for half of what the network takes. Then, a quarter as often, *back to
+back*, without a pause, so that a stage called off in the one may still run when the next comes; there every deadline
+leaves time for the first exit.
 """
 
 from __future__ import annotations
@@ -60,16 +60,19 @@ def measure(
     """Requests that nobody hurries, then those with a deadline; times in milliseconds."""
     policy = policy_named(policy_name)
     _ = counter.profile  # measured here, not in the first request
-    for _ in range(WARM_UP):
-        counter.count(picture, deadline_ms=FOREVER_MS)
-    unhurried = [counter.count(picture, deadline_ms=FOREVER_MS).exits for _ in range(alone)]
+    warm_up = [counter.count(picture, deadline_ms=FOREVER_MS).exits[-1].latency_ms for _ in range(WARM_UP)]
+    pause_s = 0 if back_to_back else float(np.median(warm_up)) / 2000
+    unhurried = []
+    for _ in range(alone):
+        time.sleep(pause_s)  # a machine that has rested is slower at first
+        unhurried.append(counter.count(picture, deadline_ms=FOREVER_MS).exits)
     first = float(np.quantile([exits[0].latency_ms for exits in unhurried], 0.99))
     whole = float(np.median([exits[-1].latency_ms for exits in unhurried]))
     least = first if back_to_back else first / 2
     deadlines = np.random.default_rng(0).uniform(least, max(1.2 * whole, 2 * first), requests)
     late, unanswered, fitting, chosen = [], 0, 0, Counter[str]()
     for deadline in deadlines.tolist():
-        time.sleep(0 if back_to_back else whole / 2000)
+        time.sleep(pause_s)
         begun = time.perf_counter()
         try:
             chosen[counter.count(picture, deadline_ms=deadline, late="fail", policy=policy).chosen.exit] += 1
