@@ -86,6 +86,19 @@ def read_picture(path: str | Path) -> NDArray[np.uint8]:
         raise PictureError(f"{path}: cannot be read ({error.strerror})") from None
 
 
+def checked_picture(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A picture that comes as an array, as it is.
+
+    Raises:
+        PictureError: if it is not H×W×3 uint8, or smaller than 32 pixels a side.
+    """
+    if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.shape[2:] != (3,):
+        raise PictureError("a picture is an array H×W×3 of bytes")
+    if min(picture.shape[:2]) < MIN_SIDE:
+        raise PictureError(f"{picture.shape[1]}×{picture.shape[0]} is too small to count in ({MIN_SIDE} at least)")
+    return picture
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where a picture lies on a canvas: its pixel (x, y) is at (x, y) · scale + offset."""

@@ -28,6 +28,7 @@ from crowdexit.data.picture import (
     PIXELS_AT_ONCE,
     STD,
     Placement,
+    checked_picture,
     normalise,
     read_picture,
     tile_boxes,
@@ -229,7 +230,7 @@ class Exported:
                 raise ExportError(f"no exit {name!r} in this export (it has {', '.join(self.chain.exit_names)})")
         if log_mel is not None and (log_mel.shape != (96, 64) or not np.isfinite(log_mel).all()):
             raise ExportError("a log-mel has the shape (96, 64) and finite values")
-        pixels = read_picture(picture) if isinstance(picture, (str, Path)) else picture
+        pixels = read_picture(picture) if isinstance(picture, (str, Path)) else checked_picture(picture)
         boxes = tile_boxes(pixels.shape[1], pixels.shape[0], self.manifest.scene)
         seen = [
             view

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from crowdexit.backbones.audiocsrnet import STRIDE
 from crowdexit.data.log_mel import AudioError, log_mel, read_audio
-from crowdexit.data.picture import MIN_SIDE, PictureError, Placement, read_picture, tile_boxes, views
+from crowdexit.data.picture import Placement, checked_picture, read_picture, tile_boxes, views
 from crowdexit.network import Config
 
 Picture = NDArray[np.uint8] | str | Path
@@ -86,7 +86,7 @@ def prepared(image: Picture, audio: Sound | None, config: Config) -> tuple[Scene
     Raises:
         CrowdExitError: for a picture or a sound that cannot be used.
     """
-    picture = _checked(read_picture(image) if isinstance(image, (str, Path)) else image)
+    picture = read_picture(image) if isinstance(image, (str, Path)) else checked_picture(image)
     mel = hear(audio)
     height, width = picture.shape[:2]
     boxes = tile_boxes(width, height, config.scene)
@@ -107,14 +107,6 @@ def photo(size: tuple[int, int]) -> bytes:
     rough = np.random.default_rng(0).integers(0, 255, (max(1, height // 4), max(1, width // 4), 3), np.uint8)
     _, data = cv2.imencode(".jpg", cv2.resize(rough, (2 * width, 2 * height), interpolation=cv2.INTER_CUBIC))
     return data.tobytes()
-
-
-def _checked(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-        raise PictureError("a picture is an array H×W×3 of bytes")
-    if min(picture.shape[:2]) < MIN_SIDE:
-        raise PictureError(f"{picture.shape[1]}×{picture.shape[0]} is too small to count in ({MIN_SIDE} at least)")
-    return picture
 
 
 def _without_padding(density: NDArray[np.float32], placement: Placement) -> NDArray[np.float32]:

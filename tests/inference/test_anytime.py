@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Iterator
 from contextlib import nullcontext
 
 import numpy as np
@@ -19,7 +20,7 @@ import pytest
 from slow import slow
 
 from crowdexit.data.picture import PictureError
-from crowdexit.inference.anytime import DeadlineMissed
+from crowdexit.inference.anytime import DeadlineMissed, _Waking, answers_by
 from crowdexit.inference.counter import CounterError
 from crowdexit.inference.profile import PREPARING, stage_step
 
@@ -299,6 +300,35 @@ def test_a_counter_goes_and_the_thread_stays(counter):
         assert ended(gone)
     assert len(threads) == 1
     assert threads.pop().is_alive()
+
+
+def test_who_was_woken_late_wakes_earlier_the_next_time(monkeypatch):
+    waking = _Waking()
+    monkeypatch.setattr("crowdexit.inference.anytime._waking", waking)
+    waited: list[float] = []
+    wait_for = threading.Condition.wait_for
+
+    def late(self, predicate, timeout=None):
+        said = wait_for(self, predicate, timeout)
+        if threading.current_thread() is threading.main_thread() and timeout:
+            waited.append(timeout)
+            time.sleep(0.05)
+        return said
+
+    monkeypatch.setattr(threading.Condition, "wait_for", late)
+
+    def steps(over: threading.Event) -> Iterator[str]:
+        yield "first exit"
+        over.wait(10)
+
+    for _ in range(2):
+        over = threading.Event()
+        assert answers_by(time.perf_counter() + 1, steps(over), wait=False) == ["first exit"]
+        over.set()
+    assert waking.early_s == 0.005  # and no more, however late it was
+    assert waited[1] <= 0.995
+    waking.woke(0.0)
+    assert waking.early_s == pytest.approx(0.0045)
 
 
 def test_a_process_ends_after_the_running_stage():

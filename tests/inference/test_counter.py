@@ -261,6 +261,7 @@ def test_sounds_that_cannot_be_heard(tmp_path):
         np.zeros((64, 64, 3), np.float32),
         np.zeros((31, 64, 3), np.uint8),
         np.zeros((0, 0, 3), np.uint8),
+        [[[0, 0, 0]]],
     ],
 )
 def test_arrays_that_are_no_pictures(counter, picture):
