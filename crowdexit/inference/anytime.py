@@ -1,7 +1,7 @@
 """Answers by a deadline: one thread computes, whoever asked waits no longer than he said.
 
 At the deadline, or up to five milliseconds before it where the machine is too busy to wake anybody in time, the latest
-answer that there is is taken, even in the middle of a stage; what is running ends with its stage and is then dropped. A stage cannot
+answer is taken, even in the middle of a stage; what is running ends with its stage and is then dropped. A stage cannot
 be broken off: a request that comes meanwhile waits for it, and that counts to its own time. A second thread would not
 help: two stages at once share the cores, and both come later. So there is one for the whole process, whichever networks
 are asked: started by the first request, it ends with the process.
