@@ -139,6 +139,7 @@ def _video(figures: Figures) -> list[Target]:
 def _draw_video(axes: Any, figures: Figures) -> None:
     axes.bar(list(figures["fps"]), list(figures["fps"].values()))
     axes.axhline(25, color="black", linewidth=1)
+    axes.set_yscale("log")
     axes.set_ylabel("frames a second")
     axes.set_title(figures["video"], fontsize=9)
 
