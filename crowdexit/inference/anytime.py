@@ -1,10 +1,10 @@
 """Answers by a deadline: one thread computes, whoever asked waits no longer than he said.
 
 At the deadline, or up to five milliseconds before it where the machine is too busy to wake anybody in time, the latest
-answer is taken, even in the middle of a stage; what is running ends with its stage and is then dropped. A stage cannot
-be broken off: a request that comes meanwhile waits for it, and that counts to its own time. A second thread would not
-help: two stages at once share the cores, and both come later. So there is one for the whole process, whichever networks
-are asked: started by the first request, it ends with the process.
+answer is taken, even in the middle of a stage; what is running is broken off at the end of its layer, or with
+torch.compile of its stage, and dropped. A request that comes meanwhile waits for that, and it counts to its own time. A
+second thread would not help: two stages at once share the cores, and both come later. So there is one for the whole
+process, whichever networks are asked: started by the first request, it ends with the process.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
 from crowdexit.errors import CrowdExitError
+from crowdexit.inference.runtimes.call_off import CallOff
 
 # A wait ends late where every core is busy, by up to two ticks of the scheduler: 8 ms at 250 a second.
 _MOST_EARLY_S = 0.005
@@ -41,13 +42,14 @@ class _Request(Generic[T]):
         self.answers: list[T] = []
         self.error: BaseException | None = None
         self.ended = False
-        self.called_off = False
+        self.call_off = CallOff()
 
     def advance(self) -> None:
         """Run a step; whatever goes wrong there belongs to whoever asked."""
         answer = None
         try:
-            answer = next(self.steps)
+            with self.call_off.working():
+                answer = next(self.steps)
         except StopIteration:
             self._tell(None, ended=True)
         except BaseException as problem:
@@ -150,7 +152,7 @@ def answers_by(deadline: float, steps: Iterator[T | None], *, wait: bool) -> lis
                 log.warning("no further answer, the latest one stands: %s: %s", type(error).__name__, str(error))
             return list(request.answers)
     finally:
-        request.called_off = True
+        request.call_off()
         error = None  # its traceback has this frame in it
 
 
@@ -164,7 +166,7 @@ def _work(queue: SimpleQueue[_Request[Any] | None]) -> None:
                 return
             live.append(come)
             del come
-        live = [request for request in live if not request.called_off]
+        live = [request for request in live if not request.call_off.off]
         if live:
             most_urgent = min(live, key=lambda request: (bool(request.answers), request.deadline))
             most_urgent.advance()

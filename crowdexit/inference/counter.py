@@ -202,9 +202,9 @@ class CrowdCounter:
             image, audio: as of :meth:`stream`.
             exit: the last exit to run; ``auto`` is the last that this counter serves.
             deadline_ms: when to return, from this call on, with the latest answer that is there by then, even in
-                the middle of a stage. Preparing the picture counts, and so does the end of a stage that an earlier
-                request, to whichever counter of this process, has left running. An error that comes after an answer is
-                told as a warning.
+                the middle of a stage. Preparing the picture counts, and so does the end of the layer (with
+                torch.compile, of the stage) that an earlier request, to whichever counter of this process, has left
+                running. An error that comes after an answer is told as a warning.
             late: what to do where not even the first exit has answered by then: ``wait`` for it, or ``fail``.
             policy: which exits are asked, and when one of them will do (:mod:`crowdexit.inference.policies`). For
                 ``DeepestThatFits`` the machine is measured once, before the time begins.

@@ -21,8 +21,8 @@ class PolicyError(CrowdExitError):
 class Anytime:
     """Ask every exit and go on until the end or the deadline.
 
-    Once there is an answer, a stage that could not end in time, however fast, is not begun: the next request would
-    have to wait for it.
+    Once there is an answer, a stage that could not end in time, however fast, is not begun: it would be in vain, and
+    the next request would have to wait until it is broken off.
     """
 
     def asks(self, exit: str, part: Part, walk: Walk) -> bool:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
+from crowdexit.inference.runtimes import call_off
 from crowdexit.inference.runtimes.arrays import RuntimeUnavailable
 from crowdexit.inference.runtimes.base import ReadyChain, Runtime
 from crowdexit.network import MultiExitNetwork
@@ -55,6 +58,18 @@ def _on(device: torch.device) -> Iterator[None]:
         raise RuntimeUnavailable(f"the GPU cannot run it: {line[:200]}") from None
 
 
+class _BrokenOff(TorchFunctionMode):
+    """Asks before every function of PyTorch, about a layer, whether the work has been called off."""
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        call_off.check()
+        return func(*args, **(kwargs or {}))
+
+
+def _may_be_called_off() -> Any:
+    return _BrokenOff() if call_off.may_be_called_off() else nullcontext()
+
+
 class EagerChain(ReadyChain):
     """The network itself as a chain.
 
@@ -86,7 +101,7 @@ class EagerChain(ReadyChain):
             )
 
     def advance(self, index: int, state: Features) -> Features:
-        with self._mode():
+        with self._mode(), _may_be_called_off():
             state = self.network.advance(index, state)
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
@@ -94,7 +109,8 @@ class EagerChain(ReadyChain):
 
     def ask(self, name: str, state: Features) -> Answer:
         with self._mode():
-            answer = self.network.ask(name, state)
+            with _may_be_called_off():
+                answer = self.network.ask(name, state)
             density = None if answer.density is None else answer.density.float().cpu()
             return replace(answer, value=answer.value.float().cpu(), density=density)
 

@@ -7,6 +7,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from threading import Lock
 from typing import Any
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.runtimes.arrays import RuntimeUnavailable, is_exit
+from crowdexit.inference.runtimes.call_off import CalledOff, broken_off_by
 
 # Of sizes of pieces the one not used for longest goes first. A network has up to some ninety pieces (77 branches), and
 # a process hardly ever more than one size of picture.
@@ -74,11 +76,14 @@ class Engine(ABC):
 
         Raises:
             RuntimeUnavailable: if the library cannot make the piece ready, or fails on it.
+            CalledOff: if this thread's work has been.
         """
         with self._lock:
             ready = self._made_ready(piece, tuple(array.shape[1:] for array in arrays))
             try:
                 return self._run(ready, [np.ascontiguousarray(array) for array in arrays])
+            except CalledOff:
+                raise
             except Exception as error:
                 raise self._failed(piece, "run", error) from None
 
@@ -137,12 +142,13 @@ class OpenVINOEngine(Engine):
         model.reshape({index: [-1, *shape] for index, shape in enumerate(shapes)})
         precision = "bf16" if self._half and bears_half(piece, shapes) else "f32"
         options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
-        return self._core.compile_model(model, "CPU", options)
+        return self._core.compile_model(model, "CPU", options).create_infer_request()
 
     def _run(self, ready: Any, arrays: list[NDArray[Any]]) -> list[NDArray[Any]]:
         # Inputs are read where they lie; outputs are copied, for the next run of the piece overwrites its own.
-        given = ready(arrays, share_inputs=True, share_outputs=False)
-        return [given[index] for index in range(len(ready.outputs))]
+        with broken_off_by(ready.cancel):
+            given = ready.infer(arrays, share_inputs=True, share_outputs=False)
+        return [given[index] for index in range(len(ready.model_outputs))]
 
 
 class OnnxEngine(Engine):
@@ -163,5 +169,7 @@ class OnnxEngine(Engine):
 
     def _run(self, ready: Any, arrays: list[NDArray[Any]]) -> list[NDArray[Any]]:
         names = [port.name for port in ready.get_inputs()]
-        given: list[NDArray[Any]] = ready.run(None, dict(zip(names, arrays, strict=True)))
+        options = self._onnxruntime.RunOptions()
+        with broken_off_by(partial(setattr, options, "terminate", True)):
+            given: list[NDArray[Any]] = ready.run(None, dict(zip(names, arrays, strict=True)), options)
         return given

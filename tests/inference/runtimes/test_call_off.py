@@ -1,0 +1,161 @@
+"""Work that is called off ends between two layers, and disturbs nobody after it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from crowdexit.inference.runtimes import onnx, openvino
+from crowdexit.inference.runtimes.arrays import Port, Ports
+from crowdexit.inference.runtimes.call_off import CalledOff, CallOff, broken_off_by, check, may_be_called_off
+from crowdexit.inference.runtimes.eager import EagerChain
+from crowdexit.inference.runtimes.engines import Engine, OnnxEngine, OpenVINOEngine
+from crowdexit.inference.runtimes.pieces import Piece
+from crowdexit.network import MultiExitNetwork
+from crowdexit.stages import Answer, Exit, Features, Stage, inputs
+
+LAYERS, SIDE = 60, 64  # a good part of a second of work, of which a layer is some milliseconds
+
+
+class Deep(Stage):
+    """Many layers; counts those that have run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 31, padding=15)
+        self.conv.weight.data /= 10
+        self.ran = 0
+
+    def forward(self, features: Features) -> Features:
+        visual = features.visual
+        for _ in range(LAYERS):
+            visual = torch.tanh(self.conv(visual))
+            self.ran += 1
+        return features.with_visual(visual)
+
+
+class Mean(Exit):
+    kind = "mean"
+
+    def forward(self, features: Features) -> Answer:
+        return Answer(features.visual.mean((1, 2, 3)))
+
+
+def called_off(work: Callable[[], object], running: threading.Event) -> BaseException | None:
+    """What comes of work in another thread that is called off soon after it has begun to run."""
+    call_off, came = CallOff(), list[BaseException | None]()
+
+    def run() -> None:
+        try:
+            with call_off.working():
+                work()
+            came.append(None)
+        except BaseException as error:
+            came.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert running.wait(60)
+    time.sleep(0.02)
+    call_off()
+    thread.join(60)
+    assert not thread.is_alive()
+    return came[0]
+
+
+def test_eager_ends_between_two_layers():
+    stage = Deep()
+    network = MultiExitNetwork([stage], Mean(), {}, None).eval()  # type: ignore[arg-type]
+    chain = EagerChain(network, "eager", torch.device("cpu"), None)
+    state = chain.begin(inputs(torch.ones(1, 3, SIDE, SIDE)))
+    running = threading.Event()
+    stage.register_forward_pre_hook(lambda *_: running.set())
+    assert isinstance(called_off(lambda: chain.advance(0, state), running), CalledOff)
+    assert stage.ran < LAYERS
+    stage.ran = 0
+    whole = chain.ask("final", chain.advance(0, state)).value
+    assert stage.ran == LAYERS
+    assert torch.isfinite(whole).all()
+
+
+class Noted(OpenVINOEngine):
+    """Tells when it runs."""
+
+    running: threading.Event
+
+    def _run(self, ready: Any, arrays: Any) -> Any:
+        self.running.set()
+        return super()._run(ready, arrays)
+
+
+class NotedOnnx(OnnxEngine):
+    running: threading.Event
+
+    def _run(self, ready: Any, arrays: Any) -> Any:
+        self.running.set()
+        return super()._run(ready, arrays)
+
+
+@pytest.mark.parametrize(("convert", "kind"), [(openvino.convert, Noted), (onnx.convert, NotedOnnx)])
+def test_engines_end_between_two_layers(convert, kind):
+    shape = (3, SIDE, SIDE)
+    port = Port("visual", "float32", shape)
+    piece = Piece(Deep().eval(), Ports((port,), (port,)), None, None)
+    model = convert(piece)
+    engine: Engine = kind(lambda *_: model if isinstance(model, bytes) else model.clone())
+    engine.prepare("stage-0", (shape,))
+    pictures = np.random.default_rng(0).normal(size=(2, 1, *shape)).astype(np.float32)
+
+    def run(at: int) -> np.ndarray:
+        return engine.run("stage-0", [pictures[at]])[0]
+
+    engine.running = threading.Event()  # type: ignore[attr-defined]
+    before = run(1)
+    engine.running.clear()  # type: ignore[attr-defined]
+    assert isinstance(called_off(lambda: run(0), engine.running), CalledOff)  # type: ignore[attr-defined]
+    # Who comes next gets his own answer, and nobody has called that off.
+    np.testing.assert_array_equal(run(1), before)
+    late = CallOff()
+    late()
+    with pytest.raises(CalledOff), late.working():
+        run(0)
+
+
+def test_nothing_but_that_work_is_called_off():
+    first, second = CallOff(), CallOff()
+    broken: list[str] = []
+    with first.working(), broken_off_by(lambda: broken.append("first")):
+        assert may_be_called_off()
+        first()
+    assert broken == ["first"]
+    with second.working():
+        first()  # once more, when another's work runs
+        check()
+        with pytest.raises(ZeroDivisionError), broken_off_by(lambda: broken.append("second")):
+            raise ZeroDivisionError  # an error of its own stays one
+    assert broken == ["first"]
+    assert not may_be_called_off()
+    check()
+    with broken_off_by(lambda: broken.append("nobody's")):
+        pass
+    with first.working(), pytest.raises(CalledOff):
+        check()
+
+
+def test_what_breaks_since_it_was_called_off_is_no_error_of_its_own():
+    work = CallOff()
+
+    def cancelled() -> None:
+        with broken_off_by(lambda: None):
+            work()
+            raise RuntimeError("Infer Request was canceled")
+
+    with work.working(), pytest.raises(CalledOff):
+        cancelled()
