@@ -21,7 +21,7 @@ from crowdexit.inference.runtimes.pieces import Piece
 from crowdexit.network import MultiExitNetwork
 from crowdexit.stages import Answer, Exit, Features, Stage, inputs
 
-LAYERS, SIDE = 60, 64  # a good part of a second of work, of which a layer is some milliseconds
+LAYERS, SIDE = 24, 128  # a good part of a second of work, of which a layer is some ten milliseconds
 
 
 class Deep(Stage):
