@@ -31,6 +31,7 @@ _FILTER: dict[str, Any] = {
 
 _MOST_CHANNELS = 64
 _MOST_VALUES = 2**28  # 1 GiB as float32: 46 minutes of stereo at 48 kHz
+_IN_ONE_THREAD = 2**18  # multiply-adds of a product up to which OpenBLAS uses no other thread
 _LEAST_SHARE = 0.75  # of the stated length; formats that only estimate theirs stay above it
 
 
@@ -63,7 +64,7 @@ def log_mel(waveform: NDArray[np.generic] | torch.Tensor, sample_rate: int) -> N
     frames = np.lib.stride_tricks.sliding_window_view(second, WINDOW)[::HOP][:FRAMES]
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(WINDOW) / WINDOW)
     magnitudes = np.abs(np.fft.rfft(frames * window, FFT))
-    return np.log(magnitudes @ _mel_matrix() + LOG_OFFSET).astype(np.float32)
+    return np.log(_product(magnitudes, _mel_matrix()) + LOG_OFFSET).astype(np.float32)
 
 
 def read_audio(path: str | Path) -> tuple[NDArray[np.float32], int]:
@@ -165,7 +166,16 @@ def at_rate(samples: NDArray[np.float64], rate: int, wanted: int) -> NDArray[np.
     length = -(-len(samples) * ratio.numerator // ratio.denominator)
     windows = -(-length // matrix.shape[1])
     padded = np.pad(samples, (lead, max(0, (windows - 1) * hop + len(matrix) - lead - len(samples))))
-    return (np.lib.stride_tricks.sliding_window_view(padded, len(matrix))[::hop] @ matrix).ravel()[:length]
+    return _product(np.lib.stride_tricks.sliding_window_view(padded, len(matrix))[::hop], matrix).ravel()[:length]
+
+
+def _product(rows: NDArray[np.float64], matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``rows @ matrix``, a few rows at a time, so that OpenBLAS stays in this thread.
+
+    Its other threads would spin for longer than they compute, on cores that the network is using.
+    """
+    few = max(1, _IN_ONE_THREAD // matrix.size)
+    return np.concatenate([rows[first : first + few] @ matrix for first in range(0, len(rows), few)])
 
 
 @lru_cache(maxsize=8)
@@ -180,7 +190,7 @@ def _resampling(ratio: Fraction) -> tuple[NDArray[np.float64], int, int]:
     step = ratio.denominator
     filter = torchaudio.transforms.Resample(step, ratio.numerator, dtype=torch.float64, **_FILTER)
     rows = filter.kernel[:, 0].numpy()  # (samples made of `step` samples, window)
-    steps = -(-64 // len(rows))
+    steps = -(-32 // len(rows))
     matrix = np.zeros((rows.shape[1] + (steps - 1) * step, steps * len(rows)))
     for i in range(steps):
         matrix[i * step : i * step + rows.shape[1], i * len(rows) : (i + 1) * len(rows)] = rows.T
