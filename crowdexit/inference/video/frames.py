@@ -58,7 +58,9 @@ class Frame:
         """The picture, scaled to (width, height): H×W×3 uint8, RGB, upright."""
         turns = self._quarter_turns
         width, height = reversed(size) if turns % 2 else size
-        rgb = self.image.reformat(width, height, "rgb24", interpolation="AREA").to_ndarray()
+        # FFmpeg scales into planes faster than into pixels, and keeps every pixel's colour rather than every other's.
+        form = "rgb24" if (width, height) == (self.image.width, self.image.height) else "gbrp"
+        rgb = self.image.reformat(width, height, form, interpolation="AREA").to_ndarray()
         return np.ascontiguousarray(np.rot90(rgb, turns))
 
     @property
