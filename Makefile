@@ -11,11 +11,13 @@ demo: $(STAMP)
 app: $(STAMP)
 	$(BIN)/crowdexit app
 
-# OpenVINO and ONNX Runtime bring thread pools of their own; they get a process of their own, too.
+# A process for each core, with a thread for each process: most tests are too small for more. OpenVINO and ONNX Runtime
+# bring thread pools of their own; they get processes of their own, too.
 APART := tests/inference/runtimes tests/inference/test_export.py
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical
 test: $(STAMP)
-	$(BIN)/python -m pytest $(APART:%=--ignore=%)
-	$(BIN)/python -m pytest $(APART)
+	$(PYTEST) $(APART:%=--ignore=%)
+	$(PYTEST) $(APART)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
