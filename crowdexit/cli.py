@@ -123,7 +123,7 @@ def count(
         int | None, typer.Option(help="Frames of a video at once; default: 4, live or with a deadline 1.")
     ] = None,
     smooth: Annotated[float, typer.Option(help="Half-life of a video's smoothed count, in seconds.")] = 2.0,
-    format: Annotated[CountFormat, typer.Option()] = CountFormat.table,
+    format: Annotated[CountFormat | None, typer.Option(help="Default: as --out ends, else a table.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write here instead of the screen.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that was stopped there.")] = False,
     density: Annotated[
@@ -161,13 +161,19 @@ def count(
         **span,
         batch=batch,
         smooth=smooth,
-        format=format.value,
+        format=(format or _format_of(out)).value,
         out=out,
         resume=resume,
         density=density,
         annotate=annotate,
         progress=sys.stderr.isatty(),
     )
+
+
+def _format_of(out: Path | None) -> CountFormat:
+    endings = {".json": CountFormat.json, ".jsonl": CountFormat.json, ".csv": CountFormat.csv}
+    endings |= {".parquet": CountFormat.parquet}
+    return CountFormat.table if out is None else endings.get(out.suffix.lower(), CountFormat.table)
 
 
 @app.command(

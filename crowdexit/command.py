@@ -1,4 +1,7 @@
-"""How every command of the project ends: 0, or 2 with one line, or 130 after Ctrl-C and 143 after SIGTERM."""
+"""How every command of the project ends: 0, or 2 with one line, or 130 after Ctrl-C and 143 after SIGTERM.
+
+Rows that nobody reads any more (``| head``) end it with 141, as SIGPIPE would.
+"""
 
 from __future__ import annotations
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -98,6 +99,12 @@ def part_of(out: Path) -> Path:
     return out.with_name(out.name + ".part")
 
 
+def beside(path: Path) -> set[Path]:
+    """All files that are written on the way to one of that name, itself among them; resolved."""
+    part = part_of(path).name
+    return {path.with_name(name).resolve() for name in (path.name, part, f"{part}.json", f"{path.name}.new")}
+
+
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """Where to write a file that takes the name ``path`` when all went well; else nothing of it is left."""
@@ -154,11 +161,12 @@ def opened(
         RowError: if it cannot be written.
     """
     if out is None:
-        yield sys.stdout
+        with _standard_output() as file:
+            yield file
         return
     part = part_of(out)
-    if out.is_dir():
-        raise RowError(f"{out}: a folder, not a file to write to")
+    if out.exists() and not out.is_file():
+        raise RowError(f"{out}: {'a folder' if out.is_dir() else 'a device or a pipe'}, not a file to write to")
     try:
         with part.open("a" if going_on else "w", encoding="utf-8", newline="") as file:
             yield file
@@ -175,6 +183,20 @@ def opened(
         if kept:
             print(note.strip(" ()"), file=sys.stderr)
         raise
+
+
+@contextmanager
+def _standard_output() -> Iterator[TextIO]:
+    """The standard output; if whoever reads it has seen enough (``| head``), that ends the run as SIGPIPE would."""
+    try:
+        yield sys.stdout
+        sys.stdout.flush()
+    except BrokenPipeError:
+        with suppress(OSError, ValueError):  # what is still to be written at the very end has nowhere to go
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+    except OSError as error:
+        raise RowError(f"the standard output cannot be written ({error.strerror})") from None
 
 
 def write_parquet(lines: Path, out: Path) -> None:

@@ -35,6 +35,7 @@ from crowdexit.inference.rows import (
     FrameRow,
     Rows,
     alone,
+    beside,
     checked_format,
     opened,
     part_of,
@@ -95,7 +96,7 @@ def count_inputs(
         batch: frames of a video to count at once; default: as of :func:`count_frames`.
         smooth: half-life of a video's smoothed count, in seconds.
         out: the file for the rows; default: the standard output.
-        resume: go on with a run that was stopped while it wrote into ``out``; there need not be one.
+        resume: go on with a run that was stopped while it wrote into ``out``; there need not be one yet.
         density: where to draw what was counted: of a single picture ``.png`` or ``.npy`` ((h, w) float32, heads
             a cell), of a single video as ``annotate``; of several inputs a folder.
         annotate: where to write the counted frames with what was counted: ``.mp4``, of several inputs a folder.
@@ -115,10 +116,19 @@ def count_inputs(
     resumes = out is not None and format != "table" and not live and budget_ms is None
     if audio is not None and not (single and not live):
         raise RunError(f"--audio {audio}: a sound belongs to one picture or video, not to several or a live source")
+    named: set[Path] = set()
     given = {path.resolve() for s in sources for path in (s.path, s.sound, audio) if path is not None}
+    if out is not None and out.is_symlink():
+        out = out.resolve()  # what it points to is written, not another file in its place
     for option, path in (("--out", out), ("--density", density), ("--annotate", annotate)):
-        if path is not None and path.resolve() in given:
+        if path is None:
+            continue
+        if path.resolve() in given:
             raise RunError(f"{option} {path}: this is an input, it would be overwritten")
+        if taken := beside(path) & (given | named):
+            raise RunError(f"{option} {path}: {min(taken)} would be overwritten, choose another name")
+        if single or option == "--out":  # else a folder, in which nothing is overwritten
+            named |= beside(path)
     if live and start:
         raise RunError(f"--start {start:g}: a live source begins now")
     if format == "parquet" and out is None:
@@ -139,12 +149,14 @@ def count_inputs(
     span = Span(DEFAULT_FPS if fps is None else fps, start, end)
     how = How(exit, deadline_ms, late, policy, 1 if live and batch is None else batch)
     left = Left(Smoother(smooth))
-    drawings = _Drawings(density, annotate, sources, single, exit, counter, given)
+    drawings = _Drawings(density, annotate, sources, single, exit, counter, given | named)
     names = [s.name for s in sources]
 
     with ExitStack() as stack:
         finish = write_parquet if format == "parquet" else Path.replace
         if out is not None:
+            if resume and out.exists() and not was_stopped(out):
+                raise RunError(f"--resume: a run has ended in {out}; delete it to count again")
             stack.enter_context(alone(out))
             if not resume and was_stopped(out):
                 hint = "--resume goes on with it, or delete" if note_of(out).is_file() else "rename or delete its rows,"
@@ -377,7 +389,7 @@ class _Drawings:
         if self.single:
             return path
         target, number = path / (source.path.stem + suffix), 2
-        while target.resolve() in self.taken:  # x.jpg and x.png, or of two folders, or an input
+        while beside(target) & self.taken:  # x.jpg and x.png, or of two folders, or an input
             target, number = path / f"{source.path.stem}-{number}{suffix}", number + 1
         self.taken.add(target.resolve())
         return target

@@ -82,13 +82,20 @@ def read_only(container: Any, *streams: Any) -> None:
             stream.discard = Discard.all
 
 
-def stated_length(container: Any, stream: Any) -> float:
-    """Seconds that the container says the pictures last; 0 where it does not say."""
-    if stream.duration:
+def stated_length(container: Any, stream: Any, origin: float | None = None) -> float:
+    """Seconds that the container says the pictures last; 0 where it does not say.
+
+    Args:
+        origin: the first picture on the container's clock, on which Matroska states the end; None: as it says.
+    """
+    # Of Matroska's streams FFmpeg says how long the whole file is.
+    if stream.duration and "matroska" not in container.format.name:
         return float(stream.duration * stream.time_base)
     hours, *rest = stream.metadata.get("DURATION", "").split(":")  # Matroska: 00:01:30.500000000
     with suppress(ValueError):
-        return int(hours) * 3600 + int(rest[0]) * 60 + float(rest[1]) if len(rest) == 2 else float(hours)
+        end = int(hours) * 3600 + int(rest[0]) * 60 + float(rest[1]) if len(rest) == 2 else float(hours)
+        begin = float((stream.start_time or 0) * stream.time_base) if origin is None else origin
+        return max(0.0, end - begin)
     if container.duration and not container.streams.audio:  # else it may be the sound's
         return float(container.duration / av.time_base)
     return 0.0

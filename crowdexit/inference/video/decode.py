@@ -27,12 +27,13 @@ from crowdexit.inference.video.container import (
 )
 
 DEFAULT_FPS = 1.0
+_MOST_FPS = 1e6
 ROUNDING_S = 0.001  # time stamps in Matroska are whole milliseconds
 
 _REORDER = 32  # packets; no codec stores a picture more than sixteen packets after one that is shown later
 _MOST_HELD, _MOST_BYTES = 512, 2**26  # of packets of which it is not known yet whether they are needed
 # Where packets are missing, most formats do not tell; this long without a picture is worth a word.
-_HOLE_S, _HOLE_STEPS = 3.0, 20
+HOLE_S, _HOLE_STEPS = 3.0, 20
 _MOST_THREADS = 16  # of FFmpeg's own choice
 # Where a picture that no other refers to is left out exactly as the standard says.
 _LEAVES_OUT = ("h264", "mpeg4", "mpeg2video", "mpeg1video")
@@ -57,7 +58,7 @@ class Span:
     after: int = -1
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.fps) and self.fps > 0):
+        if not 0 < self.fps <= _MOST_FPS:
             raise VideoError(f"{self.fps:g} frames a second cannot be counted")
         if not (0 <= self.start < self.end):
             raise VideoError(f"from {self.start:g} s to {self.end:g} s there is nothing to count")
@@ -314,7 +315,7 @@ class _Planned:
             return
         if self.index == video.span.after:
             video.begins = time
-        if time - before > max(_HOLE_S, _HOLE_STEPS * video.usual, 2 / self.due.span.fps):
+        if time - before > max(HOLE_S, _HOLE_STEPS * video.usual, 2 / self.due.span.fps):
             video.gaps.append((before, time))
         video.length = time + video.usual
         self.plan[stamp] = (self.index, time)

@@ -15,8 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crowdexit.data.log_mel import AudioError
+from crowdexit.data.picture import PictureError
 from crowdexit.errors import CrowdExitError
-from crowdexit.inference.video.container import VideoError, check_size, open_file, pictures_of, stated_length
+from crowdexit.inference.video.container import (
+    FAULTS,
+    VideoError,
+    check_size,
+    open_file,
+    pictures_of,
+    stated_length,
+)
 from crowdexit.inference.video.decode import DuePictures, Span
 from crowdexit.inference.video.sound import Second, SoundTrack, Warn
 
@@ -55,12 +63,23 @@ class Frame:
         return self.scaled(self.size)
 
     def scaled(self, size: tuple[int, int]) -> NDArray[np.uint8]:
-        """The picture, scaled to (width, height): H×W×3 uint8, RGB, upright."""
+        """The picture, scaled to (width, height): H×W×3 uint8, RGB, upright.
+
+        Raises:
+            PictureError: if its format is one that nothing here can convert.
+        """
         turns = self._quarter_turns
         width, height = reversed(size) if turns % 2 else size
         # FFmpeg scales into planes faster than into pixels, and keeps every pixel's colour rather than every other's.
         form = "rgb24" if (width, height) == (self.image.width, self.image.height) else "gbrp"
-        rgb = self.image.reformat(width, height, form, interpolation="AREA").to_ndarray()
+        to: dict[str, Any] = {"width": width, "height": height, "format": form, "interpolation": "AREA"}
+        try:
+            try:
+                rgb = self.image.reformat(**to).to_ndarray()
+            except OSError:  # colours by a matrix that FFmpeg knows by name alone (YCgCo, ICtCp): by the usual one
+                rgb = self.image.reformat(**to, src_colorspace="ITU709").to_ndarray()
+        except (*FAULTS, OSError) as error:
+            raise PictureError(f"a picture that cannot be converted ({error})") from None
         return np.ascontiguousarray(np.rot90(rgb, turns))
 
     @property
@@ -107,10 +126,20 @@ def read_frames(
         _tell(pictures, warn)
 
 
+def _merged(gaps: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """In order, and what overlaps as one."""
+    out: list[tuple[float, float]] = []
+    for begin, end in sorted(gaps):
+        if out and begin <= out[-1][1]:
+            begin, end = out[-1][0], max(end, out.pop()[1])
+        out.append((begin, end))
+    return out
+
+
 def _tell(video: DuePictures, warn: Warn) -> None:
     """What of the video was not there to be counted."""
-    stated, length = stated_length(video.container, video.stream), video.length
-    gaps = [(a, b) for a, b in video.gaps if b is not None and b > video.begins]
+    stated, length = stated_length(video.container, video.stream, video.origin), video.length
+    gaps = _merged([(a, b) for a, b in video.gaps if b is not None and b > video.begins])
     rest = next((a for a, b in video.gaps if b is None), length)
     if gaps:
         told = ", ".join(f"{a:.1f} to {b:.1f} s" for a, b in gaps[:_MOST_GAPS_TOLD])

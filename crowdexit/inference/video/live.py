@@ -29,7 +29,7 @@ from crowdexit.inference.video.container import (
     stated_length,
     usual_step,
 )
-from crowdexit.inference.video.decode import Due, Span
+from crowdexit.inference.video.decode import HOLE_S, Due, Span
 from crowdexit.inference.video.frames import Frame
 from crowdexit.inference.video.sound import Places, SoundWindow, Warn
 
@@ -49,6 +49,9 @@ _BACK_S, _AHEAD_S = 1.0, 60.0  # by which stamps may leap before the source's cl
 _MOST_STAMPS = 512
 _SOUND_KEPT_S = 3.0
 _PATIENCE_S = 1.0  # for the reading to end
+_MOST_WITHOUT_KEY = 300  # packets behind damage, until what is refreshed bit by bit is believed again
+_SUSPECT = 4  # packets before one of which others may be missing, from a corrupt one on
+_MOST_TOLD = 5  # of places where pictures are lost
 _MOST_EARLY = 200  # blocks, some milliseconds each
 _MOST_BYTES = 2**28  # of pictures that wait for their sound
 # What may be a part of an address that lets its reader in.
@@ -84,9 +87,10 @@ def address_of(text: str) -> Address | None:
         return Address(text, f"/dev/video{match[1]}", "file", format="video4linux2")
     if match := re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", text):
         name = re.sub(_SECRETS, r"\1***", re.sub(r"(?<=://)[^/?#]*@", "", text))
-        if match[1].lower() not in _PROTOCOLS:
+        scheme = match[1].lower()
+        if scheme not in _PROTOCOLS:
             raise VideoError(f"{name}: an address begins with one of {', '.join(f'{p}://' for p in _PROTOCOLS)}")
-        return Address(name, text, _PROTOCOLS[match[1].lower()])
+        return Address(name, scheme + text[len(scheme) :], _PROTOCOLS[scheme])
     if Path(text).is_fifo():
         return Address(text, str(Path(text).absolute()), "file", lasting=False)
     return None
@@ -107,7 +111,7 @@ class LiveFrames:
         dropped: frames that were due and have not been given.
 
     Raises:
-        VideoError: if it cannot be opened at first, or nothing can be read of it.
+        VideoError: if it cannot be opened at first, or nothing can be read of it, or nothing comes until ``end``.
     """
 
     def __init__(self, address: Address, span: Span, warn: Warn) -> None:
@@ -119,14 +123,26 @@ class LiveFrames:
         self._fault: BaseException | None = None
         self._begun: float | None = None  # the first frame, on our clock
         self._index, self._time = -1, 0.0  # of the last picture read
-        self._told_slow = False
+        self._told_slow, self._told_lost = False, 0
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __iter__(self) -> Iterator[Frame]:
         self._thread.start()
+        asked = monotonic()
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._newest is not None or self._ended or self._stopped.is_set())
+                # Reading ends by itself with the span, unless the source has fallen silent.
+                since = asked if self._begun is None else self._begun
+                left = since + self._span.end + _SOUND_S + _PATIENCE_S - monotonic()
+                come = self._changed.wait_for(
+                    lambda: self._newest is not None or self._ended or self._stopped.is_set(),
+                    None if left > threading.TIMEOUT_MAX else max(0.0, left),
+                )
+                if not come and self._begun is None:
+                    self._stopped.set()
+                    raise VideoError(f"{self.address.name}: nothing has come of it until the end")
+                if not come:
+                    self._stopped.set()
                 frame, self._newest = self._newest, None
                 self._changed.notify_all()
             if frame is None or self._stopped.is_set():
@@ -155,13 +171,14 @@ class LiveFrames:
                 self._changed.notify_all()
 
     def _follow(self) -> None:
-        tries, gone = 0, False
+        tries, gone, form = 0, False, ""
         while not self._over():
             before, lasting = self._index, self.address.lasting
             broken: float | None = None
             try:
                 with self._open() as container:
-                    listed = bool(PLAYLISTS & set(container.format.name.split(",")))  # comes in pieces of seconds
+                    form = container.format.name
+                    listed = bool(PLAYLISTS & set(form.split(",")))  # comes in pieces of seconds
                     # What has a size is a file; a list of files is one if it knows how long they are.
                     whole = (container.duration or 0) > av.time_base if listed else container.size > 0
                     lasting = lasting and not whole
@@ -172,7 +189,8 @@ class LiveFrames:
                 if self._begun is None:
                     raise
             if self._begun is None:
-                hint = "" if self.address.lasting else " (an MP4 can only be piped with its index in front)"
+                comes = not self.address.lasting or "mp4" in form
+                hint = " (an MP4 can only be read as it comes with its index in front)" if comes else ""
                 raise VideoError(f"{self.address.name}: no picture can be read of it{hint}")
             if not lasting or self._over():
                 if broken is not None:
@@ -204,6 +222,13 @@ class LiveFrames:
     def _elapsed(self) -> float:
         """Seconds since the first frame, on our clock."""
         return 0.0 if self._begun is None else monotonic() - self._begun
+
+    def lost(self, begin: float, end: float) -> None:
+        """Say that there are no pictures between two times."""
+        self._told_lost += 1
+        if self._told_lost <= _MOST_TOLD:
+            rest = "; whatever else is damaged is not told" if self._told_lost == _MOST_TOLD else ""
+            self._warn(f"{self.address.name}: damaged from {begin:.1f} to {end:.1f} s; nothing is counted there{rest}")
 
     def _over(self) -> bool:
         return self._stopped.is_set() or max(self._time, self._elapsed()) >= self._span.end
@@ -240,8 +265,7 @@ class _Session:
         self.video = pictures_of(container, live.address.name, "SLICE")  # pictures decoded abreast come late
         self.audio = next((s for s in container.streams.audio if s.codec_context is not None and s.rate), None)
         read_only(container, *self._streams())
-        # Of what has a size the length may only be estimated.
-        self.stated = 0.0 if live.address.lasting else stated_length(container, self.video)
+        self.origin: float | None = None  # the first picture on the source's clock
         self.timed = not container.format.flags & Flags.no_timestamps.value  # else FFmpeg makes them up
         self.shift: float | None = None  # from the source's clock to seconds since the first picture of all
         self.sound: SoundWindow | None = None
@@ -252,6 +276,10 @@ class _Session:
         self.least, self.asked, self.seen = float("inf"), monotonic(), monotonic()
         self.idle, self.new = 0.0, False  # how long packets were waited for, of late; whether the last ones were
         self.leaving_out, self.since = False, 0.0
+        self.blind, self.without_key = False, 0  # from damage to the next key frame; packets since
+        self.lost_from: float | None = None  # the last good picture before damage, until another comes
+        self.entry: int | None = None  # the stamp of the last key frame that decoding began with anew
+        self.suspect, self.stored = 0, None  # packets behind a corrupt one to look at; when the last was stored
 
     def _streams(self) -> list[Any]:
         return [self.video] if self.audio is None else [self.video, self.audio]
@@ -281,9 +309,12 @@ class _Session:
             if packet.size:  # else a repetition of the picture before, or the end
                 self._take(packet)
         with suppress(*FAULTS):
-            for image in self.video.codec_context.decode(None):
-                self._see(image)
-        if ended and broken is None and self.live._time < self.stated - 0.5 - usual_step(self.video):
+            for image in () if self.blind else self.video.codec_context.decode(None):
+                self._seen(image)
+        broken = self.lost_from if broken is None else broken
+        # Of what has a size the length may only be estimated.
+        stated = 0.0 if self.live.address.lasting else stated_length(self.container, self.video, self.origin)
+        if ended and broken is None and self.live._time < stated - 0.5 - usual_step(self.video):
             broken = self.live._time
         while self.waiting:
             self._hand()
@@ -298,14 +329,57 @@ class _Session:
             self.idle, self.new = 0.0, True
 
     def _take(self, packet: Any) -> None:
-        with suppress(*FAULTS):  # one damaged packet is not the end
-            for decoded in () if self._left_out(packet) else packet.decode():
-                if packet.stream is self.audio:
-                    self._hear(decoded)
-                elif not decoded.is_corrupt:
-                    self._see(decoded)
+        if packet.stream is self.audio:
+            with suppress(*FAULTS):  # one damaged packet is not the end
+                for block in packet.decode():
+                    self._hear(block)
+        elif not self._left_out(packet):
+            self._look(packet)
         while self.waiting and (self.sound is None or self._heard(self.waiting[0].time_s)):
             self._hand()
+
+    def _look(self, packet: Any) -> None:
+        """Decode a packet of pictures; behind damage none before the next key frame, what it is made from is lost."""
+        if self._torn_before(packet) and not self.blind:
+            with suppress(*FAULTS):  # what came before is whole
+                all(map(self._seen, self.video.codec_context.decode(None)))
+            self._lose()
+        if self.blind:
+            self.without_key += 1
+            if not packet.is_keyframe and self.without_key <= _MOST_WITHOUT_KEY:
+                return
+            self.video.codec_context.flush_buffers()
+            self.blind, self.without_key, self.entry = False, 0, packet.pts
+        with suppress(*FAULTS):
+            if all(map(self._seen, packet.decode())):
+                return
+        self._lose()
+
+    def _torn_before(self, packet: Any) -> bool:
+        """Whether packets are missing before this one.
+
+        About there one counts as corrupt. So it does where streams are joined, but then the clock goes on, or is anew.
+        """
+        self.suspect = _SUSPECT if packet.is_corrupt else max(0, self.suspect - 1)
+        before, self.stored = self.stored, packet.dts
+        if not self.suspect or self.shift is None or before is None or packet.dts is None:
+            return False
+        gap, time = float((packet.dts - before) * packet.time_base), float(packet.dts * packet.time_base)
+        return gap > 1.5 * usual_step(self.video) and not self._leaps(time + self.shift)
+
+    def _lose(self) -> None:
+        """What comes until the next key frame is lost."""
+        self.blind = True
+        if self.lost_from is None and self.shift is not None:  # else there has been nothing to lose
+            self.lost_from = self.live._time
+
+    def _seen(self, image: Any) -> bool:
+        """See a picture that has come out of the decoder; False if it is damaged."""
+        if not image.is_corrupt:
+            self._see(image)
+            return True
+        # Shown before the key frame that decoding has begun with anew, and made from what was lost.
+        return self.entry is not None and image.pts is not None and image.pts < self.entry
 
     def _heard(self, time: float) -> bool:
         """Whether the sound around a time is there, or will not come."""
@@ -318,13 +392,21 @@ class _Session:
         stamp = float(image.pts * self.video.time_base) if self.timed and image.pts is not None else None
         if live._begun is None:
             live._begun = monotonic()
+        if self.shift is None:
+            self.origin = stamp
         shift = self.shift
         if shift is None or (stamp is not None and self._leaps(stamp + shift)):
             shift = self._anchor(stamp or 0.0)
         skipped, self.passed = self.passed, 0
         while self.stamps and image.pts is not None and self.stamps[0] <= image.pts:
             skipped += heappop(self.stamps) < image.pts
+        before = live._time
         index, time = live._picture(None if stamp is None else stamp + shift, skipped)
+        if self.lost_from is not None:
+            live.lost(self.lost_from, time)
+            self.lost_from = None
+        elif not live.address.lasting and index > 0 and time - before > max(HOLE_S, 2 / live._span.fps):
+            live.lost(before, time)  # most formats do not tell where packets are missing
         if live._due(index, time):
             held = sum(plane.buffer_size for plane in image.planes) * (len(self.waiting) + 1)
             if self.waiting and held > _MOST_BYTES:
