@@ -12,12 +12,14 @@ app: $(STAMP)
 	$(BIN)/crowdexit app
 
 # A process for each core, with a thread for each process: most tests are too small for more. OpenVINO and ONNX Runtime
-# bring thread pools of their own; they get processes of their own, too.
+# bring thread pools of their own; they get processes of their own, too. What looks at the clock has the machine alone.
 APART := tests/inference/runtimes tests/inference/test_export.py
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical
+TIMED := $(addprefix tests/inference/,test_anytime.py test_live.py test_policies.py)
+ABREAST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical
 test: $(STAMP)
-	$(PYTEST) $(APART:%=--ignore=%)
-	$(PYTEST) $(APART)
+	$(ABREAST) $(patsubst %,--ignore=%,$(APART) $(TIMED))
+	$(ABREAST) $(APART)
+	$(BIN)/python -m pytest $(TIMED)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
