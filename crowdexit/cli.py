@@ -82,7 +82,7 @@ class Precision(StrEnum):
 
 @app.command(
     epilog="Examples: `crowdexit count street.jpg clip.mp4 --format json --out counts.jsonl`, "
-    "`crowdexit count street.jpg --deadline-ms 100`, `crowdexit count photos --policy confident --within 20%`, "
+    "`crowdexit count street.jpg --deadline-ms 100`, `crowdexit count photos --policy confident --within 50%`, "
     "`crowdexit count photos --budget-ms 10000`"
 )
 def count(
@@ -110,7 +110,7 @@ def count(
         ),
     ] = PolicyName.anytime,
     within: Annotated[
-        str | None, typer.Option(help="Narrow enough: ± so many people (15), or a share of the count. [default: 20%]")
+        str | None, typer.Option(help="Narrow enough: ± so many people (15), or a share of the count. [default: 50%]")
     ] = None,
     budget_ms: Annotated[
         float | None, typer.Option(help="For all pictures together: the exits with the least error in this time.")

@@ -34,6 +34,10 @@ def run(app: typer.Typer, arguments: Sequence[str] | None = None, *, interrupted
         return _refuse(str(error))
     except _Misuse as error:
         return _refuse(error.format_message())  # type: ignore[attr-defined]
+    except OSError as error:  # a path that may not even be looked at, or is none (too long a name)
+        if error.filename is None:
+            raise
+        return _refuse(f"{error.filename}: {error.strerror}")
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     if code == 130:

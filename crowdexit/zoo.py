@@ -201,8 +201,9 @@ def at_size(network: MultiExitNetwork, spec: Spec, size: tuple[int, int]) -> tup
     bound = [key for key, tensor in other.state_dict().items() if tensor.shape != there[key].shape]
     if bound:
         exits = dict.fromkeys(key.split(".")[1] for key in bound if key.startswith("branches."))
-        what = f"the exits {', '.join(exits)} are" if len(exits) else f"{bound[0]} is"
-        raise ZooError(f"{spec.model} at {size[0]}x{size[1]}: {what} made for the size that it was trained at")
+        what = f"only at its own size there is {', '.join(exits) or bound[0]}"
+        hint = " (leave early exits out: --exits final)" if exits else ""
+        raise ZooError(f"{spec.model} at {size[0]}x{size[1]}: {what}{hint}")
     fill(other, there, spec.model)
     return other.eval(), other_spec
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -149,6 +149,8 @@ class CrowdCounter:
         self._times = Profile()
 
     def _known(self, exits: Sequence[str]) -> list[str]:
+        if not exits:
+            raise CounterError("no exit is asked")
         for name in exits:
             if name not in self.network.exit_names:
                 raise CounterError(f"no exit {name!r} in {self.model} (it has {', '.join(self.network.exit_names)})")
@@ -215,6 +217,8 @@ class CrowdCounter:
                 go by.
         """
         check_deadline(deadline_ms)
+        if late not in get_args(Late):
+            raise CounterError(f"late is one of {', '.join(get_args(Late))}, not {late!r}")
         if deadline_ms is None:
             self._check_without_deadline(policy)
         else:

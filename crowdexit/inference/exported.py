@@ -228,8 +228,15 @@ class Exported:
         for name in exits or ():
             if name not in self.chain.exit_names:
                 raise ExportError(f"no exit {name!r} in this export (it has {', '.join(self.chain.exit_names)})")
-        if log_mel is not None and (log_mel.shape != (96, 64) or not np.isfinite(log_mel).all()):
-            raise ExportError("a log-mel has the shape (96, 64) and finite values")
+        if exits is not None and not exits:
+            raise ExportError("no exit is asked")
+        if log_mel is not None:
+            if not isinstance(log_mel, np.ndarray) or log_mel.shape != (96, 64):
+                raise ExportError("a log-mel is an array (96, 64)")
+            with np.errstate(over="ignore"):
+                log_mel = log_mel.astype(np.float32)
+            if not np.isfinite(log_mel).all():
+                raise ExportError("a log-mel has finite values")
         pixels = read_picture(picture) if isinstance(picture, (str, Path)) else checked_picture(picture)
         boxes = tile_boxes(pixels.shape[1], pixels.shape[0], self.manifest.scene)
         seen = [
@@ -269,7 +276,7 @@ class Exported:
         self, seen: Sequence[tuple[NDArray[np.uint8], Placement]], log_mel: NDArray[np.float32] | None
     ) -> Record:
         """Views on their canvases as a batch before the first stage."""
-        sound = np.zeros((96, 64), np.float32) if log_mel is None else log_mel.astype(np.float32)
+        sound = np.zeros((96, 64), np.float32) if log_mel is None else log_mel
         return {
             "visual": np.stack([normalise(canvas) for canvas, _ in seen]),
             "log_mel": np.repeat(sound[None, None], len(seen), axis=0),

@@ -112,7 +112,7 @@ def policy_named(name: str, within: str | None = None) -> Policy:
     Args:
         name: ``anytime``, ``fits`` or ``confident``.
         within: for ``confident``, how far the interval may reach from the count: people (``15``) or a share of it
-            (``20%``, the default).
+            (``50%``, the default).
 
     Raises:
         PolicyError: for another name, a bound that means nothing, or one where none belongs.
@@ -123,11 +123,11 @@ def policy_named(name: str, within: str | None = None) -> Policy:
         if within is not None:
             raise PolicyError(f"a bound ({within}) is for the policy confident, not for {name}")
         return ANYTIME if name == "anytime" else DeepestThatFits()
-    number, percent, rest = ("20%" if within is None else within).partition("%")
+    number, percent, rest = ("50%" if within is None else within).partition("%")
     try:
         bound = float(number)
     except ValueError:
         bound = math.nan
     if rest or not 0 < bound < math.inf:
-        raise PolicyError(f"no bound {within!r}: give one in people (15) or as a share of the count (20%)")
+        raise PolicyError(f"no bound {within!r}: give one in people (15) or as a share of the count (50%)")
     return Confident(share=bound / 100) if percent else Confident(bound)

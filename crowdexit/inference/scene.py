@@ -72,9 +72,13 @@ def hear(sound: Sound | None) -> NDArray[np.float32] | None:
         sound = read_audio(sound)
     if isinstance(sound, tuple):
         return log_mel(*sound)
-    if sound.shape != (96, 64) or not np.isfinite(sound).all():
-        raise AudioError("a log-mel has the shape (96, 64) and finite values")
-    return sound.astype(np.float32)
+    if not isinstance(sound, np.ndarray) or sound.shape != (96, 64):
+        raise AudioError("a log-mel is an array (96, 64)")
+    with np.errstate(over="ignore"):
+        sound = sound.astype(np.float32)
+    if not np.isfinite(sound).all():
+        raise AudioError("a log-mel has finite values")
+    return sound
 
 
 def prepared(image: Picture, audio: Sound | None, config: Config) -> tuple[Scene, list[Row]]:

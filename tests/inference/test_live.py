@@ -19,7 +19,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from videos import Wrapped, index_of, make_video, tone
+from videos import Wrapped, index_of, make_video, moving, tone, write_moving
 
 from crowdexit.inference.run import RunError, count_inputs
 from crowdexit.inference.sources import SourceError, expand
@@ -514,3 +514,50 @@ def test_live_pictures_that_are_too_large(tmp_path, monkeypatch):
     with fed(tmp_path / "again", data, 0.0) as name, pytest.raises(VideoError, match="again: too large"):
         frames_of(name)
     assert seen == 6
+
+
+def test_behind_damage_no_picture_is_made_of_what_is_lost(tmp_path):
+    """A broadcast with a hole in it: nothing is counted there, and that is told."""
+    write_moving(tmp_path / "v.ts", 100, size=(320, 240))
+    data = bytearray((tmp_path / "v.ts").read_bytes())
+    data[len(data) * 30 // 100 : len(data) * 60 // 100] = bytes(len(data) * 60 // 100 - len(data) * 30 // 100)
+    lines: list[str] = []
+    with fed(tmp_path / "pipe", bytes(data), 0.0) as name:
+        got, _ = frames_of(name, 1000, warn=lines.append)
+    assert len(lines) == 1
+    assert lines[0].startswith(f"{name}: damaged from ")
+    begin = float(lines[0].partition("damaged from ")[2].split()[0])
+    # Each is what was shown at its time; but the one in which the hole begins is cut, and out before that is known.
+    for frame in (frame for frame in got if abs(frame.time_s - begin) > 0.1):
+        shown = moving(round(frame.time_s * 25), (320, 240))
+        assert np.abs(frame.picture.astype(int) - shown).mean() < 12
+    assert 30 < len(got) < 80
+
+
+def test_the_end_of_a_pipe_that_has_fallen_silent(tmp_path):
+    data = transport_stream(tmp_path / "v.ts", sound=False)
+    os.mkfifo(tmp_path / "pipe")
+    silence = threading.Event()
+
+    def feed() -> None:
+        with (tmp_path / "pipe").open("wb", buffering=0) as pipe:
+            pipe.write(data)
+            silence.wait(60)
+
+    thread = threading.Thread(target=feed, daemon=True)
+    thread.start()
+    begun = time.monotonic()
+    try:
+        frames = list(LiveFrames(address_of(str(tmp_path / "pipe")), Span(10, end=4), refuse))
+        assert time.monotonic() - begun < 30
+        assert frames
+    finally:
+        silence.set()
+        thread.join()
+    os.mkfifo(tmp_path / "nobody")
+    with pytest.raises(VideoError, match="nothing has come of it until the end"):
+        list(LiveFrames(address_of(str(tmp_path / "nobody")), Span(10, end=0.5), refuse))
+
+
+def test_schemes_are_the_same_in_capitals():
+    assert address_of("HTTP://Example.org/A").url == "http://Example.org/A"

@@ -334,7 +334,7 @@ def test_a_folder_in_which_some_come_too_late(counter, pictures, tmp_path, capsy
 def test_policies_by_name():
     assert policy_named("anytime") is ANYTIME
     assert policy_named("fits") == DeepestThatFits()
-    assert policy_named("confident") == Confident(share=0.2)
+    assert policy_named("confident") == Confident(share=0.5)
     assert policy_named("confident", "15") == Confident(15.0)
     assert policy_named("confident", "7.5%") == Confident(share=0.075)
     for name, within, line in [

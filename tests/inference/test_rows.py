@@ -393,3 +393,34 @@ def test_one_run_at_a_time_writes_a_file(counter, street, tmp_path):
             count_inputs(counter, [street], format="json", out=out, resume=resume)
         assert [p.name for p in tmp_path.iterdir()] == [street.name]
     assert count_inputs(counter, [street], format="json", out=out) == 1
+
+
+def test_nothing_that_is_written_on_the_way_overwrites_another(counter, film, tmp_path):
+    unfinished = tmp_path / "film2.mp4.part"
+    shutil.copy(film, unfinished)
+    with pytest.raises(RunError, match=r"--annotate .*film2.mp4.part would be overwritten"):
+        count_inputs(counter, [unfinished], annotate=tmp_path / "film2.mp4")
+    with pytest.raises(RunError, match=r"--annotate .*same.mp4.* would be overwritten"):
+        count_inputs(counter, [film], format="csv", out=tmp_path / "same.mp4", annotate=tmp_path / "same.mp4")
+    assert unfinished.read_bytes() == film.read_bytes()
+
+
+def test_a_link_is_followed_and_a_pipe_is_none(counter, street, tmp_path):
+    (tmp_path / "link.csv").symlink_to(tmp_path / "real.csv")
+    count_inputs(counter, [street], format="csv", out=tmp_path / "link.csv")
+    assert (tmp_path / "link.csv").is_symlink()
+    assert (tmp_path / "real.csv").read_text().count("\n") == 2
+    os.mkfifo(tmp_path / "pipe.csv")
+    with pytest.raises(RowError, match="a device or a pipe, not a file"):
+        count_inputs(counter, [street], format="csv", out=tmp_path / "pipe.csv")
+    with pytest.raises(RunError, match="a run has ended in"):
+        count_inputs(counter, [street], format="csv", out=tmp_path / "real.csv", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("problem", "raised"), [(BrokenPipeError(32, "gone"), SystemExit), (OSError(28, "full"), RowError)]
+)
+def test_a_standard_output_that_takes_no_more(problem, raised, capsys):
+    with pytest.raises(raised) as ended, opened(None):
+        raise problem
+    assert "full" in str(ended.value) or ended.value.code == 141

@@ -6,6 +6,7 @@ import shutil
 import struct
 import weakref
 from dataclasses import replace
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 
@@ -529,3 +530,29 @@ def test_an_endless_annotated_video_can_be_played_as_it_grows(tmp_path):
         shutil.copy(tmp_path / "out.mp4.part", tmp_path / "killed.mp4")
     assert 600 < len(frames(tmp_path / "killed.mp4", fps=10, warn=lambda line: None)) < 800
     assert len(frames(tmp_path / "out.mp4", fps=10)) == 800
+
+
+def test_colours_that_ffmpeg_knows_by_name_alone(tmp_path):
+    path = tmp_path / "v.mp4"
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=10, options={"x264-params": "colormatrix=YCgCo"})
+        video.width, video.height, video.pix_fmt = 96, 64, "yuv420p"
+        image = av.VideoFrame.from_ndarray(np.full((64, 96, 3), 120, np.uint8), format="rgb24")
+        image.pts, image.time_base = 0, Fraction(1, 10)
+        container.mux([*video.encode(image), *video.encode()])
+    (frame,) = read_frames(path)
+    for size in ((96, 64), (48, 32)):
+        assert np.abs(frame.scaled(size).astype(int) - 120).max() < 12
+
+
+def test_pictures_that_begin_after_the_sound_are_not_called_cut_short(tmp_path):
+    """Matroska states the end on its own clock."""
+    path = make_video(tmp_path / "v.mkv", [3 + i / 10 for i in range(30)], sound=tone(6))
+    lines: list[str] = []
+    assert len(list(read_frames(path, Span(10), warn=lines.append))) == 30
+    assert lines == []
+
+
+def test_a_rate_that_is_none():
+    with pytest.raises(VideoError, match="cannot be counted"):
+        Span(1e308)
