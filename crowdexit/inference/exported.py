@@ -236,7 +236,7 @@ class Exported:
             with np.errstate(over="ignore"):
                 log_mel = log_mel.astype(np.float32)
             if not np.isfinite(log_mel).all():
-                raise ExportError("a log-mel has finite values")
+                raise ExportError("a log-mel (96, 64) has finite values")
         pixels = read_picture(picture) if isinstance(picture, (str, Path)) else checked_picture(picture)
         boxes = tile_boxes(pixels.shape[1], pixels.shape[0], self.manifest.scene)
         seen = [

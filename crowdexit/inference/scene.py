@@ -77,7 +77,7 @@ def hear(sound: Sound | None) -> NDArray[np.float32] | None:
     with np.errstate(over="ignore"):
         sound = sound.astype(np.float32)
     if not np.isfinite(sound).all():
-        raise AudioError("a log-mel has finite values")
+        raise AudioError("a log-mel (96, 64) has finite values")
     return sound
 
 
