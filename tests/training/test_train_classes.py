@@ -99,9 +99,9 @@ def test_evaluate_gives_every_exits_accuracy(colours, trained, tmp_path):
     assert [row["exit"] for row in said["exits"]] == zoo.load(tmp_path)[0].exit_names
     assert said["exits"][-1]["accuracy"] == 100
     assert all(row["latency_ms"] > 0 for row in said["exits"])
-    table = CliRunner().invoke(app, ["evaluate", *arguments, "--ids", "test1*"], env={"COLUMNS": "200"})
+    table = CliRunner().invoke(app, ["evaluate", *arguments, "--ids", "test1*"])
     assert "accuracy" in table.stdout
-    assert "(9 pictures)" in table.stdout
+    assert "(9 pictures)" in " ".join(table.stdout.split())  # a title is folded to its table's width
     traded = CliRunner().invoke(app, ["tradeoff", *arguments, "--out", str(tmp_path / "t")])
     assert traded.exit_code == 0, traded.output
     assert "wrong answers, %" in (tmp_path / "t" / "tradeoff.md").read_text("utf-8")
