@@ -24,6 +24,7 @@ from crowdexit import zoo
 from crowdexit.analysis.cost import CostTable, cost_of
 from crowdexit.inference.runtimes.arrays import RuntimeUnavailable
 from crowdexit.inference.runtimes.base import ReadyChain
+from crowdexit.inference.runtimes.openvino import multiplies_bf16
 from crowdexit.inference.runtimes.pick import pick
 from crowdexit.network import FINAL, MultiExitNetwork
 from crowdexit.stages import Features, Stage, inputs
@@ -114,7 +115,10 @@ def main() -> None:
     parser.add_argument("--model", default="audiocsrnet")
     parser.add_argument("--size", default="1024x576")
     parser.add_argument("--rounds", type=int, default=5, help="at least")
-    parser.add_argument("--runtimes", help="with commas between; default: all, those of a GPU where there is one")
+    parser.add_argument(
+        "--runtimes",
+        help="with commas between; default: all; of a GPU and in bfloat16 where there is one",
+    )
     parser.add_argument("--json", type=Path, help="write the figures there")
     args = parser.parse_args()
     width, height = map(int, args.size.split("x"))
@@ -125,7 +129,11 @@ def main() -> None:
     features = inputs(torch.randn(1, 3, height, width), torch.randn(1, 1, 96, 64))
     costs = cost_of(spec, args.model)
     machine = describe()
-    runtimes = args.runtimes.split(",") if args.runtimes else RUNTIMES + (ON_GPU if machine["gpu"] else ())
+    if args.runtimes:
+        runtimes = args.runtimes.split(",")
+    else:  # where a processor has no bfloat16, PyTorch takes minutes for such a forward
+        here = (name for name in RUNTIMES if multiplies_bf16() or not name.endswith("bf16"))
+        runtimes = [*here, *(ON_GPU if machine["gpu"] else ())]
     print(f"{args.model} at {args.size}, {costs.backbone_flops / 1e9:.0f} GFLOP; {in_a_line(machine)}")
     print(
         f"{'runtime':14} {'ms':>8} {'plain ÷':>8} {'of matrix rate':>15} {'exits cost':>11} {'off plain':>10}"

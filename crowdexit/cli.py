@@ -20,6 +20,7 @@ from crowdexit import command
 from crowdexit.errors import CrowdExitError
 
 if TYPE_CHECKING:
+    from crowdexit.inference.runtimes.base import Runtime
     from crowdexit.network import MultiExitNetwork
     from crowdexit.zoo import Spec
 
@@ -146,6 +147,8 @@ def count(
     expand(inputs)
     check_deadline(deadline_ms)
     check_positive(budget_ms)
+    if late is Late.fail and deadline_ms is None:
+        raise CrowdExitError("--late fail: nothing is late without --deadline-ms")
     chosen = policy_named(policy, within)
     counter = load(model, runtime=runtime)
     count_inputs(
@@ -552,6 +555,7 @@ def export(
 ) -> None:
     """Write every stage and every exit as a model that runs without PyTorch, and a manifest that says how."""
     from crowdexit.inference.export import export as run_export
+    from crowdexit.inference.exported import read_manifest
 
     path = run_export(
         model,
@@ -565,49 +569,53 @@ def export(
     )
     files = sorted(path.iterdir())
     print(f"{path}: {len(files)} files, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB")
+    manifest = read_manifest(path)
+    if not manifest.classifies and manifest.intervals is None:
+        hint = f"`crowdexit calibrate {path} --data …` measures them"
+        print(f"note: there are no intervals for it at {size or 'its size'}; {hint}", file=sys.stderr)
 
 
 @app.command(epilog="Example: `crowdexit calibrate runs/audiocsrnet-s-branches --data crowd.h5 --split val`")
 def calibrate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A trained run's folder or checkpoint.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A trained run's folder, a checkpoint, or an exported folder.")
+    ],
     data: Annotated[Path, typer.Option(help="A prepared HDF5 file with held-out pictures.")],
     split: Annotated[str, typer.Option()] = "val",
     ids: Ids = "*",
     level: Annotated[float, typer.Option(help="Of counts: how often the interval is to hold the truth.")] = 0.9,
     runtime: RuntimeName = "auto",
 ) -> None:
-    """Write into a checkpoint how sure its exits are, measured on held-out pictures.
+    """Write into a checkpoint or an export how sure its exits are, measured on held-out pictures.
 
     Of counts the intervals: how far each exit was from the truth. Of classes the temperatures, and what comes of
     leaving when sure.
     """
-    from crowdexit import zoo
+    from crowdexit.inference.models import open_model
     from crowdexit.memory import keep_freed_memory
 
-    path = zoo.checkpoint_path(model)
     keep_freed_memory()
-    network, spec = zoo.load(path)
+    network, spec, picked = open_model(model, runtime)
     if network.classifies:
-        _calibrate_classes(path, network, spec, data, split, ids, runtime)
+        _calibrate_classes(model, network, spec, data, split, ids, picked)
     else:
-        _calibrate_counts(path, network, spec, data, split, ids, level, runtime)
+        _calibrate_counts(model, network, spec, data, split, ids, level, picked)
 
 
 def _calibrate_counts(
-    path: Path, network: MultiExitNetwork, spec: Spec, data: Path, split: str, ids: str, level: float, runtime: str
+    model: str, network: MultiExitNetwork, spec: Spec, data: Path, split: str, ids: str, level: float, runtime: Runtime
 ) -> None:
-    from crowdexit import zoo
     from crowdexit.data.store import Store
     from crowdexit.inference.counter import CrowdCounter
     from crowdexit.inference.evaluate import calibrate as run_calibration
-    from crowdexit.inference.runtimes.pick import pick
+    from crowdexit.inference.models import keep_calibration
 
     with Store(data) as store:
         wanted = store.ids(split, ids)
-        counter = CrowdCounter(network, spec.model, runtime=pick(runtime), exits=network.exit_names)
+        counter = CrowdCounter(network, spec.model, runtime=runtime, exits=network.exit_names)
         with _progress("calibrating", 2 * len(wanted)) as advance:
             intervals = run_calibration(counter, store, split, wanted, level, progress=advance)
-    zoo.annotate(path, intervals=intervals.to_dict())
+    path = keep_calibration(model, intervals)
     table = Table(title=f"{path}: {level:.0%} of {len(wanted)} pictures within ± w · (count + 10)")
     for name in ("exit", "w without sound", "w with sound"):
         table.add_column(name, justify="left" if name == "exit" else "right")
@@ -618,23 +626,22 @@ def _calibrate_counts(
 
 
 def _calibrate_classes(
-    path: Path, network: MultiExitNetwork, spec: Spec, data: Path, split: str, ids: str, runtime: str
+    model: str, network: MultiExitNetwork, spec: Spec, data: Path, split: str, ids: str, runtime: Runtime
 ) -> None:
-    from crowdexit import zoo
     from crowdexit.analysis.leaving import costs_on_the_way, leaving
     from crowdexit.data.classes import ClassStore
     from crowdexit.inference import classify
     from crowdexit.inference.counter import served_exits
-    from crowdexit.inference.runtimes.pick import pick
+    from crowdexit.inference.models import keep_calibration
     from crowdexit.temperatures import surprise
 
     with ClassStore(data) as store:
         wanted = classify.matching(store, split, ids)
         with _progress("calibrating", len(wanted)) as advance:
-            chain = pick(runtime).ready(network)
+            chain = runtime.ready(network)
             scores, labels = classify.scores_of(chain, store, split, wanted, progress=advance)
     temperatures = classify.calibrate(scores, labels)
-    zoo.annotate(path, temperatures=temperatures.to_dict())
+    path = keep_calibration(model, temperatures)
     table = Table(title=f"{path}: temperatures from {len(wanted)} pictures")
     for name in ("exit", "temperature", "surprise before, nats", "after"):
         table.add_column(name, justify="left" if name == "exit" else "right")

@@ -105,14 +105,22 @@ def width(counts: Sequence[float], truths: Sequence[float], level: float) -> flo
     Raises:
         IntervalError: for a level outside 0 to 1, or too few pictures to promise it.
     """
+    return sorted(_scores(counts, truths))[rank(len(counts), level) - 1]
+
+
+def rank(samples: int, level: float) -> int:
+    """Of so many held-out pictures' scores, the smallest first, the number of the one that is the width.
+
+    Raises:
+        IntervalError: as of :func:`width`.
+    """
     if not 0 < level < 1:
         raise IntervalError(f"a level of {level:g} is no probability between 0 and 1")
-    scores = sorted(_scores(counts, truths))
-    rank = math.ceil((len(scores) + 1) * level - _ROUNDING)
-    if rank > len(scores):
+    number = math.ceil((samples + 1) * level - _ROUNDING)
+    if number > samples:
         least = math.ceil(level / (1 - level) - _ROUNDING)
-        raise IntervalError(f"{len(scores)} pictures are too few for a level of {level:g}: it takes {least}")
-    return scores[rank - 1]
+        raise IntervalError(f"{samples} pictures are too few for a level of {level:g}: it takes {least}")
+    return number
 
 
 def expected_error(counts: Sequence[float], truths: Sequence[float]) -> float:

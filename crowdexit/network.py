@@ -34,6 +34,10 @@ class Config(Protocol):
         """What the sides of ``size`` have to be multiples of, every kind of branch considered."""
 
     @property
+    def bare_step(self) -> int:
+        """What they have to be multiples of where there is no branch."""
+
+    @property
     def branch_fields(self) -> tuple[str, ...]:
         """The fields that shape a branch and nothing else: what may differ from branch to branch."""
 

@@ -189,9 +189,13 @@ def with_exits(network: MultiExitNetwork, spec: Spec, names: Sequence[str]) -> t
 def at_size(network: MultiExitNetwork, spec: Spec, size: tuple[int, int]) -> tuple[MultiExitNetwork, Spec]:
     """The same weights for pictures of another (width, height); its intervals are not of that size, and go.
 
+    At the size that the network has it stays as it is.
+
     Raises:
         ZooError: if some weights belong to the size that the network has.
     """
+    if size == network.config.size:
+        return network, spec
     other_spec = replace(
         spec,
         changes={**spec.changes, "size": list(size)},
@@ -206,6 +210,11 @@ def at_size(network: MultiExitNetwork, spec: Spec, size: tuple[int, int]) -> tup
         raise ZooError(f"{spec.model} at {size[0]}x{size[1]}: {what}{hint}")
     fill(other, there, spec.model)
     return other.eval(), other_spec
+
+
+def step_of(network: MultiExitNetwork) -> int:
+    """What the sides of its pictures have to be multiples of, at another size than its own."""
+    return network.config.step if len(network.exit_names) > 1 else network.config.bare_step
 
 
 def parse_size(text: str, step: int) -> tuple[int, int]:

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crowdexit.data.classes import ClassStore, ClassWriter, write_classes
-from crowdexit.data.log_mel import AudioError, read_audio
+from crowdexit.data.log_mel import read_audio
+from crowdexit.data.mel import AudioError
 from crowdexit.data.spectrogram import Spectrogram
 from crowdexit.data.store import SPLITS
 from crowdexit.errors import CrowdExitError

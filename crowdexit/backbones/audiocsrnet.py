@@ -78,6 +78,11 @@ class AudioCSRNetConfig:
         return STRIDE * self.patch
 
     @property
+    def bare_step(self) -> int:
+        """The map is eight times as small as the picture."""
+        return STRIDE
+
+    @property
     def scene(self) -> tuple[int, int]:
         """The whole picture is seen at once."""
         return self.size

@@ -79,6 +79,11 @@ class ConvNetConfig:
         return 1
 
     @property
+    def bare_step(self) -> int:
+        """As with branches."""
+        return self.step
+
+    @property
     def scene(self) -> tuple[int, int]:
         """The whole picture is seen at once."""
         return self.size

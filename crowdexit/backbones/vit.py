@@ -117,6 +117,11 @@ class ViTConfig:
         return self.patch
 
     @property
+    def bare_step(self) -> int:
+        """As with branches."""
+        return self.step
+
+    @property
     def scene(self) -> tuple[int, int]:
         """(width, height) at which a picture is looked at in all: one view, or three by two tiles (TransCrowd)."""
         return (3 * self.size[0], 2 * self.size[1]) if self.view == "tiles" else self.size

@@ -13,10 +13,9 @@ import torch
 import torchaudio
 from numpy.typing import NDArray
 
-from crowdexit.errors import CrowdExitError
+from crowdexit.data.mel import FRAMES, MEL_BANDS, AudioError
 
 SAMPLE_RATE = 16_000
-FRAMES, MEL_BANDS = 96, 64
 WINDOW, HOP, FFT = 400, 160, 512  # samples: 25 ms and 10 ms
 LOWEST_HZ, HIGHEST_HZ, LOG_OFFSET = 125.0, 7500.0, 0.01
 
@@ -33,10 +32,6 @@ _MOST_CHANNELS = 64
 _MOST_VALUES = 2**28  # 1 GiB as float32: 46 minutes of stereo at 48 kHz
 _IN_ONE_THREAD = 2**18  # multiply-adds of a product up to which OpenBLAS uses no other thread
 _LEAST_SHARE = 0.75  # of the stated length; formats that only estimate theirs stay above it
-
-
-class AudioError(CrowdExitError):
-    """Sound that cannot be read or is no sound."""
 
 
 def log_mel(waveform: NDArray[np.generic] | torch.Tensor, sample_rate: int) -> NDArray[np.float32]:

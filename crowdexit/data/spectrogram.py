@@ -12,7 +12,8 @@ import torch
 import torchaudio
 from numpy.typing import NDArray
 
-from crowdexit.data.log_mel import AudioError, at_rate, checked_rate, mono
+from crowdexit.data.log_mel import at_rate, checked_rate, mono
+from crowdexit.data.mel import AudioError
 
 SPEECH_RATE, MUSIC_RATE = 16_000, 22_050  # Hz, as Speech Commands and GTZAN are published
 SPEECH_WINDOW, SPEECH_STEP, SPEECH_FFT = 255, 128, 256  # samples

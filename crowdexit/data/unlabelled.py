@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from crowdexit.data.log_mel import AudioError, read_audio
+from crowdexit.data.log_mel import read_audio
+from crowdexit.data.mel import AudioError
 from crowdexit.data.picture import FORMATS, MAX_PIXELS, MIN_SIDE, SUFFIXES, read_picture
 from crowdexit.data.spectrogram import Spectrogram
 from crowdexit.data.store import StoredSample, StoreError

@@ -44,6 +44,10 @@ class BudgetError(CrowdExitError):
     """A budget that cannot be kept, or a network whose errors are not known."""
 
 
+class BudgetTooSmall(BudgetError):
+    """A budget in which not even the first exits can answer."""
+
+
 @dataclass(frozen=True)
 class Costs:
     """What a row takes, in milliseconds.
@@ -176,7 +180,8 @@ class Budget:
         clock: seconds.
 
     Raises:
-        BudgetError: if looking at all of them takes longer, or the first exit's errors are not known.
+        BudgetTooSmall: if looking at all of them takes longer.
+        BudgetError: if the first exit's errors are not known.
     """
 
     def __init__(
@@ -226,6 +231,11 @@ class Budget:
     def skip(self) -> None:
         """One picture fewer: it cannot be counted."""
         self._number -= 1
+
+    @property
+    def used_ms(self) -> float:
+        """Of the budget, up to the last decision."""
+        return self._budget_ms - 1000 * (self._end - self._mark)
 
     @property
     def look_ms(self) -> float:
@@ -289,7 +299,7 @@ class Budget:
 
     def _check_room(self, looking_ms: float) -> None:
         if looking_ms > (1 + TOLERANCE) * self._budget_ms:
-            raise BudgetError(
+            raise BudgetTooSmall(
                 f"a budget of {self._budget_ms:g} ms is too small for {self._number} pictures: "
                 f"their first exits alone take about {looking_ms:.0f} ms"
             )
@@ -302,8 +312,7 @@ class Budget:
         """
         to_come = max(0, self._number - self._begun - len(self._window))
         if to_come > 0:
-            used = self._budget_ms - 1000 * (self._end - self._mark)
-            self._check_room(used + to_come * min(self.look_ms, median_low(self._looks_ms)))
+            self._check_room(self.used_ms + to_come * min(self.look_ms, median_low(self._looks_ms)))
 
     def _spent(self) -> None:
         """Book the time since the last decision to what it was spent on."""

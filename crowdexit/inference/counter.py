@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,7 +19,7 @@ from crowdexit.data.picture import PIXELS_ABREAST, PIXELS_AT_ONCE, decode_pictur
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.anytime import DeadlineMissed, answers_by
 from crowdexit.inference.batch import batch_of
-from crowdexit.inference.budget import Budget, Costs, check_budget
+from crowdexit.inference.budget import TOLERANCE, Budget, BudgetTooSmall, Costs, check_budget
 from crowdexit.inference.models import open_model
 from crowdexit.inference.policies import ANYTIME, Confident, DeepestThatFits
 from crowdexit.inference.profile import LAYING, PREPARING, Profile, exit_step, profile_of, stage_step
@@ -32,6 +32,8 @@ from crowdexit.intervals import Intervals
 from crowdexit.memory import keep_freed_memory
 from crowdexit.network import FINAL, MultiExitNetwork
 from crowdexit.stages import Features
+
+log = logging.getLogger(__name__)
 
 Late = Literal["wait", "fail"]
 
@@ -147,6 +149,7 @@ class CrowdCounter:
         self.chain.prepare(self.exits)  # before any clock runs
         self._turn = Turn()
         self._times = Profile()
+        self._measured = False  # the profile, by this counter
 
     def _known(self, exits: Sequence[str]) -> list[str]:
         if not exits:
@@ -270,9 +273,9 @@ class CrowdCounter:
             asked for.
 
         Raises:
-            BudgetError: for a budget that is not positive, or a network that is not calibrated. If the first exits
-                alone take longer than the budget: when the first result is asked for, as far as the profile tells, and
-                with any later one, as soon as the time shows it.
+            BudgetError: for a budget that is not positive, or a network that is not calibrated.
+            BudgetTooSmall: if the first exits alone take longer than the budget: when the first result is asked for,
+                as far as the profile tells, and with any later one, as soon as the time shows it.
             CrowdExitError: as :meth:`stream`; for a policy that has nothing to go by.
         """
         wanted = self.exits if exits is None else self._known(exits)
@@ -280,7 +283,7 @@ class CrowdCounter:
         if isinstance(policy, DeepestThatFits):
             raise CounterError("many pictures together have no deadline that an exit could fit; give a budget")
         if budget_ms is None:
-            return self._many(iter(samples), wanted, policy, self._pictures(PIXELS_AT_ONCE))
+            return self._many(iter(samples), wanted, policy, self._rows(PIXELS_AT_ONCE))
         if policy is not ANYTIME:
             raise CounterError("a budget is a policy itself")
         check_budget(budget_ms, wanted[0], self.intervals.errors(heard=False))
@@ -351,13 +354,13 @@ class CrowdCounter:
         steps = [*map(stage_step, range(len(self.network.stages))), *map(exit_step, exits), PREPARING, LAYING]
         if not (times.read() and times.knows(steps)):
             self._measure(times)
-            times.write()
         weakref.finalize(self, times.write)
         self._times = times
         return times
 
     def _measure(self, times: Profile) -> None:
         """Run a picture through everything, with one row, two, four … as far as go through a stage at once."""
+        self._measured = True
         jpeg = photo(self.size)
         rows = 1
         while rows <= self._rows(PIXELS_AT_ONCE):
@@ -374,6 +377,7 @@ class CrowdCounter:
                 for _ in walk.run([self._part(0, [[row]] * rows, kept)], ANYTIME):
                     pass
             rows *= 2
+        times.write()
 
     def _usual_ms(self, exit: str) -> float | None:
         """What a picture of the scene's shape takes here until an exit's answer, about; None: not known yet."""
@@ -393,10 +397,6 @@ class CrowdCounter:
         width, height = self.size
         config = self.network.config
         return len(views(np.zeros((height, width, 3), np.uint8), config.size, config.view))
-
-    def _pictures(self, pixels: int) -> int:
-        """How many pictures of the scene's shape have so many pixels as the network sees them; one at least."""
-        return max(1, self._rows(pixels) // self._views)
 
     def make_ready_for(self, policy: Policy) -> None:
         """Do what a policy with a deadline needs before any time begins: ``DeepestThatFits`` goes by the profile.
@@ -485,7 +485,7 @@ class CrowdCounter:
         policy: Policy,
         abreast: int,
     ) -> Iterator[CountResult | None]:
-        """Count samples, so many abreast."""
+        """Count samples, abreast as many as have so many rows together."""
         begun = time.perf_counter()
         budget = policy if isinstance(policy, Budget) else None
         while True:
@@ -495,7 +495,7 @@ class CrowdCounter:
                 budget.window(scenes)
             said: list[list[ExitResult]] = [[] for _ in range(abreast)]
             walk = self._walk(exits, scenes, abreast)
-            for told in walk.run(self._parts(islice(samples, abreast), scenes, order, budget), policy):
+            for told in walk.run(self._parts(samples, scenes, order, budget, abreast), policy):
                 self._write_down(told, said, scenes, begun)
             if budget is not None:
                 budget.walked()
@@ -530,14 +530,29 @@ class CrowdCounter:
             assert ms is not None
             return ms / at_once
 
-        costs = Costs(
-            [row_ms(stage_step(index)) for index in range(len(self.network.stages))],
-            {name: row_ms(exit_step(name)) for name in exits},
-            {name: self.network.stage_of(name) for name in exits},
-        )
-        preparing_ms = (times.ms(PREPARING) or 0.0) + self._views * row_ms(LAYING)
-        budget = Budget(budget_ms, number, exits, errors, costs, preparing_ms, self._views)
-        yield from self._many(samples, exits, budget, self._pictures(PIXELS_ABREAST))
+        def planned() -> Budget:
+            costs = Costs(
+                [row_ms(stage_step(index)) for index in range(len(self.network.stages))],
+                {name: row_ms(exit_step(name)) for name in exits},
+                {name: self.network.stage_of(name) for name in exits},
+            )
+            preparing_ms = (times.ms(PREPARING) or 0.0) + self._views * row_ms(LAYING)
+            return Budget(budget_ms, number, exits, errors, costs, preparing_ms, self._views)
+
+        try:
+            budget = planned()
+        except BudgetTooSmall:
+            if self._measured:
+                raise
+            # The machine may have been busy when that was measured; who is refused runs nothing that would show it.
+            times.forget()
+            self._measure(times)
+            budget = planned()
+        yield from self._many(samples, exits, budget, self._rows(PIXELS_ABREAST))
+        if budget.used_ms > (1 + TOLERANCE) * budget_ms:
+            log.warning(
+                "it took %.0f ms instead of %g, the machine was slower than measured", budget.used_ms, budget_ms
+            )
 
     def _parts(
         self,
@@ -545,15 +560,18 @@ class CrowdCounter:
         scenes: list[Scene],
         order: list[int | None],
         budget: Budget | None,
+        most: int | None = None,
     ) -> Iterator[Part]:
         """Prepare samples one by one and put them together, as many as go through a stage at once, heard ones or not.
 
         Args:
             scenes: each picture's is added to it.
             order: for each sample its number among the scenes is added to it, or None.
+            most: rows; behind the sample that makes them full none is taken.
         """
         at_once = self._rows(PIXELS_AT_ONCE)
         together: list[list[Row]] = []
+        taken = 0
         begun = time.perf_counter()
         for sample in samples:
             if sample is None:
@@ -571,6 +589,9 @@ class CrowdCounter:
             order.append(len(scenes))
             scenes.append(scene)
             together.append(rows)
+            taken += len(rows)
+            if most is not None and taken >= most:
+                break
             begun = time.perf_counter()
         if together:
             yield self._part(len(scenes) - len(together), together, self._times)

@@ -20,7 +20,7 @@ from crowdexit.errors import CrowdExitError
 from crowdexit.inference import classify
 from crowdexit.inference.counter import CrowdCounter, ExitResult
 from crowdexit.inference.models import open_model
-from crowdexit.intervals import IntervalError, Intervals, expected_error, width
+from crowdexit.intervals import IntervalError, Intervals, expected_error, rank, width
 from crowdexit.memory import keep_freed_memory
 from crowdexit.temperatures import Measure, Temperatures
 
@@ -152,6 +152,7 @@ def calibrate(
         widths = {name: width(of_exit, truths, level) for name, of_exit in counts.items()}
         return widths, {name: expected_error(of_exit, truths) for name, of_exit in counts.items()}
 
+    rank(len(ids), level)  # refuses before anything is counted
     silent, silent_errors = tables(list(count_samples(counter, store, split, ids, audio=False, progress=progress)))
     heard, heard_errors = dict[str, float](), dict[str, float]()
     with_sound = [s for s in count_samples(counter, store, split, ids, progress=progress) if s.sound != "none"]
@@ -159,7 +160,7 @@ def calibrate(
         try:
             heard, heard_errors = tables(with_sound)
         except IntervalError as error:
-            log.warning("not calibrated with sound: %s", error)
+            log.warning("not calibrated with sound: %s; what is heard has no interval and is never confident", error)
             with_sound = []
     return Intervals(level, silent, heard, len(ids), silent_errors, heard_errors, len(with_sound))
 

@@ -19,7 +19,6 @@ from crowdexit.data.picture import MEAN, STD
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.exported import (
     FORMAT,
-    MANIFEST,
     ExportError,
     FilePart,
     Library,
@@ -27,6 +26,7 @@ from crowdexit.inference.exported import (
     NetworkPart,
     PiecePart,
     Precision,
+    write_manifest,
 )
 from crowdexit.inference.runtimes import onnx, openvino
 from crowdexit.inference.runtimes.calibration import bundled, of_file
@@ -55,7 +55,7 @@ def export(
         out: the folder; must not be there yet.
         library: what is to run it.
         precision: ``bf16`` and ``int8`` are for OpenVINO alone. bf16 computes in bfloat16 where the CPU does; int8
-            quantises the stages that see, and leaves the ear in bf16. Exits always compute in float32.
+            quantises the stages that see, and leaves the ear in bf16. Exits on tokens always compute in float32.
         size: another picture size, ``WIDTHxHEIGHT``.
         exits: names of early exits to take along; default: all. The final one always comes.
         calibrate: a prepared file with pictures for int8; default: those that come with the project.
@@ -79,7 +79,7 @@ def export(
     if exits is not None:
         network, spec = zoo.with_exits(network, spec, [name for name in exits if name != FINAL])
     if size is not None:
-        network, spec = zoo.at_size(network, spec, zoo.parse_size(size, network.config.step))
+        network, spec = zoo.at_size(network, spec, zoo.parse_size(size, zoo.step_of(network)))
     part = out.with_name(f".{out.name}.part-{os.getpid()}")
     try:
         made: Mapping[str, Any] = {}
@@ -92,8 +92,7 @@ def export(
             name: _save(part, number, name, piece, library, precision, made.get(name))
             for number, (name, piece) in enumerate(pieces.items())
         }
-        manifest = _manifest(network, spec, library, precision, parts, part)
-        (part / MANIFEST).write_text(manifest.model_dump_json(indent=1), "utf-8")
+        write_manifest(part, _manifest(network, spec, library, precision, parts, part))
         part.rename(out)
     except CrowdExitError:
         raise
@@ -151,6 +150,7 @@ def _manifest(
         classifies=network.classifies,
         exits={name: network.stage_of(name) for name in network.exit_names},
         intervals=spec.meta.get("intervals"),
+        temperatures=spec.meta.get("temperatures"),
         pieces=pieces,
         files=files,
         made_with={name: version(name) for name in ("crowdexit", "torch", *_NEEDED[library])},

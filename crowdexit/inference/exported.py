@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from crowdexit.chain import walk
+from crowdexit.data.mel import checked_log_mel
 from crowdexit.data.picture import (
     MEAN,
     PIXELS_ABREAST,
@@ -104,6 +105,7 @@ class Manifest(_Part):
         classifies: whether the exits tell classes apart rather than count.
         exits: the index of the stage after which each stands, by name, in the order in which they answer.
         intervals: of the counts (:class:`crowdexit.intervals.Intervals`), or None.
+        temperatures: of the classes (:class:`crowdexit.temperatures.Temperatures`), or None.
         pieces: ``stage-0`` …, ``exit-NAME`` ….
         made_with: versions of the libraries that made it.
     """
@@ -121,6 +123,7 @@ class Manifest(_Part):
     classifies: bool
     exits: dict[str, Annotated[int, Field(ge=0, lt=1000)]] = Field(min_length=1)
     intervals: dict[str, Any] | None
+    temperatures: dict[str, Any] | None
     pieces: dict[str, PiecePart]
     files: dict[_FileName, FilePart]
     made_with: dict[str, str]
@@ -231,12 +234,7 @@ class Exported:
         if exits is not None and not exits:
             raise ExportError("no exit is asked")
         if log_mel is not None:
-            if not isinstance(log_mel, np.ndarray) or log_mel.shape != (96, 64):
-                raise ExportError("a log-mel is an array (96, 64)")
-            with np.errstate(over="ignore"):
-                log_mel = log_mel.astype(np.float32)
-            if not np.isfinite(log_mel).all():
-                raise ExportError("a log-mel (96, 64) has finite values")
+            log_mel = checked_log_mel(log_mel)
         pixels = read_picture(picture) if isinstance(picture, (str, Path)) else checked_picture(picture)
         boxes = tile_boxes(pixels.shape[1], pixels.shape[0], self.manifest.scene)
         seen = [
@@ -319,6 +317,20 @@ def read_manifest(folder: Path) -> Manifest:
     if not (np.allclose(manifest.mean, MEAN) and np.allclose(manifest.std, STD)):
         raise ExportError(f"{path}: pictures are normalised in another way here")
     return manifest
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Put a manifest into a folder, in place of the one that may be there; whole, or not at all.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    part = folder / f"{MANIFEST}.part"
+    try:
+        part.write_text(manifest.model_dump_json(indent=1), "utf-8")
+        part.replace(folder / MANIFEST)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _checked(path: Path, part: FilePart) -> bytes:

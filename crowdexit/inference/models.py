@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 
 from crowdexit import zoo
-from crowdexit.inference.exported import Exported, ExportError, is_export
+from crowdexit.inference.exported import Exported, ExportError, is_export, read_manifest, write_manifest
 from crowdexit.inference.runtimes.base import ArrayReady, ReadyChain, Runtime
 from crowdexit.inference.runtimes.pick import pick
+from crowdexit.intervals import Intervals
 from crowdexit.network import MultiExitNetwork
+from crowdexit.temperatures import Temperatures
 
 
 class _ExportedRuntime(Runtime):
@@ -47,7 +49,7 @@ def open_model(name: str | Path, runtime: str = "auto") -> tuple[MultiExitNetwor
     Raises:
         CrowdExitError: if there is no such model or runtime, or it is damaged.
     """
-    if str(name) in zoo.shipped() or not is_export(name):
+    if not _is_export(name):
         picked = pick(runtime)
         return *zoo.load(name), picked
     if runtime != "auto":
@@ -58,7 +60,8 @@ def open_model(name: str | Path, runtime: str = "auto") -> tuple[MultiExitNetwor
         exits = tuple(zoo.ExitSpec(**one) for one in manifest.network.exits)
     except TypeError:
         raise ExportError(f"{name}: the manifest's exits are damaged") from None
-    spec = zoo.Spec(manifest.network.model, exits, manifest.network.changes, {"intervals": manifest.intervals})
+    meta = {"intervals": manifest.intervals, "temperatures": manifest.temperatures}
+    spec = zoo.Spec(manifest.network.model, exits, manifest.network.changes, meta)
     with torch.device("meta"):
         network = zoo.build(spec).eval()
     built = [(exit, network.stage_of(exit)) for exit in network.exit_names]
@@ -70,3 +73,31 @@ def open_model(name: str | Path, runtime: str = "auto") -> tuple[MultiExitNetwor
         if told != own:
             raise ExportError(f"{name}: the manifest describes another network than its models are ({what})")
     return network, spec, _ExportedRuntime(exported)
+
+
+def keep_calibration(name: str | Path, calibration: Intervals | Temperatures) -> Path:
+    """Write a calibration into a checkpoint or an exported folder, in place of any there: whole, or not at all.
+
+    Returns:
+        The checkpoint or the folder.
+
+    Raises:
+        CrowdExitError: if there is no such model, or it cannot be written.
+    """
+    key = "intervals" if isinstance(calibration, Intervals) else "temperatures"
+    kept = {key: calibration.to_dict()}
+    if not _is_export(name):
+        path = zoo.checkpoint_path(name)
+        zoo.annotate(path, **kept)
+        return path
+    folder = Path(name)
+    try:
+        write_manifest(folder, read_manifest(folder).model_copy(update=kept))
+    except OSError as error:
+        raise ExportError(f"{folder}: cannot be rewritten ({error.strerror})") from None
+    return folder
+
+
+def _is_export(name: str | Path) -> bool:
+    """Whether it names an exported folder; a shipped model's name goes before one of that name."""
+    return str(name) not in zoo.shipped() and is_export(name)

@@ -104,6 +104,11 @@ class Profile:
         with self._lock:
             return all(self._times.get(step) for step in steps)
 
+    def forget(self) -> None:
+        """Be as new; its file stays until it is written."""
+        with self._lock:
+            self._times = defaultdict(dict)
+
     def read(self) -> bool:
         """Fill it from its file; False, and nothing is changed, where that is missing, damaged, or of another key."""
         if self._path is None:

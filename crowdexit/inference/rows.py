@@ -6,12 +6,12 @@ import csv
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal, Protocol, TextIO, get_args
+from typing import Any, Literal, Protocol, TextIO, get_args
 
 from rich.console import Console
 from rich.table import Table
@@ -26,7 +26,7 @@ if sys.platform != "win32":
 
 Format = Literal["table", "json", "csv", "parquet"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-COLUMNS = ("source", "frame", "time_s", "count", "smoothed", "chosen_exit", "latency_ms")
+COLUMNS = ("source", "frame", "time_s", "count", "low", "high", "smoothed", "chosen_exit", "latency_ms")
 _ROW_GROUP = 50_000  # rows of a Parquet file that are in memory at once
 
 
@@ -36,12 +36,16 @@ class RowError(CrowdExitError):
 
 @dataclass(frozen=True)
 class FrameRow:
-    """A counted frame and its smoothed count: a line of JSON, a row of the other formats."""
+    """A counted frame and its smoothed count: a line of JSON, a row of the other formats.
+
+    The interval is the count's, not the smoothed one's; None where the checkpoint is not calibrated.
+    """
 
     source: str
     frame: int
     time_s: float
     count: float
+    interval: tuple[float, float] | None
     smoothed: float
     chosen_exit: str
     latency_ms: float
@@ -54,7 +58,8 @@ class FrameRow:
         """
         time, count, chosen = round(frame.time_s, 3), round(result.count, 2), result.chosen
         smoothed = round(smoother.add(time, count), 2)
-        return cls(source, frame.index, time, count, smoothed, chosen.exit, round(chosen.latency_ms, 2))
+        interval = None if chosen.interval is None else (round(chosen.interval[0], 2), round(chosen.interval[1], 2))
+        return cls(source, frame.index, time, count, interval, smoothed, chosen.exit, round(chosen.latency_ms, 2))
 
 
 class Rows(Protocol):
@@ -200,20 +205,27 @@ def _standard_output() -> Iterator[TextIO]:
 
 
 def write_parquet(lines: Path, out: Path) -> None:
-    """Make a Parquet file of JSON lines, a group of rows at a time, and remove these.
-
-    A picture's row has no frame, time or smoothed count; of its exits only the chosen one is kept.
-    """
+    """Make a Parquet file of JSON lines, a group of rows at a time, and remove these."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     kinds = {"source": pa.string(), "frame": pa.int64(), "chosen_exit": pa.string()}
     schema = pa.schema([(name, kinds.get(name, pa.float64())) for name in COLUMNS])
     with whole(out) as new, lines.open(encoding="utf-8") as file, pq.ParquetWriter(new, schema) as writer:
-        while group := [json.loads(line) for line in islice(file, _ROW_GROUP)]:
-            columns = [pa.array([row.get(f.name) for row in group], f.type) for f in schema]
+        while group := [_columns(json.loads(line)) for line in islice(file, _ROW_GROUP)]:
+            columns = [pa.array([row[f.name] for row in group], f.type) for f in schema]
             writer.write_table(pa.Table.from_arrays(columns, schema=schema))
     lines.unlink()
+
+
+def _columns(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of JSON as a row of columns.
+
+    A picture's has no frame, time or smoothed count; of its exits only the chosen one is kept.
+    """
+    exits = {e["exit"]: e["interval"] for e in row.get("exits", ())}
+    low, high = (exits[row["chosen_exit"]] if exits else row["interval"]) or (None, None)
+    return {name: {**row, "low": low, "high": high}.get(name) for name in COLUMNS}
 
 
 class JSONRows:
@@ -233,11 +245,11 @@ class JSONRows:
 
 
 class CSVRows:
-    """One line a picture or frame under the names of the columns; a picture has no frame and no time."""
+    """One line a picture or frame under the names of the columns."""
 
     def __init__(self, file: TextIO, *, begun: bool = False) -> None:
         self.file = file
-        self.csv = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
+        self.csv = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         self._begun = begun
 
     def picture(self, source: str, result: CountResult) -> None:
@@ -246,11 +258,11 @@ class CSVRows:
     def frame(self, row: FrameRow) -> None:
         self._write(asdict(row))
 
-    def _write(self, row: dict[str, object]) -> None:
+    def _write(self, row: Mapping[str, Any]) -> None:
         if not self._begun:
             self.csv.writeheader()
             self._begun = True
-        self.csv.writerow(row)
+        self.csv.writerow(_columns(row))
         self.file.flush()
 
 
@@ -262,23 +274,38 @@ class TableRows:
         self._begun = False
 
     def picture(self, source: str, result: CountResult) -> None:
-        self._write(source, "", "", result.count, "", result.chosen.exit, result.chosen.latency_ms)
+        chosen = result.chosen
+        self._write(source, "", "", result.count, chosen.interval, "", chosen.exit, chosen.latency_ms)
 
     def frame(self, row: FrameRow) -> None:
         time, smoothed = f"{row.time_s:.2f}", f"{row.smoothed:.1f}"
-        self._write(row.source, str(row.frame), time, row.count, smoothed, row.chosen_exit, row.latency_ms)
+        exit, latency = row.chosen_exit, row.latency_ms
+        self._write(row.source, str(row.frame), time, row.count, row.interval, smoothed, exit, latency)
 
     def _write(
-        self, source: str, frame: str, time: str, count: float, smoothed: str, exit: str, latency: float
+        self,
+        source: str,
+        frame: str,
+        time: str,
+        count: float,
+        interval: tuple[float, float] | None,
+        smoothed: str,
+        exit: str,
+        latency: float,
     ) -> None:
         if not self._begun:
-            self._line("source", "frame", "time s", "count", "smoothed", "exit", "ms")
+            self._line("source", "frame", "time s", "count", "interval", "smoothed", "exit", "ms")
             self._begun = True
-        self._line(source, frame, time, f"{count:.1f}", smoothed, exit, f"{latency:.0f}")
+        self._line(source, frame, time, f"{count:.1f}", _from_to(interval), smoothed, exit, f"{latency:.0f}")
 
-    def _line(self, source: str, frame: str, time: str, count: str, smoothed: str, exit: str, latency: str) -> None:
-        line = f"{source:<{self.width}}  {frame:>7}  {time:>9}  {count:>9}  {smoothed:>9}  {exit:<8}  {latency:>7}"
-        print(line, file=self.file, flush=True)
+    def _line(self, source: str, *cells: str) -> None:
+        frame, time, count, interval, smoothed, exit, latency = cells
+        line = f"{source:<{self.width}}  {frame:>7}  {time:>9}  {count:>9}  {interval:>14}  {smoothed:>9}"
+        print(f"{line}  {exit:<8}  {latency:>7}", file=self.file, flush=True)
+
+
+def _from_to(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f"{interval[0]:.0f} to {interval[1]:.0f}"
 
 
 class ExitTable:
@@ -300,7 +327,7 @@ class ExitTable:
             chosen = e is result.chosen
             cells = [e.exit, f"{e.count:.1f}"]
             if with_interval:
-                cells.append("" if e.interval is None else f"{e.interval[0]:.0f} to {e.interval[1]:.0f}")
+                cells.append(_from_to(e.interval))
             cells += [
                 f"{e.latency_ms:.0f}",
                 ("◀ chosen, late" if result.in_time is False else "◀ chosen") if chosen else "",

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crowdexit.backbones.audiocsrnet import STRIDE
-from crowdexit.data.log_mel import AudioError, log_mel, read_audio
+from crowdexit.data.log_mel import log_mel, read_audio
+from crowdexit.data.mel import checked_log_mel
 from crowdexit.data.picture import Placement, checked_picture, read_picture, tile_boxes, views
 from crowdexit.network import Config
 
@@ -72,13 +73,7 @@ def hear(sound: Sound | None) -> NDArray[np.float32] | None:
         sound = read_audio(sound)
     if isinstance(sound, tuple):
         return log_mel(*sound)
-    if not isinstance(sound, np.ndarray) or sound.shape != (96, 64):
-        raise AudioError("a log-mel is an array (96, 64)")
-    with np.errstate(over="ignore"):
-        sound = sound.astype(np.float32)
-    if not np.isfinite(sound).all():
-        raise AudioError("a log-mel (96, 64) has finite values")
-    return sound
+    return checked_log_mel(sound)
 
 
 def prepared(image: Picture, audio: Sound | None, config: Config) -> tuple[Scene, list[Row]]:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from crowdexit.data.log_mel import AudioError, log_mel, read_audio
+from crowdexit.data.log_mel import log_mel, read_audio
+from crowdexit.data.mel import AudioError
 
 
 def reference(second):

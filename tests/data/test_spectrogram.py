@@ -8,7 +8,7 @@ import torch
 from sounds import hiss, tone
 
 from crowdexit.data import spectrogram
-from crowdexit.data.log_mel import AudioError
+from crowdexit.data.mel import AudioError
 from crowdexit.data.spectrogram import gtzan_picture, stft_picture
 
 

@@ -14,6 +14,7 @@ from crowdexit import command, zoo
 from crowdexit.cli import app
 from crowdexit.data.store import StoredSample, open_for_writing, write_sample
 from crowdexit.inference.counter import load
+from crowdexit.inference.exported import read_manifest
 from crowdexit.intervals import IntervalError, Intervals, expected_error
 
 
@@ -56,6 +57,32 @@ def test_calibrate(prepared, checkpoint, capsys):
     assert made.errors(heard=True) == made.heard_errors
     assert made.errors(heard=False) == made.silent_errors
     assert made.errors(heard=True) != made.errors(heard=False)
+
+
+def test_an_export_has_intervals_of_its_own(prepared, checkpoint, picture_file, tmp_path, capsys):
+    """At another size the checkpoint's do not hold: said, and measured on the export itself."""
+    out = tmp_path / "small"
+    widths = {"V1": 0.4, "final": 0.1}
+    zoo.annotate(checkpoint, intervals=Intervals(0.9, widths, widths, 20).to_dict())
+    made = ["export", "--model", str(checkpoint), "--out", str(out), "--exits", "final", "--size", "64x64"]
+    assert command.run(app, made) == 0
+    assert f"no intervals for it at 64x64; `crowdexit calibrate {out}" in capsys.readouterr().err
+    seen = ["count", str(picture_file()), "--model", str(out), "--format", "json"]
+    confident = [*seen, "--policy", "confident"]
+    assert command.run(app, confident) == 2
+    assert "no intervals to be confident by: see crowdexit calibrate" in capsys.readouterr().err
+    files = sorted(path.name for path in out.iterdir())
+    assert command.run(app, ["calibrate", str(out), "--data", str(prepared), "--level", "0.7"]) == 0
+    assert "within ± w" in capsys.readouterr().out
+    assert sorted(path.name for path in out.iterdir()) == files
+    kept = read_manifest(out).intervals
+    assert list(kept["silent"]) == ["final"]
+    assert kept["silent"] != {"final": 0.1}
+    assert command.run(app, confident) == 0
+    (row,) = map(json.loads, capsys.readouterr().out.splitlines())
+    low, high = row["exits"][-1]["interval"]
+    half = kept["silent"]["final"] * (row["count"] + 10)
+    assert (low, high) == pytest.approx((max(0, row["count"] - half), row["count"] + half), abs=0.05)
 
 
 def test_too_few_with_sound(prepared, checkpoint, caplog):
@@ -104,6 +131,7 @@ def test_expected_errors():
         (["--budget-ms", "1e6"], "how wrong the exit V1 is, is not known"),
         (["--budget-ms", "1e6", "--exit", "V1"], "a budget chooses the exits itself"),
         (["--late", "never"], "never"),
+        (["--late", "fail"], "nothing is late without --deadline-ms"),
     ],
 )
 def test_bad_input_is_one_line(checkpoint, picture_file, tmp_path, monkeypatch, capsys, options, line):

@@ -20,7 +20,8 @@ from tiny import TINY
 from videos import tone
 
 from crowdexit import zoo
-from crowdexit.data.log_mel import AudioError, log_mel
+from crowdexit.data.log_mel import log_mel
+from crowdexit.data.mel import AudioError
 from crowdexit.data.picture import LEAST_SCALE, PictureError, decode_picture, tile_boxes
 from crowdexit.inference import counter as module
 from crowdexit.inference.counter import CounterError, CrowdCounter, load, served_exits

@@ -24,10 +24,12 @@ from crowdexit.inference.batch import look
 from crowdexit.inference.counter import CrowdCounter, load
 from crowdexit.inference.export import export
 from crowdexit.inference.exported import Exported, ExportError
-from crowdexit.inference.models import open_model
+from crowdexit.inference.models import keep_calibration, open_model
 from crowdexit.inference.runtimes import openvino
 from crowdexit.inference.runtimes.eager import Eager
 from crowdexit.inference.runtimes.engines import Engine
+from crowdexit.intervals import Intervals
+from crowdexit.temperatures import Temperatures
 
 RANDOM = np.random.default_rng(0)
 PICTURE = RANDOM.integers(0, 255, (90, 140, 3), np.uint8)
@@ -198,6 +200,34 @@ def test_a_classifier_is_exported_and_does_not_count(checkpoints, tmp_path):
     np.testing.assert_allclose(scores, expected, atol=1e-4)
 
 
+def test_a_classifier_keeps_its_temperatures(checkpoints, tmp_path):
+    """Those of the checkpoint come along; others can be fitted on the export itself."""
+    source, *_ = (folder for folder in checkpoints.iterdir() if folder.name == "classifier")
+    path = tmp_path / "model.safetensors"
+    path.write_bytes((source / "model.safetensors").read_bytes())
+    zoo.annotate(path, temperatures=Temperatures({"final": 2.5}, 20).to_dict())
+    out = export(path, tmp_path / "classes")
+    _, spec, _ = open_model(out)
+    assert Temperatures.from_dict(spec.meta["temperatures"]).by_exit == {"final": 2.5}
+    assert keep_calibration(out, Temperatures({"final": 3.5}, 20)) == out
+    _, spec, _ = open_model(out)
+    assert Temperatures.from_dict(spec.meta["temperatures"]).by_exit == {"final": 3.5}
+
+
+def test_the_own_size_changes_nothing(checkpoints, tmp_path):
+    """Named, it is the size that it has: all exits and intervals stay."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes((checkpoints / "audiocsrnet" / "model.safetensors").read_bytes())
+    network, _ = zoo.load(path)
+    widths = dict.fromkeys(network.exit_names, 0.5)
+    zoo.annotate(path, intervals=Intervals(0.9, widths, widths, 20).to_dict())
+    width, height = network.config.size
+    out = export(path, tmp_path / "same", size=f"{width}x{height}")
+    manifest = reading.read_manifest(out)
+    assert list(manifest.exits) == network.exit_names
+    assert manifest.intervals["silent"] == widths
+
+
 def test_another_size(checkpoints, tmp_path):
     """Without branches AudioCSRNet sees at any size; with them the line says which cannot come along."""
     source = checkpoints / "audiocsrnet"
@@ -215,6 +245,12 @@ def test_another_size(checkpoints, tmp_path):
         export(source, tmp_path / "more", size="192x128")
     with pytest.raises(zoo.ZooError, match="multiples of 64"):
         export(source, tmp_path / "more", size="100x100")
+    with pytest.raises(zoo.ZooError, match="multiples of 8"):
+        export(source, tmp_path / "more", size="100x100", exits=["final"])
+    odd = export(source, tmp_path / "odd", size="200x104", exits=["final"])
+    network, spec = zoo.at_size(*zoo.with_exits(*zoo.load(source), []), (200, 104))
+    expected = next(CrowdCounter(network, "odd", runtime=Eager()).stream(PICTURE))
+    assert Exported(odd).count(PICTURE)["final"] == pytest.approx(expected.count, rel=1e-4)
 
 
 def test_exits_with_strange_names(tmp_path):

@@ -13,7 +13,7 @@ from slow import slow
 
 from crowdexit.data.picture import tile_boxes
 from crowdexit.inference import counter as module
-from crowdexit.inference.budget import BudgetError
+from crowdexit.inference.budget import BudgetError, BudgetTooSmall
 from crowdexit.inference.counter import CounterError, CrowdCounter
 from crowdexit.inference.policies import ANYTIME, Confident, DeepestThatFits, PolicyError, policy_named
 from crowdexit.inference.profile import FIRST, LAYING, PREPARING, Profile, exit_step, stage_step
@@ -248,6 +248,62 @@ def test_a_budget_on_pictures(counter, pictures, sounds, tmp_path, monkeypatch):
     assert list(tool.count_many([], budget_ms=5.0)) == []
     with pytest.raises(BudgetError, match="how wrong the exit V1 is"):
         list(slow(counter.network, 0, 0, 0, 0).count_many(pairs, budget_ms=1e6))
+
+
+def test_a_profile_of_a_busy_machine_refuses_no_budget(counter, pictures, tmp_path, monkeypatch):
+    """It is measured again before anybody is refused by it; who is refused then is refused at once."""
+    tool = budgeted(counter, tmp_path, monkeypatch)
+    first = tool.profile
+    busy = Profile(first._path, first._key)
+    for step in (FIRST, PREPARING, LAYING):
+        busy.note(step, 1, 1e6)
+    for step in (*map(stage_step, range(1, 4)), *map(exit_step, counter.network.exit_names)):
+        busy.note(step, 1, 1e6, 1e6)
+    busy.write()
+    later = slow(counter.network, 0.01, 0.01, 0.01, 0.01, intervals=tool.intervals)
+    assert later.profile.ms(FIRST) == 1e6
+    pairs = [(picture, None) for picture in pictures]
+    assert [result.chosen.exit for result in later.count_many(pairs, budget_ms=60_000)] == ["final"] * len(pairs)
+    assert later.profile.ms(FIRST) < 1000
+    (kept,) = (tmp_path / "cache" / "crowdexit" / "profiles").iterdir()
+    assert max(json.loads(kept.read_text())["times"][FIRST]["1"]) < 1000
+    runs = len(later.chain.ran)
+    with pytest.raises(BudgetTooSmall):
+        list(later.count_many(pairs, budget_ms=1))
+    assert len(later.chain.ran) == runs
+
+
+def test_a_budget_that_is_overrun_is_told(counter, tmp_path, monkeypatch, caplog):
+    """The last picture comes late: there is nothing left to give up."""
+    tool = budgeted(counter, tmp_path, monkeypatch)
+
+    def slow_to_come():
+        for number in range(4):
+            time.sleep(1.0 if number == 3 else 0.0)
+            yield np.zeros((64, 128, 3), np.uint8), None
+
+    assert len(list(tool.count_many(slow_to_come(), budget_ms=800, number=4))) == 4
+    assert "ms instead of 800, the machine was slower than measured" in caplog.text
+
+
+def test_large_pictures_fill_a_window_by_their_rows(counter, tmp_path, monkeypatch):
+    """A window of eight rows holds as many pictures as their tiles fill, not eight."""
+    tool = budgeted(counter, tmp_path, monkeypatch)
+    monkeypatch.setattr(module, "PIXELS_ABREAST", 8 * 128 * 64)
+    taken = []
+
+    def large():
+        for number in range(6):
+            taken.append(number)
+            yield np.full((512, 1024, 3), 40 * number, np.uint8), None
+
+    results = tool.count_many(large(), budget_ms=600_000, number=6)
+    first = next(results)
+    tiles = len(tile_boxes(1024, 512, tool.size))
+    assert 2 <= tiles < 8
+    assert len(taken) == -(-8 // tiles)
+    expected = [tool.count(np.full((512, 1024, 3), 40 * number, np.uint8)).count for number in range(6)]
+    assert [first.count, *(result.count for result in results)] == pytest.approx(expected, rel=1e-4)
 
 
 FALLING = {"V1": 0.6, "AV1": 0.3, "AV2": 0.2, "final": 0.15}

@@ -14,18 +14,22 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from videos import make_video, tone
 
 from crowdexit.data.picture import PictureError
 from crowdexit.errors import CrowdExitError
+from crowdexit.inference.counter import CrowdCounter
 from crowdexit.inference.resume import ResumeError
 from crowdexit.inference.rows import RowError, alone, opened
 from crowdexit.inference.run import RunError, count_inputs
+from crowdexit.inference.runtimes.eager import Eager
 from crowdexit.inference.video.container import VideoError
 from crowdexit.inference.video.decode import Span
 from crowdexit.inference.video.frames import read_frames
+from crowdexit.intervals import Intervals
 
 
 @pytest.fixture
@@ -71,7 +75,7 @@ def test_json_of_mixed_inputs(counter, street, film, capsys):
     assert count_inputs(counter, [film, street], format="json", fps=2) == 5
     *frames, picture = json_lines(capsys.readouterr().out)
     assert [list(f) for f in frames] == [
-        ["source", "frame", "time_s", "count", "smoothed", "chosen_exit", "latency_ms"]
+        ["source", "frame", "time_s", "count", "interval", "smoothed", "chosen_exit", "latency_ms"]
     ] * 4
     assert [(f["source"], f["frame"], f["time_s"]) for f in frames] == [
         (str(film), 0, 0.0),
@@ -89,10 +93,36 @@ def test_csv(counter, street, film, tmp_path):
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [list(r) for r in rows] == [
-        ["source", "frame", "time_s", "count", "smoothed", "chosen_exit", "latency_ms"]
+        ["source", "frame", "time_s", "count", "low", "high", "smoothed", "chosen_exit", "latency_ms"]
     ] * 3
     assert [(r["frame"], r["time_s"]) for r in rows] == [("", ""), ("0", "0.0"), ("10", "1.0")]
     assert float(rows[0]["count"]) == pytest.approx(counter.count(street).count, abs=0.006)
+
+
+def test_every_row_has_its_interval(counter, street, film, tmp_path, capsys):
+    """As pictures and as frames, in all formats: of the answer that was chosen."""
+    widths = {"V1": 0.25, "final": 0.5}
+    tool = CrowdCounter(
+        counter.network, "tiny", runtime=Eager(), exits=["V1", "final"], intervals=Intervals(0.9, widths, widths, 20)
+    )
+    for exit, width in (("V1", 0.25), ("final", 0.5)):
+        count_inputs(tool, [street, film], exit=exit, format="json")
+        picture, *frames = json_lines(capsys.readouterr().out)
+        said = [(picture["count"], picture["exits"][-1]["interval"]), *((f["count"], f["interval"]) for f in frames)]
+        assert len(said) == 3
+        for count, (low, high) in said:
+            half = width * (count + 10)
+            assert (low, high) == pytest.approx((max(0, count - half), count + half), abs=0.02)
+        expected = [interval for _, interval in said]
+        for format in ("csv", "parquet"):
+            out = tmp_path / f"{exit}.{format}"
+            count_inputs(tool, [street, film], exit=exit, format=format, out=out)
+            rows = list(csv.DictReader(out.open())) if format == "csv" else pq.read_table(out).to_pylist()
+            assert [[float(row["low"]), float(row["high"])] for row in rows] == expected
+        count_inputs(tool, [street, film], exit=exit)
+        _, *lines = capsys.readouterr().out.splitlines()
+        for line, (low, high) in zip(lines, expected, strict=True):
+            assert f" {low:.0f} to {high:.0f} " in line
 
 
 def test_table_of_one_picture(counter, street, capsys):
@@ -112,7 +142,7 @@ def test_table_of_one_picture(counter, street, capsys):
 def test_table_of_several(counter, street, film, capsys):
     count_inputs(counter, [street, film])
     header, *rows = capsys.readouterr().out.splitlines()
-    assert header.split() == ["source", "frame", "time", "s", "count", "smoothed", "exit", "ms"]
+    assert header.split() == ["source", "frame", "time", "s", "count", "interval", "smoothed", "exit", "ms"]
     assert len(rows) == 3
     assert len({len(line) for line in (header, *rows)}) == 1
     assert rows[2].split()[:3] == [str(film), "10", "1.00"]

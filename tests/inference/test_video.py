@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from videos import Wrapped, grey, index_of, make_video, tone, write_sound_alone
 
-from crowdexit.data.log_mel import AudioError, read_audio
+from crowdexit.data.log_mel import read_audio
+from crowdexit.data.mel import AudioError
 from crowdexit.inference.anytime import DeadlineMissed
 from crowdexit.inference.counter import CounterError
 from crowdexit.inference.policies import Confident, DeepestThatFits

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from crowdexit.inference.batch import look
+from crowdexit.inference.runtimes import call_off
 from crowdexit.inference.runtimes.arrays import RuntimeUnavailable, exit_piece, stage_piece
 from crowdexit.inference.runtimes.base import ReadyChain, Runtime
 from crowdexit.inference.runtimes.eager import EagerChain
@@ -63,6 +64,7 @@ class _CompiledChain(EagerChain):
 
     def _run(self, name: str, state: Features) -> dict[str, Any]:
         ports = self._pieces[name].ports
+        call_off.check()  # compiled code runs to its end
         try:
             with self._mode():
                 given = self._compiled[name](*(getattr(state, port.name) for port in ports.takes))

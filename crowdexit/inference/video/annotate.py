@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from crowdexit.data.log_mel import AudioError
+from crowdexit.data.mel import AudioError
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.video.frames import Frame
 from crowdexit.inference.video.sound import sound_blocks

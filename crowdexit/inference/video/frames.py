@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from crowdexit.data.log_mel import AudioError
+from crowdexit.data.mel import AudioError
 from crowdexit.data.picture import PictureError
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.video.container import (

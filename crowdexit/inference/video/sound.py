@@ -11,7 +11,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from crowdexit.data.log_mel import AudioError
+from crowdexit.data.mel import AudioError
 from crowdexit.inference.video.container import FAULTS, MOST_FAULTS, open_file, read_only
 
 # Less of a frame's second than this, and the frame is not heard: half a second, as at a video's first and
