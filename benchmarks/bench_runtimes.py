@@ -29,7 +29,10 @@ from crowdexit.inference.runtimes.pick import pick
 from crowdexit.network import FINAL, MultiExitNetwork
 from crowdexit.stages import Features, Stage, inputs
 
-RUNTIMES = ("eager", "eager-bf16", "compile", "compile-bf16", "openvino", "openvino-bf16", "openvino-int8", "onnx")
+RUNTIMES = (
+    *("eager", "eager-bf16", "winograd", "compile", "compile-bf16"),
+    *("openvino", "openvino-bf16", "openvino-int8", "onnx"),
+)
 ON_GPU = ("cuda", "cuda-bf16", "cuda-half")
 LEAST_S = 60.0  # of a fast runtime's rounds
 PLAIN, ONE_PIECE, ALL, MATRICES = "plain", "one piece", "all exits", "matrix products"

@@ -21,7 +21,7 @@ from crowdexit.stages import Answer, Features
 class Eager(Runtime):
     """Eager PyTorch, channels last, in float32, bfloat16, or on a GPU float16."""
 
-    NAMES = ("eager", "eager-bf16", "cuda", "cuda-bf16", "cuda-half")
+    NAMES: tuple[str, ...] = ("eager", "eager-bf16", "cuda", "cuda-bf16", "cuda-half")
 
     def __init__(self, name: str = "eager") -> None:
         self.name = name

@@ -23,15 +23,16 @@ from crowdexit.inference.runtimes.engines import one_line
 from crowdexit.inference.runtimes.kept import choices, fingerprint, forget_choice, installed_version, keep_choice
 from crowdexit.inference.runtimes.onnx import Onnx
 from crowdexit.inference.runtimes.openvino import OpenVINO, multiplies_bf16
+from crowdexit.inference.runtimes.winograd import Winograd, filtered_layers
 from crowdexit.machine import processor
 from crowdexit.network import MultiExitNetwork
 from crowdexit.stages import Answer, Features
 
 log = logging.getLogger(__name__)
 
-KINDS: tuple[Any, ...] = (Eager, Compiled, OpenVINO, Onnx)
+KINDS: tuple[Any, ...] = (Eager, Winograd, Compiled, OpenVINO, Onnx)
 # Of all that there is, what needs no preparing of its own: what auto may try.
-READY_MADE = (*Eager.NAMES, "openvino", "openvino-bf16", *Onnx.NAMES)
+READY_MADE = (*Eager.NAMES, *Winograd.NAMES, "openvino", "openvino-bf16", *Onnx.NAMES)
 # An exit's answer may differ from that of eager float32 by this share of it, and of one head or one class score.
 TOLERANCE = 0.02
 PROBES, LONG_S = 5, 2.0  # so often is each timed, or until so much time has been measured
@@ -167,16 +168,20 @@ class _Picked(ReadyChain):
         return replace(state, chain=self._chain, own=own)
 
 
-def candidates() -> tuple[tuple[str, ...], ...]:
+def candidates(network: MultiExitNetwork) -> tuple[tuple[str, ...], ...]:
     """What to try here beside eager float32: of each row, the quickest first, the first that agrees."""
     if torch.cuda.is_available():
         return (("cuda-half",), ("cuda-bf16",), ("cuda",))  # which is the quickest depends on the GPU
     rows: list[tuple[str, ...]] = []
     if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
         rows.append(("eager-bf16",))
+    elif torch.backends.nnpack.is_available() and filtered_layers(network):
+        rows.append(("winograd",))
     if installed_version("openvino"):
         try:
-            return (*rows, ("openvino-bf16", "openvino") if multiplies_bf16() else ("openvino",))
+            if multiplies_bf16():
+                return (*rows, ("openvino-bf16", "openvino"))
+            rows.append(("openvino",))
         except Exception as error:  # it is there, and cannot be used
             _leave_out("openvino", one_line(error))
     if installed_version("onnxruntime"):
@@ -190,7 +195,7 @@ def _fastest(network: MultiExitNetwork) -> tuple[str, ReadyChain, bool]:
     """
     begun = time.perf_counter()
     picked, chain, complete = "eager", Eager().ready(network), True
-    rows = candidates()
+    rows = candidates(network)
     if not rows:
         return picked, chain, complete
     features = look(*sample(), network.config)

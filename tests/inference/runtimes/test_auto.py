@@ -81,7 +81,7 @@ def tried(monkeypatch):
 
     def set_up(rows: list[list[tuple[Fake, float]]], eager: float = 1.0) -> list[str]:
         fakes = {fake.name: (fake, seconds) for row in rows for fake, seconds in row}
-        monkeypatch.setattr(module, "candidates", lambda: tuple(tuple(fake.name for fake, _ in row) for row in rows))
+        monkeypatch.setattr(module, "candidates", lambda _: tuple(tuple(fake.name for fake, _ in row) for row in rows))
         monkeypatch.setattr(module, "READY_MADE", ("eager", *fakes))
         monkeypatch.setattr(module, "pick", lambda name: fakes[name][0] if name in fakes else real(name))
 
@@ -178,20 +178,21 @@ def test_a_counter_on_what_fails_counts_on_eager(network, tried, caplog):
 
 
 @pytest.mark.parametrize(
-    ("cuda", "bf16", "libraries", "openvino_bf16", "expected"),
+    ("cuda", "bf16", "wide", "libraries", "openvino_bf16", "expected"),
     [
-        (True, True, ("openvino", "onnxruntime"), True, (("cuda-half",), ("cuda-bf16",), ("cuda",))),
-        (False, True, ("openvino", "onnxruntime"), True, (("eager-bf16",), ("openvino-bf16", "openvino"))),
-        (False, False, ("openvino",), False, (("openvino",),)),
-        (False, False, ("onnxruntime",), None, (("onnx",),)),
-        (False, True, (), None, (("eager-bf16",),)),
-        (False, False, (), None, ()),
+        (True, True, True, ("openvino", "onnxruntime"), True, (("cuda-half",), ("cuda-bf16",), ("cuda",))),
+        (False, True, True, ("openvino", "onnxruntime"), True, (("eager-bf16",), ("openvino-bf16", "openvino"))),
+        (False, False, False, ("openvino",), False, (("openvino",),)),
+        (False, False, False, ("openvino", "onnxruntime"), False, (("openvino",), ("onnx",))),
+        (False, False, True, ("onnxruntime",), None, (("winograd",), ("onnx",))),
+        (False, True, True, (), None, (("eager-bf16",),)),
+        (False, False, False, (), None, ()),
         # Its metadata are there, and it cannot be imported.
-        (False, True, ("openvino",), None, (("eager-bf16",),)),
-        (False, False, ("openvino", "onnxruntime"), None, (("onnx",),)),
+        (False, True, True, ("openvino",), None, (("eager-bf16",),)),
+        (False, False, False, ("openvino", "onnxruntime"), None, (("onnx",),)),
     ],
 )
-def test_candidates(cuda, bf16, libraries, openvino_bf16, expected, monkeypatch, caplog):
+def test_candidates(cuda, bf16, wide, libraries, openvino_bf16, expected, network, monkeypatch, caplog):
     def multiplies_bf16() -> bool:
         if openvino_bf16 is None:
             raise RuntimeUnavailable("openvino cannot be imported: libtbb.so.12")
@@ -200,10 +201,13 @@ def test_candidates(cuda, bf16, libraries, openvino_bf16, expected, monkeypatch,
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bf16)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.backends.nnpack, "is_available", lambda: True)
     monkeypatch.setattr(module, "installed_version", lambda name: "9" if name in libraries else None)
     monkeypatch.setattr(module, "multiplies_bf16", multiplies_bf16)
+    if wide:  # enough for minimal filtering
+        network.wide = torch.nn.Conv2d(128, 128, 3, padding=1)
     with caplog.at_level(logging.WARNING):
-        assert candidates() == expected
+        assert candidates(network) == expected
     assert {name for row in expected for name in row} <= set(module.READY_MADE) <= set(names())
     broken = "openvino" in libraries and openvino_bf16 is None
     said = "runtime auto leaves out openvino: openvino cannot be imported: libtbb.so.12"
@@ -333,7 +337,7 @@ def test_for_real(network, monkeypatch):
     monkeypatch.setattr(module, "PATIENCE_S", 3600.0)
     monkeypatch.setattr(module, "_tried", with_slow_eager)
     chain = Auto().ready(network)
-    assert chain.runtime in {name for row in candidates() for name in row}
+    assert chain.runtime in {name for row in candidates(network) for name in row}
     monkeypatch.setattr(module, "_tried", lambda *_: 1 / 0)
     again = Auto().ready(network)
     assert again.runtime == chain.runtime
