@@ -42,11 +42,13 @@ def counters(model: str, runtime: str, sizes: list[str]) -> tuple[dict[str, Crow
     return {size: CrowdCounter(network, model, runtime=pick(runtime)) for size, (network, _) in made.items()}, flops
 
 
-def errors(counter: CrowdCounter, store: Store, split: str, groups: list[str]) -> dict[str, dict[str, float]]:
-    """By exit, the mean absolute error in each group of pictures."""
+def errors(
+    counter: CrowdCounter, store: Store, split: str, groups: dict[str, list[str]]
+) -> dict[str, dict[str, float]]:
+    """By exit, the mean absolute error in each group of ids."""
     off: dict[str, dict[str, float]] = {name: {} for name in counter.exits}
-    for group in groups:
-        counted = list(count_samples(counter, store, split, store.ids(split, group), audio=False))
+    for group, ids in groups.items():
+        counted = list(count_samples(counter, store, split, ids, audio=False))
         for at, name in enumerate(counter.exits):
             off[name][group] = float(np.mean([abs(s.results[at].count - s.truth) for s in counted]))
     return off
@@ -88,6 +90,7 @@ def main() -> None:
     args = parser.parse_args()
     random = np.random.default_rng(0)
     with cache_of_its_own(), Store(args.data) as store:
+        groups = {group: store.ids(args.split, group) for group in args.groups}
         served, flops = counters(args.model, args.runtime, args.sizes)
         works: dict[tuple[str, str], Callable[[], object]] = {}
         for size, counter in served.items():
@@ -96,7 +99,7 @@ def main() -> None:
             ready = counter.prepare([(picture, None) for picture in pictures])
             works |= {(size, name): partial(counter.answers, ready, exit=name) for name in counter.exits}
         times = in_turn(works, args.rounds)
-        off = {size: errors(counter, store, args.split, args.groups) for size, counter in served.items()}
+        off = {size: errors(counter, store, args.split, groups) for size, counter in served.items()}
     rows = [
         {
             "size": size,
