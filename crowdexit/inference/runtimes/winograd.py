@@ -1,9 +1,9 @@
 """Eager PyTorch in float32 on the CPU, its large 3×3 convolutions by Winograd's minimal filtering.
 
 For 6×6 numbers of a map a 3×3 kernel multiplies 324 times, Winograd's F(6×6, 3×3) 64 times (Lavin and Gray, Fast
-algorithms for convolutional neural networks, 2016); numbers on a map differ by about 1e-5 of the largest. It gains where
-a processor has no bfloat16 and the network is wide: half-width ones run faster elsewhere. The filtering is NNPACK's, which
-comes with PyTorch.
+algorithms for convolutional neural networks, 2016); numbers on a map differ by about 1e-5 of the largest. It gains
+where a processor has no bfloat16 and the network is wide: half-width ones run faster elsewhere. The filtering is
+NNPACK's, which comes with PyTorch.
 """
 
 from __future__ import annotations
