@@ -46,7 +46,7 @@ from crowdexit.inference.runtimes.arrays import (
     exit_piece,
     stage_piece,
 )
-from crowdexit.inference.runtimes.engines import Engine, OnnxEngine, OpenVINOEngine, Shapes, installed
+from crowdexit.inference.runtimes.engines import Engine, OnnxEngine, OpenVINOEngine, Shapes, openvino_core
 
 MANIFEST = "manifest.json"
 FORMAT = "crowdexit-export-1"
@@ -197,7 +197,7 @@ class Exported:
 
         def model(piece: str, shapes: Shapes) -> Any:
             files = [contents[name] for name in self.manifest.pieces[piece].files]
-            return files[0] if self.manifest.library == "onnx" else installed("openvino").Core().read_model(*files)
+            return files[0] if self.manifest.library == "onnx" else openvino_core().read_model(*files)
 
         engine: Engine
         if self.manifest.library == "onnx":

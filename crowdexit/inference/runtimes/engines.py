@@ -7,7 +7,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from threading import Lock
 from typing import Any
@@ -41,6 +41,20 @@ def installed(module: str) -> Any:
         if isinstance(error, ModuleNotFoundError) and error.name == module:
             raise RuntimeUnavailable(f"{module} is not installed: pip install 'crowdexit[fast]'") from None
         raise RuntimeUnavailable(f"{module} cannot be imported: {one_line(error)}") from None
+
+
+@cache
+def openvino_core() -> Any:
+    """OpenVINO's ``Core``: one for the whole process, which is never let go.
+
+    Its CPU plugin gives the thread that loads it an alternate stack for signals, and frees that stack whichever thread
+    lets go of it. Python handles signals on the alternate stack: without it, or worse, on memory that somebody else has
+    got meanwhile, the next Ctrl-C ends the process without a word.
+
+    Raises:
+        RuntimeUnavailable: if OpenVINO is not there, or cannot be imported.
+    """
+    return installed("openvino").Core()
 
 
 def one_line(error: Exception) -> str:
@@ -134,7 +148,7 @@ class OpenVINOEngine(Engine):
 
     def __init__(self, model: Callable[[str, Shapes], Any], *, half: bool = False) -> None:
         super().__init__(model)
-        self._core = installed("openvino").Core()
+        self._core = openvino_core()
         self._half = half
 
     def _ready(self, piece: str, model: Any, shapes: Shapes) -> Any:

@@ -16,7 +16,7 @@ from crowdexit.errors import CrowdExitError
 from crowdexit.inference.runtimes.arrays import Record, RuntimeUnavailable, stage_piece
 from crowdexit.inference.runtimes.base import ArrayReady, ReadyChain, Runtime
 from crowdexit.inference.runtimes.calibration import bundled
-from crowdexit.inference.runtimes.engines import OpenVINOEngine, Shapes, installed, one_line
+from crowdexit.inference.runtimes.engines import OpenVINOEngine, Shapes, installed, one_line, openvino_core
 from crowdexit.inference.runtimes.kept import KeptModels
 from crowdexit.inference.runtimes.pieces import Piece, chain_of, record_of, take_apart
 from crowdexit.network import MultiExitNetwork
@@ -77,17 +77,16 @@ class OpenVINO(Runtime):
 
 def _kept(network: MultiExitNetwork, runtime: str) -> KeptModels[Any]:
     openvino = installed("openvino")
-    core = openvino.Core()
 
     def write(model: Any, path: Path) -> None:
         openvino.save_model(model, path, compress_to_fp16=False)
 
-    return KeptModels(network, runtime, ".xml", core.read_model, write)
+    return KeptModels(network, runtime, ".xml", openvino_core().read_model, write)
 
 
 def multiplies_bf16() -> bool:
     """Whether OpenVINO computes in bfloat16 on this CPU."""
-    return "BF16" in installed("openvino").Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def convert(piece: Piece, shapes: Shapes | None = None) -> Any:

@@ -77,7 +77,7 @@ def network():
 def tried(monkeypatch):
     """Sets rows of fakes with the seconds that each takes; returns the names in the order in which they are tried."""
     order: list[str] = []
-    real, timed = module.pick, module._tried
+    real, answers = module.pick, module._answers
 
     def set_up(rows: list[list[tuple[Fake, float]]], eager: float = 1.0) -> list[str]:
         fakes = {fake.name: (fake, seconds) for row in rows for fake, seconds in row}
@@ -85,12 +85,15 @@ def tried(monkeypatch):
         monkeypatch.setattr(module, "READY_MADE", ("eager", *fakes))
         monkeypatch.setattr(module, "pick", lambda name: fakes[name][0] if name in fakes else real(name))
 
-        def on_a_clock(chain, features):
+        def in_order(chain, features):
             order.append(chain.runtime)
-            answers, _ = timed(chain, features)
-            return answers, fakes[chain.runtime][1] if chain.runtime in fakes else eager
+            return answers(chain, features)
 
-        monkeypatch.setattr(module, "_tried", on_a_clock)
+        def on_a_clock(chain, features):
+            return fakes[chain.runtime][1] if chain.runtime in fakes else eager
+
+        monkeypatch.setattr(module, "_answers", in_order)
+        monkeypatch.setattr(module, "_seconds", on_a_clock)
         return order
 
     return set_up
@@ -270,15 +273,44 @@ def test_nothing_is_tried_after_patience_has_run_out(network, tried, monkeypatch
     assert Auto().ready(network).runtime == "two"  # nothing was remembered of the hurry
 
 
+def test_a_machine_that_changes_its_pace_does_not_choose(network, tried, monkeypatch):
+    """It is three times as fast while the first rounds last; every one of those tried has its share of that."""
+    tried([[(Fake("quick"), 0.5)], [(Fake("slow"), 0.7)]])
+    on_a_clock, asked = module._seconds, []
+
+    def slower_by_and_by(chain, features):
+        asked.append(chain.runtime)
+        return on_a_clock(chain, features) * (1 if len(asked) <= 4 else 3)
+
+    monkeypatch.setattr(module, "_seconds", slower_by_and_by)
+    assert Auto().ready(network).runtime == "quick"
+    assert asked == ["eager", "quick", "slow"] * module.PROBES
+
+
+def test_what_fails_while_it_is_timed_is_left_out(network, tried, monkeypatch, caplog):
+    tried([[(Fake("quick"), 0.1)], [(Fake("slow"), 0.5)]])
+    on_a_clock, asked = module._seconds, []
+
+    def for_a_while(chain, features):
+        asked.append(chain.runtime)
+        if chain.runtime == "quick" and asked.count("quick") == 2:
+            raise RuntimeUnavailable("there is no more memory")
+        return on_a_clock(chain, features)
+
+    monkeypatch.setattr(module, "_seconds", for_a_while)
+    with caplog.at_level(logging.WARNING):
+        assert Auto().ready(network).runtime == "slow"
+    assert caplog.messages[0] == "runtime auto leaves out quick: there is no more memory"
+
+
 @pytest.mark.parametrize(("long", "timed"), [(3600.0, module.PROBES), (1e-9, 1)])
 def test_what_takes_long_is_not_timed_as_often(long, timed, network, monkeypatch):
     monkeypatch.setattr(module, "LONG_S", long)
+    asked: list[str] = []
+    monkeypatch.setattr(module, "_seconds", lambda chain, _: asked.append(chain.runtime) or 1.0)
     chain = Eager().ready(network)
-    begun: list[int] = []
-    begin = chain.begin
-    monkeypatch.setattr(chain, "begin", lambda features: begun.append(1) or begin(features))
-    module._tried(chain, networks.batch(network, 1))
-    assert len(begun) == 1 + timed
+    module._in_turn(network, {"eager": chain}, networks.batch(network, 1))
+    assert asked == ["eager"] * timed
 
 
 def test_weights_machine_and_size_make_the_key(network, monkeypatch):
@@ -327,18 +359,17 @@ def test_a_gpu_that_cannot_be_used_is_no_matter(network, monkeypatch, caplog):
 
 def test_for_real(network, monkeypatch):
     """On this machine, with what is installed: where eager is slow another is picked, and answers as eager does."""
-    timed = module._tried
+    timed = module._seconds
 
     def with_slow_eager(chain, features):
-        answers, seconds = timed(chain, features)
-        return answers, seconds + 3600 * (chain.runtime == "eager")
+        return timed(chain, features) + 3600 * (chain.runtime == "eager")
 
     monkeypatch.setattr(module, "candidates", candidates)
     monkeypatch.setattr(module, "PATIENCE_S", 3600.0)
-    monkeypatch.setattr(module, "_tried", with_slow_eager)
+    monkeypatch.setattr(module, "_seconds", with_slow_eager)
     chain = Auto().ready(network)
     assert chain.runtime in {name for row in candidates(network) for name in row}
-    monkeypatch.setattr(module, "_tried", lambda *_: 1 / 0)
+    monkeypatch.setattr(module, "_answers", lambda *_: 1 / 0)
     again = Auto().ready(network)
     assert again.runtime == chain.runtime
     features = networks.batch(network, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import logging
+import subprocess
 import sys
 import weakref
 from dataclasses import fields
@@ -243,6 +244,36 @@ def test_models_go_with_their_engine(monkeypatch):
         assert not any(ref() for ref in gone)
     finally:
         gc.enable()
+
+
+LET_GO_ELSEWHERE = """
+import signal
+import threading
+
+import numpy as np
+import openvino
+from openvino import opset13
+
+from crowdexit.inference.runtimes.engines import OpenVINOEngine
+
+taken = opset13.parameter([-1, 3], np.float32)
+engines = [OpenVINOEngine(lambda piece, shapes: openvino.Model([opset13.relu(taken)], [taken]))]
+engines[0].run("stage-0", [np.zeros((1, 3), np.float32)])
+thread = threading.Thread(target=engines.clear)
+thread.start()
+thread.join()
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_an_engine_that_another_thread_lets_go_of_leaves_signals_alone():
+    """OpenVINO's stack for signals would go with it, and the next of them would end the process without a word."""
+    command = [sys.executable, "-c", LET_GO_ELSEWHERE]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (told.returncode, told.stdout) == (0, "interrupted\n"), told.stderr
 
 
 def test_a_network_that_is_ready_is_left_alone():
