@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -221,8 +222,11 @@ def main() -> None:
 
     def draw(path: Path) -> None:
         figure = blank(12, 4 * ((len(figures) + 1) // 2))
-        for axes, name in zip(figure.subplots(-(-len(figures) // 2), 2, squeeze=False).flat, figures, strict=False):
-            BENCHES[name].draw(axes, figures[name])
+        for axes, name in zip_longest(figure.subplots(-(-len(figures) // 2), 2, squeeze=False).flat, figures):
+            if name is None:
+                axes.axis("off")
+            else:
+                BENCHES[name].draw(axes, figures[name])
         figure.savefig(path, format="png")
 
     told = {"machine": machine, "quick": args.quick, "targets": [vars(t) for t in targets], "figures": figures}

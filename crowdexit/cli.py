@@ -138,6 +138,7 @@ def count(
     from crowdexit.inference.budget import check_positive
     from crowdexit.inference.counter import check_deadline, load
     from crowdexit.inference.policies import policy_named
+    from crowdexit.inference.resume import noted_runtime
     from crowdexit.inference.run import count_inputs
     from crowdexit.inference.sources import expand
     from crowdexit.inference.video.frames import parse_time
@@ -150,6 +151,8 @@ def count(
     if late is Late.fail and deadline_ms is None:
         raise CrowdExitError("--late fail: nothing is late without --deadline-ms")
     chosen = policy_named(policy, within)
+    if resume and out is not None and runtime == "auto":
+        runtime = noted_runtime(out) or runtime
     counter = load(model, runtime=runtime)
     count_inputs(
         counter,
@@ -570,9 +573,12 @@ def export(
     files = sorted(path.iterdir())
     print(f"{path}: {len(files)} files, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB")
     manifest = read_manifest(path)
-    if not manifest.classifies and manifest.intervals is None:
-        hint = f"`crowdexit calibrate {path} --data …` measures them"
-        print(f"note: there are no intervals for it at {size or 'its size'}; {hint}", file=sys.stderr)
+    if manifest.classifies or (manifest.intervals is not None and precision is Precision.fp32):
+        return
+    there = "its intervals are the checkpoint's"
+    if manifest.intervals is None:
+        there = f"there are no intervals for it at {size or 'its size'}"
+    print(f"note: {there}; `crowdexit calibrate {path} --data …` measures its own", file=sys.stderr)
 
 
 @app.command(epilog="Example: `crowdexit calibrate runs/audiocsrnet-s-branches --data crowd.h5 --split val`")

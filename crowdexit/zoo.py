@@ -187,7 +187,7 @@ def with_exits(network: MultiExitNetwork, spec: Spec, names: Sequence[str]) -> t
 
 
 def at_size(network: MultiExitNetwork, spec: Spec, size: tuple[int, int]) -> tuple[MultiExitNetwork, Spec]:
-    """The same weights for pictures of another (width, height); its intervals are not of that size, and go.
+    """The same weights for pictures of another (width, height); its calibration is not of that size, and goes.
 
     At the size that the network has it stays as it is.
 
@@ -199,7 +199,7 @@ def at_size(network: MultiExitNetwork, spec: Spec, size: tuple[int, int]) -> tup
     other_spec = replace(
         spec,
         changes={**spec.changes, "size": list(size)},
-        meta={key: value for key, value in spec.meta.items() if key != "intervals"},
+        meta={key: value for key, value in spec.meta.items() if key not in ("intervals", "temperatures")},
     )
     other, there = build(other_spec), network.state_dict()
     bound = [key for key, tensor in other.state_dict().items() if tensor.shape != there[key].shape]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Callable
 from io import BytesIO
@@ -21,6 +22,15 @@ def eager_alone(monkeypatch, tmp_path_factory):
     """``--runtime auto`` tries nothing, for each test has another network; nothing goes to the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.setattr("crowdexit.inference.runtimes.pick.candidates", lambda _: ())
+
+
+@pytest.fixture(autouse=True)
+def the_log_as_it_was():
+    """What silences the log for the tests after it is named here, not there."""
+    root = logging.getLogger()
+    before = root.level, [*root.filters], logging.root.manager.disable
+    yield
+    assert (root.level, root.filters, logging.root.manager.disable) == before
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_one_command_for_all_of_them(tmp_path):
-    """One of them: the others take longer, and are run alike."""
+    """One of them: the others take longer, and are started alike."""
     command = [sys.executable, "-m", "benchmarks", "--quick", "--only", "scaling", "--out", str(tmp_path)]
     told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert told.returncode == 0, told.stderr
@@ -36,7 +36,7 @@ def test_one_command_for_all_of_them(tmp_path):
 
 
 @pytest.mark.slow
-def test_every_runtime_is_measured(tmp_path):
+def test_runtimes_are_measured(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "--quick", "--only", "runtimes", "--out", str(tmp_path)]
     assert subprocess.run(command, cwd=ROOT, timeout=1200).returncode == 0
     assert len(json.loads((tmp_path / "benchmarks.json").read_text())["targets"]) >= 8
@@ -95,7 +95,7 @@ def test_rounds_run_all_in_orders_of_their_own():
     assert len(set(rounds)) == 6
 
 
-def test_a_benchmark_that_fails_leaves_the_others(tmp_path, monkeypatch):
+def test_a_benchmark_that_fails_is_told(tmp_path, monkeypatch):
     tiny = Bench(("--rounds", "x"), (), BENCHES["scaling"].targets, BENCHES["scaling"].draw)
     monkeypatch.setitem(BENCHES, "scaling", tiny)
     monkeypatch.setattr(sys, "argv", ["benchmarks", "--only", "scaling", "--out", str(tmp_path)])

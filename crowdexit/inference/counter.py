@@ -146,7 +146,8 @@ class CrowdCounter:
         self.exits = served_exits(network) if exits is None else self._known(exits)
         self.intervals = intervals or Intervals()
         self.chain = (runtime or pick("auto")).ready(network)
-        self.chain.prepare(self.exits)  # before any clock runs
+        self._prepared: set[str] = set()
+        self._asked(self.exits)
         self._turn = Turn()
         self._times = Profile()
         self._measured = False  # the profile, by this counter
@@ -159,11 +160,19 @@ class CrowdCounter:
                 raise CounterError(f"no exit {name!r} in {self.model} (it has {', '.join(self.network.exit_names)})")
         return [name for name in self.network.exit_names if name in exits]
 
+    def _asked(self, exits: Sequence[str] | None) -> list[str]:
+        """Exits that are going to be asked, all that are served by default: made ready, before any clock runs."""
+        names = self.exits if exits is None else self._known(exits)
+        if new := [name for name in names if name not in self._prepared]:
+            self.chain.prepare(new)
+            self._prepared.update(new)
+        return names
+
     def _up_to(self, exit: str) -> list[str]:
         """The exits that are asked on the way to one, and that one; ``auto`` is the last that this counter serves."""
         last = self.exits[-1] if exit == "auto" else self._known([exit])[0]
         names = self.network.exit_names
-        return [*(name for name in names[: names.index(last)] if name in self.exits), last]
+        return self._asked([*(name for name in names[: names.index(last)] if name in self.exits), last])
 
     @property
     def size(self) -> tuple[int, int]:
@@ -186,7 +195,7 @@ class CrowdCounter:
         Raises:
             CrowdExitError: for a picture or a sound that cannot be used.
         """
-        wanted = self.exits if exits is None else self._known(exits)
+        wanted = self._asked(exits)
         for result in self._steps(image, audio, wanted, ANYTIME, time.perf_counter()):
             if result is not None:
                 yield result
@@ -208,8 +217,8 @@ class CrowdCounter:
             exit: the last exit to run; ``auto`` is the last that this counter serves.
             deadline_ms: when to return, from this call on, with the latest answer that is there by then, even in
                 the middle of a stage. Preparing the picture counts, and so does the end of the layer (with
-                torch.compile, of the stage) that an earlier request, to whichever counter of this process, has left
-                running. An error that comes after an answer is told as a warning.
+                torch.compile, of the stage), or of the decoding, that an earlier request, to whichever counter of this
+                process, has left running. An error that comes after an answer is told as a warning.
             late: what to do where not even the first exit has answered by then: ``wait`` for it, or ``fail``.
             policy: which exits are asked, and when one of them will do (:mod:`crowdexit.inference.policies`). For
                 ``DeepestThatFits`` the machine is measured once, before the time begins.
@@ -278,7 +287,7 @@ class CrowdCounter:
                 as far as the profile tells, and with any later one, as soon as the time shows it.
             CrowdExitError: as :meth:`stream`; for a policy that has nothing to go by.
         """
-        wanted = self.exits if exits is None else self._known(exits)
+        wanted = self._asked(exits)
         self._check(policy)
         if isinstance(policy, DeepestThatFits):
             raise CounterError("many pictures together have no deadline that an exit could fit; give a budget")
@@ -495,14 +504,22 @@ class CrowdCounter:
                 budget.window(scenes)
             said: list[list[ExitResult]] = [[] for _ in range(abreast)]
             walk = self._walk(exits, scenes, abreast)
-            for told in walk.run(self._parts(samples, scenes, order, budget, abreast), policy):
-                self._write_down(told, said, scenes, begun)
+            given_up: BudgetTooSmall | None = None
+            try:
+                for told in walk.run(self._parts(samples, scenes, order, budget, abreast), policy):
+                    self._write_down(told, said, scenes, begun)
+            except BudgetTooSmall as error:
+                given_up = error
             if budget is not None:
                 budget.walked()
-            if not order:
+            if not order and given_up is None:
                 return
             for place in order:
+                if place is not None and not said[place]:
+                    break
                 yield None if place is None else CountResult(self.model, said[place][-1], tuple(said[place]))
+            if given_up is not None:  # what had been answered by then is not lost
+                raise given_up
 
     def _write_down(
         self, told: Told | None, said: Sequence[list[ExitResult]], scenes: Sequence[Scene], begun: float

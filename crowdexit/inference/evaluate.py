@@ -55,6 +55,7 @@ def count_samples(
     ids: Sequence[str],
     *,
     audio: bool = True,
+    heard_alone: bool = False,
     conditions: Conditions = Conditions(),
     progress: Any = None,
 ) -> Iterator[Counted]:
@@ -65,14 +66,19 @@ def count_samples(
     Args:
         ids: of the samples.
         audio: False counts without sound even where there is some.
+        heard_alone: passes over those that are not heard: they have no sound, or are cut into tiles.
         progress: called after each sample.
     """
-    for number, id in enumerate(ids):
+    warm = False
+    for id in ids:
         picture, mel, count, source = read_for_counting(store, split, id, audio=audio, conditions=conditions)
-        if number == 0:
-            for _ in counter.stream(picture, mel):
-                pass
-        yield Counted(id, count, source if mel is not None else "none", tuple(counter.stream(picture, mel)))
+        heard = mel is not None and counter.size_for(picture.shape[1], picture.shape[0]) is not None
+        if heard or not heard_alone:
+            if not warm:
+                for _ in counter.stream(picture, mel):
+                    pass
+                warm = True
+            yield Counted(id, count, source if heard else "none", tuple(counter.stream(picture, mel)))
         if progress is not None:
             progress()
 
@@ -93,7 +99,7 @@ def evaluate(
         ``{"split", "audio", "samples", "exits": [{"exit", "mae", "rmse", "latency_ms"}]}``; ``audio`` is where
         the sound came from (``recorded``, ``simulated``, ``none``, or ``mixed``). Where all exits are
         calibrated, also ``level``, how many per cent of the truths their intervals should hold, and in each row
-        ``covered``, how many they do.
+        ``covered``, how many they do; of the very pictures that calibrated them that many do by construction.
     """
     counted = list(count_samples(counter, store, split, ids, audio=audio, conditions=conditions, progress=progress))
     sources = {sample.sound for sample in counted}
@@ -155,7 +161,7 @@ def calibrate(
     rank(len(ids), level)  # refuses before anything is counted
     silent, silent_errors = tables(list(count_samples(counter, store, split, ids, audio=False, progress=progress)))
     heard, heard_errors = dict[str, float](), dict[str, float]()
-    with_sound = [s for s in count_samples(counter, store, split, ids, progress=progress) if s.sound != "none"]
+    with_sound = list(count_samples(counter, store, split, ids, heard_alone=True, progress=progress))
     if with_sound:
         try:
             heard, heard_errors = tables(with_sound)

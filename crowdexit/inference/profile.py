@@ -23,11 +23,12 @@ from uuid import uuid4
 
 import torch
 
-from crowdexit.inference.runtimes.kept import installed_version
+from crowdexit.inference.runtimes.kept import gpu_name, installed_version
 from crowdexit.machine import cache_folder, processor
 from crowdexit.network import MultiExitNetwork
 
 KEPT = 64  # measurements of a step; the oldest goes for the newest
+MOST_PROFILES = 100  # files of them; the one written longest ago goes
 _FORMAT = 1
 
 
@@ -147,6 +148,9 @@ class Profile:
                 part.replace(self._path)
             finally:
                 part.unlink(missing_ok=True)
+            others = sorted(self._path.parent.glob("*.json"), key=lambda path: path.stat().st_mtime)
+            for old in others[:-MOST_PROFILES]:
+                old.unlink()
 
 
 def _between(values: list[tuple[int, float]], rows: int, *, beyond: bool) -> float:
@@ -190,5 +194,5 @@ def machine() -> dict[str, Any]:
         "processor": processor()[0],
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": gpu_name() or None,
     }

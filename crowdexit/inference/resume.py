@@ -16,6 +16,7 @@ from typing import Any, TextIO
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.counter import CrowdCounter
 from crowdexit.inference.rows import COLUMNS, Format, opened, part_of, whole
+from crowdexit.inference.runtimes import pick
 from crowdexit.inference.smooth import Smoother
 from crowdexit.inference.sources import Source
 
@@ -77,6 +78,15 @@ def note_of(out: Path) -> Path:
 def was_stopped(out: Path) -> bool:
     """Whether there are rows of a run that did not end."""
     return part_of(out).is_file() and part_of(out).stat().st_size > 0
+
+
+def noted_runtime(out: Path) -> str | None:
+    """The runtime by whose name a stopped run goes on: ``auto`` may choose another by now. None: by no name."""
+    try:
+        name = json.loads(note_of(out).read_text("utf-8"))["runtime"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return name if isinstance(name, str) and name in pick.names() else None
 
 
 def take_up(out: Path, wanted: Mapping[str, Any], format: Format, names: Sequence[str], batch: int) -> Left:

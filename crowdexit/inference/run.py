@@ -293,17 +293,28 @@ class _Job:
         _tell(f"{source.name}: {rows} frames counted, {frames.dropped} dropped")
 
     def _frames(self, source: Source, frames: Iterable[Frame], left: Left, *, sound: Path | None) -> Iterator[None]:
-        counted = count_frames(self.counter, frames, source.name, self.how)
+        counted, rows, missed = count_frames(self.counter, frames, source.name, self.how), left.frames, 0
+        within = f"no exit answered within {self.how.deadline_ms or 0:g} ms"
         with ExitStack() as stack:
             drawn = self.drawings.video(source, sound, 1 / self.span.fps)
             if drawn is not None:
                 stack.enter_context(drawn)
             stack.callback(counted.close)
             for frame, result in islice(counted, left.again, None):
+                if result is None:
+                    missed += 1
+                    if missed == 1:
+                        _warn(f"{source.name} at {frame.time_s:.1f} s: {within}; such frames have no row")
+                    continue
+                rows += 1
                 self.lines.frame(FrameRow.of(source.name, frame, result, left.smoother))
                 if drawn is not None:
                     drawn.add(_annotated(frame, result), frame)
                 yield
+            if missed and not rows:
+                raise DeadlineMissed(f"{source.name}: {within}, in any of {missed} frames")
+            if missed > 1:
+                _warn(f"{source.name}: {missed} of {rows + missed} frames have no row: {within}")
 
 
 @dataclass
@@ -357,7 +368,7 @@ class _Drawings:
             return
         density = _density_of(result)
         if density is None:
-            _tell(f"warning: {source.path}: no density map, the deadline came before the final exit")
+            _tell(f"warning: {source.path}: no density map, the answer is from before the final exit")
             return
         target = self._target(self.density, source, ".png")
         data = io.BytesIO()

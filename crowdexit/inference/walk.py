@@ -179,7 +179,10 @@ class Walk:
         how: dict[str, Any] = {"quantile": quantile, "least": least}
         total = 0.0
         for batch in part.batches:
-            ms = self.profile.total_ms(steps, batch.rows, first_ms=batch.first_ms, **how)
+            first_ms = batch.first_ms
+            if quantile == 0 and first_ms is not None:  # at the very least: this walk's own may have been held up
+                first_ms = min(first_ms, self.profile.ms(FIRST, batch.rows, **how) or math.inf)
+            ms = self.profile.total_ms(steps, batch.rows, first_ms=first_ms, **how)
             if ms is None:
                 return None
             total += ms

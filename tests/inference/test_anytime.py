@@ -1,6 +1,6 @@
 """Deadlines: the latest answer even in the middle of a stage, nothing begun in vain, nobody disturbed.
 
-Stages sleep; a loaded machine only makes them longer, so every bound here leaves it a second or more.
+Stages sleep; a loaded machine only makes them longer, so every bound here leaves it the better part of a second.
 """
 
 from __future__ import annotations
@@ -27,6 +27,13 @@ from crowdexit.inference.profile import PREPARING, stage_step
 SERVED = ["V1", "AV1", "AV2", "final"]
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_left_running():
+    """The counting thread is one for all: what a test has left there would take the next one's time."""
+    yield
+    assert answers_by(time.perf_counter() + 60, iter(["idle"]), wait=True) == ["idle"]
+
+
 def picture(seed: int = 0, shape: tuple[int, int] = (64, 128)) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 255, (*shape, 3), np.uint8)
 
@@ -45,7 +52,7 @@ def test_the_latest_answer_in_the_middle_of_a_stage(counter, expected):
     tool = slow(counter.network, 0, 0, 0, 4)
     begun = time.perf_counter()
     result = tool.count(picture(), deadline_ms=1500)
-    assert 1.5 <= time.perf_counter() - begun < 3
+    assert 1.49 <= time.perf_counter() - begun < 3  # it may give what there is five milliseconds early
     assert result.chosen.exit == "AV2"
     assert [r.exit for r in result.exits] == SERVED[:3]
     assert all(r.latency_ms < 1500 for r in result.exits)
@@ -58,7 +65,8 @@ def test_the_latest_answer_in_the_middle_of_a_stage(counter, expected):
 
 def test_the_rest_is_called_off(counter):
     tool = slow(counter.network, 0, 1.5, 0, 0)
-    assert tool.count(picture(), deadline_ms=500).chosen.exit == "V1"
+    first = tool.count(picture(), deadline_ms=500)
+    assert (first.chosen.exit, first.in_time) == ("V1", True)
     assert tool.count(picture(1)).exits[-1].exit == "final"
     # The stage that was running has not come to its end: behind its wait, its first layer was not begun.
     assert tool.chain.ran == [0, "V1", 0, "V1", 1, "AV1", 2, "AV2", 3, "final"]
@@ -88,7 +96,7 @@ def test_too_early_for_the_first_exit(counter):
     assert waited.to_dict("p")["in_time"] is False
     assert waited.chosen.latency_ms > 200
     # From then on it is known how long that takes, with all that comes before it.
-    for _ in range(3):
+    for _ in range(9):
         tool._times.note(PREPARING, 1, 3000.0)
     with pytest.raises(DeadlineMissed, match=r"\(the first, V1, takes about 4\d\d\d ms here\)"):
         tool.count(picture(), deadline_ms=200, late="fail")
@@ -244,6 +252,7 @@ def test_two_at_once(counter, expected):
         time.sleep(0.1)
     for thread in threads:
         thread.join()
+    assert results.keys() == {1, 2, 3}
     for seed, result in results.items():
         assert {r.exit: r.count for r in result.exits} == pytest.approx(expected(picture(seed)), rel=1e-5)
     assert results[3].exits[0].latency_ms < min(result.exits[-1].latency_ms for result in results.values())

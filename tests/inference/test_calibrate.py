@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import cv2
+import h5py
 import numpy as np
 import pytest
 from branches import both_kinds
@@ -12,8 +13,9 @@ from tiny import TINY
 
 from crowdexit import command, zoo
 from crowdexit.cli import app
-from crowdexit.data.store import StoredSample, open_for_writing, write_sample
+from crowdexit.data.store import Store, StoredSample, open_for_writing, write_sample
 from crowdexit.inference.counter import load
+from crowdexit.inference.evaluate import calibrate, evaluate
 from crowdexit.inference.exported import read_manifest
 from crowdexit.intervals import IntervalError, Intervals, expected_error
 
@@ -95,6 +97,24 @@ def test_too_few_with_sound(prepared, checkpoint, caplog):
     assert made.heard == made.heard_errors == {}
     assert list(made.silent) == list(made.silent_errors)
     assert made.errors(heard=True) == made.silent_errors
+
+
+def test_pictures_that_are_cut_into_tiles_are_not_heard(prepared, checkpoint, monkeypatch):
+    """Their sound belongs to the whole scene: they tell nothing of what is heard, nor are they counted again for it."""
+    with h5py.File(prepared, "a") as file:
+        random = np.random.default_rng(1)
+        picture = cv2.imencode(".png", random.integers(0, 255, (256, 1024, 3), np.uint8))[1]
+        points = np.zeros((3, 2), np.float32)
+        sound = {"log_mel": random.normal(size=(96, 64)).astype(np.float32), "audio_source": "simulated"}
+        write_sample(file, StoredSample("wide", "val", picture, points, 1024, 256, 3, **sound))
+    counter = load(checkpoint, runtime="eager")
+    stream, counted = counter.stream, []
+    monkeypatch.setattr(counter, "stream", lambda *given: counted.append(given) or stream(*given))
+    with Store(prepared) as store:
+        made = calibrate(counter, store, "val", store.ids("val"), 0.7)
+        assert (made.samples, made.heard_samples) == (13, 4)
+        assert len(counted) == (13 + 1) + (4 + 1)
+        assert evaluate(counter, store, "val", ["wide"])["audio"] == "none"
 
 
 def test_expected_errors():

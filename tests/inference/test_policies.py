@@ -187,6 +187,19 @@ def test_the_deepest_that_fits(counter, pictures):
         tool.count_many([(pictures[0], None)], policy=DeepestThatFits())
 
 
+def test_a_stage_is_not_given_up_because_the_first_was_held_up(counter, pictures):
+    """By what the machine has done before the next one would be in time."""
+    tool = slow(counter.network, 1.0, 0.0, 0.0, 0.0)
+    for first_ms in (1.0, 1000.0):
+        profile = tool._times = Profile()
+        for _ in range(16):
+            profile.note(FIRST, 1, first_ms)
+            for index in range(1, 4):
+                profile.note(stage_step(index), 1, 10 * first_ms, first_ms)
+        result = tool.count(pictures[0], deadline_ms=3000)
+        assert [r.exit for r in result.exits] == (SERVED if first_ms == 1.0 else ["V1"])
+
+
 def test_what_is_not_known_does_not_fit(counter, pictures):
     tool = slow(counter.network, 0, 0, 0, 0)
     tool.__dict__["profile"] = tool._times
@@ -345,9 +358,12 @@ def test_a_budget_too_small_for_the_first_exits_shows_on_the_way(counter, tmp_pa
             time.sleep(0.1)
             yield np.zeros((64, 128, 3), np.uint8), None
 
+    said = []
     with pytest.raises(BudgetError, match="too small for 100 pictures: their first exits alone take about"):
-        list(tool.count_many(slow_to_come(), budget_ms=3000, number=100))
+        said.extend(tool.count_many(slow_to_come(), budget_ms=3000, number=100))
     assert len(asked) < 20
+    assert [result.chosen.exit for result in said] == ["V1"] * len(said)  # what was answered by then is not lost
+    assert 0 < len(said) < len(asked)
 
 
 def test_a_budget_for_a_folder(counter, pictures, tmp_path, monkeypatch, capsys):

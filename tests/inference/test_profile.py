@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,14 @@ def test_what_a_profile_is_kept_by(tmp_path, monkeypatch):
             module, "installed_version", lambda name, new=library: "9" if name == new else versions(name)
         )
         assert path_of() == number
+
+
+def test_the_profile_written_longest_ago_goes(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MOST_PROFILES", 3)
+    for number in range(5):
+        made(tmp_path / f"{number}.json").write()
+        os.utime(tmp_path / f"{number}.json", (number, number))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2.json", "3.json", "4.json"]
 
 
 def test_two_of_one_key_do_not_disturb_each_other(tmp_path, monkeypatch):

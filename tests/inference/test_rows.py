@@ -21,6 +21,7 @@ from videos import make_video, tone
 
 from crowdexit.data.picture import PictureError
 from crowdexit.errors import CrowdExitError
+from crowdexit.inference.anytime import DeadlineMissed
 from crowdexit.inference.counter import CrowdCounter
 from crowdexit.inference.resume import ResumeError
 from crowdexit.inference.rows import RowError, alone, opened
@@ -333,6 +334,30 @@ def test_densities_that_cannot_be(counter, street, film, tmp_path, capsys):
     count_inputs(counter, [street], density=tmp_path / "map.png", deadline_ms=1e-3)
     assert "no density map" in capsys.readouterr().err
     assert not (tmp_path / "map.png").exists()
+
+
+def test_frames_without_an_answer_in_time_have_no_row(counter, film, tmp_path, monkeypatch, capsys):
+    """The others have; told are the first, and how many there were. Only where none has one is that an error."""
+    count, asked = counter.count, []
+
+    def late_now_and_then(*given, deadline_ms, **by):
+        asked.append(deadline_ms)
+        return count(*given, deadline_ms=1e-3 if len(asked) % 3 == late else 1e5, **by)
+
+    monkeypatch.setattr(counter, "count", late_now_and_then)
+    how = {"deadline_ms": 500.0, "late": "fail", "fps": 5, "format": "csv"}
+    late = 1
+    out = tmp_path / "rows.csv"
+    assert count_inputs(counter, [film], out=out, **how) == 6
+    assert [row["frame"] for row in csv.DictReader(out.open())] == ["2", "4", "8", "10", "14", "16"]
+    assert capsys.readouterr().err.splitlines() == [
+        f"warning: {film} at 0.0 s: no exit answered within 500 ms; such frames have no row",
+        f"warning: {film}: 4 of 10 frames have no row: no exit answered within 500 ms",
+    ]
+    monkeypatch.setattr(counter, "count", lambda *given, deadline_ms, **by: count(*given, deadline_ms=1e-3, **by))
+    with pytest.raises(DeadlineMissed, match="no exit answered within 500 ms, in any of 10 frames"):
+        count_inputs(counter, [film], out=tmp_path / "none.csv", **how)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["film.mp4", "rows.csv"]
 
 
 def test_rows_of_a_video_that_breaks_off_are_kept(counter, tmp_path, capsys):

@@ -20,10 +20,10 @@ from crowdexit.inference.video.pipeline import How, Threads, count_frames
 
 @pytest.fixture(autouse=True)
 def no_thread_is_left():
-    before = threading.active_count()
+    before = set(threading.enumerate())
     yield
     deadline = time.monotonic() + 10
-    while threading.active_count() > before:
+    while any(thread.name != "counting" for thread in set(threading.enumerate()) - before):
         assert time.monotonic() < deadline
         time.sleep(0.01)
 

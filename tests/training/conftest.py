@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from _pytest.faulthandler import fault_handler_stderr_fd_key
 from tiny_runs import run, tiny, write_store
 
 from crowdexit.training.modules import Experiment
@@ -21,6 +23,15 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _faults_are_told(request):
+    """Lightning gives all signals back to whom Python knows of; of faulthandler it does not, and a crash is silent."""
+    yield
+    if faulthandler.is_enabled():
+        faulthandler.disable()
+        faulthandler.enable(request.config.stash[fault_handler_stderr_fd_key])
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +54,7 @@ def break_off(monkeypatch) -> Callable[[int, int, Any], None]:
     def make(epoch: int, batch: int, how: Any) -> None:
         def on_train_batch_start(self: Experiment, _: Any, index: int) -> None:
             if (self.current_epoch, index) == (epoch, batch):
-                monkeypatch.undo()
+                monkeypatch.delattr(Experiment, "on_train_batch_start")
                 if isinstance(how, signal.Signals):
                     os.kill(os.getpid(), how)
                 else:

@@ -23,6 +23,7 @@ from crowdexit.inference.runtimes.call_off import CalledOff, broken_off_by
 # a process hardly ever more than one size of picture.
 MOST_READY = 128
 Shapes = tuple[tuple[int, ...], ...]
+_MAKING_CORE = Lock()
 
 # Both libraries report their use to their makers unless told otherwise; a crowd counter tells nobody anything.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
@@ -43,7 +44,6 @@ def installed(module: str) -> Any:
         raise RuntimeUnavailable(f"{module} cannot be imported: {one_line(error)}") from None
 
 
-@cache
 def openvino_core() -> Any:
     """OpenVINO's ``Core``: one for the whole process, which is never let go.
 
@@ -54,6 +54,12 @@ def openvino_core() -> Any:
     Raises:
         RuntimeUnavailable: if OpenVINO is not there, or cannot be imported.
     """
+    with _MAKING_CORE:
+        return _core()
+
+
+@cache
+def _core() -> Any:
     return installed("openvino").Core()
 
 

@@ -17,6 +17,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Generic, TypeVar
 
+import torch
+
 from crowdexit.inference.runtimes.engines import Shapes
 from crowdexit.machine import cache_folder
 from crowdexit.network import MultiExitNetwork
@@ -37,6 +39,13 @@ def installed_version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def gpu_name() -> str:
+    """The GPU's name; empty where there is none."""
+    with suppress(RuntimeError):  # of one that is there and cannot even be asked for its name
+        return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return ""
 
 
 def fingerprint(network: MultiExitNetwork, *more: object) -> str:

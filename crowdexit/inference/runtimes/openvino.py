@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from crowdexit.network import MultiExitNetwork
 from crowdexit.stages import Features
 
 log = logging.getLogger(__name__)
+
+_CONVERTING = Lock()
 
 
 class OpenVINO(Runtime):
@@ -89,6 +92,19 @@ def multiplies_bf16() -> bool:
     return "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
+@contextmanager
+def _root_logger_kept() -> Iterator[None]:
+    """OpenVINO's converter has the root logger tell errors only; where it fails, or two convert at once, for good."""
+    root = logging.getLogger()
+    with _CONVERTING:
+        level, filters, handlers = root.level, [*root.filters], [*root.handlers]
+        try:
+            yield
+        finally:
+            root.setLevel(level)
+            root.filters, root.handlers = filters, handlers
+
+
 def convert(piece: Piece, shapes: Shapes | None = None) -> Any:
     """A piece as an ``openvino.Model``, its batch open.
 
@@ -103,7 +119,8 @@ def convert(piece: Piece, shapes: Shapes | None = None) -> Any:
         warnings.simplefilter("ignore")  # of shapes that become constants: all but the batch are
         traced = torch.jit.trace(piece, examples, check_trace=False)
         given = [openvino.PartialShape([-1, *example.shape[1:]]) for example in examples]
-        model = openvino.convert_model(traced, example_input=examples, input=given)
+        with _root_logger_kept():
+            model = openvino.convert_model(traced, example_input=examples, input=given)
     for names, sides in zip(piece.ports.names(), (model.inputs, model.outputs), strict=True):
         for name, side in zip(names, sides, strict=True):
             side.get_tensor().set_names({name})

@@ -6,7 +6,6 @@ import logging
 import os
 import time
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
@@ -21,7 +20,14 @@ from crowdexit.inference.runtimes.calibration import sample
 from crowdexit.inference.runtimes.compiled import Compiled
 from crowdexit.inference.runtimes.eager import Eager
 from crowdexit.inference.runtimes.engines import one_line
-from crowdexit.inference.runtimes.kept import choices, fingerprint, forget_choice, installed_version, keep_choice
+from crowdexit.inference.runtimes.kept import (
+    choices,
+    fingerprint,
+    forget_choice,
+    gpu_name,
+    installed_version,
+    keep_choice,
+)
 from crowdexit.inference.runtimes.onnx import Onnx
 from crowdexit.inference.runtimes.openvino import OpenVINO, multiplies_bf16
 from crowdexit.inference.runtimes.winograd import Winograd, filtered_layers
@@ -38,6 +44,7 @@ READY_MADE = (*Eager.NAMES, *Winograd.NAMES, "openvino", "openvino-bf16", *Onnx.
 TOLERANCE = 0.02
 PROBES, LONG_S = 5, 3.0  # so often is each timed, or until each has had so much time
 PATIENCE_S = 60.0  # then no further candidate is tried
+_FAILURES = (RuntimeUnavailable, RuntimeError)  # the latter PyTorch's own, where it runs out of memory or cannot at all
 
 
 def names() -> tuple[str, ...]:
@@ -122,26 +129,26 @@ class _Picked(ReadyChain):
     def prepare(self, exits: Collection[str]) -> None:
         try:
             self._chain.prepare(exits)
-        except RuntimeUnavailable as error:
+        except _FAILURES as error:
             self._give_up(self._chain, error)
 
     def begin(self, features: Features) -> _State:
         state = _State(self._chain, None, -1, features, torch.arange(len(features.visual)))
         try:
             return replace(state, own=state.chain.begin(features))
-        except RuntimeUnavailable as error:
+        except _FAILURES as error:
             return self._again(state, error)
 
     def advance(self, index: int, state: _State) -> _State:
         try:
             return replace(state, own=state.chain.advance(index, state.own), stage=index)
-        except RuntimeUnavailable as error:
+        except _FAILURES as error:
             return self._again(replace(state, stage=index), error)
 
     def ask(self, name: str, state: _State) -> Answer:
         try:
             return state.chain.ask(name, state.own)
-        except RuntimeUnavailable as error:
+        except _FAILURES as error:
             again = self._again(state, error)
             return again.chain.ask(name, again.own)
 
@@ -149,18 +156,18 @@ class _Picked(ReadyChain):
         state = replace(state, rows=state.rows[keep])
         try:
             return replace(state, own=state.chain.select(state.own, keep))
-        except RuntimeUnavailable as error:
+        except _FAILURES as error:
             return self._again(state, error)
 
-    def _give_up(self, failed: ReadyChain, error: RuntimeUnavailable) -> None:
+    def _give_up(self, failed: ReadyChain, error: Exception) -> None:
         """Have eager float32 go on, unless it does already."""
         if failed is self._chain:
-            log.warning("runtime auto: %s; eager goes on", error)
+            log.warning("runtime auto: %s; eager goes on", one_line(error))
             forget_choice(self._key)
             self._chain = Eager().ready(self.network)
             self.runtime = self._chain.runtime
 
-    def _again(self, state: _State, error: RuntimeUnavailable) -> _State:
+    def _again(self, state: _State, error: Exception) -> _State:
         """A state whose chain has failed, by eager float32 from the beginning."""
         self._give_up(state.chain, error)
         own = self._chain.begin(state.features.select(state.rows))
@@ -275,7 +282,4 @@ def _agree(answers: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 
 def _key(network: MultiExitNetwork) -> str:
     """A hash of everything that decides which runtime is fastest: machine, libraries, network and weights."""
-    gpu = ""
-    with suppress(RuntimeError):  # of one that is there and cannot even be asked for its name
-        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return fingerprint(network, *processor(), os.cpu_count(), torch.get_num_threads(), gpu)
+    return fingerprint(network, *processor(), os.cpu_count(), torch.get_num_threads(), gpu_name())

@@ -146,8 +146,10 @@ class How:
 
 def count_frames(
     counter: CrowdCounter, frames: Iterable[Frame], name: str, how: How | None = None
-) -> Generator[tuple[Frame, CountResult], None, None]:
+) -> Generator[tuple[Frame, CountResult | None], None, None]:
     """Count frames as they come, in their order; the next ones are read and prepared meanwhile.
+
+    With None of a frame that no exit answered in time, where that fails (:attr:`How.late`).
 
     Args:
         frames: with their sound; a generator is closed at the end. What can be stopped is live: nothing of it is
@@ -169,10 +171,11 @@ def count_frames(
             ready = threads.ahead(_prepared(counter, threads.ahead(frames, how.at_once + 1), how), 1)
         try:
             for group, counting in ready:
+                counted: Sequence[CountResult | None]
                 try:
                     counted = counting()
-                except DeadlineMissed as error:
-                    raise DeadlineMissed(f"{name} at {group[0].time_s:.1f} s: {error}") from None
+                except DeadlineMissed:  # with a deadline each frame is a group of its own
+                    counted = [None]
                 yield from zip(group, counted, strict=True)
         except PictureError as error:  # too small: it knows no name
             raise VideoError(f"{name}: {error}") from None

@@ -18,6 +18,7 @@ from crowdexit.inference.video.container import FAULTS, MOST_FAULTS, open_file, 
 # last frame, less the tenth of it by which encoders shift a sound's beginning.
 LEAST_HEARD_S = 0.45
 _JITTER_S = 0.02  # by which sound's time stamps may be off without a gap in the sound
+_BACK_S, _AHEAD_S = 1.0, 60.0  # by which they may leap before one alone is not believed
 
 Warn = Callable[[str], None]
 Second = tuple[NDArray[np.float32], int]
@@ -103,6 +104,9 @@ class SoundTrack:
 class Places:
     """Says of decoded blocks of sound, one after the other, where they belong.
 
+    A stamp that leaps far is not believed until the next block follows it. Then, ahead, there is a gap; back, the clock
+    has been set anew, and times go on, as those of the pictures do.
+
     Args:
         rate: of the blocks, in Hz.
         origin: the time on the blocks' clock that is sample 0; None: where the first one begins.
@@ -111,18 +115,36 @@ class Places:
     def __init__(self, rate: int, origin: float | None) -> None:
         self.rate, self.origin = rate, origin
         self.expected: int | None = None
+        self._leapt: int | None = None  # where the next one begins if the last one's leap is to be believed
 
     def __call__(self, block: Any) -> tuple[int, NDArray[np.float32]]:
         """(number of the first sample, mono samples (n,)) of a block of float samples in planes."""
         samples = block.to_ndarray().mean(axis=0, dtype=np.float32)
         if self.origin is None:
             self.origin = block.time or 0.0
-        start = self.expected if block.time is None else round((block.time - self.origin) * self.rate)
-        # Coarse time stamps would tear small holes into the sound.
-        if start is None or (self.expected is not None and abs(start - self.expected) < _JITTER_S * self.rate):
-            start = self.expected or 0
+        start = self.expected or 0
+        if block.time is not None:
+            start = self._believed(round((block.time - self.origin) * self.rate), len(samples))
         self.expected = start + len(samples)
         return start, samples
+
+    def _believed(self, start: int, length: int) -> int:
+        """Where a block belongs that begins there by its stamp."""
+        if self.expected is None:
+            return start
+        leap, leapt, self._leapt = (start - self.expected) / self.rate, self._leapt, None
+        if abs(leap) < _JITTER_S:  # coarse time stamps would tear small holes into the sound
+            return self.expected
+        if -_BACK_S <= leap <= _AHEAD_S:
+            return start
+        if leapt is None or abs(start - leapt) > _BACK_S * self.rate:
+            self._leapt = start + length
+            return self.expected
+        if leap > 0:
+            return start
+        assert self.origin is not None
+        self.origin += leap
+        return self.expected
 
 
 def sound_blocks(path: Path, origin: float | None, warn: Warn, rates: tuple[int, ...] | None = None) -> Any:

@@ -135,7 +135,8 @@ BREAKS = ["prepare", "begin", *(f"advance {index}" for index in range(4)), "ask 
 
 @pytest.mark.parametrize("breaks", BREAKS)
 @pytest.mark.parametrize("remembered", [False, True], ids=["new", "remembered"])
-def test_where_what_was_picked_fails_later_eager_goes_on(breaks, remembered, network, tried, caplog):
+@pytest.mark.parametrize("kind", [RuntimeUnavailable, RuntimeError], ids=lambda kind: kind.__name__)
+def test_where_what_was_picked_fails_later_eager_goes_on(breaks, remembered, kind, network, tried, caplog):
     """In the middle of a walk too, with the samples that are left; said once, and never picked again by memory."""
     fake = Fake("quick", breaks=breaks)
     tried([[(fake, 0.1)]])
@@ -144,7 +145,7 @@ def test_where_what_was_picked_fails_later_eager_goes_on(breaks, remembered, net
     expected = dict(Eager().ready(network).stream(features))
     chain = chains[-1]
     under_way = chain.advance(0, chain.begin(other))
-    fake.error = RuntimeUnavailable("there is no more memory")
+    fake.error = kind("there is no more memory")
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         chain.prepare(["V1", "final"])
