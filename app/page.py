@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import numpy as np
 
 import crowdexit
 from app.answer import WELCOME, Shown, answers, in_model_thread, problem
@@ -82,10 +81,7 @@ class _Models:
         else:
             given, first = model, str(model)
             offered = [*zoo.shipped()] if first in zoo.names() else [first]
-            load = {
-                name: cache(lambda path=given if name == first else name: _warm(counting.load(path, runtime=runtime)))
-                for name in offered
-            }
+            load = {name: cache(lambda path=given if name == first else name: _warm(path, runtime)) for name in offered}
         self.first, self._load = first, load
 
     @property
@@ -100,11 +96,10 @@ class _Models:
         return in_model_thread(load)
 
 
-def _warm(counter: CrowdCounter) -> CrowdCounter:
-    """Count once for nothing, so that the first visitor's latencies are like everybody's."""
-    width, height = counter.size
-    for _ in counter.stream(np.zeros((max(32, height), max(32, width), 3), np.uint8)):
-        pass
+def _warm(model: str | Path, runtime: str) -> CrowdCounter:
+    """A counter whose first visitor's latencies are like everybody's."""
+    counter = counting.load(model, runtime=runtime)
+    counter.warm_up()
     return counter
 
 

@@ -377,16 +377,23 @@ class CrowdCounter:
             for turn in range(_TURNS):
                 if turn > 1 and time.perf_counter() > long_enough:
                     break
-                begun = time.perf_counter()
-                _, (row, *_) = prepared(decode_picture(jpeg), None, self.network.config)
-                preparing = 1000 * (time.perf_counter() - begun)
                 kept = times if turn > 0 else Profile()  # the first warms up
-                kept.note(PREPARING, 1, preparing)
-                walk = Walk(self.chain, rows, self.network.exit_names, kept, turn=self._turn)
-                for _ in walk.run([self._part(0, [[row]] * rows, kept)], ANYTIME):
-                    pass
+                self._run_through(jpeg, rows, self.network.exit_names, kept)
             rows *= 2
         times.write()
+
+    def _run_through(self, jpeg: bytes, rows: int, exits: Sequence[str], times: Profile) -> None:
+        """Run a picture through everything, as a batch of so many, and note how long each step takes."""
+        begun = time.perf_counter()
+        _, (row, *_) = prepared(decode_picture(jpeg), None, self.network.config)
+        times.note(PREPARING, 1, 1000 * (time.perf_counter() - begun))
+        walk = Walk(self.chain, rows, exits, times, turn=self._turn)
+        for _ in walk.run([self._part(0, [[row]] * rows, times)], ANYTIME):
+            pass
+
+    def warm_up(self) -> None:
+        """Count a picture for nothing: the first one after loading takes longer than those that come after it."""
+        self._run_through(photo(self.size), 1, self.exits, Profile())
 
     def _usual_ms(self, exit: str) -> float | None:
         """What a picture of the scene's shape takes here until an exit's answer, about; None: not known yet."""

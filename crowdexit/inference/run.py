@@ -180,6 +180,8 @@ def count_inputs(
         else:
             file = stack.enter_context(opened(out, finish=finish))
         advance = stack.enter_context(_bar(sources, span, left.rows, shown=progress and not file.isatty()))
+        if deadline_ms is not None:
+            counter.warm_up()
         only_picture = single and sources[0].kind == "picture"
         lines = writer(format, file, names, single=only_picture, begun=left.rows > 0)
         job = _Job(counter, audio, how, span, lines, drawings, advance)

@@ -231,6 +231,13 @@ def test_the_machine_is_measured_once(counter, pictures, tmp_path, monkeypatch):
     assert json.loads(kept.read_text())["times"]
 
 
+def test_warming_up_is_not_measuring(counter):
+    tool = slow(counter.network, 0, 0, 0, 0)
+    tool.warm_up()
+    assert tool.chain.ran == [0, "V1", 1, "AV1", 2, "AV2", 3, "final"]
+    assert tool._times.ms(FIRST) is None
+
+
 def budgeted(counter, tmp_path, monkeypatch):
     """A slow counter that has been measured, with expected errors."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
