@@ -147,8 +147,8 @@ class CrowdCounter:
         self.intervals = intervals or Intervals()
         self.chain = (runtime or pick("auto")).ready(network)
         self._prepared: set[str] = set()
-        self._asked(self.exits)
         self._turn = Turn()
+        self._asked(self.exits)
         self._times = Profile()
         self._measured = False  # the profile, by this counter
 
@@ -164,7 +164,8 @@ class CrowdCounter:
         """Exits that are going to be asked, all that are served by default: made ready, before any clock runs."""
         names = self.exits if exits is None else self._known(exits)
         if new := [name for name in names if name not in self._prepared]:
-            self.chain.prepare(new)
+            with self._turn:
+                self.chain.prepare(new)
             self._prepared.update(new)
         return names
 
@@ -343,8 +344,8 @@ class CrowdCounter:
             CrowdExitError: for an exit that there is not, or a policy that has nothing to go by.
         """
         self._check_without_deadline(policy)
-        begun = time.perf_counter() - ready.seconds
         wanted = self._up_to(exit)
+        begun = time.perf_counter() - ready.seconds
         walk = self._walk(wanted[-1:] if policy is ANYTIME else wanted, ready.scenes, len(ready.scenes))
         said: list[list[ExitResult]] = [[] for _ in ready.scenes]
         for told in walk.run(ready.to_walk(), policy):
@@ -391,9 +392,13 @@ class CrowdCounter:
         for _ in walk.run([self._part(0, [[row]] * rows, times)], ANYTIME):
             pass
 
-    def warm_up(self) -> None:
-        """Count a picture for nothing: the first one after loading takes longer than those that come after it."""
-        self._run_through(photo(self.size), 1, self.exits, Profile())
+    def warm_up(self, exit: str = "auto") -> None:
+        """Run up to an exit for nothing: the first picture after loading takes longer than those that come after it.
+
+        Args:
+            exit: as of :meth:`count`.
+        """
+        self._run_through(photo(self.size), min(self._views, self._rows(PIXELS_AT_ONCE)), self._up_to(exit), Profile())
 
     def _usual_ms(self, exit: str) -> float | None:
         """What a picture of the scene's shape takes here until an exit's answer, about; None: not known yet."""
@@ -526,7 +531,10 @@ class CrowdCounter:
                     break
                 yield None if place is None else CountResult(self.model, said[place][-1], tuple(said[place]))
             if given_up is not None:  # what had been answered by then is not lost
-                raise given_up
+                try:
+                    raise given_up
+                finally:
+                    given_up = None  # else it and its traceback hold each other, and all the pictures
 
     def _write_down(
         self, told: Told | None, said: Sequence[list[ExitResult]], scenes: Sequence[Scene], begun: float

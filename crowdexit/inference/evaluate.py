@@ -146,7 +146,7 @@ def calibrate(
     and there are none with sound.
 
     Args:
-        progress: called after each count, twice a sample.
+        progress: called twice a sample: counted or passed over without sound, and with it.
 
     Raises:
         IntervalError: for a level that is no probability, or too few samples for it.

@@ -83,7 +83,7 @@ def was_stopped(out: Path) -> bool:
 def noted_runtime(out: Path) -> str | None:
     """The runtime by whose name a stopped run goes on: ``auto`` may choose another by now. None: by no name."""
     try:
-        name = json.loads(note_of(out).read_text("utf-8"))["runtime"]
+        name = json.loads(note_of(out.resolve()).read_text("utf-8"))["runtime"]
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return name if isinstance(name, str) and name in pick.names() else None

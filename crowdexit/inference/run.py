@@ -142,6 +142,8 @@ def count_inputs(
             raise RunError("--resume: a budget is for all pictures in one run, what is left of it does not go on")
     if resume and not resumes:
         raise RunError("--resume: only rows of files go on, in --out as csv, json or parquet")
+    if resume and deadline_ms is not None and late == "fail" and len(set(sources)) < len(sources):
+        raise RunError("--resume: with --late fail it could not be told where a file that is named twice begins again")
     if resume and (annotate or density):
         raise RunError("--resume: what is drawn cannot go on where it was stopped, only rows can")
     span = Span(DEFAULT_FPS if fps is None else fps, start, end)
@@ -181,7 +183,7 @@ def count_inputs(
             file = stack.enter_context(opened(out, finish=finish))
         advance = stack.enter_context(_bar(sources, span, left.rows, shown=progress and not file.isatty()))
         if deadline_ms is not None:
-            counter.warm_up()
+            counter.warm_up(exit)
         only_picture = single and sources[0].kind == "picture"
         lines = writer(format, file, names, single=only_picture, begun=left.rows > 0)
         job = _Job(counter, audio, how, span, lines, drawings, advance)
@@ -313,10 +315,10 @@ class _Job:
                 if drawn is not None:
                     drawn.add(_annotated(frame, result), frame)
                 yield
-            if missed and not rows:
+            if missed and not rows and not self.interrupted:
                 raise DeadlineMissed(f"{source.name}: {within}, in any of {missed} frames")
             if missed > 1:
-                _warn(f"{source.name}: {missed} of {rows + missed} frames have no row: {within}")
+                _warn(f"{source.name}: {missed} of {rows - left.frames + missed} frames have no row: {within}")
 
 
 @dataclass

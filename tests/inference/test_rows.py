@@ -339,11 +339,11 @@ def test_densities_that_cannot_be(counter, street, film, tmp_path, capsys):
 def test_a_deadline_begins_with_a_warm_network(counter, street, monkeypatch, capsys):
     order: list[str] = []
     count = counter.count
-    monkeypatch.setattr(counter, "warm_up", lambda: order.append("warm"))
+    monkeypatch.setattr(counter, "warm_up", lambda exit: order.append(f"warm {exit}"))
     monkeypatch.setattr(counter, "count", lambda *given, **by: order.append("count") or count(*given, **by))
     count_inputs(counter, [street], format="json")
     count_inputs(counter, [street, street], format="json", deadline_ms=6e4)
-    assert order == ["count", "warm", "count", "count"]
+    assert order == ["count", "warm auto", "count", "count"]
 
 
 def test_frames_without_an_answer_in_time_have_no_row(counter, film, tmp_path, monkeypatch, capsys):

@@ -217,14 +217,21 @@ class Block:
         ([None, None, 0.2], [0, 10, 20]),
         ([0.0, 0.5, 0.6], [0, 50, 60]),  # a gap
         ([0.0, 0.1, 100.0, 0.3, 0.4], [0, 10, 20, 30, 40]),  # one wrong stamp
+        ([0.0, 0.1, 30.0, 0.3, 0.4], [0, 10, 20, 30, 40]),
         ([5.0, 5.1, 1.0, 5.3, 5.4], [0, 10, 20, 30, 40]),
         ([0.0, 0.1, 100.0, 100.1, 100.2], [0, 10, 20, 10010, 10020]),  # a long gap
-        ([5.0, 5.1, 0.0, 0.1, 0.2, 3.0], [0, 10, 20, 30, 40, 320]),  # a clock that is set back
+        ([5.0, 5.1, 0.0, 0.1, 0.2, 0.7], [0, 10, 20, 30, 40, 90]),  # a clock that is set back
     ],
 )
 def test_stamps_of_sound(stamps, places):
     place = Places(100, None)
     assert [place(Block(time))[0] for time in stamps] == places
+
+
+def test_stamps_of_live_sound():
+    """A block of the clock before is the first; the others come to where the new one has them."""
+    place = Places(100, 0.0, goes_on=False)
+    assert [place(Block(time))[0] for time in (100.0, 0.0, 0.1, 0.2)] == [10_000, 10_010, 10, 20]
 
 
 def test_sound_goes_on_where_its_clock_is_set_back(tmp_path):

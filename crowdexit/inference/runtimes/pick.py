@@ -42,7 +42,7 @@ KINDS: tuple[Any, ...] = (Eager, Winograd, Compiled, OpenVINO, Onnx)
 READY_MADE = (*Eager.NAMES, *Winograd.NAMES, "openvino", "openvino-bf16", *Onnx.NAMES)
 # An exit's answer may differ from that of eager float32 by this share of it, and of one head or one class score.
 TOLERANCE = 0.02
-PROBES, LONG_S = 5, 3.0  # so often is each timed, or until each has had so much time
+PROBES, LONG_S = 5, 3.0  # so often is each timed, or until they have had so much time each
 PATIENCE_S = 60.0  # then no further candidate is tried
 _FAILURES = (RuntimeUnavailable, RuntimeError)  # the latter PyTorch's own, where it runs out of memory or cannot at all
 

@@ -429,7 +429,7 @@ class _Session:
         # One that is made to wait has not gone on with our clock.
         self.shift = (now if first or self.paced else live._time + usual_step(self.video)) - stamp
         if self.audio is not None:
-            self.place = Places(self.audio.rate, -self.shift)
+            self.place = Places(self.audio.rate, -self.shift, goes_on=False)
             self.resampler = av.AudioResampler(format="fltp", rate=self.audio.rate)
             self.sound = SoundWindow(self.audio.rate, kept=_SOUND_KEPT_S)
             while self.early:

@@ -18,7 +18,7 @@ from crowdexit.inference.video.container import FAULTS, MOST_FAULTS, open_file, 
 # last frame, less the tenth of it by which encoders shift a sound's beginning.
 LEAST_HEARD_S = 0.45
 _JITTER_S = 0.02  # by which sound's time stamps may be off without a gap in the sound
-_BACK_S, _AHEAD_S = 1.0, 60.0  # by which they may leap before one alone is not believed
+_LEAP_S = 1.0  # by which they may leap before one alone is not believed
 
 Warn = Callable[[str], None]
 Second = tuple[NDArray[np.float32], int]
@@ -105,15 +105,17 @@ class Places:
     """Says of decoded blocks of sound, one after the other, where they belong.
 
     A stamp that leaps far is not believed until the next block follows it. Then, ahead, there is a gap; back, the clock
-    has been set anew, and times go on, as those of the pictures do.
+    has been set anew, and the sound goes on behind what there was of it (the pictures behind theirs: where one of the
+    two had ended before the other, they are apart by that).
 
     Args:
         rate: of the blocks, in Hz.
         origin: the time on the blocks' clock that is sample 0; None: where the first one begins.
+        goes_on: where the clock is set back; else that is left to whoever makes another of these then.
     """
 
-    def __init__(self, rate: int, origin: float | None) -> None:
-        self.rate, self.origin = rate, origin
+    def __init__(self, rate: int, origin: float | None, *, goes_on: bool = True) -> None:
+        self.rate, self.origin, self._goes_on = rate, origin, goes_on
         self.expected: int | None = None
         self._leapt: int | None = None  # where the next one begins if the last one's leap is to be believed
 
@@ -135,12 +137,12 @@ class Places:
         leap, leapt, self._leapt = (start - self.expected) / self.rate, self._leapt, None
         if abs(leap) < _JITTER_S:  # coarse time stamps would tear small holes into the sound
             return self.expected
-        if -_BACK_S <= leap <= _AHEAD_S:
+        if abs(leap) <= _LEAP_S:
             return start
-        if leapt is None or abs(start - leapt) > _BACK_S * self.rate:
+        if leapt is None or abs(start - leapt) > _LEAP_S * self.rate:
             self._leapt = start + length
             return self.expected
-        if leap > 0:
+        if leap > 0 or not self._goes_on:
             return start
         assert self.origin is not None
         self.origin += leap
