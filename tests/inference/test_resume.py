@@ -198,6 +198,7 @@ def test_another_run_is_refused_in_one_line(counter, inputs, tmp_path, monkeypat
         ({"smooth": 1.0}, r"other smooth \(2\.0\)"),
         ({"start": 1.0, "exit": "V1"}, r"other exit \(auto\), start \(0\.0\)"),
         ({"late": "fail"}, r"other late \(wait\)"),
+        ({"late": "fail", "deadline_ms": 9.0, "batch": 1}, "where a file that is named twice begins again"),
         ({"policy": DeepestThatFits(0.9), "deadline_ms": 9.0, "batch": 1}, r"other deadline_ms, policy \(Anytime"),
         ({"audio": inputs[0]}, "belongs to one"),
         ({"format": "csv"}, r"other format \(json\)"),
