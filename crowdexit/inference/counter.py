@@ -516,25 +516,24 @@ class CrowdCounter:
                 budget.window(scenes)
             said: list[list[ExitResult]] = [[] for _ in range(abreast)]
             walk = self._walk(exits, scenes, abreast)
-            given_up: BudgetTooSmall | None = None
             try:
                 for told in walk.run(self._parts(samples, scenes, order, budget, abreast), policy):
                     self._write_down(told, said, scenes, begun)
-            except BudgetTooSmall as error:
-                given_up = error
+            except BudgetTooSmall:  # what had been answered by then is not lost
+                yield from self._answered(order, said)
+                raise
             if budget is not None:
                 budget.walked()
-            if not order and given_up is None:
+            if not order:
                 return
-            for place in order:
-                if place is not None and not said[place]:
-                    break
-                yield None if place is None else CountResult(self.model, said[place][-1], tuple(said[place]))
-            if given_up is not None:  # what had been answered by then is not lost
-                try:
-                    raise given_up
-                finally:
-                    given_up = None  # else it and its traceback hold each other, and all the pictures
+            yield from self._answered(order, said)
+
+    def _answered(self, order: Sequence[int | None], said: Sequence[list[ExitResult]]) -> Iterator[CountResult | None]:
+        """Results in the order of the samples, up to the first one that no exit has answered."""
+        for place in order:
+            if place is not None and not said[place]:
+                return
+            yield None if place is None else CountResult(self.model, said[place][-1], tuple(said[place]))
 
     def _write_down(
         self, told: Told | None, said: Sequence[list[ExitResult]], scenes: Sequence[Scene], begun: float
