@@ -26,8 +26,9 @@ class Config(Protocol):
         """(width, height) at which a whole picture is looked at, in one view or in several tiles."""
 
     @property
-    def view(self) -> Literal["fit", "tiles"]:
-        """Whether a picture is fitted into one view, or cut into several that are added."""
+    def view(self) -> Literal["fit", "tiles", "scale"]:
+        """How a picture is laid before the network: fitted into one view of ``size``; cut into several, which are added;
+        or in a view of its own shape, scaled down to no more pixels than ``size`` has."""
 
     @property
     def step(self) -> int:

@@ -26,7 +26,7 @@ from crowdexit.network import MultiExitNetwork
 
 FORMAT = "crowdexit-1"
 MAX_SIDE = 16_384
-_FROM_NOTHING = {"front_norm": True, "rectify": True, "density_scale": 100.0, "count_scale": 100.0}
+_FROM_NOTHING = {"front_norm": True, "density_activation": "relu", "density_scale": 100.0, "count_scale": 100.0}
 
 AUDIOCSRNETS: Mapping[str, AudioCSRNetConfig] = {
     "audiocsrnet": AudioCSRNetConfig(),
@@ -46,6 +46,18 @@ AUDIOCSRNETS: Mapping[str, AudioCSRNetConfig] = {
         filters=8,
         hidden=64,
         **_FROM_NOTHING,  # type: ignore[arg-type]
+    ),
+}
+# What is shipped: a pretrained front and a pretrained audio encoder, and images of any size and shape.
+AUDIOCSRNETS = {
+    **AUDIOCSRNETS,
+    "audiocsrnet-lite": AudioCSRNetConfig(
+        size=(1024, 768),
+        view="scale",
+        front="efficientnet-lite0",
+        audio_encoder="yamnet",
+        fusion_channels=(96, 96, 96, 64, 48, 32),
+        density_activation="softplus",
     ),
 }
 # ViT-B, ViT-S and ViT-Ti of timm; what trains from nothing has a stem of convolutions, and ears. The smallest sees with
@@ -115,8 +127,7 @@ def build(spec: Spec) -> MultiExitNetwork:
         raise ZooError(f"no model {spec.model!r} (there are {', '.join(names())})")
     try:
         changes = dict(spec.changes)
-        if "size" in changes:
-            changes["size"] = tuple(changes["size"])
+        changes = {key: tuple(value) if isinstance(value, list) else value for key, value in changes.items()}
         config = replace(MODELS[spec.model], **changes)
         network = _network(config)
         for e in spec.exits:

@@ -101,7 +101,7 @@ def test_names():
     assert {"audiocsrnet", "audiocsrnet-m", "audiocsrnet-s"} <= set(zoo.names())
     assert set(zoo.shipped()) <= set(zoo.names())
     paper = zoo.AUDIOCSRNETS["audiocsrnet"]
-    assert (paper.size, paper.width, paper.front_norm, paper.rectify) == ((1024, 576), 1.0, False, False)
+    assert (paper.size, paper.width, paper.front_norm, paper.density_activation) == ((1024, 576), 1.0, False, "none")
 
 
 def test_no_such_model_or_file(tmp_path):

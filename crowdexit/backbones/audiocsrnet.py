@@ -1,11 +1,13 @@
-"""AudioCSRNet (Hu et al., arXiv 2005.07097) as a chain of four stages with three places for branches.
+"""AudioCSRNet (Hu et al., arXiv 2005.07097) as a chain of stages with exit locations between them.
 
-VGG front (V1) → VGGish (AV1) → first fusion block (AV2) → the other five blocks → density map and count.
+Front (V1) → audio encoder (AV1) → first fusion block (AV2) → the other five blocks → density map and count. The paper's
+front is VGG's, its audio encoder VGGish; a front of several stages has further locations (V0).
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -14,15 +16,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crowdexit.backbones.vgg import VGGFront, VGGish
-from crowdexit.exits import CNNExit, GammaBeta, SLViTExit
+from crowdexit.backbones import efficientnet, vgg, yamnet  # noqa: F401  (they register themselves)
+from crowdexit.backbones.fronts import audio_encoder_kind, front_kind
+from crowdexit.exits import (
+    CNNExit,
+    DensityActivation,
+    DensityBranch,
+    GammaBeta,
+    SLViTExit,
+    density_conv,
+    density_of,
+)
 from crowdexit.network import MultiExitNetwork
 from crowdexit.stages import Answer, Exit, Features, Stage
 
 STRIDE = 8
 FUSION_CHANNELS = (512, 512, 512, 256, 128, 64)
-PLACES = {"V1": 0, "AV1": 1, "AV2": 2}
-KINDS = ("cnn", "slvit")
+KINDS = ("cnn", "slvit", "density")
 
 
 @dataclass(frozen=True)
@@ -30,27 +40,39 @@ class AudioCSRNetConfig:
     """Everything that shapes an AudioCSRNet and its branches. The defaults are the paper's.
 
     Attributes:
-        size: (width, height) of the picture that the branches' grids fit.
-        width: channels of the visual path, times this.
+        size: (width, height) of the picture that the branches' grids fit; with ``view`` ``scale`` their product is the
+            number of pixels that an image is scaled down to.
+        view: ``fit``, or ``scale``: the image's own shape and size, no more than so many pixels, any exit but those
+            whose weights belong to positions (:class:`crowdexit.network.Config`).
+        front, audio_encoder: names of :mod:`crowdexit.backbones.fronts`.
+        fusion_channels: of the six fusion blocks.
+        width: channels of VGG's front and of the fusion blocks, times this.
         audio_width: channels of VGGish, times this.
-        front_norm: batch normalisation in the two fronts, so that they train from nothing.
-        rectify: ReLU on the density (a network from nothing needs it, the paper's has none).
+        audio_features: length of the vector that YAMNet's embedding is projected to.
+        front_norm: batch normalisation in VGG's front and VGGish, so that they train from scratch.
+        density_activation: of the density map (:func:`crowdexit.exits.density_of`; the paper's has none).
         density_scale: the network's output per head; 100 keeps a from-scratch network's numbers near one.
         count_scale: an early exit's count per unit of its head's output, for the same reason.
         regressor: the dense layer of stage two in place of the plain sum.
         patch, dim, heads: of the SL-ViT branches. filters, pool: of the CNN branches.
         hidden, dropout: of the MLP heads.
         second_residual: of the SL-ViT encoder.
+        density_widths: channels of the density branches.
 
     Raises:
         ValueError: for a size that the stride of the front does not divide.
     """
 
     size: tuple[int, int] = (1024, 576)
+    view: Literal["fit", "scale"] = "fit"
+    front: str = "vgg16"
+    audio_encoder: str = "vggish"
+    fusion_channels: tuple[int, ...] = FUSION_CHANNELS
     width: float = 1.0
     audio_width: float = 1.0
+    audio_features: int = 64
     front_norm: bool = False
-    rectify: bool = False
+    density_activation: DensityActivation = "none"
     density_scale: float = 1.0
     count_scale: float = 1.0
     regressor: bool = False
@@ -62,10 +84,15 @@ class AudioCSRNetConfig:
     hidden: int = 256
     dropout: float = 0.5
     second_residual: bool = True
+    density_widths: tuple[int, ...] = (48, 32)
 
     def __post_init__(self) -> None:
-        if len(self.size) != 2 or any(side <= 0 or side % STRIDE for side in self.size):
-            raise ValueError(f"size {self.size}: wanted width and height, multiples of {STRIDE}")
+        step = self.bare_step
+        audio_encoder_kind(self.audio_encoder)
+        if len(self.size) != 2 or any(side <= 0 or side % step for side in self.size):
+            raise ValueError(f"size {self.size}: wanted width and height, multiples of {step}")
+        if self.view == "scale" and self.regressor:
+            raise ValueError("a regressor's weights belong to positions: it needs view 'fit'")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -75,12 +102,12 @@ class AudioCSRNetConfig:
     @property
     def step(self) -> int:
         """Sides are multiples of this where SL-ViT branches are to fit: a patch in pixels."""
-        return STRIDE * self.patch
+        return math.lcm(STRIDE * self.patch, self.bare_step) if self.view == "fit" else self.bare_step
 
     @property
     def bare_step(self) -> int:
-        """The map is eight times as small as the picture."""
-        return STRIDE
+        """What the front divides the picture's sides by."""
+        return front_kind(self.front).size_divisor
 
     @property
     def scene(self) -> tuple[int, int]:
@@ -88,14 +115,9 @@ class AudioCSRNetConfig:
         return self.size
 
     @property
-    def view(self) -> Literal["fit"]:
-        """A picture of another shape is fitted into ``size``."""
-        return "fit"
-
-    @property
     def branch_fields(self) -> tuple[str, ...]:
         """What shapes a branch and nothing else."""
-        return "patch", "dim", "heads", "second_residual", "filters", "pool", "hidden", "dropout"
+        return "patch", "dim", "heads", "second_residual", "filters", "pool", "hidden", "dropout", "density_widths"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for a checkpoint's header."""
@@ -152,11 +174,8 @@ class DensityExit(Exit):
 
     def __init__(self, channels: int, config: AudioCSRNetConfig) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, 1, 1)
-        nn.init.normal_(self.conv.weight, std=0.01)
-        nn.init.constant_(self.conv.bias, 0.1 if config.rectify else 0.0)  # type: ignore[arg-type]
-        self.rectify = config.rectify
-        self.scale = config.density_scale
+        self.conv = density_conv(channels, config.density_activation)
+        self.activation, self.scale = config.density_activation, config.density_scale
         self.regressor: nn.Linear | None = None
         if config.regressor:
             self.start_regressor(config.size)
@@ -167,11 +186,7 @@ class DensityExit(Exit):
         nn.init.ones_(self.regressor.weight)
 
     def forward(self, features: Features) -> Answer:
-        # Sums over ten thousand cells want float32 whatever the convolutions ran in.
-        density = self.conv(features.visual).float() / self.scale
-        if self.rectify:
-            density = F.relu(density)
-        density = density * features.inside
+        density = density_of(self.conv(features.visual), features.inside, self.activation, self.scale)
         if self.regressor is None:
             return Answer(density.sum((1, 2, 3)), density)
         full = upsample_sum(density, STRIDE).flatten(1)
@@ -180,7 +195,7 @@ class DensityExit(Exit):
 
 
 class AudioCSRNet(MultiExitNetwork):
-    """AudioCSRNet with its three places V1, AV1 and AV2.
+    """AudioCSRNet with its exit locations: those of its front (V1), AV1 and AV2.
 
     At AV1 a branch takes the sound itself; at AV2 the map has it already.
     """
@@ -190,27 +205,27 @@ class AudioCSRNet(MultiExitNetwork):
 
     def __init__(self, config: AudioCSRNetConfig | None = None) -> None:
         c = config or AudioCSRNetConfig()
-        vgg = VGGFront(c.width, c.front_norm)
-        vggish = VGGish(c.audio_width, c.front_norm)
-        outs = [round(n * c.width) for n in FUSION_CHANNELS]
-        first = FusionStage(vgg.channels, outs[:1], vggish.channels)
-        rest = FusionStage(outs[0], outs[1:], vggish.channels)
-        super().__init__([vgg, vggish, first, rest], DensityExit(outs[-1], c), PLACES, c)
-        self._audio = vggish.channels
-        self._channels = {"V1": vgg.channels, "AV1": vgg.channels, "AV2": outs[0]}
+        front = front_kind(c.front)
+        images, audio = front.make(c), audio_encoder_kind(c.audio_encoder).make(c)
+        channels = [stage.channels for stage in images]
+        outs = [round(n * c.width) for n in c.fusion_channels]
+        first = FusionStage(channels[-1], outs[:1], audio.channels)
+        rest = FusionStage(outs[0], outs[1:], audio.channels)
+        locations = (*front.locations, "AV1", "AV2")
+        places = {name: index for index, name in enumerate(locations)}
+        super().__init__([*images, audio, first, rest], DensityExit(outs[-1], c), places, c)
+        self._audio = audio.channels
+        self._channels = dict(zip(locations, (*channels, channels[-1], outs[0]), strict=True))
 
     def branch_kinds(self, place: str) -> tuple[str, ...]:
-        return KINDS
+        return KINDS if self.config.view == "fit" else ("density",)
 
     def make_branch(self, place: str, kind: str, config: AudioCSRNetConfig) -> Exit:
         c = config
-        shared: dict[str, Any] = {
-            "audio": self._audio if place == "AV1" else 0,
-            "hidden": c.hidden,
-            "dropout": c.dropout,
-            "scale": c.count_scale,
-        }
-        channels = self._channels[place]
+        channels, audio = self._channels[place], self._audio if place == "AV1" else 0
+        if kind == "density":
+            return DensityBranch(channels, c.density_widths, audio=audio)
+        shared: dict[str, Any] = {"audio": audio, "hidden": c.hidden, "dropout": c.dropout, "scale": c.count_scale}
         if kind == "cnn":
             return CNNExit(channels, c.grid, filters=c.filters, pool=c.pool, **shared)
         wide: dict[str, Any] = {"patch": c.patch, "dim": c.dim, "heads": c.heads}

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from crowdexit.stages import Features, Stage
+from crowdexit.backbones.fronts import (
+    AudioEncoder,
+    AudioEncoderKind,
+    FrontKind,
+    FrontStage,
+    register_audio_encoder,
+    register_front,
+)
+from crowdexit.stages import Features
 
 VGG_FRONT: Sequence[int | str] = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512)
 VGGISH: Sequence[int | str] = (64, "M", 128, "M", 256, 256, "M", 512, 512, "M")
@@ -42,7 +51,7 @@ def conv_chain(layout: Sequence[int | str], channels: int, width: float, norm: b
     return nn.Sequential(*layers)
 
 
-class VGGFront(Stage):
+class VGGFront(FrontStage):
     """The first ten convolutions of VGG-16 (``vgg16.features[0:23]``): B×3×H×W → B×512×H/8×W/8."""
 
     def __init__(self, width: float = 1.0, norm: bool = False) -> None:
@@ -54,7 +63,7 @@ class VGGFront(Stage):
         return features.with_visual(self.layers(features.visual))
 
 
-class VGGish(Stage):
+class VGGish(AudioEncoder):
     """The first six convolutions of VGGish (Hershey et al. 2017), averaged over time and frequency.
 
     Log-mel B×1×96×64 → B×512×6×4 → mean → B×512, less a learned stand-in for what is not heard: recorded silence
@@ -78,3 +87,15 @@ class VGGish(Stage):
         audio = audio - self.unheard.to(audio.dtype)
         # Not a product with ``heard``: what stands in rows that are not heard may be NaN.
         return replace(features, audio=torch.where(features.heard[:, None], audio, 0.0))
+
+
+def _front(config: Any) -> tuple[VGGFront]:
+    return (VGGFront(config.width, config.front_norm),)
+
+
+def _audio_encoder(config: Any) -> VGGish:
+    return VGGish(config.audio_width, config.front_norm)
+
+
+register_front("vgg16", FrontKind(_front))
+register_audio_encoder("vggish", AudioEncoderKind(_audio_encoder))

@@ -1,5 +1,6 @@
 """Early exits: small networks that answer from the features between two stages."""
 
+from crowdexit.exits.density import DensityActivation, DensityBranch, density_conv, density_of
 from crowdexit.exits.feature_map import CNNExit, GammaBeta, SLViTExit, patch_size
 from crowdexit.exits.head import Branch, MLPHead
 from crowdexit.exits.tokens import CNNTokenExit, MixingExit, MLPTokenExit, PerceiverExit, ViTExit
@@ -8,6 +9,8 @@ __all__ = [
     "Branch",
     "CNNExit",
     "CNNTokenExit",
+    "DensityActivation",
+    "DensityBranch",
     "GammaBeta",
     "MLPHead",
     "MLPTokenExit",
@@ -15,5 +18,7 @@ __all__ = [
     "PerceiverExit",
     "SLViTExit",
     "ViTExit",
+    "density_conv",
+    "density_of",
     "patch_size",
 ]

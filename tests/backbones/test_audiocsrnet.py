@@ -108,9 +108,9 @@ def test_upsampling_keeps_the_weight_of_every_cell(height, width, factor, seed):
     torch.testing.assert_close(full.sum((1, 2, 3)), cells.sum((1, 2, 3)))
 
 
-@pytest.mark.parametrize("rectify", [False, True])
-def test_regressor_starts_as_the_sum(rectify):
-    config = AudioCSRNetConfig(size=(128, 64), rectify=rectify, density_scale=7.0)
+@pytest.mark.parametrize("activation", ["none", "relu"])
+def test_regressor_starts_as_the_sum(activation):
+    config = AudioCSRNetConfig(size=(128, 64), density_activation=activation, density_scale=7.0)
     torch.manual_seed(0)
     plain = DensityExit(5, config)
     features = picture(2).with_visual(torch.randn(2, 5, 8, 16))
@@ -133,7 +133,7 @@ def test_count_is_the_sum_of_the_density_and_scaled():
 
 
 def test_rectified_density_is_never_negative():
-    plain, rectified = (make(rectify=r) for r in (False, True))
+    plain, rectified = (make(density_activation=a) for a in ("none", "relu"))
     rectified.load_state_dict(plain.state_dict())
     for network in (plain, rectified):
         network.final.conv.weight.data.normal_(generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,95 @@
+"""YAMNet (Plakal & Ellis, TensorFlow Models; MobileNet v1, arXiv 1704.04861, on AudioSet) as an audio encoder."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from crowdexit.backbones.fronts import AudioEncoder, AudioEncoderKind, register_audio_encoder
+from crowdexit.stages import Features
+
+CHANNELS = 1024  # of its embedding
+# Output channels and stride of each depthwise-separable block.
+BLOCKS = (
+    *((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2)),
+    *((512, 1), (512, 1), (512, 1), (512, 1), (512, 1), (1024, 2), (1024, 1)),
+)
+_EPSILON = 1e-4  # of its batch normalisations
+# Log-mels are prepared as VGGish takes them, log(mel + 0.01); YAMNet takes log(mel + 0.001).
+_PREPARED_OFFSET, _OFFSET = 0.01, 0.001
+
+
+class _SameConv(nn.Conv2d):
+    """A 3×3 convolution with TensorFlow's SAME padding, for inputs whose sides the stride divides."""
+
+    def __init__(self, channels: int, out: int, stride: int, groups: int = 1) -> None:
+        super().__init__(channels, out, 3, stride=stride, groups=groups, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = 1 if self.stride[0] == 1 else 0
+        return super().forward(F.pad(x, (before, 1, before, 1)))
+
+
+def _norm(channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, eps=_EPSILON)
+
+
+def _block(channels: int, out: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(
+        OrderedDict(
+            depthwise=_SameConv(channels, channels, stride, groups=channels),
+            depthwise_bn=_norm(channels),
+            relu1=nn.ReLU(),
+            pointwise=nn.Conv2d(channels, out, 1, bias=False),
+            pointwise_bn=_norm(out),
+            relu2=nn.ReLU(),
+        )
+    )
+
+
+class YAMNet(AudioEncoder):
+    """Log-mel B×1×96×64 → YAMNet's embedding B×1024 → a linear projection B×A; zero where there is no audio.
+
+    What is projected is the embedding less a learned embedding of missing audio, without a bias: a sample without
+    audio has the vector zero, so that what was trained without audio answers as before.
+
+    Args:
+        features: A.
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.channels = features
+        self.conv, self.bn = _SameConv(1, 32, 2), _norm(32)
+        self.blocks = nn.Sequential()
+        channels = 32
+        for out, stride in BLOCKS:
+            self.blocks.append(_block(channels, out, stride))
+            channels = out
+        self.missing = nn.Parameter(torch.zeros(CHANNELS))
+        self.project = nn.Linear(CHANNELS, features, bias=False)
+
+    def embed(self, log_mel: Tensor) -> Tensor:
+        """Prepared log-mel B×1×96×64 → YAMNet's embedding B×1024."""
+        mel = (torch.exp(log_mel) - _PREPARED_OFFSET).clamp(min=0)
+        x = F.relu(self.bn(self.conv(torch.log(mel + _OFFSET))))
+        embedding: Tensor = self.blocks(x).mean((2, 3))
+        return embedding
+
+    def forward(self, features: Features) -> Features:
+        embedding = self.embed(features.log_mel)
+        audio = self.project(embedding - self.missing.to(embedding.dtype))
+        # Not a product with ``heard``: what stands in rows without audio may be NaN.
+        return replace(features, audio=torch.where(features.heard[:, None], audio, 0.0))
+
+
+def _make(config: Any) -> YAMNet:
+    return YAMNet(config.audio_features)
+
+
+register_audio_encoder("yamnet", AudioEncoderKind(_make))
