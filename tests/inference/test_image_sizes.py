@@ -90,7 +90,7 @@ def test_openvino_is_converted_once_for_all_sizes(network, images, monkeypatch):
     assert before > 0
 
 
-@pytest.mark.parametrize("library", ["openvino", "onnx"])
+@pytest.mark.parametrize("library", ["openvino", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_an_export_takes_any_size(network, images, library, tmp_path):
     path = tmp_path / "model.safetensors"
     zoo.save(network, SPEC, path)
