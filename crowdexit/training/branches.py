@@ -26,6 +26,7 @@ from crowdexit.training.modules import (
     both_ways,
     listed,
     make_optimiser,
+    plateau,
     rate_at,
     record,
     truth,
@@ -168,10 +169,7 @@ class BranchTraining(Experiment):
         part = self.recipe.optimiser
         optimisers = [make_optimiser(self.parameters_of(name), part, trial.lr) for name, trial in self.trials.items()]
         if part.schedule == "plateau":
-            return [
-                {"optimizer": o, "lr_scheduler": ReduceLROnPlateau(o, factor=part.factor, patience=part.patience)}
-                for o in optimisers
-            ]
+            return [{"optimizer": o, "lr_scheduler": plateau(o, part)} for o in optimisers]
         steps = int(self.trainer.estimated_stepping_batches)
         an_epoch = max(1, steps // self.recipe.epochs)
         return [

@@ -104,6 +104,14 @@ def make_optimiser(
     return kind(parameters, lr=lr or part.lr, weight_decay=part.weight_decay, foreach=True)
 
 
+def plateau(optimiser: torch.optim.Optimizer, part: OptimiserPart) -> ReduceLROnPlateau:
+    """The recipe's plateau schedule, counting epochs as Keras does.
+
+    With a patience of 2 the rate falls after two epochs without improvement; PyTorch by itself waits for a third.
+    """
+    return ReduceLROnPlateau(optimiser, factor=part.factor, patience=max(part.patience - 1, 0))
+
+
 def rate_at(part: OptimiserPart, step: int, steps: int, epoch: int) -> float:
     """The learning rate's factor at a step out of ``steps``; plateau schedules are kept by their scheduler."""
     warm = min(1.0, (step + 1) / part.warmup) if part.warmup else 1.0
@@ -334,8 +342,8 @@ class BackboneTraining(Experiment):
         part = self.recipe.optimiser
         optimiser = make_optimiser(self.trained(), part)
         if part.schedule == "plateau":
-            plateau = ReduceLROnPlateau(optimiser, factor=part.factor, patience=part.patience)
-            return {"optimizer": optimiser, "lr_scheduler": {"scheduler": plateau, "monitor": "val/error"}}
+            scheduler = plateau(optimiser, part)
+            return {"optimizer": optimiser, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/error"}}
         steps = int(self.trainer.estimated_stepping_batches)
         an_epoch = max(1, steps // self.recipe.epochs)
         schedule = LambdaLR(optimiser, lambda step: rate_at(part, step, steps, step // an_epoch))

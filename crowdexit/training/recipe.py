@@ -90,7 +90,8 @@ class DataPart(_Part):
 
 
 class OptimiserPart(_Part):
-    """``plateau`` multiplies by ``factor`` after ``patience`` epochs without a better validation error;
+    """``plateau`` multiplies by ``factor`` after ``patience`` epochs without a better validation error (as Keras
+    counts, which the papers use: 0 is the same as 1);
     ``exponential`` by ``factor`` each epoch; ``cosine`` falls to ``floor`` of the rate over the whole run.
     ``rates`` are tried all in place of ``lr``, and what validates best is kept (of branches, each one's best)."""
 
