@@ -121,15 +121,18 @@ class CachePart(_Part):
 
 
 class CopycatPart(_Part):
-    """Pictures that nobody has labelled: what the frozen backbone's final exit says of them is their truth.
+    """Copycat (SL-ViT paper, III-C): unlabelled images, labelled by the final exit of a teacher.
 
-    Copycat (SL-ViT paper, III-C). ``pictures`` is a folder, or a prepared file whose own truth in ``split`` is not
-    looked at; ``ratio`` is how many real samples there are for each of them (2 on CIFAR-10).
+    ``pictures`` is a folder, or a prepared file whose own truth in ``split`` is not looked at. ``ratio`` is fake to
+    real: how many unlabelled images there are for each labelled one (the paper's 2 to 1 on CIFAR-10). ``teacher`` is
+    a shipped name or a checkpoint; None: the run's own frozen backbone. The paper labels with one teacher, its
+    InceptionV3, for all backbones.
     """
 
     pictures: Path
     split: str = "train"
     ratio: float = Field(2.0, gt=0, allow_inf_nan=False)
+    teacher: Path | None = None
 
 
 class ExitPart(_Part):
@@ -186,7 +189,7 @@ class Recipe(_Part):
             they were trained on another backbone, or on an earlier state of this one.
         cache: keep the frozen backbone's features of ``data.views`` views of each training sample on disk, for
             ``branches``; validation pictures pass it each time.
-        copycat: unlabelled pictures, labelled by the frozen backbone, among the real ones, for ``branches``.
+        copycat: unlabelled images, labelled by a teacher, among the real ones, for ``branches``.
         fit: start exits from regressions of the count on what they see, over so many samples (see
             :func:`crowdexit.training.fit.fit_exits`); 0: at random.
         tied: start the branches' heads as a mean over positions.

@@ -159,6 +159,19 @@ def test_one_branch_of_the_papers_has_no_last_residual_connection():
     assert without == [("table-vii", "resnet152", "2-slvit")]
 
 
+def test_one_backbone_can_teach_all(tmp_path):
+    """Table IX: what copycat labels is labelled by InceptionV3, whichever backbone the branches stand on."""
+    runs = runs_of(read_suite("table-iv"), Path("cifar10.h5"), tmp_path, 1, Path("tiny-imagenet"))
+    copycat = {run.backbone: run for run in runs if run.step == "copycat"}
+    teacher = str(tmp_path / "inceptionv3" / "backbone" / "model.safetensors")
+    assert list(copycat) == ["resnet152", "densenet201", "inceptionv3"]
+    for backbone, run in copycat.items():
+        assert run.recipe["copycat"]["teacher"] == teacher
+        assert run.needs == (f"{backbone}/branches-0", "inceptionv3/backbone")
+    others = runs_of(read_suite("table-v"), Path("cifar100.h5"), tmp_path, 1, Path("tiny-imagenet"))
+    assert all("teacher" not in run.recipe["copycat"] for run in others if run.step == "copycat")
+
+
 def test_parts_lie_over_each_other():
     assert merged({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 4}, "d": {"e": 5}}) == {
         "a": {"b": 4, "c": 2},
@@ -172,6 +185,7 @@ def test_parts_lie_over_each_other():
         ({"backbones": {}}, "backbones"),
         ({"datasets": "x"}, "datasets"),
         ({"dataset": "mnist"}, "dataset: 'mnist'"),
+        ({"teacher": "resnet18"}, "teacher 'resnet18' is none of its backbones"),
         ({"train": {**SUITE["train"], "epochs": 0}}, "resnet152/backbone: epochs"),
     ],
 )
