@@ -23,13 +23,12 @@ from crowdexit.training.modules import (
     Experiment,
     TrainingError,
     averaged,
-    both_ways,
     listed,
     make_optimiser,
     plateau,
     rate_at,
     record,
-    truth,
+    validated,
 )
 from crowdexit.training.recipe import ExitPart, Recipe
 
@@ -265,11 +264,11 @@ class BranchTraining(Experiment):
         return cast(nn.ModuleDict, self.average.module) if self.average is not None else self.network.branches
 
     def validation_step(self, batch: Batch, _: int) -> None:
-        """What each branch says with the sound there is and, where there is some, without it too."""
+        """The outputs of each branch in the condition that the recipe watches."""
         branches = self.evaluated()
         exits = {name: cast(Exit, branches[name]) for name in self.active()}
-        for name, values in both_ways(self.network, batch, exits, self.network.stage_of):
-            self.validation.add(name, batch["id"], values, truth(batch))
+        for outputs in validated(self.network, batch, exits, self.network.stage_of, self.recipe.watch):
+            self.validation.add(*outputs)
 
     def on_validation_epoch_end(self) -> None:
         collected = self.validation.collect()

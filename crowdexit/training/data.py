@@ -127,7 +127,8 @@ class CrowdData(RecipeData):
             ids = store.ids(data.train, data.train_ids)
             counts = store.counts(data.train)
             val_ids = store.ids(data.val, data.val_ids)
-            if recipe.stage == "hearing" and not any("log_mel" in store.file[data.val][id] for id in val_ids):
+            needs_audio = recipe.stage == "hearing" or recipe.watch == "audio"
+            if needs_audio and not any("log_mel" in store.file[data.val][id] for id in val_ids):
                 raise TrainingError(f"{self.path}: no sample of {data.val} has sound to validate with")
             for id in ids:
                 sample = store.file[data.train][id]

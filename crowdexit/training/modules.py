@@ -71,19 +71,30 @@ def heard_and_silent(network: MultiExitNetwork, features: Features) -> dict[str,
     return {"sound": seen, "silent": replace(seen, heard=silence)}
 
 
-def both_ways(
-    network: MultiExitNetwork, batch: Batch, exits: Mapping[str, Exit], stage_of: Callable[[str], int]
-) -> Iterator[tuple[str, Tensor]]:
-    """What exits say of a batch with the sound there is and, where there is some, without it too.
+def validated(
+    network: MultiExitNetwork, batch: Batch, exits: Mapping[str, Exit], stage_of: Callable[[str], int], watch: str
+) -> Iterator[tuple[str, list[str], Tensor, Tensor]]:
+    """The outputs of exits for a batch in the condition that is watched, see :class:`Recipe`.
 
-    What sound does not reach is computed once, and said once.
+    What audio does not reach is computed once and, with ``mean``, counts once.
 
     Yields:
-        an exit's name, and its counts B or class scores B×K.
+        what :meth:`Validation.add` takes: an exit's name, and of N samples their ids, counts N or class scores N×K, and
+        the truth N. With ``audio`` N are those that have audio.
     """
     features = record(batch)
+    ids, true = batch["id"], truth(batch)
+    some = batch["heard"] if watch == "audio" else torch.ones_like(true, dtype=torch.bool)
+    if not some.any():
+        return
+    ids = [id for id, wanted in zip(ids, some.tolist(), strict=True) if wanted]
     both = heard_and_silent(network, features)
-    ways = list(both.values()) if features.heard.any() else [both["silent"]]
+    if watch == "audio":
+        ways = [both["sound"]]
+    elif watch == "mean" and features.heard.any():
+        ways = list(both.values())
+    else:
+        ways = [both["silent"]]
     for stage in range(max(map(stage_of, exits)) + 1):
         if stage and network.hears:
             ways = [network.stages[stage](way) for way in ways]
@@ -93,7 +104,7 @@ def both_ways(
         for name, module in exits.items():
             if stage_of(name) == stage:
                 for way in ways if network.hears or module.hears else ways[:1]:
-                    yield name, of_pictures(module(way).value, batch)
+                    yield name, ids, of_pictures(module(way).value, batch)[some], true[some]
 
 
 def make_optimiser(
@@ -198,6 +209,7 @@ class ClassValidation(Validation):
         return {"accuracy": 100 * (1 - wrong), "error": wrong}
 
 
+_CONDITIONS = {"audio": "sound", "no-audio": "silent"}  # a recipe's to the validation's
 _NAMED = 12  # exits on the line of an epoch
 
 
@@ -288,6 +300,8 @@ class BackboneTraining(Experiment):
 
     def __init__(self, network: MultiExitNetwork, spec: zoo.Spec, recipe: Recipe, out: Path) -> None:
         super().__init__(network, spec, recipe, out)
+        if recipe.watch == "audio" and not network.hears:
+            raise TrainingError(f"watch: audio does not reach the final exit of {recipe.model}")
         self.best, self.best_epoch, self.stale = math.inf, -1, 0
         self.listener: nn.Module | None = None
         if recipe.stage == "hearing":
@@ -411,7 +425,8 @@ class BackboneTraining(Experiment):
 
     def on_validation_epoch_end(self) -> None:
         tables = self.validation.collect()
-        error = sum(table["error"] for table in tables.values()) / len(tables)
+        watched = list(tables) if self.recipe.watch == "mean" else [_CONDITIONS[self.recipe.watch]]
+        error = sum(tables[name]["error"] for name in watched) / len(watched)
         self.log("val/error", error, prog_bar=True)
         self.log_table(tables)
         if not math.isfinite(error):

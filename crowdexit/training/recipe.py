@@ -182,6 +182,9 @@ class Recipe(_Part):
         batch: of all processes together.
         ema: decay of the averaged weights that are validated and kept; 0: none.
         stop: early stopping after so many epochs without a better validation error.
+        watch: the condition whose validation error the plateau, early stopping and the best checkpoint go by:
+            ``audio``, over the samples that have audio, with it (the published setting of AudioCSRNet);
+            ``no-audio``, over all samples without; ``mean``, of both.
         lambdas: weights λ of the exits' losses where several are added; 1 for branches, 2 for the final exit.
         rest: what the backbone's stages behind the first branch start from, layer-wise: ``kept``, what ``start``
             or ``weights`` gave them; ``fresh``, nothing; or a checkpoint of the same model.
@@ -217,6 +220,7 @@ class Recipe(_Part):
     batch: int = Field(8, gt=0)
     ema: float = Field(0.0, ge=0, lt=1)
     stop: int | None = Field(None, gt=0)
+    watch: Literal["audio", "no-audio", "mean"] = "mean"
     lambdas: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
     rest: Literal["kept", "fresh"] | Path = "kept"
     branches_from: Path | None = None
@@ -265,6 +269,10 @@ class Recipe(_Part):
             raise ValueError("fit starts heads that say a count")
         if self.loss == "cross-entropy" and self.local:
             raise ValueError("the parts of a picture have no class of their own: no 'local'")
+        if self.watch != "mean" and self.loss == "cross-entropy":
+            raise ValueError("a classifier is validated without audio: no 'watch'")
+        if self.watch == "no-audio" and self.stage == "hearing":
+            raise ValueError("the stage 'hearing' is validated with audio alone")
         if self.start is not None and self.weights:
             raise ValueError("start and weights exclude each other")
         if self.senses is not None and (self.start is not None or self.weights):
