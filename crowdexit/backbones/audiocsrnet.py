@@ -39,6 +39,8 @@ class AudioCSRNetConfig:
         count_scale: an early exit's count per unit of its head's output, for the same reason.
         regressor: the dense layer of stage two in place of the plain sum.
         patch, dim, heads: of the SL-ViT branches. filters, pool: of the CNN branches.
+        cnn_norm: batch normalisation before γ and β in the CNN branch at AV1, as in the fusion blocks (the paper's
+            way); False: none, as in checkpoints that were trained before there was one.
         hidden, dropout: of the MLP heads.
         second_residual: of the SL-ViT encoder.
 
@@ -59,6 +61,7 @@ class AudioCSRNetConfig:
     heads: int = 12
     filters: int = 16
     pool: int = 4
+    cnn_norm: bool = True
     hidden: int = 256
     dropout: float = 0.5
     second_residual: bool = True
@@ -95,7 +98,7 @@ class AudioCSRNetConfig:
     @property
     def branch_fields(self) -> tuple[str, ...]:
         """What shapes a branch and nothing else."""
-        return "patch", "dim", "heads", "second_residual", "filters", "pool", "hidden", "dropout"
+        return "patch", "dim", "heads", "second_residual", "filters", "pool", "cnn_norm", "hidden", "dropout"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for a checkpoint's header."""
@@ -212,6 +215,6 @@ class AudioCSRNet(MultiExitNetwork):
         }
         channels = self._channels[place]
         if kind == "cnn":
-            return CNNExit(channels, c.grid, filters=c.filters, pool=c.pool, **shared)
+            return CNNExit(channels, c.grid, filters=c.filters, pool=c.pool, norm=c.cnn_norm, **shared)
         wide: dict[str, Any] = {"patch": c.patch, "dim": c.dim, "heads": c.heads}
         return SLViTExit(channels, c.grid, second_residual=c.second_residual, **wide, **shared)

@@ -184,6 +184,10 @@ class BranchTraining(Experiment):
         for teacher in self._teachers:
             teacher.to(self.device)
 
+    def with_statistics(self) -> list[nn.Module | None]:
+        """The trained branches alone: the backbone's stay as they are, to the bit."""
+        return [*(self.network.branches[name] for name in self.names), self.average]
+
     def active(self) -> list[str]:
         """The branches that have not stopped."""
         limit = self.recipe.stop

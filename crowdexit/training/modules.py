@@ -223,6 +223,7 @@ class Experiment(L.LightningModule):
         super().__init__()
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.spec, self.recipe, self.out = spec, recipe, out
+        self.average: AveragedModel | None = None
         self.validation = ClassValidation() if recipe.loss == "cross-entropy" else CountValidation()
         self.summary = ""
 
@@ -233,6 +234,20 @@ class Experiment(L.LightningModule):
     def on_fit_start(self) -> None:
         # A run that had stopped early and is resumed has nothing left to do.
         self.trainer.should_stop = self.finished()
+
+    def with_statistics(self) -> list[nn.Module | None]:
+        """The modules whose running statistics training changes."""
+        return [self.network, self.average]
+
+    def on_validation_start(self) -> None:
+        if self.trainer.world_size == 1:
+            return
+        # The processes saw different samples: their running statistics become one again.
+        for module in self.with_statistics():
+            for buffer in module.buffers() if module is not None else ():
+                if buffer.is_floating_point():
+                    dist.all_reduce(buffer)
+                    buffer /= self.trainer.world_size
 
     def log_table(self, tables: dict[str, dict[str, float]]) -> None:
         """Log every figure, and keep one line of them for the console."""
@@ -390,16 +405,6 @@ class BackboneTraining(Experiment):
     def on_train_batch_end(self, *_: Any) -> None:
         if self.average is not None:
             self.average.update_parameters(self.network)
-
-    def on_validation_start(self) -> None:
-        if self.trainer.world_size == 1:
-            return
-        # The processes saw different samples: their running statistics become one again.
-        for module in (self.network, self.average):
-            for buffer in module.buffers() if module is not None else ():
-                if buffer.is_floating_point():
-                    dist.all_reduce(buffer)
-                    buffer /= self.trainer.world_size
 
     def validation_step(self, batch: Batch, _: int) -> None:
         network = self.evaluated().eval()
