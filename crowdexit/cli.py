@@ -510,16 +510,19 @@ def copycat(
     ],
     out: Annotated[Path, typer.Option(help="Folder of the new run.")],
     split: Annotated[str, typer.Option(help="Of a prepared file with --pictures.")] = "train",
-    ratio: Annotated[float, typer.Option(help="Labelled samples for each unlabelled one.")] = 2.0,
+    ratio: Annotated[float, typer.Option(help="Unlabelled samples for each labelled one.")] = 2.0,
+    teacher: Annotated[
+        Path | None, typer.Option(help="Checkpoint whose final exit labels them; default: the run's own backbone.")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Default: the run's own.")] = None,
     lr: Annotated[float | None, typer.Option(help="Default: a tenth of the run's own.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is there.")] = False,
 ) -> None:
-    """Fine-tune trained branches on pictures or sounds that nobody has labelled: the backbone says what they are."""
+    """Fine-tune trained branches on unlabelled images or audio, labelled by the backbone or another teacher."""
     from crowdexit.training.copycat import copycat_recipe
     from crowdexit.training.run import train as run_training
 
-    recipe = copycat_recipe(run, data, pictures, split=split, ratio=ratio, epochs=epochs, lr=lr)
+    recipe = copycat_recipe(run, data, pictures, split=split, ratio=ratio, teacher=teacher, epochs=epochs, lr=lr)
     print(run_training(recipe, out, resume=resume, console=Console(stderr=True)))
 
 

@@ -55,6 +55,8 @@ class AudioCSRNetConfig:
         count_scale: an early exit's count per unit of its head's output, for the same reason.
         regressor: the dense layer of stage two in place of the plain sum.
         patch, dim, heads: of the SL-ViT branches. filters, pool: of the CNN branches.
+        cnn_norm: batch normalisation before γ and β in the CNN branch at AV1, as in the fusion blocks (the paper's
+            way); False: none, as in checkpoints that were trained before there was one.
         hidden, dropout: of the MLP heads.
         second_residual: of the SL-ViT encoder.
         density_widths: channels of the density branches.
@@ -81,6 +83,7 @@ class AudioCSRNetConfig:
     heads: int = 12
     filters: int = 16
     pool: int = 4
+    cnn_norm: bool = True
     hidden: int = 256
     dropout: float = 0.5
     second_residual: bool = True
@@ -117,7 +120,8 @@ class AudioCSRNetConfig:
     @property
     def branch_fields(self) -> tuple[str, ...]:
         """What shapes a branch and nothing else."""
-        return "patch", "dim", "heads", "second_residual", "filters", "pool", "hidden", "dropout", "density_widths"
+        cnn = ("filters", "pool", "cnn_norm")
+        return "patch", "dim", "heads", "second_residual", *cnn, "hidden", "dropout", "density_widths"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for a checkpoint's header."""
@@ -227,6 +231,6 @@ class AudioCSRNet(MultiExitNetwork):
             return DensityBranch(channels, c.density_widths, audio=audio)
         shared: dict[str, Any] = {"audio": audio, "hidden": c.hidden, "dropout": c.dropout, "scale": c.count_scale}
         if kind == "cnn":
-            return CNNExit(channels, c.grid, filters=c.filters, pool=c.pool, **shared)
+            return CNNExit(channels, c.grid, filters=c.filters, pool=c.pool, norm=c.cnn_norm, **shared)
         wide: dict[str, Any] = {"patch": c.patch, "dim": c.dim, "heads": c.heads}
         return SLViTExit(channels, c.grid, second_residual=c.second_residual, **wide, **shared)

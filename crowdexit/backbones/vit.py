@@ -70,6 +70,8 @@ class ViTConfig:
         count_scale: a count per unit of a head's output.
         hidden, dropout: of the branches' MLP heads.
         slvit_dim, slvit_heads: of the SL-ViT branches. filters: of the CNN branches. latents: of the Perceiver's.
+        resmlp_shift: the β of the second affine in ResMLP-EE's equation (4a); False: none, as in checkpoints that were
+            trained before there was one.
 
     Raises:
         ValueError: for a size that patches do not divide, or a width that the heads do not.
@@ -93,6 +95,7 @@ class ViTConfig:
     slvit_heads: int = 12
     filters: int = 16
     latents: int = 16
+    resmlp_shift: bool = True
 
     def __post_init__(self) -> None:
         if self.patch < 1 or (self.stem == "conv" and self.patch.bit_count() != 1):
@@ -129,7 +132,7 @@ class ViTConfig:
     @property
     def branch_fields(self) -> tuple[str, ...]:
         """What shapes a branch and nothing else."""
-        return "slvit_dim", "slvit_heads", "filters", "latents", "hidden", "dropout"
+        return "slvit_dim", "slvit_heads", "filters", "latents", "resmlp_shift", "hidden", "dropout"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for a checkpoint's header."""
@@ -299,7 +302,7 @@ class ViT(MultiExitNetwork):
             patch = patch_size(rows, columns)
             branch = SLViTExit(c.dim, c.grid, patch=patch, dim=c.slvit_dim, heads=c.slvit_heads, audio=audio, **shared)
         else:
-            branch = MixingExit(cast(Any, kind), c.dim, 1 + rows * columns, **shared)
+            branch = MixingExit(cast(Any, kind), c.dim, 1 + rows * columns, shift=c.resmlp_shift, **shared)
         branch.kind = kind
         return branch
 

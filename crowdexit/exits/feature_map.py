@@ -34,6 +34,8 @@ class GammaBeta(nn.Module):
 class CNNExit(Branch):
     """The baseline branch: 3×3 convolution of 16 filters, ReLU, max pooling, flatten, MLP head.
 
+    With audio (AV1) batch normalisation, γ and β come before the ReLU, as in AudioCSRNet's fusion blocks.
+
     Args:
         channels: C of the map.
         size: (height, width) of the map.
@@ -42,6 +44,7 @@ class CNNExit(Branch):
         pool: of the max pooling: 2 on the classifiers, 4 on AudioCSRNet.
         padding: 1 keeps the size (AudioCSRNet), 0 does not (classifiers).
         audio: length of the sound's vector to fuse with γ and β (AV1), or 0.
+        norm: with audio, batch normalisation before γ and β; False deviates from the paper.
         scale: the answer is the head's output times this; 100 keeps a count's weights near one.
     """
 
@@ -57,13 +60,16 @@ class CNNExit(Branch):
         pool: int = 4,
         padding: int = 1,
         audio: int = 0,
+        norm: bool = True,
         hidden: int = 256,
         dropout: float = 0.5,
         scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.scale = scale
-        self.conv = nn.Conv2d(channels, filters, 3, padding=padding)
+        normalises = norm and audio > 0
+        self.conv = nn.Conv2d(channels, filters, 3, padding=padding, bias=not normalises)
+        self.norm = nn.BatchNorm2d(filters) if normalises else None
         self.fuse = GammaBeta(audio, filters) if audio else None
         self.pool = nn.MaxPool2d(pool)
         shrink = 2 - 2 * padding
@@ -79,6 +85,8 @@ class CNNExit(Branch):
     def tokens(self, features: Features) -> Tensor:
         """What the head sees of each pooled cell, B×N×filters; position-major, as in SL-ViT."""
         y = self.conv(self.sees(features))
+        if self.norm is not None:
+            y = self.norm(y)
         if self.fuse is not None:
             assert features.audio is not None
             y = self.fuse(y, features.audio)

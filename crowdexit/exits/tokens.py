@@ -126,17 +126,20 @@ class ViTExit(_Token):
 
 
 class MixingExit(_Token):
-    """One layer that mixes all tokens, then normalisation, average over the tokens, head.
+    """One layer that mixes all tokens, average over the tokens, head.
+
+    Before the average gMLP and FNet are normalised; the paper's two are not.
 
     ==========  ====================================================================================
     ``mixer``   MLP-Mixer-EE, equations (3a, 3b): token MLP of D/2, channel MLP of 4D
-    ``resmlp``  ResMLP-EE, equations (4a–4c): a linear layer over tokens, affine for normalisation
+    ``resmlp``  ResMLP-EE, equations (4a–4c): a linear layer over tokens, affines for normalisation
     ``gmlp``    gMLP-EE: a gated MLP of 4D whose gate is a linear layer over tokens
     ``fnet``    FNet-EE: the real part of a Fourier transform over tokens and channels, channel MLP
     ==========  ====================================================================================
 
     Args:
         dim: D. length: number of tokens, 1+N.
+        shift: of ResMLP, see :class:`ResMLPBlock`.
     """
 
     def __init__(
@@ -146,6 +149,7 @@ class MixingExit(_Token):
         length: int,
         outputs: int = 1,
         *,
+        shift: bool = True,
         hidden: int = 256,
         dropout: float = 0.5,
         scale: float = 1.0,
@@ -155,14 +159,39 @@ class MixingExit(_Token):
         self.mix: nn.Module
         if kind == "fnet":
             self.mix = FourierBlock(dim)
+        elif kind == "resmlp":
+            self.mix = ResMLPBlock(dim, length, shift)
         else:
-            self.mix = {"mixer": MixerBlock, "resmlp": ResBlock, "gmlp": SpatialGatingBlock}[kind](dim, length)
-        # ResMLP does without normalisation: its affine transform is part of the layer.
-        self.norm: nn.Module = nn.Identity() if kind == "resmlp" else _Norm(dim)
+            self.mix = {"mixer": MixerBlock, "gmlp": SpatialGatingBlock}[kind](dim, length)
+        self.norm: nn.Module = nn.Identity() if kind in ("mixer", "resmlp") else _Norm(dim)
 
     def tokens(self, features: Features) -> Tensor:
         mixed: Tensor = self.norm(self.mix(features.tokens()))
         return mixed.mean(1, keepdim=True)
+
+
+class ResMLPBlock(ResBlock):
+    """ResMLP's layer (arXiv 2105.03404): timm's, and the β of the affine behind its linear layer over tokens.
+
+    Of that affine timm has α alone, its layer scale. The affine behind the channel MLP has no β of its own here
+    either: the bias of the MLP's last layer is one.
+
+    Args:
+        dim: D. length: number of tokens.
+        shift: whether there is that β (equation 4a); False deviates from the paper.
+    """
+
+    def __init__(self, dim: int, length: int, shift: bool = True) -> None:
+        super().__init__(dim, length)
+        self.beta = nn.Parameter(torch.zeros(dim)) if shift else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = self.ls1 * self.linear_tokens(self.norm1(x).transpose(1, 2)).transpose(1, 2)
+        if self.beta is not None:
+            mixed = mixed + self.beta
+        x = x + mixed
+        out: Tensor = x + self.ls2 * self.mlp_channels(self.norm2(x))
+        return out
 
 
 class FourierBlock(nn.Module):

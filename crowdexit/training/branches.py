@@ -23,12 +23,12 @@ from crowdexit.training.modules import (
     Experiment,
     TrainingError,
     averaged,
-    both_ways,
     listed,
     make_optimiser,
+    plateau,
     rate_at,
     record,
-    truth,
+    validated,
 )
 from crowdexit.training.recipe import ExitPart, Recipe
 
@@ -83,8 +83,8 @@ def add_branches(network: MultiExitNetwork, recipe: Recipe, usual: float) -> Non
 
 
 @torch.no_grad()
-def taught(network: MultiExitNetwork, batch: Batch) -> Batch:
-    """A batch whose unlabelled samples have the frozen backbone's answers for their truth (copycat).
+def taught(teacher: MultiExitNetwork, batch: Batch) -> Batch:
+    """A batch whose unlabelled samples have the teacher's outputs for their truth (copycat).
 
     Of counts the final exit's number and, where it makes one, its density map; of classes the likeliest.
     """
@@ -94,7 +94,7 @@ def taught(network: MultiExitNetwork, batch: Batch) -> Batch:
     if not told.any():
         return batch
     some = {key: value[told] for key, value in batch.items() if isinstance(value, Tensor)}
-    answer = network(record(some), [FINAL])[FINAL]
+    answer = teacher(record(some), [FINAL])[FINAL]
     if "label" in batch:
         batch["label"][told] = answer.value.argmax(1)
         return batch
@@ -102,6 +102,28 @@ def taught(network: MultiExitNetwork, batch: Batch) -> Batch:
     if answer.density is not None:
         batch["density"][told] = answer.density.float()
     return batch
+
+
+def load_teacher(name: Path, network: MultiExitNetwork, spec: zoo.Spec) -> MultiExitNetwork:
+    """The network that labels images for branches on ``network`` (copycat).
+
+    Args:
+        name: a shipped name or a checkpoint.
+        spec: of ``network``, with the names of its classes.
+
+    Raises:
+        CrowdExitError: if there is no such checkpoint, or it does not label the same images with the same classes.
+    """
+    teacher, own = zoo.load(name)
+    if teacher.classifies != network.classifies:
+        counts = "sorts into classes, the run counts" if teacher.classifies else "counts, the run sorts into classes"
+        raise TrainingError(f"copycat.teacher: {name} {counts}")
+    if network.classifies and own.meta.get("classes") != spec.meta.get("classes"):
+        raise TrainingError(f"copycat.teacher: {name} was not trained on the same classes as the data has")
+    if teacher.config.size != network.config.size:
+        theirs, ours = ("{}x{}".format(*config.size) for config in (teacher.config, network.config))
+        raise TrainingError(f"copycat.teacher: {name} takes images of {theirs}, the run's are {ours}")
+    return teacher.requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 class BranchTraining(Experiment):
@@ -138,14 +160,33 @@ class BranchTraining(Experiment):
                     continue  # its one token stands for the whole picture
                 torch.manual_seed(zlib.crc32(f"{self.trials[name].exit.name} {recipe.seed} readout".encode()))
                 self.readouts[name] = nn.Linear(branch_of(network, name).dim, 1)
-        if recipe.copycat and self.readouts and not network.final.maps:
-            raise TrainingError(f"{recipe.model}: its final exit makes no density map to teach the parts by: local: 0")
+        # In a list, so that it is no part of the checkpoints.
+        self._teachers: list[MultiExitNetwork] = []
+        if recipe.copycat and recipe.copycat.teacher is not None:
+            self._teachers = [load_teacher(recipe.copycat.teacher, network, spec)]
+        if recipe.copycat and self.readouts and not self.teacher.final.maps:
+            name = recipe.copycat.teacher or recipe.model
+            raise TrainingError(f"{name}: its final exit makes no density map to teach the parts by: local: 0")
         self.best_of = dict.fromkeys(self.names, math.inf)
         self.stale = dict.fromkeys(self.names, 0)
         self.kept: dict[str, dict[str, Tensor]] = {}
         self.kept_tables: dict[str, dict[str, float]] = {}
         self.cache: FeatureCache | None = None
         self.train()  # Lightning leaves the modes as they are
+
+    @property
+    def teacher(self) -> MultiExitNetwork:
+        """What labels unlabelled images: the recipe's teacher, or the backbone itself."""
+        return self._teachers[0] if self._teachers else self.network
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        for teacher in self._teachers:
+            teacher.to(self.device)
+
+    def with_statistics(self) -> list[nn.Module | None]:
+        """The trained branches alone: the backbone's stay as they are, to the bit."""
+        return [*(self.network.branches[name] for name in self.names), self.average]
 
     def active(self) -> list[str]:
         """The branches that have not stopped."""
@@ -168,10 +209,7 @@ class BranchTraining(Experiment):
         part = self.recipe.optimiser
         optimisers = [make_optimiser(self.parameters_of(name), part, trial.lr) for name, trial in self.trials.items()]
         if part.schedule == "plateau":
-            return [
-                {"optimizer": o, "lr_scheduler": ReduceLROnPlateau(o, factor=part.factor, patience=part.patience)}
-                for o in optimisers
-            ]
+            return [{"optimizer": o, "lr_scheduler": plateau(o, part)} for o in optimisers]
         steps = int(self.trainer.estimated_stepping_batches)
         an_epoch = max(1, steps // self.recipe.epochs)
         return [
@@ -189,7 +227,7 @@ class BranchTraining(Experiment):
 
     def training_step(self, batch: Batch, index: int) -> None:
         network, active = self.network, self.active()
-        batch = taught(network, batch)
+        batch = taught(self.teacher, batch)
         optimisers = dict(zip(self.names, listed(self.optimizers()), strict=True))
         losses = []
         step = self.current_epoch * int(self.trainer.num_training_batches) + index
@@ -230,11 +268,11 @@ class BranchTraining(Experiment):
         return cast(nn.ModuleDict, self.average.module) if self.average is not None else self.network.branches
 
     def validation_step(self, batch: Batch, _: int) -> None:
-        """What each branch says with the sound there is and, where there is some, without it too."""
+        """The outputs of each branch in the condition that the recipe watches."""
         branches = self.evaluated()
         exits = {name: cast(Exit, branches[name]) for name in self.active()}
-        for name, values in both_ways(self.network, batch, exits, self.network.stage_of):
-            self.validation.add(name, batch["id"], values, truth(batch))
+        for outputs in validated(self.network, batch, exits, self.network.stage_of, self.recipe.watch):
+            self.validation.add(*outputs)
 
     def on_validation_epoch_end(self) -> None:
         collected = self.validation.collect()

@@ -17,6 +17,7 @@ def copycat_recipe(
     *,
     split: str = "train",
     ratio: float = 2.0,
+    teacher: Path | None = None,
     epochs: int | None = None,
     lr: float | None = None,
 ) -> Recipe:
@@ -28,7 +29,8 @@ def copycat_recipe(
         run: a checkpoint that was trained classifier-wise.
         data: the prepared file that it was trained on.
         pictures: a folder of pictures, or a prepared file. split: of it.
-        ratio: how many labelled samples there are for each unlabelled one.
+        ratio: how many unlabelled samples there are for each labelled one.
+        teacher: shipped name or checkpoint whose final exit labels them; default: the run's own backbone.
         epochs: default: the run's own.
         lr: default: a tenth of the run's own, the lowest where it tried several.
 
@@ -51,7 +53,7 @@ def copycat_recipe(
         "cache": None,
         "optimiser": optimiser,
         "data": {**(told.get("data") or {}), "store": data},
-        "copycat": {"pictures": pictures, "split": split, "ratio": ratio},
+        "copycat": {"pictures": pictures, "split": split, "ratio": ratio, "teacher": teacher},
     }
     if epochs is not None:
         own["epochs"] = epochs

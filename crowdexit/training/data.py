@@ -37,7 +37,7 @@ class RecipeData(L.LightningDataModule):
 
     Attributes:
         train_set, val_set: the samples. val_batch: how many of the latter at once.
-        unlabelled: samples that the backbone labels, seen as the training samples are.
+        unlabelled: samples that a teacher labels, seen as the training samples are.
         usual: count at which an untrained exit starts.
         note: what there is to say of the unlabelled samples, in a line.
     """
@@ -72,10 +72,10 @@ class RecipeData(L.LightningDataModule):
         )
 
     def mixed_plan(self, unlabelled: CrowdDataset | ClassDataset, ratio: float) -> MixedPlan:
-        """The same with unlabelled samples among them, one for each ``ratio`` of the labelled."""
+        """The same with unlabelled samples among them, ``ratio`` for each labelled one."""
         rank, world = self._processes()
         plan, seed = self.plan(), self.recipe.seed
-        length = max(1, round(plan.length / ratio))
+        length = max(1, round(plan.length * ratio))
         others = EpochPlan(unlabelled.ids, length=length, views=plan.views, seed=seed, rank=rank, world=world)
         return MixedPlan(plan, others, len(self.train_set))
 
@@ -127,7 +127,8 @@ class CrowdData(RecipeData):
             ids = store.ids(data.train, data.train_ids)
             counts = store.counts(data.train)
             val_ids = store.ids(data.val, data.val_ids)
-            if recipe.stage == "hearing" and not any("log_mel" in store.file[data.val][id] for id in val_ids):
+            needs_audio = recipe.stage == "hearing" or recipe.watch == "audio"
+            if needs_audio and not any("log_mel" in store.file[data.val][id] for id in val_ids):
                 raise TrainingError(f"{self.path}: no sample of {data.val} has sound to validate with")
             for id in ids:
                 sample = store.file[data.train][id]

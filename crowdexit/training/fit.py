@@ -27,9 +27,14 @@ _ALIVE = 0.05  # by which layers in between stay above zero
 
 
 def head_of(exit: Exit) -> nn.Sequential | None:
-    """The layers behind what an exit takes for a picture's tokens, or None where it is no head of this kind."""
+    """The layers behind what an exit takes for a picture's tokens, or None where it is no head of this kind.
+
+    None also for a CNN branch with batch normalisation: a batch's statistics would undo what is fitted before it.
+    """
     if isinstance(exit, TokenHead):
         return exit.layers
+    if isinstance(exit, CNNExit) and exit.norm is not None:
+        return None
     return exit.head if isinstance(exit, Branch) and (exit.cells == 1 or exit.eye is not None) else None
 
 

@@ -18,11 +18,10 @@ from crowdexit.training.modules import (
     Experiment,
     TrainingError,
     averaged,
-    both_ways,
     make_optimiser,
     rate_at,
     record,
-    truth,
+    validated,
 )
 from crowdexit.training.recipe import Recipe
 
@@ -140,13 +139,13 @@ class JointTraining(Experiment):
             self.average.update_parameters(self.network)
 
     def validation_step(self, batch: Batch, _: int) -> None:
-        """What each exit says with the sound there is and, where there is some, without it too."""
+        """The outputs of each exit in the condition that the recipe watches."""
         network: Any = self.average.module if self.average is not None else self.network
         wanted = self.phases[self.number].exits
         network.eval()
         exits = {name: network.exit_module(name) for name in wanted}
-        for name, values in both_ways(network, batch, exits, network.stage_of):
-            self.validation.add(name, batch["id"], values, truth(batch))
+        for outputs in validated(network, batch, exits, network.stage_of, self.recipe.watch):
+            self.validation.add(*outputs)
 
     def on_validation_epoch_end(self) -> None:
         tables = self.validation.collect()

@@ -71,19 +71,30 @@ def heard_and_silent(network: MultiExitNetwork, features: Features) -> dict[str,
     return {"sound": seen, "silent": replace(seen, heard=silence)}
 
 
-def both_ways(
-    network: MultiExitNetwork, batch: Batch, exits: Mapping[str, Exit], stage_of: Callable[[str], int]
-) -> Iterator[tuple[str, Tensor]]:
-    """What exits say of a batch with the sound there is and, where there is some, without it too.
+def validated(
+    network: MultiExitNetwork, batch: Batch, exits: Mapping[str, Exit], stage_of: Callable[[str], int], watch: str
+) -> Iterator[tuple[str, list[str], Tensor, Tensor]]:
+    """The outputs of exits for a batch in the condition that is watched, see :class:`Recipe`.
 
-    What sound does not reach is computed once, and said once.
+    What audio does not reach is computed once and, with ``mean``, counts once.
 
     Yields:
-        an exit's name, and its counts B or class scores B×K.
+        what :meth:`Validation.add` takes: an exit's name, and of N samples their ids, counts N or class scores N×K, and
+        the truth N. With ``audio`` N are those that have audio.
     """
     features = record(batch)
+    ids, true = batch["id"], truth(batch)
+    some = batch["heard"] if watch == "audio" else torch.ones_like(true, dtype=torch.bool)
+    if not some.any():
+        return
+    ids = [id for id, wanted in zip(ids, some.tolist(), strict=True) if wanted]
     both = heard_and_silent(network, features)
-    ways = list(both.values()) if features.heard.any() else [both["silent"]]
+    if watch == "audio":
+        ways = [both["sound"]]
+    elif watch == "mean" and features.heard.any():
+        ways = list(both.values())
+    else:
+        ways = [both["silent"]]
     for stage in range(max(map(stage_of, exits)) + 1):
         if stage and network.hears:
             ways = [network.stages[stage](way) for way in ways]
@@ -93,7 +104,7 @@ def both_ways(
         for name, module in exits.items():
             if stage_of(name) == stage:
                 for way in ways if network.hears or module.hears else ways[:1]:
-                    yield name, of_pictures(module(way).value, batch)
+                    yield name, ids, of_pictures(module(way).value, batch)[some], true[some]
 
 
 def make_optimiser(
@@ -102,6 +113,14 @@ def make_optimiser(
     """The recipe's optimiser over these parameters, with another learning rate if one is given."""
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[part.name]
     return kind(parameters, lr=lr or part.lr, weight_decay=part.weight_decay, foreach=True)
+
+
+def plateau(optimiser: torch.optim.Optimizer, part: OptimiserPart) -> ReduceLROnPlateau:
+    """The recipe's plateau schedule, counting epochs as Keras does.
+
+    With a patience of 2 the rate falls after two epochs without improvement; PyTorch by itself waits for a third.
+    """
+    return ReduceLROnPlateau(optimiser, factor=part.factor, patience=max(part.patience - 1, 0))
 
 
 def rate_at(part: OptimiserPart, step: int, steps: int, epoch: int) -> float:
@@ -190,6 +209,7 @@ class ClassValidation(Validation):
         return {"accuracy": 100 * (1 - wrong), "error": wrong}
 
 
+_CONDITIONS = {"audio": "sound", "no-audio": "silent"}  # a recipe's to the validation's
 _NAMED = 12  # exits on the line of an epoch
 
 
@@ -203,6 +223,7 @@ class Experiment(L.LightningModule):
         super().__init__()
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.spec, self.recipe, self.out = spec, recipe, out
+        self.average: AveragedModel | None = None
         self.validation = ClassValidation() if recipe.loss == "cross-entropy" else CountValidation()
         self.summary = ""
 
@@ -213,6 +234,20 @@ class Experiment(L.LightningModule):
     def on_fit_start(self) -> None:
         # A run that had stopped early and is resumed has nothing left to do.
         self.trainer.should_stop = self.finished()
+
+    def with_statistics(self) -> list[nn.Module | None]:
+        """The modules whose running statistics training changes."""
+        return [self.network, self.average]
+
+    def on_validation_start(self) -> None:
+        if self.trainer.world_size == 1:
+            return
+        # The processes saw different samples: their running statistics become one again.
+        for module in self.with_statistics():
+            for buffer in module.buffers() if module is not None else ():
+                if buffer.is_floating_point():
+                    dist.all_reduce(buffer)
+                    buffer /= self.trainer.world_size
 
     def log_table(self, tables: dict[str, dict[str, float]]) -> None:
         """Log every figure, and keep one line of them for the console."""
@@ -280,6 +315,8 @@ class BackboneTraining(Experiment):
 
     def __init__(self, network: MultiExitNetwork, spec: zoo.Spec, recipe: Recipe, out: Path) -> None:
         super().__init__(network, spec, recipe, out)
+        if recipe.watch == "audio" and not network.hears:
+            raise TrainingError(f"watch: audio does not reach the final exit of {recipe.model}")
         self.best, self.best_epoch, self.stale = math.inf, -1, 0
         self.listener: nn.Module | None = None
         if recipe.stage == "hearing":
@@ -334,8 +371,8 @@ class BackboneTraining(Experiment):
         part = self.recipe.optimiser
         optimiser = make_optimiser(self.trained(), part)
         if part.schedule == "plateau":
-            plateau = ReduceLROnPlateau(optimiser, factor=part.factor, patience=part.patience)
-            return {"optimizer": optimiser, "lr_scheduler": {"scheduler": plateau, "monitor": "val/error"}}
+            scheduler = plateau(optimiser, part)
+            return {"optimizer": optimiser, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/error"}}
         steps = int(self.trainer.estimated_stepping_batches)
         an_epoch = max(1, steps // self.recipe.epochs)
         schedule = LambdaLR(optimiser, lambda step: rate_at(part, step, steps, step // an_epoch))
@@ -369,16 +406,6 @@ class BackboneTraining(Experiment):
         if self.average is not None:
             self.average.update_parameters(self.network)
 
-    def on_validation_start(self) -> None:
-        if self.trainer.world_size == 1:
-            return
-        # The processes saw different samples: their running statistics become one again.
-        for module in (self.network, self.average):
-            for buffer in module.buffers() if module is not None else ():
-                if buffer.is_floating_point():
-                    dist.all_reduce(buffer)
-                    buffer /= self.trainer.world_size
-
     def validation_step(self, batch: Batch, _: int) -> None:
         network = self.evaluated().eval()
         if self.listener is not None:
@@ -403,7 +430,8 @@ class BackboneTraining(Experiment):
 
     def on_validation_epoch_end(self) -> None:
         tables = self.validation.collect()
-        error = sum(table["error"] for table in tables.values()) / len(tables)
+        watched = list(tables) if self.recipe.watch == "mean" else [_CONDITIONS[self.recipe.watch]]
+        error = sum(tables[name]["error"] for name in watched) / len(watched)
         self.log("val/error", error, prog_bar=True)
         self.log_table(tables)
         if not math.isfinite(error):

@@ -90,7 +90,8 @@ class DataPart(_Part):
 
 
 class OptimiserPart(_Part):
-    """``plateau`` multiplies by ``factor`` after ``patience`` epochs without a better validation error;
+    """``plateau`` multiplies by ``factor`` after ``patience`` epochs without a better validation error (as Keras
+    counts, which the papers use: 0 is the same as 1);
     ``exponential`` by ``factor`` each epoch; ``cosine`` falls to ``floor`` of the rate over the whole run.
     ``rates`` are tried all in place of ``lr``, and what validates best is kept (of branches, each one's best)."""
 
@@ -120,15 +121,18 @@ class CachePart(_Part):
 
 
 class CopycatPart(_Part):
-    """Pictures that nobody has labelled: what the frozen backbone's final exit says of them is their truth.
+    """Copycat (SL-ViT paper, III-C): unlabelled images, labelled by the final exit of a teacher.
 
-    Copycat (SL-ViT paper, III-C). ``pictures`` is a folder, or a prepared file whose own truth in ``split`` is not
-    looked at; ``ratio`` is how many real samples there are for each of them (2 on CIFAR-10).
+    ``pictures`` is a folder, or a prepared file whose own truth in ``split`` is not looked at. ``ratio`` is fake to
+    real: how many unlabelled images there are for each labelled one (the paper's 2 to 1 on CIFAR-10). ``teacher`` is
+    a shipped name or a checkpoint; None: the run's own frozen backbone. The paper labels with one teacher, its
+    InceptionV3, for all backbones.
     """
 
     pictures: Path
     split: str = "train"
     ratio: float = Field(2.0, gt=0, allow_inf_nan=False)
+    teacher: Path | None = None
 
 
 class ExitPart(_Part):
@@ -178,6 +182,9 @@ class Recipe(_Part):
         batch: of all processes together.
         ema: decay of the averaged weights that are validated and kept; 0: none.
         stop: early stopping after so many epochs without a better validation error.
+        watch: the condition whose validation error the plateau, early stopping and the best checkpoint go by:
+            ``audio``, over the samples that have audio, with it (the published setting of AudioCSRNet);
+            ``no-audio``, over all samples without; ``mean``, of both.
         lambdas: weights λ of the exits' losses where several are added; 1 for branches, 2 for the final exit.
         rest: what the backbone's stages behind the first branch start from, layer-wise: ``kept``, what ``start``
             or ``weights`` gave them; ``fresh``, nothing; or a checkpoint of the same model.
@@ -185,7 +192,7 @@ class Recipe(_Part):
             they were trained on another backbone, or on an earlier state of this one.
         cache: keep the frozen backbone's features of ``data.views`` views of each training sample on disk, for
             ``branches``; validation pictures pass it each time.
-        copycat: unlabelled pictures, labelled by the frozen backbone, among the real ones, for ``branches``.
+        copycat: unlabelled images, labelled by a teacher, among the real ones, for ``branches``.
         fit: start exits from regressions of the count on what they see, over so many samples (see
             :func:`crowdexit.training.fit.fit_exits`); 0: at random.
         tied: start the branches' heads as a mean over positions.
@@ -213,6 +220,7 @@ class Recipe(_Part):
     batch: int = Field(8, gt=0)
     ema: float = Field(0.0, ge=0, lt=1)
     stop: int | None = Field(None, gt=0)
+    watch: Literal["audio", "no-audio", "mean"] = "mean"
     lambdas: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
     rest: Literal["kept", "fresh"] | Path = "kept"
     branches_from: Path | None = None
@@ -261,6 +269,10 @@ class Recipe(_Part):
             raise ValueError("fit starts heads that say a count")
         if self.loss == "cross-entropy" and self.local:
             raise ValueError("the parts of a picture have no class of their own: no 'local'")
+        if self.watch != "mean" and self.loss == "cross-entropy":
+            raise ValueError("a classifier is validated without audio: no 'watch'")
+        if self.watch == "no-audio" and self.stage == "hearing":
+            raise ValueError("the stage 'hearing' is validated with audio alone")
         if self.start is not None and self.weights:
             raise ValueError("start and weights exclude each other")
         if self.senses is not None and (self.start is not None or self.weights):

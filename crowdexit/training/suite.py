@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from crowdexit.errors import CrowdExitError
 from crowdexit.scenarios import CLASSES, branch_options
@@ -51,6 +51,7 @@ class Suite(BaseModel):
         title: of the table. paper: the number of the SL-ViT paper's table whose figures stand beside it.
         dataset: of the paper's classification sets, whose branches have shapes of their own (table III).
         train, branches, copycat: values of all recipes of a kind; of a backbone's own, the latter win.
+        teacher: the backbone of the suite that labels the unlabelled images of copycat for all; None: each its own.
         places, kinds: of the branches.
     """
 
@@ -63,8 +64,15 @@ class Suite(BaseModel):
     train: dict[str, Any] = {}
     branches: dict[str, Any] = {}
     copycat: dict[str, Any] = {}
+    teacher: str | None = None
     places: tuple[str, ...] = ("1", "2")
     kinds: tuple[str, ...] = ("cnn", "slvit")
+
+    @model_validator(mode="after")
+    def _known_teacher(self) -> Suite:
+        if self.teacher is not None and self.teacher not in self.backbones:
+            raise ValueError(f"teacher {self.teacher!r} is none of its backbones ({', '.join(self.backbones)})")
+        return self
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,7 @@ class Run:
     Attributes:
         name: of its folder below the suite's.
         backbone: whose it is. step: ``backbone``, ``branches`` or ``copycat``. seed: of the branches.
-        recipe: what is trained. needs: the run whose checkpoint it starts from.
+        recipe: what is trained. needs: the runs whose checkpoints it starts from or is taught by.
     """
 
     name: str
@@ -82,7 +90,7 @@ class Run:
     step: str
     seed: int
     recipe: dict[str, Any]
-    needs: str | None
+    needs: tuple[str, ...] = ()
 
 
 def bundled() -> list[str]:
@@ -134,13 +142,16 @@ def runs_of(suite: Suite, data: Path, out: Path, seeds: int, pictures: Path | No
         CrowdExitError: if a recipe that comes out means nothing.
     """
     runs: list[Run] = []
+    taught: dict[str, Any] = {}
+    teacher: tuple[str, ...] = ()
+    if suite.teacher is not None:
+        path, teacher = _trained(suite, suite.teacher, out)
+        taught = {"copycat": {"teacher": str(path)}}
     for backbone, part in suite.backbones.items():
-        start, needs = part.start, None
-        if start is None:
-            needs = f"{backbone}/backbone"
+        start, needs = _trained(suite, backbone, out)
+        for name in needs:
             recipe = merged(suite.train, part.train or {}, {"data": {"store": str(data)}})
-            runs.append(Run(needs, backbone, "backbone", int(recipe.get("seed", 0)), recipe, None))
-            start = out / needs / "model.safetensors"
+            runs.append(Run(name, backbone, "backbone", int(recipe.get("seed", 0)), recipe))
         model = merged(suite.branches, part.branches).get("model") or (part.train or {}).get("model")
         exits = [
             {"name": f"{place}-{kind}", "place": place, "kind": kind, "options": _options(suite, model, place, kind)}
@@ -155,11 +166,19 @@ def runs_of(suite: Suite, data: Path, out: Path, seeds: int, pictures: Path | No
             if pictures is not None:
                 run = str(out / name / "model.safetensors")
                 more = {"start": run, "branches_from": run, "copycat": {"pictures": str(pictures)}, "fit": 0}
-                again = merged(recipe, more, suite.copycat)
-                runs.append(Run(f"{backbone}/copycat-{seed}", backbone, "copycat", seed, again, name))
+                again = merged(recipe, more, taught, suite.copycat)
+                runs.append(Run(f"{backbone}/copycat-{seed}", backbone, "copycat", seed, again, (name, *teacher)))
     for run_ in runs:
         checked(run_.recipe, run_.name)
     return sorted(runs, key=lambda run_: ("backbone", "branches", "copycat").index(run_.step))
+
+
+def _trained(suite: Suite, backbone: str, out: Path) -> tuple[Path, tuple[str, ...]]:
+    """A backbone's checkpoint, and the run that trains it, unless it is trained already."""
+    start = suite.backbones[backbone].start
+    if start is not None:
+        return start, ()
+    return out / backbone / "backbone" / "model.safetensors", (f"{backbone}/backbone",)
 
 
 def _options(suite: Suite, model: str | None, place: str, kind: str) -> dict[str, Any]:
@@ -194,9 +213,10 @@ def run_all(runs: Sequence[Run], out: Path, jobs: int, report: Callable[[Run, st
 
     def one(run: Run) -> None:
         try:
-            if run.needs in ended:
-                ended[run.needs].wait()
-            problem = f"{run.needs} failed" if run.needs in failed else None
+            for name in run.needs:
+                if name in ended:
+                    ended[name].wait()
+            problem = next((f"{name} failed" for name in run.needs if name in failed), None)
             if problem is None and not stopping.is_set():
                 problem = _train(run, out, threads, children)
             if problem is not None:

@@ -60,6 +60,16 @@ def test_shapes_and_gradients(front_norm):
         assert parameter.grad.any(), name
 
 
+@pytest.mark.parametrize("norm", [True, False])
+def test_batch_norm_stands_where_the_cnn_branch_fuses_audio(norm):
+    branches = make(cnn_norm=norm).branches
+    assert {name: branches[name].norm is not None for name in ("V1-cnn", "AV1-cnn", "AV2-cnn")} == {
+        "V1-cnn": False,
+        "AV1-cnn": norm,
+        "AV2-cnn": False,
+    }
+
+
 def test_paper_size_map_and_vector():
     with torch.device("meta"):
         network = AudioCSRNet()

@@ -134,6 +134,28 @@ def test_cnn_branch_by_its_formula(padding, cells):
     torch.testing.assert_close(branch(features).value, branch.head(torch.cat(rows, dim=1)))
 
 
+@pytest.mark.parametrize("norm", [True, False])
+def test_cnn_branch_with_audio_by_equation_3(norm):
+    """ReLU(γ ⊙ BN(D(v)) + β), as in AudioCSRNet's fusion blocks, or without the batch normalisation."""
+    torch.manual_seed(0)
+    branch = CNNExit(6, (8, 16), 2, filters=4, audio=6, norm=norm, hidden=8).eval()
+    for tensor in (*branch.conv.parameters(), *branch.fuse.parameters()):
+        torch.nn.init.normal_(tensor)
+    features = record()
+    y = branch.conv(features.visual)
+    if norm:
+        assert branch.conv.bias is None
+        for tensor in (branch.norm.weight, branch.norm.bias, branch.norm.running_mean):
+            torch.nn.init.normal_(tensor)
+        branch.norm.running_var.uniform_(0.5, 2)
+        y = F.batch_norm(
+            y, branch.norm.running_mean, branch.norm.running_var, branch.norm.weight, branch.norm.bias, eps=1e-5
+        )
+    gamma, beta = (features.audio @ branch.fuse.linear.weight.T + branch.fuse.linear.bias)[..., None, None].split(4, 1)
+    expected = F.max_pool2d(F.relu(gamma * y + beta), 4).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(branch.tokens(features), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("height", "width", "expected"),
     [(72, 128, 8), (28, 28, 4), (25, 25, 5), (24, 24, 4), (7, 7, 1), (96, 128, 8), (1, 1, 1), (30, 42, 6)],

@@ -108,19 +108,24 @@ def test_mixer_is_equations_3a_and_3b():
     mix = branch.mix
     y = x + mix.mlp_tokens(mix.norm1(x).transpose(1, 2)).transpose(1, 2)
     z = y + mix.mlp_channels(mix.norm2(y))
-    torch.testing.assert_close(branch.tokens(record())[:, 0], branch.norm(z).mean(1))
+    torch.testing.assert_close(branch.tokens(record())[:, 0], z.mean(1))  # pooled as it is, nothing normalises it
     assert mix.mlp_tokens.fc1.out_features == DIM // 2
     assert mix.mlp_channels.fc1.out_features == 4 * DIM
 
 
-def test_resmlp_is_equations_4a_to_4c():
-    branch, x = made("resmlp"), record().visual
+@pytest.mark.parametrize("shift", [True, False])
+def test_resmlp_is_equations_4a_to_4c(shift):
+    torch.manual_seed(1)
+    branch, x = MixingExit("resmlp", DIM, LENGTH, shift=shift, **SMALL).eval(), record().visual
     mix = branch.mix
     with torch.no_grad():  # its layer scale starts too small to show anything
         mix.ls1.fill_(0.7)
         mix.ls2.fill_(0.3)
+        for name, parameter in mix.named_parameters():
+            if "beta" in name:
+                parameter.normal_()
     affine1 = x * mix.norm1.alpha + mix.norm1.beta
-    y = x + 0.7 * mix.linear_tokens(affine1.transpose(1, 2)).transpose(1, 2)
+    y = x + 0.7 * mix.linear_tokens(affine1.transpose(1, 2)).transpose(1, 2) + (mix.beta if shift else 0)
     z = y + 0.3 * mix.mlp_channels(y * mix.norm2.alpha + mix.norm2.beta)
     torch.testing.assert_close(branch.tokens(record())[:, 0], z.mean(1))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -25,7 +26,7 @@ from crowdexit.data.spectrogram import Spectrogram
 from crowdexit.data.unlabelled import PictureFolder
 from crowdexit.errors import CrowdExitError
 from crowdexit.network import FINAL
-from crowdexit.training.branches import taught
+from crowdexit.training.branches import load_teacher, taught
 from crowdexit.training.copycat import copycat_recipe
 from crowdexit.training.data import ClassData, make_data
 from crowdexit.training.modules import record
@@ -115,17 +116,73 @@ def test_their_truth_is_what_the_backbone_says(store, branches, pictures):
     assert not batch["heard"][told].any()
 
 
+@pytest.mark.parametrize(("ratio", "unlabelled"), [(2.0, 20), (0.5, 5)])
+def test_the_ratio_is_fake_to_real(store, branches, pictures, ratio, unlabelled):
+    _, _, data = mixed(store, branches, pictures, ratio=ratio)
+    told = torch.cat([batch["unlabelled"] for batch in data.train_dataloader()])
+    assert (int((~told).sum()), int(told.sum())) == (10, unlabelled)
+
+
+@pytest.mark.parametrize("teacher", [None, "another"])
+def test_the_teacher_labels(store, backbone, branches, pictures, tmp_path, monkeypatch, teacher):
+    """The labels are its final exit's outputs; by default the run's own backbone is the teacher."""
+    network, spec = zoo.load(backbone)
+    with torch.no_grad():
+        network.final.conv.weight.mul_(3.0)
+    zoo.save(network, spec, tmp_path / "another" / "model.safetensors")
+    path = None if teacher is None else tmp_path / teacher
+    expected, _ = zoo.load(backbone if path is None else path)
+    labelled = 0
+
+    def taught_and_seen(network, batch):
+        nonlocal labelled
+        told = batch["unlabelled"].clone()
+        after = taught(network, batch)
+        features = record({key: batch[key] for key in ("image", "inside", "log_mel", "heard")})
+        wanted = expected(features, [FINAL])[FINAL].value.clamp(min=0)
+        torch.testing.assert_close(after["count"][told], wanted[told], rtol=1e-4, atol=1e-4)
+        labelled += int(told.sum())
+        return after
+
+    monkeypatch.setattr("crowdexit.training.branches.taught", taught_and_seen)
+    run(copycat_recipe(branches, store, pictures, teacher=path, epochs=1), tmp_path / "cc")
+    assert labelled == 20
+    assert best(tmp_path / "cc").keys() == best(branches.parent).keys()
+    told = zoo.read_spec(tmp_path / "cc" / "model.safetensors").meta["recipe"]["copycat"]
+    assert told["teacher"] == teacher
+
+
+def test_a_teacher_of_other_images_or_classes(store, backbone, branches, pictures, tmp_path):
+    def teach(spec: zoo.Spec) -> None:
+        zoo.save(zoo.build(spec), spec, tmp_path / "teacher.safetensors")
+        recipe = copycat_recipe(branches, store, pictures, teacher=tmp_path / "teacher.safetensors", epochs=1)
+        run(recipe, tmp_path / "cc")
+
+    own = zoo.read_spec(backbone)
+    with pytest.raises(CrowdExitError, match="takes images of 64x64, the run's are 128x64"):
+        teach(zoo.Spec(own.model, (), {**own.changes, "size": [64, 64]}))
+    small = zoo.Spec("resnet18", (), {"size": [128, 64], "outputs": 2}, {"classes": ["a", "b"]})
+    with pytest.raises(CrowdExitError, match="sorts into classes, the run counts"):
+        teach(small)
+    with pytest.raises(CrowdExitError, match="neither a model's name"):
+        run(copycat_recipe(branches, store, pictures, teacher=tmp_path / "nowhere", epochs=1), tmp_path / "cc")
+    zoo.save(zoo.build(small), small, tmp_path / "a_b.safetensors")
+    other = replace(small, meta={"classes": ["b", "a"]})
+    with pytest.raises(CrowdExitError, match="not trained on the same classes"):
+        load_teacher(tmp_path / "a_b.safetensors", zoo.build(other), other)
+
+
 @pytest.mark.parametrize("ratio", [0.5, 2.0, 3.0])
 def test_each_batch_has_its_share(ratio):
     plan = EpochPlan([str(i) for i in range(12)], length=24)
-    others = EpochPlan([str(i) for i in range(5)], length=round(24 / ratio))
+    others = EpochPlan([str(i) for i in range(5)], length=round(24 * ratio))
     keys = list(MixedPlan(plan, others, 12))
     assert len(keys) == len(plan) + len(others)
     assert sorted(k for k in keys if k[0] < 12) == sorted(plan.plan())
     size = 6
     for start in range(0, len(keys) - size + 1, size):
         unlabelled = sum(index >= 12 for index, _ in keys[start : start + size])
-        assert abs(unlabelled - size / (1 + ratio)) <= 1
+        assert abs(unlabelled - size * ratio / (1 + ratio)) <= 1
 
 
 def test_fine_tuning_moves_the_branches_and_nothing_else(store, branches, pictures, tmp_path):
@@ -138,7 +195,7 @@ def test_fine_tuning_moves_the_branches_and_nothing_else(store, branches, pictur
         moved = not torch.equal(value, after[key])
         assert moved == key.startswith("branches."), key
     told = zoo.read_spec(tmp_path / "cc" / "model.safetensors").meta["recipe"]
-    assert told["copycat"] == {"pictures": pictures.name, "split": "train", "ratio": 2.0}
+    assert told["copycat"] == {"pictures": pictures.name, "split": "train", "ratio": 2.0, "teacher": None}
     assert [e["name"] for e in told["exits"]] == ["V1", "AV2"]
 
 

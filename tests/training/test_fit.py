@@ -91,6 +91,13 @@ def test_a_map_that_hardly_shows_the_heads(kind):
     assert torch.stack(errors).mean() < 0.45 * torch.stack(usual).mean()
 
 
+def test_batch_norm_would_undo_the_fit():
+    network = MultiExitNetwork([Shows()], Silent(), {"1": 0}, ViTConfig())
+    network.add_exit("1", "1", CNNExit(3, (32, 32), pool=8, audio=5))
+    recipe = Recipe(stage="branches", model="x", exits=[{"name": "1", "place": "1", "kind": "cnn"}])
+    assert fit_exits(network, ["1"], lambda: iter(()), recipe) == []
+
+
 def test_a_run_starts_there(store, tmp_path):
     run(tiny(store, "count", epochs=1, loss="balanced", **SMALL), tmp_path / "start")
     keys = {"epochs": 1, "start": tmp_path / "start" / "model.safetensors", "optimiser": {"lr": 1e-9}, **SMALL}

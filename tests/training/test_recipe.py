@@ -6,6 +6,7 @@ import pytest
 
 from crowdexit import zoo
 from crowdexit.training.recipe import RecipeError, bundled, read_recipe
+from crowdexit.training.suite import read_suite
 
 GOOD = "stage: density\nmodel: audiocsrnet-s\n"
 
@@ -24,6 +25,8 @@ GOOD = "stage: density\nmodel: audiocsrnet-s\n"
         (GOOD + "data: {balance: {A: 0}}\n", "data: balance gives each group"),
         (GOOD + "data: {conditions: {brightness: [0.5, 0.1]}}\n", "data.conditions: brightness is a lowest"),
         ("stage: branches\nmodel: audiocsrnet-s\n", "recipe: the stage 'branches' needs exits"),
+        ("stage: classes\nmodel: resnet18\nloss: cross-entropy\nwatch: audio\n", "recipe: a classifier is validated"),
+        ("stage: hearing\nmodel: audiocsrnet-s\nwatch: no-audio\n", "recipe: the stage 'hearing' is validated with"),
         ("stage: [\n", "not YAML"),
         ("- a\n", "a recipe is a mapping"),
     ],
@@ -96,3 +99,6 @@ def test_the_papers_settings():
         0,
     )
     assert (o.name, o.lr, o.schedule, o.factor, o.patience, o.warmup) == ("adam", 1e-4, "plateau", 0.6, 2, 0)
+    # Published with audio, so that this is what the best checkpoint is chosen by.
+    assert {recipe.watch for recipe in (one, two, three)} == {"audio"}
+    assert read_suite("table-viii").branches["watch"] == "audio"

@@ -138,10 +138,38 @@ def test_the_scenarios_are_the_papers_27():
     classes = [read_suite(f"table-{number}") for number in ("iv", "v", "vi", "vii")]
     assert sum(len(suite.backbones) * len(suite.places) for suite in classes) == 24
     assert len(read_suite("table-viii").places) == 3
-    sounds = runs_of(read_suite("table-vii"), Path("gtzan.h5"), Path("out"), 1)
-    branches = next(run for run in sounds if run.name == "resnet152/branches-0").recipe
-    assert {e["name"]: e["options"] for e in branches["exits"]}["2-slvit"] == {"heads": 24}
-    assert branches["batch"] == 32
+    music = branches_of("table-vii")["resnet152"]
+    assert {e["name"]: e["options"] for e in music["exits"]}["2-slvit"]["heads"] == 24
+    assert music["batch"] == 32
+
+
+def branches_of(suite: str) -> dict[str, dict]:
+    runs = runs_of(read_suite(suite), Path("data.h5"), Path("out"), 1)
+    return {run.backbone: run.recipe for run in runs if run.step == "branches"}
+
+
+def test_one_branch_of_the_papers_has_no_last_residual_connection():
+    without = [
+        (suite, backbone, e["name"])
+        for suite in ("table-iv", "table-v", "table-vi", "table-vii", "table-viii")
+        for backbone, recipe in branches_of(suite).items()
+        for e in recipe["exits"]
+        if not e["options"].get("second_residual", True)
+    ]
+    assert without == [("table-vii", "resnet152", "2-slvit")]
+
+
+def test_one_backbone_can_teach_all(tmp_path):
+    """Table IX: what copycat labels is labelled by InceptionV3, whichever backbone the branches stand on."""
+    runs = runs_of(read_suite("table-iv"), Path("cifar10.h5"), tmp_path, 1, Path("tiny-imagenet"))
+    copycat = {run.backbone: run for run in runs if run.step == "copycat"}
+    teacher = str(tmp_path / "inceptionv3" / "backbone" / "model.safetensors")
+    assert list(copycat) == ["resnet152", "densenet201", "inceptionv3"]
+    for backbone, run in copycat.items():
+        assert run.recipe["copycat"]["teacher"] == teacher
+        assert run.needs == (f"{backbone}/branches-0", "inceptionv3/backbone")
+    others = runs_of(read_suite("table-v"), Path("cifar100.h5"), tmp_path, 1, Path("tiny-imagenet"))
+    assert all("teacher" not in run.recipe["copycat"] for run in others if run.step == "copycat")
 
 
 def test_parts_lie_over_each_other():
@@ -157,6 +185,7 @@ def test_parts_lie_over_each_other():
         ({"backbones": {}}, "backbones"),
         ({"datasets": "x"}, "datasets"),
         ({"dataset": "mnist"}, "dataset: 'mnist'"),
+        ({"teacher": "resnet18"}, "teacher 'resnet18' is none of its backbones"),
         ({"train": {**SUITE["train"], "epochs": 0}}, "resnet152/backbone: epochs"),
     ],
 )

@@ -7,7 +7,8 @@ import torch
 from tiny_runs import EXITS, best, run, tiny
 
 from crowdexit import zoo
-from crowdexit.training.modules import BackboneTraining, Diverged, TrainingError
+from crowdexit.training.branches import BranchTraining
+from crowdexit.training.modules import BackboneTraining, Diverged, TrainingError, listed
 from crowdexit.training.run import train
 
 FOLDERS = ("lr-0.01", "lr-1e-05")
@@ -72,3 +73,25 @@ def test_a_rate_that_diverges_does_not_end_the_search(store, backbone, tmp_path,
             tmp_path / "none",
             accelerator="cpu",
         )
+
+
+@pytest.mark.parametrize(("stage", "loop"), [("density", BackboneTraining), ("branches", BranchTraining)])
+def test_a_plateau_and_early_stopping_count_epochs_as_keras_does(store, backbone, tmp_path, monkeypatch, stage, loop):
+    """The first epoch is the best: the rate falls after two that are no better, the run ends after four."""
+    rates: list[set[float]] = []
+    own = loop.on_validation_epoch_end
+
+    def errors(self):
+        names = {row[0] for row in self.rows}
+        self.rows = []
+        return {name: {"error": 1.0 if rates else 0.5} for name in names}
+
+    def noted(self):
+        own(self)
+        rates.append({group["lr"] for optimiser in listed(self.optimizers()) for group in optimiser.param_groups})
+
+    monkeypatch.setattr("crowdexit.training.modules.Validation.collect", errors)
+    monkeypatch.setattr(loop, "on_validation_epoch_end", noted)
+    optimiser = {"lr": 1e-3, "schedule": "plateau", "factor": 0.5, "patience": 2}
+    run(tiny(store, stage, start=backbone, epochs=9, stop=4, optimiser=optimiser), tmp_path)
+    assert rates == [{1e-3}, {1e-3}, {5e-4}, {5e-4}, {2.5e-4}]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,11 +15,13 @@ from tiny_runs import TINY, best, run, same, tiny, write_store
 from crowdexit import zoo
 from crowdexit.errors import CrowdExitError
 from crowdexit.stages import inputs
+from crowdexit.training.data import make_data
 from crowdexit.training.losses import density_loss
-from crowdexit.training.modules import TrainingError
+from crowdexit.training.modules import TrainingError, record, validated
 from crowdexit.training.recipe import Recipe
-from crowdexit.training.run import train
+from crowdexit.training.run import make_experiment, starting_network, train
 
+VIT = {"model": "transcrowd-token-s", "changes": {"size": [64, 64], "dim": 12, "depth": 4, "heads": 2, "hidden": 8}}
 WHOLE_L2 = {"loss": "l2", "data": {"stride": 1, "whole": True, "draws": 12, "balance": {"A_*": 0.5, "B_*": 0.5}}}
 
 
@@ -107,6 +110,62 @@ def test_stops_early(store, tmp_path):
     )
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert state["epoch"] == state["crowdexit_best"][1] + 1 < 7
+
+
+@pytest.mark.parametrize(("watch", "condition"), [("audio", "sound"), ("no-audio", "silent")])
+def test_the_condition_that_is_watched(store, tmp_path, watch, condition):
+    recipe = tiny(store, "density", epochs=1, watch=watch)
+    run(recipe, tmp_path)
+    told = zoo.read_spec(tmp_path / "model.safetensors").meta
+    errors = {name: told["validation"][name]["error"] for name in ("silent", "sound")}
+    assert errors["silent"] != errors["sound"]
+    assert told["error"] == errors[condition]
+
+
+def test_branches_are_validated_in_the_condition_that_is_watched(store, backbone, tmp_path):
+    """Four of the five validation samples have audio; AV1's output depends on it."""
+    recipe = tiny(store, "branches", start=backbone)
+    network, _ = starting_network(recipe)
+    data = make_data(recipe, network)
+    make_experiment(network, zoo.Spec("audiocsrnet-s"), recipe, tmp_path, 10.0)
+    network.eval()
+    exits = {name: network.exit_module(name) for name in ("V1", "AV1")}
+    said: dict[str, list[tuple[str, str, float, float]]] = {"audio": [], "no-audio": [], "mean": []}
+    with torch.no_grad():
+        for batch in data.val_dataloader():
+            for watch, rows in said.items():
+                for name, *parts in validated(network, batch, exits, network.stage_of, watch):
+                    rows += [(name, id, float(v), float(t)) for id, v, t in zip(*parts, strict=True)]
+    answers = {}
+    with torch.no_grad():
+        for batch in data.val_dataloader():
+            heard = record(batch)
+            for watch, features in (
+                ("audio", heard),
+                ("no-audio", replace(heard, heard=torch.zeros_like(heard.heard))),
+            ):
+                for name, answer in network(features, list(exits)).items():
+                    for id, value, true in zip(batch["id"], answer.value, batch["count"], strict=True):
+                        answers[watch, name, id] = (float(value), float(true))
+    ids = {"audio": [id for id in data.val_set.ids if not id.endswith("_4")], "no-audio": data.val_set.ids}
+    for watch, wanted in ids.items():
+        assert sorted(row[:2] for row in said[watch]) == sorted((name, id) for name in exits for id in wanted)
+        for name, id, *pair in said[watch]:
+            assert pair == pytest.approx(answers[watch, name, id], rel=1e-4)
+    assert all(answers["audio", "AV1", id] != answers["no-audio", "AV1", id] for id in ids["audio"])
+    assert len(said["mean"]) == 2 * 2 * 5  # every sample in both ways
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"stage": "count", **VIT, "watch": "audio"}, "watch: audio does not reach the final exit of transcrowd"),
+        ({"stage": "density", "data": {"val_ids": "*_4"}, "watch": "audio"}, "no sample of val has sound"),
+    ],
+)
+def test_audio_that_is_not_there_to_watch(store, tmp_path, keys, message):
+    with pytest.raises(CrowdExitError, match=message):
+        run(tiny(store, **keys), tmp_path)
 
 
 def test_what_is_written_and_said(store, tmp_path):
