@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, TypeVar
@@ -77,7 +78,8 @@ def answers(
         yield problem("Choose a picture first.")
         return
     try:
-        image = decode_image(Path(picture).read_bytes(), "The picture file")
+        fits = partial(tile_boxes, native=counter.size)
+        image = decode_image(Path(picture).read_bytes(), "The picture file", fits)
         pixels, warned = image.pixels, warning_lines(image.warnings)
         waveform = _read_sound(sound) if sound is not None and use_sound else None
         yield Shown('<p class="ce-hint" role="status">Counting…</p>' + warned, table([], counter.exits))

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from crowdexit.data.mel import AudioError
-from crowdexit.data.picture import DecodedImage, PictureError, read_image
+from crowdexit.data.picture import DecodedImage, PictureError, read_image, tile_boxes
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.anytime import DeadlineMissed
 from crowdexit.inference.counter import CountResult, CrowdCounter, Late
@@ -264,7 +265,8 @@ class _Job:
     def _sample(self, source: Source) -> tuple[DecodedImage, NDArray[np.float32] | None] | None:
         """A picture with its sound; None of one that cannot be counted."""
         try:
-            picture, sound = read_image(source.path), hear(self.audio)
+            fits = partial(tile_boxes, native=self.counter.size)
+            picture, sound = read_image(source.path, fits), hear(self.audio)
         except (PictureError, AudioError) as error:
             _pass_over(source, error)
             return None

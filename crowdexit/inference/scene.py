@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -88,7 +89,7 @@ def prepared(image: Picture, audio: Sound | None, config: Config) -> tuple[Scene
         CrowdExitError: for a picture or a sound that cannot be used.
     """
     if isinstance(image, (str, Path)):
-        image = read_image(image)
+        image = read_image(image, partial(tile_boxes, native=config.scene))
     elif not isinstance(image, DecodedImage):
         image = DecodedImage(image)
     picture = checked_picture(image.pixels)

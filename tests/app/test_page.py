@@ -76,7 +76,7 @@ def test_warnings_of_the_reader_are_shown(counter: CrowdCounter, tmp_path: Path)
     pages = [Image.new("RGB", (120, 90), colour) for colour in ("grey", "white")]
     pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
     for moment in answers(counter, tmp_path / "a.tif", None):
-        assert "2 images in the file, only the first is counted" in moment.headline
+        assert "2 pages in the file, only the first is counted" in moment.headline
 
 
 def test_the_first_answer_is_there_before_the_last_is_computed(counter: CrowdCounter, picture: Path) -> None:

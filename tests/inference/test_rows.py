@@ -134,7 +134,7 @@ def pages(tmp_path) -> Path:
     return tmp_path / "pages.tif"
 
 
-WARNING = "2 images in the file, only the first is counted"
+WARNING = "2 pages in the file, only the first is counted"
 
 
 def test_warnings_of_the_reader_stand_in_every_row(counter, street, pages, tmp_path, capsys):
