@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import io
+import logging
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,80 +14,70 @@ from typing import Any, Literal, TypeVar
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
 
-from crowdexit.errors import CrowdExitError
+from crowdexit.data.images.limits import MAX_PIXELS, MIN_SIDE, PictureError
+from crowdexit.data.images.reader import FORMATS, SUFFIXES, DecodedImage, SizeCheck, decode_image, read_image
 
-MIN_SIDE = 32
+__all__ = [  # what others need of the reader, and what is here
+    "FORMATS",
+    "LEAST_SCALE",
+    "MAX_PIXELS",
+    "MAX_TILES",
+    "MEAN",
+    "MIN_SIDE",
+    "PIXELS_ABREAST",
+    "PIXELS_AT_ONCE",
+    "STD",
+    "SUFFIXES",
+    "TILES",
+    "DecodedImage",
+    "PictureError",
+    "Placement",
+    "checked_picture",
+    "decode_image",
+    "decode_picture",
+    "fit",
+    "normalise",
+    "normalised",
+    "place",
+    "read_image",
+    "read_picture",
+    "tile_boxes",
+    "tiles",
+    "views",
+]
+
 TILES = 3  # along a side, at most
 # A picture that would shrink by more than this to fit is cut into tiles: its people would be lost.
 LEAST_SCALE = 1 / 4
 SCALE_STEP = 32  # of the sides of images that keep their own shape
-MAX_PIXELS = 150_000_000
+MAX_TILES = 64
 # Of a batch that goes through a stage, more would only take memory; and of all whose features are kept meanwhile.
 PIXELS_AT_ONCE = 4 * 1024 * 768
 PIXELS_ABREAST = 32 * 1024 * 768
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-# Of all that Pillow reads; some of the rest it hands to other programs (PostScript).
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
 # ImageNet's, which the published weights of all backbones expect.
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 STD = np.array([0.229, 0.224, 0.225], np.float32)
 
+log = logging.getLogger(__name__)
 
 _Row = TypeVar("_Row", bound=tuple[Any, ...])
 
 
-class PictureError(CrowdExitError):
-    """A picture that cannot be read or is of no use."""
-
-
 def decode_picture(data: bytes, name: str = "picture") -> NDArray[np.uint8]:
-    """Encoded bytes → H×W×3 uint8, RGB, upright (EXIF orientation applied).
-
-    The size is checked before anything is decoded, so that a small file cannot fill the memory.
-
-    Raises:
-        PictureError: empty, not a picture, truncated, smaller than 32 pixels a side, larger than 150 megapixels.
-    """
-    if not data:
-        raise PictureError(f"{name}: the file is empty")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of sizes, which are checked here, and of faults that do not matter
-            picture = Image.open(io.BytesIO(data), formats=FORMATS)
-            width, height = picture.size
-            if min(width, height) < MIN_SIDE:
-                raise PictureError(f"{name}: {width}×{height} is too small to count in ({MIN_SIDE} at least)")
-            if width * height > MAX_PIXELS:
-                raise PictureError(f"{name}: {width}×{height} is too large ({MAX_PIXELS // 10**6} megapixels at most)")
-            upright = ImageOps.exif_transpose(picture)
-            if upright.mode.startswith("I;16"):  # 16-bit grey: PIL would clip it to white
-                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-            return np.array(upright.convert("RGB"))
-    except PictureError:
-        raise
-    except UnidentifiedImageError:
-        raise PictureError(f"{name}: not a picture") from None
-    except Image.DecompressionBombError:
-        raise PictureError(f"{name}: too large ({MAX_PIXELS // 10**6} megapixels at most)") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise PictureError(f"{name}: a damaged or truncated picture ({error})") from None
+    """The pixels of :func:`decode_image` alone; its warnings go to the log."""
+    return _logged(decode_image(data, name), name)
 
 
-def read_picture(path: str | Path) -> NDArray[np.uint8]:
-    """Read a picture file as H×W×3 uint8, RGB.
+def read_picture(path: str | Path, check: SizeCheck | None = None) -> NDArray[np.uint8]:
+    """The pixels of :func:`read_image` alone; its warnings go to the log."""
+    return _logged(read_image(path, check), str(path))
 
-    Raises:
-        PictureError: no such file, or as :func:`decode_picture`.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise PictureError(f"{path}: no such file")
-    try:
-        return decode_picture(path.read_bytes(), str(path))
-    except OSError as error:
-        raise PictureError(f"{path}: cannot be read ({error.strerror})") from None
+
+def _logged(image: DecodedImage, name: str) -> NDArray[np.uint8]:
+    for warning in image.warnings:
+        log.warning("%s: %s", name, warning)
+    return image.pixels
 
 
 def checked_picture(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -199,9 +188,18 @@ def same_size_groups(rows: Sequence[_Row], most: int) -> Iterator[list[_Row]]:
 
 
 def tile_boxes(width: int, height: int, native: tuple[int, int]) -> list[tuple[int, int, int, int]]:
-    """Cut a picture into the fewest equal rectangles (x, y, w, h) of which none shrinks below a quarter."""
+    """Cut a picture into the fewest equal rectangles (x, y, w, h) of which none shrinks below a quarter.
+
+    Raises:
+        PictureError: if that makes more than 64.
+    """
     columns = max(1, math.ceil(width * LEAST_SCALE / native[0]))
     rows = max(1, math.ceil(height * LEAST_SCALE / native[1]))
+    if columns * rows > MAX_TILES:
+        raise PictureError(
+            f"{width}×{height} would take {columns * rows} tiles of {native[0]}×{native[1]} ({MAX_TILES} at most); "
+            "shrink it or cut it into parts"
+        )
     xs = [round(i * width / columns) for i in range(columns + 1)]
     ys = [round(i * height / rows) for i in range(rows + 1)]
     return [(xs[c], ys[r], xs[c + 1] - xs[c], ys[r + 1] - ys[r]) for r in range(rows) for c in range(columns)]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -220,7 +221,7 @@ class Exported:
         does, and then counted without sound.
 
         Args:
-            picture: H×W×3 uint8 RGB, or a file.
+            picture: H×W×3 uint8 RGB, or a file, whose reader's warnings go to the log.
             log_mel: (96, 64) of the second around it, or None: not heard.
             exits: names; default: all.
 
@@ -236,7 +237,9 @@ class Exported:
             raise ExportError("no exit is asked")
         if log_mel is not None:
             log_mel = checked_log_mel(log_mel)
-        pixels = read_picture(picture) if isinstance(picture, (str, Path)) else checked_picture(picture)
+        if isinstance(picture, (str, Path)):
+            picture = read_picture(picture, partial(tile_boxes, native=self.manifest.scene))
+        pixels = checked_picture(picture)
         boxes = tile_boxes(pixels.shape[1], pixels.shape[0], self.manifest.scene)
         seen = [
             view

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from PIL import Image
-
-from crowdexit.data.picture import FORMATS, SUFFIXES
+from crowdexit.data.images.reader import RAW_SUFFIXES, SUFFIXES, is_image
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.video.container import VideoError, open_file
 from crowdexit.inference.video.live import Address, address_of
 
 VIDEO_SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts"),
-    *(".wmv", ".flv", ".ogv", ".3gp"),
+    *(".wmv", ".flv", ".ogv", ".3gp", ".mjpeg", ".mjpg"),
 )
 SOUND_SUFFIX = ".wav"
 # FFmpeg would show a text as a video of its letters, and a picture as a video of one frame.
@@ -84,17 +81,14 @@ def expand(inputs: Sequence[str | Path]) -> list[Source]:
 def kind_of(path: Path) -> Kind | None:
     """Whether a file is a picture or a video, by its suffix or else by its contents; None: neither."""
     suffix = path.suffix.lower()
-    if suffix in SUFFIXES:
+    if suffix in SUFFIXES or suffix in RAW_SUFFIXES:  # camera raw is refused when it is read, by name
         return "picture"
     if suffix in VIDEO_SUFFIXES:
         return "video"
     if suffix == SOUND_SUFFIX:
         return None
-    try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS):
-            return "picture"
-    except Exception:  # whatever a reader makes of a file that is not its own
-        pass
+    if is_image(path):
+        return "picture"
     try:
         with open_file(path) as container:
             moving = any(not s.disposition & s.disposition.attached_pic for s in container.streams.video)
