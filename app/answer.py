@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crowdexit.data.log_mel import read_audio
-from crowdexit.data.picture import decode_picture, tile_boxes
+from crowdexit.data.picture import decode_image, tile_boxes
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.counter import CrowdCounter, ExitResult
 from crowdexit.inference.draw import bars, overlay
@@ -44,7 +44,7 @@ class Shown:
     """What stands on the page at one moment.
 
     Attributes:
-        headline: HTML, the count in words, or what is wrong.
+        headline: HTML, the count in words and the reader's warnings, or what is wrong.
         table: HTML, one row an exit; empty: no table.
         chart: count and latency for each exit, once all are there.
         picture: H×W×3 uint8 RGB, the density over the picture, once the final exit has answered.
@@ -77,19 +77,20 @@ def answers(
         yield problem("Choose a picture first.")
         return
     try:
-        pixels = decode_picture(Path(picture).read_bytes(), "The picture file")
+        image = decode_image(Path(picture).read_bytes(), "The picture file")
+        pixels, warned = image.pixels, warning_lines(image.warnings)
         waveform = _read_sound(sound) if sound is not None and use_sound else None
-        yield Shown('<p class="ce-hint" role="status">Counting…</p>', table([], counter.exits))
+        yield Shown('<p class="ce-hint" role="status">Counting…</p>' + warned, table([], counter.exits))
         tiled = len(tile_boxes(pixels.shape[1], pixels.shape[0], counter.size)) > 1
         senses = _senses(waveform is not None, sound is not None, tiled)
         results: list[ExitResult] = []
         for result in _ahead(counter.stream(pixels, waveform)):
             results.append(result)
             if len(results) < len(counter.exits):
-                yield Shown(headline(result, "still counting"), table(results, counter.exits))
+                yield Shown(headline(result, "still counting") + warned, table(results, counter.exits))
         last = results[-1]
         drawn = None if last.density is None else overlay(_shrunk(pixels), last.density)
-        yield Shown(headline(last, senses), table(results, counter.exits), bars(results), drawn)
+        yield Shown(headline(last, senses) + warned, table(results, counter.exits), bars(results), drawn)
     except CrowdExitError as error:
         yield problem(str(error))
     except OSError:
@@ -99,6 +100,11 @@ def answers(
 def problem(message: str) -> Shown:
     """One plain line that says what is wrong, and nothing else."""
     return Shown(f'<p class="ce-problem" role="alert">{_text(message)}</p>')
+
+
+def warning_lines(warnings: Sequence[str]) -> str:
+    """The reader's warnings about the picture (HTML), a line each; empty without any."""
+    return "".join(f'<p class="ce-warning" role="alert">Warning: {_text(line)}</p>' for line in warnings)
 
 
 def headline(result: ExitResult, remark: str) -> str:

@@ -48,6 +48,8 @@ _CSS = """
 .ce-count b { font-weight: 750; }
 .ce-problem { font-size: 1.1rem; margin: 0; padding: .7rem .9rem; border-left: 4px solid #d9480f; border-radius: 4px;
   background: color-mix(in srgb, #d9480f 12%, transparent); overflow-wrap: anywhere; }
+.ce-warning { margin: .3rem 0; padding: .4rem .7rem; border-left: 4px solid #e8a200; border-radius: 4px;
+  background: color-mix(in srgb, #e8a200 14%, transparent); overflow-wrap: anywhere; }
 table.ce-exits { width: 100%; border: 0 !important; border-collapse: collapse; margin: 0 0 .4rem;
   font-variant-numeric: tabular-nums; }
 table.ce-exits th, table.ce-exits td { padding: .45rem .6rem; text-align: right; border: 0 !important;

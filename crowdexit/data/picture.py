@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 import warnings
 from collections.abc import Sequence
@@ -34,12 +35,29 @@ MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 
+log = logging.getLogger(__name__)
+
+
 class PictureError(CrowdExitError):
     """A picture that cannot be read or is of no use."""
 
 
-def decode_picture(data: bytes, name: str = "picture") -> NDArray[np.uint8]:
-    """Encoded bytes → H×W×3 uint8, RGB, upright (EXIF orientation applied).
+@dataclass(frozen=True)
+class DecodedImage:
+    """An image file's pixels, and what its reader has to say about them.
+
+    Attributes:
+        pixels: H×W×3 uint8, RGB, upright.
+        warnings: one line each, e.g. "3 pages, only the first is counted"; empty when all is well. Whoever counts
+            the pixels passes them on to the user.
+    """
+
+    pixels: NDArray[np.uint8]
+    warnings: tuple[str, ...] = ()
+
+
+def decode_image(data: bytes, name: str = "picture") -> DecodedImage:
+    """Encoded bytes → pixels H×W×3 uint8, RGB, upright (EXIF orientation applied), and warnings.
 
     The size is checked before anything is decoded, so that a small file cannot fill the memory.
 
@@ -60,7 +78,9 @@ def decode_picture(data: bytes, name: str = "picture") -> NDArray[np.uint8]:
             upright = ImageOps.exif_transpose(picture)
             if upright.mode.startswith("I;16"):  # 16-bit grey: PIL would clip it to white
                 upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-            return np.array(upright.convert("RGB"))
+            number = getattr(picture, "n_frames", 1)
+            more = (f"{number} images in the file, only the first is counted",) if number > 1 else ()
+            return DecodedImage(np.array(upright.convert("RGB")), more)
     except PictureError:
         raise
     except UnidentifiedImageError:
@@ -71,19 +91,35 @@ def decode_picture(data: bytes, name: str = "picture") -> NDArray[np.uint8]:
         raise PictureError(f"{name}: a damaged or truncated picture ({error})") from None
 
 
-def read_picture(path: str | Path) -> NDArray[np.uint8]:
-    """Read a picture file as H×W×3 uint8, RGB.
+def read_image(path: str | Path) -> DecodedImage:
+    """Read an image file as pixels H×W×3 uint8, RGB, and warnings.
 
     Raises:
-        PictureError: no such file, or as :func:`decode_picture`.
+        PictureError: no such file, or as :func:`decode_image`.
     """
     path = Path(path)
     if not path.is_file():
         raise PictureError(f"{path}: no such file")
     try:
-        return decode_picture(path.read_bytes(), str(path))
+        return decode_image(path.read_bytes(), str(path))
     except OSError as error:
         raise PictureError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def decode_picture(data: bytes, name: str = "picture") -> NDArray[np.uint8]:
+    """The pixels of :func:`decode_image` alone; its warnings go to the log."""
+    return _logged(decode_image(data, name), name)
+
+
+def read_picture(path: str | Path) -> NDArray[np.uint8]:
+    """The pixels of :func:`read_image` alone; its warnings go to the log."""
+    return _logged(read_image(path), str(path))
+
+
+def _logged(image: DecodedImage, name: str) -> NDArray[np.uint8]:
+    for warning in image.warnings:
+        log.warning("%s: %s", name, warning)
+    return image.pixels
 
 
 def checked_picture(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:

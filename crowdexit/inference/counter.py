@@ -55,6 +55,7 @@ class ExitResult:
         latency_ms: from the request to this answer, preparing the picture included.
         density: (h, w) heads per cell of 8×8 network pixels over the picture without padding, from the
             final exit; None from early exits.
+        warnings: what the reader of the input had to say, e.g. of damage; the same of every exit.
     """
 
     exit: str
@@ -62,16 +63,18 @@ class ExitResult:
     interval: tuple[float, float] | None
     latency_ms: float
     density: NDArray[np.float32] | None = None
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class CountResult:
-    """All answers to one request, and the one that was chosen."""
+    """All answers to one request, the one that was chosen, and what the reader of the input had to say."""
 
     model: str
     chosen: ExitResult
     exits: tuple[ExitResult, ...]
     in_time: bool | None = None  # whether the chosen answer came by the deadline; None: there was none
+    warnings: tuple[str, ...] = ()  # one line each; a count with a warning may be wrong
 
     @property
     def count(self) -> float:
@@ -94,6 +97,7 @@ class CountResult:
                 }
                 for e in self.exits
             ],
+            "warnings": list(self.warnings),
             **({} if self.in_time is None else {"in_time": self.in_time}),
         }
 
@@ -186,7 +190,7 @@ class CrowdCounter:
         """Yield each exit's answer as soon as it is there; what the caller no longer asks for is not computed.
 
         Args:
-            image: H×W×3 uint8 RGB, or a file.
+            image: H×W×3 uint8 RGB, or a file; a :class:`crowdexit.data.picture.DecodedImage` brings its warnings.
             audio: a file, (waveform, sample rate), a log-mel (96, 64), or None: not heard.
             exits: names; default: all that this counter serves.
 
@@ -254,7 +258,7 @@ class CrowdCounter:
             raise DeadlineMissed(f"no exit answered within {deadline_ms:g} ms{note}")
         chosen = next((r for r in results if r.exit == last), results[-1])
         in_time = None if deadline_ms is None else chosen.latency_ms <= deadline_ms
-        return CountResult(self.model, chosen, tuple(results), in_time)
+        return CountResult(self.model, chosen, tuple(results), in_time, chosen.warnings)
 
     def count_many(
         self,
@@ -350,7 +354,7 @@ class CrowdCounter:
         said: list[list[ExitResult]] = [[] for _ in ready.scenes]
         for told in walk.run(ready.to_walk(), policy):
             self._write_down(told, said, ready.scenes, begun)
-        return [CountResult(self.model, of_one[-1], tuple(of_one)) for of_one in said]
+        return [self._last_chosen(of_one) for of_one in said]
 
     @cached_property
     def profile(self) -> Profile:
@@ -533,7 +537,11 @@ class CrowdCounter:
         for place in order:
             if place is not None and not said[place]:
                 return
-            yield None if place is None else CountResult(self.model, said[place][-1], tuple(said[place]))
+            yield None if place is None else self._last_chosen(said[place])
+
+    def _last_chosen(self, results: Sequence[ExitResult]) -> CountResult:
+        """Results of one picture, of which the last is the answer."""
+        return CountResult(self.model, results[-1], tuple(results), warnings=results[-1].warnings)
 
     def _write_down(
         self, told: Told | None, said: Sequence[list[ExitResult]], scenes: Sequence[Scene], begun: float
@@ -642,7 +650,7 @@ class CrowdCounter:
         count = max(0.0, count)
         interval = self.intervals.around(name, count, heard=scene.heard)
         density = scene.density(maps) if maps else None
-        return ExitResult(name, count, interval, 1000 * (time.perf_counter() - begun), density)
+        return ExitResult(name, count, interval, 1000 * (time.perf_counter() - begun), density, scene.warnings)
 
 
 def check_deadline(deadline_ms: float | None) -> None:

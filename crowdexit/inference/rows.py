@@ -26,7 +26,7 @@ if sys.platform != "win32":
 
 Format = Literal["table", "json", "csv", "parquet"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-COLUMNS = ("source", "frame", "time_s", "count", "low", "high", "smoothed", "chosen_exit", "latency_ms")
+COLUMNS = ("source", "frame", "time_s", "count", "low", "high", "smoothed", "chosen_exit", "latency_ms", "warnings")
 _ROW_GROUP = 50_000  # rows of a Parquet file that are in memory at once
 
 
@@ -38,7 +38,8 @@ class RowError(CrowdExitError):
 class FrameRow:
     """A counted frame and its smoothed count: a line of JSON, a row of the other formats.
 
-    The interval is the count's, not the smoothed one's; None where the checkpoint is not calibrated.
+    The interval is the count's, not the smoothed one's; None where the checkpoint is not calibrated. Warnings are
+    what the reader of the input had to say, one line each.
     """
 
     source: str
@@ -49,6 +50,7 @@ class FrameRow:
     smoothed: float
     chosen_exit: str
     latency_ms: float
+    warnings: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, source: str, frame: Frame, result: CountResult, smoother: Smoother) -> FrameRow:
@@ -59,7 +61,8 @@ class FrameRow:
         time, count, chosen = round(frame.time_s, 3), round(result.count, 2), result.chosen
         smoothed = round(smoother.add(time, count), 2)
         interval = None if chosen.interval is None else (round(chosen.interval[0], 2), round(chosen.interval[1], 2))
-        return cls(source, frame.index, time, count, interval, smoothed, chosen.exit, round(chosen.latency_ms, 2))
+        latency = round(chosen.latency_ms, 2)
+        return cls(source, frame.index, time, count, interval, smoothed, chosen.exit, latency, result.warnings)
 
 
 class Rows(Protocol):
@@ -209,7 +212,7 @@ def write_parquet(lines: Path, out: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    kinds = {"source": pa.string(), "frame": pa.int64(), "chosen_exit": pa.string()}
+    kinds = {"frame": pa.int64(), **dict.fromkeys(("source", "chosen_exit", "warnings"), pa.string())}
     schema = pa.schema([(name, kinds.get(name, pa.float64())) for name in COLUMNS])
     with whole(out) as new, lines.open(encoding="utf-8") as file, pq.ParquetWriter(new, schema) as writer:
         while group := [_columns(json.loads(line)) for line in islice(file, _ROW_GROUP)]:
@@ -221,11 +224,13 @@ def write_parquet(lines: Path, out: Path) -> None:
 def _columns(row: Mapping[str, Any]) -> dict[str, Any]:
     """A line of JSON as a row of columns.
 
-    A picture's has no frame, time or smoothed count; of its exits only the chosen one is kept.
+    A picture's has no frame, time or smoothed count; of its exits only the chosen one is kept. Several warnings
+    become one text.
     """
     exits = {e["exit"]: e["interval"] for e in row.get("exits", ())}
     low, high = (exits[row["chosen_exit"]] if exits else row["interval"]) or (None, None)
-    return {name: {**row, "low": low, "high": high}.get(name) for name in COLUMNS}
+    cells = {**row, "low": low, "high": high, "warnings": "; ".join(row["warnings"])}
+    return {name: cells.get(name) for name in COLUMNS}
 
 
 class JSONRows:

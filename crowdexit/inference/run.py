@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from crowdexit.data.mel import AudioError
-from crowdexit.data.picture import PictureError, read_picture
+from crowdexit.data.picture import DecodedImage, PictureError, read_image
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.anytime import DeadlineMissed
 from crowdexit.inference.counter import CountResult, CrowdCounter, Late
@@ -231,8 +231,7 @@ class _Job:
         results = self.counter.count_many(map(self._sample, sources), budget_ms=budget_ms, number=len(sources))
         for source, result in zip(sources, results, strict=True):
             if result is not None:
-                self.lines.picture(source.name, result)
-                self.advance("")
+                self._write(source, result)
                 yield
 
     def _picture(self, source: Source) -> Iterator[None]:
@@ -243,10 +242,16 @@ class _Job:
                 raise
             self._unheard(source, error)
             result = self._count(source, None)
-        self.lines.picture(source.name, result)
+        self._write(source, result)
         self.drawings.picture(source, result)
-        self.advance("")
         yield
+
+    def _write(self, source: Source, result: CountResult) -> None:
+        """Write the row of a picture, and tell its warnings."""
+        self.lines.picture(source.name, result)
+        for warning in result.warnings:
+            _warn(f"{source.path}: {warning}")
+        self.advance("")
 
     def _count(self, source: Source, sound: Path | None) -> CountResult:
         how = self.how
@@ -256,10 +261,10 @@ class _Job:
         except DeadlineMissed as error:
             raise DeadlineMissed(f"{source.path}: {error}") from None
 
-    def _sample(self, source: Source) -> tuple[NDArray[np.uint8], NDArray[np.float32] | None] | None:
+    def _sample(self, source: Source) -> tuple[DecodedImage, NDArray[np.float32] | None] | None:
         """A picture with its sound; None of one that cannot be counted."""
         try:
-            picture, sound = read_picture(source.path), hear(self.audio)
+            picture, sound = read_image(source.path), hear(self.audio)
         except (PictureError, AudioError) as error:
             _pass_over(source, error)
             return None
@@ -299,6 +304,7 @@ class _Job:
     def _frames(self, source: Source, frames: Iterable[Frame], left: Left, *, sound: Path | None) -> Iterator[None]:
         counted, rows, missed = count_frames(self.counter, frames, source.name, self.how), left.frames, 0
         within = f"no exit answered within {self.how.deadline_ms or 0:g} ms"
+        told: set[str] = set()  # warnings; each stands in the row of every frame that has it, but is told once
         with ExitStack() as stack:
             drawn = self.drawings.video(source, sound, 1 / self.span.fps)
             if drawn is not None:
@@ -312,6 +318,10 @@ class _Job:
                     continue
                 rows += 1
                 self.lines.frame(FrameRow.of(source.name, frame, result, left.smoother))
+                for warning in result.warnings:
+                    if warning not in told:
+                        _warn(f"{source.name} at {frame.time_s:.1f} s: {warning}")
+                    told.add(warning)
                 if drawn is not None:
                     drawn.add(_annotated(frame, result), frame)
                 yield
@@ -379,7 +389,7 @@ class _Drawings:
         if target.suffix.lower() == ".npy":
             np.save(data, density.astype(np.float32))
         else:
-            Image.fromarray(overlay(read_picture(source.path), density)).save(data, "PNG")
+            Image.fromarray(overlay(read_image(source.path).pixels, density)).save(data, "PNG")
         try:
             with whole(target) as new:
                 new.write_bytes(data.getvalue())

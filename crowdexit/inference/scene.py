@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from crowdexit.backbones.audiocsrnet import STRIDE
 from crowdexit.data.log_mel import log_mel, read_audio
 from crowdexit.data.mel import checked_log_mel
-from crowdexit.data.picture import Placement, checked_picture, read_picture, tile_boxes, views
+from crowdexit.data.picture import DecodedImage, Placement, checked_picture, read_image, tile_boxes, views
 from crowdexit.network import Config
 
-Picture = NDArray[np.uint8] | str | Path
+Picture = NDArray[np.uint8] | DecodedImage | str | Path
 Sound = tuple[NDArray[np.float32], int] | NDArray[np.float32] | str | Path
 Box = tuple[int, int, int, int]  # x, y, width, height
 # A row of a network's batch before it is laid out: canvas (h, w, 3), how the picture lies there, log-mel.
@@ -33,11 +33,13 @@ class Scene:
         heard: whether it is counted with sound.
         rows: for each row that it takes in a batch, the rectangle of the picture that is seen there, and how it
             lies on the network's canvas.
+        warnings: of the reader, which every result carries.
     """
 
     size: tuple[int, int]
     heard: bool
     rows: Sequence[tuple[Box, Placement]]
+    warnings: tuple[str, ...] = ()
 
     def density(self, maps: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
         """One density map (h, w) of the picture from those of its rows; of a tiled one at most 2048 cells a side.
@@ -85,7 +87,11 @@ def prepared(image: Picture, audio: Sound | None, config: Config) -> tuple[Scene
     Raises:
         CrowdExitError: for a picture or a sound that cannot be used.
     """
-    picture = read_picture(image) if isinstance(image, (str, Path)) else checked_picture(image)
+    if isinstance(image, (str, Path)):
+        image = read_image(image)
+    elif not isinstance(image, DecodedImage):
+        image = DecodedImage(image)
+    picture = checked_picture(image.pixels)
     mel = hear(audio)
     height, width = picture.shape[:2]
     boxes = tile_boxes(width, height, config.scene)
@@ -96,7 +102,7 @@ def prepared(image: Picture, audio: Sound | None, config: Config) -> tuple[Scene
         for box in boxes
         for view in views(picture[box[1] : box[1] + box[3], box[0] : box[0] + box[2]], config.size, config.view)
     ]
-    scene = Scene((width, height), mel is not None, [(box, placement) for box, (_, placement) in seen])
+    scene = Scene((width, height), mel is not None, [(box, placement) for box, (_, placement) in seen], image.warnings)
     return scene, [(canvas, placement, mel) for _, (canvas, placement) in seen]
 
 

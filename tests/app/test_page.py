@@ -15,6 +15,7 @@ import gradio as gr
 import numpy as np
 import pytest
 from branches import both_kinds
+from PIL import Image
 
 from app import answer
 from app.answer import answers, problem, table
@@ -69,6 +70,13 @@ def test_the_table_fills_exit_by_exit_and_the_picture_comes_last(counter: CrowdC
     assert last.picture is not None
     assert last.picture.shape == (90, 120, 3)
     assert "the picture alone" in last.headline
+
+
+def test_warnings_of_the_reader_are_shown(counter: CrowdCounter, tmp_path: Path) -> None:
+    pages = [Image.new("RGB", (120, 90), colour) for colour in ("grey", "white")]
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    for moment in answers(counter, tmp_path / "a.tif", None):
+        assert "2 images in the file, only the first is counted" in moment.headline
 
 
 def test_the_first_answer_is_there_before_the_last_is_computed(counter: CrowdCounter, picture: Path) -> None:

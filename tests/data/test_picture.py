@@ -6,8 +6,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
-from crowdexit.data.picture import tiles, views
+from crowdexit.data.picture import read_picture, tiles, views
+
+
+def test_warnings_are_logged_where_pixels_alone_are_read(tmp_path, caplog):
+    pages = [Image.new("RGB", (64, 48), colour) for colour in ("grey", "white")]
+    pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
+    assert read_picture(tmp_path / "pages.tif").shape == (48, 64, 3)
+    assert [f"{tmp_path / 'pages.tif'}: 2 images in the file, only the first is counted"] == caplog.messages
 
 
 @pytest.mark.parametrize(

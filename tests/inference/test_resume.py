@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from videos import make_video, tone
 
 from crowdexit import command
@@ -275,11 +276,32 @@ def test_parquet_is_made_in_groups(counter, inputs, tmp_path, monkeypatch):
         ("smoothed", "double"),
         ("chosen_exit", "string"),
         ("latency_ms", "double"),
+        ("warnings", "string"),
     ]
     lines = read(tmp_path / "rows.json", "json")
     for row, line in zip(read(tmp_path / "rows.parquet", "parquet"), lines, strict=True):
+        line = line | {"warnings": "; ".join(line["warnings"])}
         assert row == {key: line.get(key) for key in row}  # the counter is not calibrated: no interval
     assert read(tmp_path / "rows.parquet", "parquet")[23]["frame"] is None
+
+
+@pytest.mark.parametrize("format", ["json", "csv", "parquet"])
+def test_rows_with_warnings_go_on(counter, inputs, tmp_path, format, monkeypatch):
+    """Both what was written before the stop and what comes after it."""
+    pages = [Image.new("RGB", (64, 48), colour) for colour in ("grey", "white")]
+    for name in ("a.tif", "z.tif"):
+        pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:])
+    files = [tmp_path / "a.tif", inputs[0], tmp_path / "z.tif"]
+    count_inputs(counter, files, format=format, out=tmp_path / "whole", **OPTIONS)
+    with monkeypatch.context() as patch:
+        stop_after(counter, patch, 3)
+        with pytest.raises(Stopped):
+            count_inputs(counter, files, format=format, out=tmp_path / "out", **OPTIONS)
+    count_inputs(counter, files, format=format, out=tmp_path / "out", resume=True, **OPTIONS)
+    rows = read(tmp_path / "out", format)
+    assert rows == read(tmp_path / "whole", format)
+    warned = [bool(row["warnings"]) for row in rows]
+    assert warned == [True] + [False] * 23 + [True]
 
 
 def test_a_full_disk_leaves_what_can_go_on(counter, inputs, tmp_path, monkeypatch):

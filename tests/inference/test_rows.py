@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 from videos import make_video, tone
 
-from crowdexit.data.picture import PictureError
+from crowdexit.data.picture import DecodedImage, PictureError, read_image
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.anytime import DeadlineMissed
 from crowdexit.inference.counter import CrowdCounter
@@ -61,7 +61,7 @@ def test_json_of_a_picture(counter, street, capsys):
     out, err = capsys.readouterr()
     assert err == ""
     row = json.loads(out)
-    assert list(row) == ["source", "model", "count", "chosen_exit", "latency_ms", "exits"]
+    assert list(row) == ["source", "model", "count", "chosen_exit", "latency_ms", "exits", "warnings"]
     assert (row["source"], row["model"], row["chosen_exit"]) == (str(street), "tiny", "final")
     assert [list(e) for e in row["exits"]] == [["exit", "count", "interval", "latency_ms"]] * 4
     assert [e["exit"] for e in row["exits"]] == ["V1", "AV1", "AV2", "final"]
@@ -76,7 +76,7 @@ def test_json_of_mixed_inputs(counter, street, film, capsys):
     assert count_inputs(counter, [film, street], format="json", fps=2) == 5
     *frames, picture = json_lines(capsys.readouterr().out)
     assert [list(f) for f in frames] == [
-        ["source", "frame", "time_s", "count", "interval", "smoothed", "chosen_exit", "latency_ms"]
+        ["source", "frame", "time_s", "count", "interval", "smoothed", "chosen_exit", "latency_ms", "warnings"]
     ] * 4
     assert [(f["source"], f["frame"], f["time_s"]) for f in frames] == [
         (str(film), 0, 0.0),
@@ -94,7 +94,7 @@ def test_csv(counter, street, film, tmp_path):
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [list(r) for r in rows] == [
-        ["source", "frame", "time_s", "count", "low", "high", "smoothed", "chosen_exit", "latency_ms"]
+        ["source", "frame", "time_s", "count", "low", "high", "smoothed", "chosen_exit", "latency_ms", "warnings"]
     ] * 3
     assert [(r["frame"], r["time_s"]) for r in rows] == [("", ""), ("0", "0.0"), ("10", "1.0")]
     assert float(rows[0]["count"]) == pytest.approx(counter.count(street).count, abs=0.006)
@@ -124,6 +124,73 @@ def test_every_row_has_its_interval(counter, street, film, tmp_path, capsys):
         _, *lines = capsys.readouterr().out.splitlines()
         for line, (low, high) in zip(lines, expected, strict=True):
             assert f" {low:.0f} to {high:.0f} " in line
+
+
+@pytest.fixture
+def pages(tmp_path) -> Path:
+    """A TIFF of two pages, of which one is counted."""
+    first, second = (Image.new("RGB", (256, 128), colour) for colour in ("grey", "white"))
+    first.save(tmp_path / "pages.tif", save_all=True, append_images=[second])
+    return tmp_path / "pages.tif"
+
+
+WARNING = "2 images in the file, only the first is counted"
+
+
+def test_warnings_of_the_reader_stand_in_every_row(counter, street, pages, tmp_path, capsys):
+    """In every format, also where the standard error is not looked at; of good images there are none."""
+    told = f"warning: {pages}: {WARNING}"
+    count_inputs(counter, [street, pages], format="json")
+    out, err = capsys.readouterr()
+    assert [row["warnings"] for row in json_lines(out)] == [[], [WARNING]]
+    assert err.splitlines() == [told]
+    for format in ("csv", "parquet"):
+        out = tmp_path / f"rows.{format}"
+        count_inputs(counter, [street, pages], format=format, out=out)
+        rows = list(csv.DictReader(out.open())) if format == "csv" else pq.read_table(out).to_pylist()
+        assert [row["warnings"] for row in rows] == ["", WARNING]
+        assert capsys.readouterr().err.splitlines() == [told]
+    for inputs in ([pages], [pages, street]):
+        count_inputs(counter, inputs)
+        assert capsys.readouterr().err.splitlines() == [told]
+
+
+def test_warnings_reach_callers_from_python(counter, street, pages):
+    assert counter.count(pages).warnings == (WARNING,)
+    assert counter.count(pages, deadline_ms=6e4).warnings == (WARNING,)
+    assert {result.warnings for result in counter.stream(pages)} == {(WARNING,)}
+    assert [result.warnings for result in counter.count_many([(street, None), (pages, None)])] == [(), (WARNING,)]
+    ready = counter.prepare([(read_image(pages), None), (read_image(street).pixels, None)])
+    assert [result.warnings for result in counter.answers(ready)] == [(WARNING,), ()]
+
+
+def test_warnings_of_pictures_within_a_budget(counter, street, pages, monkeypatch, capsys):
+    """The files are read here before the counter has them."""
+    results = [counter.count(path) for path in (street, pages)]
+    taken: list[object] = []
+
+    def count_many(samples, **_):
+        taken.extend(samples)
+        return results
+
+    monkeypatch.setattr(counter, "count_many", count_many)
+    count_inputs(counter, [street, pages], format="json", budget_ms=1e5)
+    assert [image.warnings for image, _ in taken] == [(), (WARNING,)]
+    assert [row["warnings"] for row in json_lines(capsys.readouterr().out)] == [[], [WARNING]]
+
+
+def test_a_warning_of_many_frames_is_told_once(counter, film, monkeypatch, capsys):
+    """It stands in the row of each of them."""
+    prepare = counter.prepare
+
+    def with_warning(samples):
+        return prepare([(DecodedImage(picture, ("damaged",)), sound) for picture, sound in samples])
+
+    monkeypatch.setattr(counter, "prepare", with_warning)
+    count_inputs(counter, [film], format="json", fps=5)
+    out, err = capsys.readouterr()
+    assert [row["warnings"] for row in json_lines(out)] == [["damaged"]] * 10
+    assert err.splitlines() == [f"warning: {film} at 0.0 s: damaged"]
 
 
 def test_table_of_one_picture(counter, street, capsys):
