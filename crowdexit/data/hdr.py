@@ -49,6 +49,7 @@ _LUMA: dict[Primaries, tuple[float, float, float]] = {
     "p3": (0.2290, 0.6917, 0.0793),
 }
 _LEVELS = 2**16
+_BAND = 2**20  # pixels that are mapped at once, which bounds the memory
 
 
 def to_sdr(signal: NDArray[np.uint16], transfer: Transfer, primaries: Primaries = "bt2020") -> NDArray[np.uint8]:
@@ -62,24 +63,34 @@ def to_sdr(signal: NDArray[np.uint16], transfer: Transfer, primaries: Primaries 
     Returns:
         H×W×3 uint8, sRGB.
     """
+    exposure = _exposure(_linear(signal[::_SAMPLED, ::_SAMPLED], transfer, primaries))
+    out = np.empty(signal.shape, np.uint8)
+    rows = max(1, _BAND // signal.shape[1])
+    for first in range(0, len(signal), rows):
+        band = slice(first, first + rows)
+        light = _linear(signal[band], transfer, primaries) * exposure
+        brightest = light.max(axis=2)
+        excess = np.maximum(brightest - KNEE, 0) / (1 - KNEE)
+        # From the knee on with the same slope towards 1.
+        rolled = np.minimum(brightest, KNEE) + (1 - KNEE) * excess / (1 + excess)
+        light *= (rolled / np.maximum(brightest, 1e-6))[..., None]
+        out[band] = _srgb()[np.rint(light * (_LEVELS - 1)).astype(np.uint16)]
+    return out
+
+
+def _linear(signal: NDArray[np.uint16], transfer: Transfer, primaries: Primaries) -> NDArray[np.float32]:
+    """Light of BT.709, H×W×3, 0 or more and 1 at the reference white."""
     light = _light(transfer)[signal]
     if transfer == "hlg":
         luminance = cv2.transform(light, np.array([_LUMA[primaries]], np.float32))
         light *= (np.maximum(luminance, 1e-6) ** (HLG_GAMMA - 1) * (HLG_PEAK / REFERENCE_WHITE))[..., None]
-    light = np.maximum(cv2.transform(light, _TO_BT709[primaries]), 0)
-    light *= _exposure(light[::_SAMPLED, ::_SAMPLED])
-    brightest = light.max(axis=2)
-    excess = np.maximum(brightest - KNEE, 0) / (1 - KNEE)
-    # min(brightest, KNEE) up to the knee; from there on with the same slope towards 1.
-    rolled = np.minimum(brightest, KNEE) + (1 - KNEE) * excess / (1 + excess)
-    light *= (rolled / np.maximum(brightest, 1e-6))[..., None]
-    return _srgb()[np.rint(light * (_LEVELS - 1)).astype(np.uint16)]
+    return np.maximum(cv2.transform(light, _TO_BT709[primaries]), 0)
 
 
 def _exposure(light: NDArray[np.float32]) -> np.float32:
-    """What to multiply light by, H×W×3 of BT.709 and 1 at the reference white."""
+    """What to multiply the light of an image by, of which this is a sample (H×W×3)."""
     brightest = float(np.percentile(light.max(axis=2), BRIGHTEST_PERCENTILE))
-    mean = float(np.exp(np.log(light @ np.float32(_LUMA["bt709"]) + 1e-3).mean()))
+    mean = float(np.exp(np.log(light @ np.array(_LUMA["bt709"], np.float32) + 1e-3).mean()))
     if 0 < brightest < DARK:
         return np.float32(min(MOST_GAIN, 1 / brightest))
     return np.float32(1 / brightest if mean > BRIGHT and brightest > 1 else 1)

@@ -64,6 +64,7 @@ class CNNExit(Branch):
         super().__init__()
         self.scale = scale
         self.conv = nn.Conv2d(channels, filters, 3, padding=padding)
+        self.hears = audio > 0
         self.fuse = GammaBeta(audio, filters) if audio else None
         self.pool = nn.MaxPool2d(pool)
         shrink = 2 - 2 * padding
