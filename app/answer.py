@@ -6,7 +6,7 @@ import html
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -16,11 +16,12 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from crowdexit.data.log_mel import read_audio
+from crowdexit.data.mel import AudioInput, AudioStatus
 from crowdexit.data.picture import decode_image, tile_boxes
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.counter import CrowdCounter, ExitResult
 from crowdexit.inference.draw import bars, overlay
+from crowdexit.inference.scene import audio_input
 from crowdexit.network import FINAL
 
 if TYPE_CHECKING:
@@ -80,19 +81,20 @@ def answers(
     try:
         fits = partial(tile_boxes, native=counter.size)
         image = decode_image(Path(picture).read_bytes(), "The picture file", fits)
-        pixels, warned = image.pixels, warning_lines(image.warnings)
-        waveform = _read_sound(sound) if sound is not None and use_sound else None
+        heard = _read_sound(sound, use_sound)
+        pixels, warned = image.pixels, warning_lines((*image.warnings, *heard.warnings))
         yield Shown('<p class="ce-hint" role="status">Counting…</p>' + warned, table([], counter.exits))
         tiled = len(tile_boxes(pixels.shape[1], pixels.shape[0], counter.size)) > 1
-        senses = _senses(waveform is not None, sound is not None, tiled)
         results: list[ExitResult] = []
-        for result in _ahead(counter.stream(pixels, waveform)):
+        for result in _ahead(counter.stream(pixels, heard)):
             results.append(result)
             if len(results) < len(counter.exits):
                 yield Shown(headline(result, "still counting") + warned, table(results, counter.exits))
         last = results[-1]
         drawn = None if last.density is None else overlay(_shrunk(pixels), last.density)
-        yield Shown(headline(last, senses) + warned, table(results, counter.exits), bars(results), drawn)
+        yield Shown(
+            headline(last, _senses(last.audio, tiled)) + warned, table(results, counter.exits), bars(results), drawn
+        )
     except CrowdExitError as error:
         yield problem(str(error))
     except OSError:
@@ -151,13 +153,16 @@ def _time(milliseconds: float) -> str:
     return f"{milliseconds:,.0f} ms" if milliseconds < 9999.5 else f"{milliseconds / 1000:,.1f} s"
 
 
-def _senses(heard: bool, given: bool, tiled: bool) -> str:
+def _senses(audio: AudioStatus, tiled: bool) -> str:
     """How the picture and the sound were used, in words."""
-    if tiled:
-        return "counted in parts, the picture is very large" + ("; the sound was not used" if heard else "")
-    if heard:
+    if audio == "used":
         return "from picture and sound"
-    return "from the picture alone, the sound is switched off" if given else "from the picture alone"
+    parts = "counted in parts, the picture is very large" if tiled else "from the picture alone"
+    reasons: dict[AudioStatus, str] = {
+        "switched off": ", the sound is switched off",
+        "tiled": "; the sound was not used",
+    }
+    return parts + reasons.get(audio, "")
 
 
 def _text(plain: str) -> str:
@@ -166,12 +171,19 @@ def _text(plain: str) -> str:
     return escaped.replace("{", "&#123;").replace("}", "&#125;").replace("$", "&#36;").replace("`", "&#96;")
 
 
-def _read_sound(sound: str | Path) -> tuple[NDArray[np.float32], int]:
-    try:
-        return read_audio(sound)
-    except CrowdExitError as error:
+def _read_sound(sound: str | Path | None, use_sound: bool) -> AudioInput:
+    if sound is None or not use_sound:
+        return AudioInput(None, "none" if sound is None else "switched off")
+
+    def named(line: str) -> str:
         # The reader names the file; its name here is one that the page gave it.
-        raise CrowdExitError(str(error).replace(str(sound), "The sound file")) from None
+        return line.replace(str(sound), "The sound file")
+
+    try:
+        heard = audio_input(sound)
+    except CrowdExitError as error:
+        raise CrowdExitError(named(str(error))) from None
+    return replace(heard, warnings=tuple(map(named, heard.warnings)))
 
 
 def _shrunk(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:

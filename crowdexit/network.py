@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 from torch import nn
 
@@ -137,6 +137,11 @@ class MultiExitNetwork(nn.Module):
     def stage_of(self, name: str) -> int:
         """The index of the stage after which an exit stands."""
         return len(self.stages) - 1 if name == FINAL else self._stage_of[name]
+
+    def uses_audio(self, name: str) -> bool:
+        """Whether an exit's answer depends on the audio."""
+        before = self.stages[: self.stage_of(name) + 1]
+        return self.exit_module(name).hears or any(cast(Stage, stage).fuses_audio for stage in before)
 
     def advance(self, index: int, state: Features) -> Features:
         """Run one stage."""

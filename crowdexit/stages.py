@@ -93,7 +93,13 @@ def inputs(
 
 
 class Stage(nn.Module):
-    """A piece of a backbone: takes the record, hands it on."""
+    """A piece of a backbone: takes the record, hands it on.
+
+    Attributes:
+        fuses_audio: whether what it hands on as ``visual`` depends on the audio.
+    """
+
+    fuses_audio: bool = False
 
     def forward(self, features: Features) -> Features:
         raise NotImplementedError  # abstract

@@ -145,6 +145,8 @@ class FusionBlock(nn.Module):
 class FusionStage(Stage):
     """Consecutive fusion blocks: B×C×h×w and B×A → B×channels[-1]×h×w."""
 
+    fuses_audio = True
+
     def __init__(self, channels: int, outs: Sequence[int], audio: int) -> None:
         super().__init__()
         widths = [channels, *outs]

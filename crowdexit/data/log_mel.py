@@ -1,18 +1,18 @@
-"""Sound in: audio files read, and one second of any waveform turned into VGGish's log-mel picture."""
+"""One second of any waveform turned into VGGish's log-mel picture."""
 
 from __future__ import annotations
 
 from fractions import Fraction
 from functools import cache, lru_cache
-from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import torch
 import torchaudio
 from numpy.typing import NDArray
 
+from crowdexit.data.audio import Warn, full_scale, refuse, scale_warning
+from crowdexit.data.audio import read_audio as read_audio
 from crowdexit.data.mel import FRAMES, MEL_BANDS, AudioError
 
 SAMPLE_RATE = 16_000
@@ -29,12 +29,12 @@ _FILTER: dict[str, Any] = {
 }
 
 _MOST_CHANNELS = 64
-_MOST_VALUES = 2**28  # 1 GiB as float32: 46 minutes of stereo at 48 kHz
 _IN_ONE_THREAD = 2**18  # multiply-adds of a product up to which OpenBLAS uses no other thread
-_LEAST_SHARE = 0.75  # of the stated length; formats that only estimate theirs stay above it
 
 
-def log_mel(waveform: NDArray[np.generic] | torch.Tensor, sample_rate: int) -> NDArray[np.float32]:
+def log_mel(
+    waveform: NDArray[np.generic] | torch.Tensor, sample_rate: int, *, warn: Warn = refuse
+) -> NDArray[np.float32]:
     """One second of sound as VGGish takes it (Hershey et al., CNN architectures for large-scale audio, 2017).
 
     16 kHz mono, magnitudes of a Fourier transform of 512 under periodic Hann windows of 25 ms every 10 ms
@@ -46,6 +46,8 @@ def log_mel(waveform: NDArray[np.generic] | torch.Tensor, sample_rate: int) -> N
             to ±1, unsigned ones around their middle). Channels are averaged. Of a longer sound the middle
             second is taken, a shorter one is put in the middle of silence.
         sample_rate: Hz, 1,000 to 1,000,000.
+        warn: is called with one line where floats are rescaled (see :func:`crowdexit.data.audio.full_scale`);
+            default: that is an error.
 
     Returns:
         (96, 64) float32, time by frequency.
@@ -54,59 +56,17 @@ def log_mel(waveform: NDArray[np.generic] | torch.Tensor, sample_rate: int) -> N
         AudioError: if the waveform is empty, not finite or not of this form, or the rate absurd.
     """
     rate = checked_rate(sample_rate)
-    second = at_rate(_middle_second(mono(waveform), rate), rate, SAMPLE_RATE)
+    array = _checked(waveform)
+    first = max(0, (array.shape[-1] - rate) // 2)
+    # Cut before anything is computed: what comes after is then bounded, however long the waveform is.
+    samples = _mono(array[..., first : first + rate], _scale_of(array, warn))
+    missing = rate - len(samples)
+    second = at_rate(np.pad(samples, (missing // 2, missing - missing // 2)), rate, SAMPLE_RATE)
     second = np.pad(second, (0, max(0, SAMPLE_RATE - len(second))))[:SAMPLE_RATE]
     frames = np.lib.stride_tricks.sliding_window_view(second, WINDOW)[::HOP][:FRAMES]
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(WINDOW) / WINDOW)
     magnitudes = np.abs(np.fft.rfft(frames * window, FFT))
     return np.log(_product(magnitudes, _mel_matrix()) + LOG_OFFSET).astype(np.float32)
-
-
-def read_audio(path: str | Path) -> tuple[NDArray[np.float32], int]:
-    """Read the first sound track of an audio or video file of any format that FFmpeg knows.
-
-    Returns:
-        (channels, samples) float32 in ±1, and the sample rate in Hz.
-
-    Raises:
-        AudioError: if the file is missing, empty, damaged, cut short, without sound, or of absurd length.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise AudioError(f"{path}: no such audio file")
-    if path.stat().st_size == 0:
-        raise AudioError(f"{path}: an empty file")
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.audio:
-                raise AudioError(f"{path}: no sound track")
-            stream = container.streams.audio[0]
-            rate, blocks, values = stream.rate, [], 0
-            resampler = av.AudioResampler(format="fltp")  # only the sample format; rate and channels stay
-            for frame in container.decode(stream):
-                for even in resampler.resample(frame):
-                    blocks.append(even.to_ndarray())
-                    values += blocks[-1].size
-                if values > _MOST_VALUES:
-                    raise AudioError(f"{path}: too long a sound to be held in memory")
-            stated = float(stream.duration * (stream.time_base or 0)) if stream.duration else 0.0
-    except (av.FFmpegError, ValueError, IndexError) as error:
-        raise AudioError(f"{path}: not a readable audio file (damaged or cut short)") from error
-    if not values or not rate:
-        raise AudioError(f"{path}: the sound track holds no samples")
-    waveform = np.concatenate(blocks, axis=1).astype(np.float32, copy=False)
-    if _wav_cut_short(path) or waveform.shape[1] < _LEAST_SHARE * stated * rate:
-        raise AudioError(f"{path}: cut short, {waveform.shape[1] / rate:.2f} s are left")
-    return waveform, rate
-
-
-def _wav_cut_short(path: Path) -> bool:
-    """Whether a WAV file is shorter than its head says; FFmpeg plays what is left without a word."""
-    with path.open("rb") as file:
-        head = file.read(8)
-    stated = int.from_bytes(head[4:], "little")
-    # Programs that write into a pipe do not know the size and put the largest there.
-    return head[:4] == b"RIFF" and stated < 0x7FFFF000 and path.stat().st_size < 0.99 * stated
 
 
 def checked_rate(sample_rate: float) -> int:
@@ -124,30 +84,42 @@ def mono(waveform: NDArray[np.generic] | torch.Tensor) -> NDArray[np.float64]:
     """(samples,) float64 in ±1 of any waveform that :func:`log_mel` takes.
 
     Raises:
-        AudioError: if it is empty, not finite or not of this form.
+        AudioError: if it is empty, not finite, not within ±1 or not of this form.
     """
+    array = _checked(waveform)
+    return _mono(array, _scale_of(array, refuse))
+
+
+def _checked(waveform: NDArray[np.generic] | torch.Tensor) -> NDArray[np.generic]:
+    """A waveform as an array (samples,) or (channels, samples) of a usable type."""
     array = waveform.detach().cpu().numpy() if isinstance(waveform, torch.Tensor) else np.asarray(waveform)
     if array.ndim not in (1, 2) or (array.ndim == 2 and array.shape[0] > _MOST_CHANNELS):
         raise AudioError(f"a waveform of shape {array.shape}, not (samples,) or (channels, samples)")
     if array.size == 0:
         raise AudioError("a waveform without samples")
-    if array.dtype.kind in "iu" and array.dtype.itemsize <= 4:
-        half = 2.0 ** (8 * array.dtype.itemsize - 1)
-        scaled = array / half - (1.0 if array.dtype.kind == "u" else 0.0)
-    elif array.dtype.kind == "f":
-        scaled = array.astype(np.float64)
-    else:
+    if array.dtype.kind != "f" and not (array.dtype.kind in "iu" and array.dtype.itemsize <= 4):
         raise AudioError(f"a waveform of {array.dtype}, not of floats or 8, 16 or 32 bit integers")
-    if not np.isfinite(scaled).all():
-        raise AudioError("a waveform with values that are not finite")
-    return scaled if scaled.ndim == 1 else scaled.mean(axis=0)
+    return array
 
 
-def _middle_second(samples: NDArray[np.float64], rate: int) -> NDArray[np.float64]:
-    spare = len(samples) - rate
-    if spare >= 0:
-        return samples[spare // 2 : spare // 2 + rate]
-    return np.pad(samples, (-spare // 2, -spare - -spare // 2))
+def _scale_of(array: NDArray[Any], warn: Warn) -> float:
+    """By what to divide a waveform."""
+    if array.dtype.kind in "iu":
+        return float(2 ** (8 * array.dtype.itemsize - 1))
+    peak = max(-float(array.min()), float(array.max()))
+    try:
+        scale = full_scale(peak)
+    except AudioError as error:
+        raise AudioError(f"a waveform that cannot be used: {error}") from None
+    if scale > 1:
+        warn(f"the waveform's {scale_warning(peak, scale)}")
+    return scale
+
+
+def _mono(array: NDArray[Any], scale: float) -> NDArray[np.float64]:
+    """(samples,) float64 in ±1: the mean of the channels, unsigned ones around their middle."""
+    scaled = array / np.float64(scale) - (1.0 if array.dtype.kind == "u" else 0.0)
+    return np.asarray(scaled if scaled.ndim == 1 else scaled.mean(axis=0), np.float64)
 
 
 def at_rate(samples: NDArray[np.float64], rate: int, wanted: int) -> NDArray[np.float64]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +13,27 @@ from crowdexit.errors import CrowdExitError
 FRAMES, MEL_BANDS = 96, 64
 
 
+# Whether a count was made with audio, or why not: see docs/inputs.md.
+AudioStatus = Literal["used", "none", "unreadable", "tiled", "switched off"]
+
+
 class AudioError(CrowdExitError):
     """Sound that cannot be read or is no sound."""
+
+
+@dataclass(frozen=True)
+class AudioInput:
+    """The audio that a network is given.
+
+    Attributes:
+        log_mel: (96, 64) float32, or None: there is none.
+        missing: why there is none.
+        warnings: what its reader had to say, one line each.
+    """
+
+    log_mel: NDArray[np.float32] | None
+    missing: Literal["none", "unreadable", "switched off"] = "none"
+    warnings: tuple[str, ...] = ()
 
 
 def checked_log_mel(given: Any) -> NDArray[np.float32]:

@@ -70,6 +70,7 @@ class CNNExit(Branch):
         normalises = norm and audio > 0
         self.conv = nn.Conv2d(channels, filters, 3, padding=padding, bias=not normalises)
         self.norm = nn.BatchNorm2d(filters) if normalises else None
+        self.hears = audio > 0
         self.fuse = GammaBeta(audio, filters) if audio else None
         self.pool = nn.MaxPool2d(pool)
         shrink = 2 - 2 * padding

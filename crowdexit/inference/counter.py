@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from crowdexit.data.mel import AudioStatus
 from crowdexit.data.picture import (
     PIXELS_ABREAST,
     PIXELS_AT_ONCE,
@@ -64,6 +65,8 @@ class ExitResult:
         density: (h, w) heads per cell of 8×8 network pixels over the picture without padding, from the
             final exit; None from early exits.
         warnings: what the reader of the input had to say, e.g. of damage; the same of every exit.
+        audio: whether this exit was given audio, or why not: ``none`` was there, it was ``unreadable``, the image is
+            ``tiled`` (audio belongs to all of it), or it is ``switched off`` (also where this exit uses none).
     """
 
     exit: str
@@ -72,6 +75,7 @@ class ExitResult:
     latency_ms: float
     density: NDArray[np.float32] | None = None
     warnings: tuple[str, ...] = ()
+    audio: AudioStatus = "none"
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,11 @@ class CountResult:
     @property
     def count(self) -> float:
         return self.chosen.count
+
+    @property
+    def audio(self) -> AudioStatus:
+        """Whether the chosen exit was given audio, or why not: see :class:`ExitResult`."""
+        return self.chosen.audio
 
     def to_dict(self, source: str) -> dict[str, Any]:
         """The JSON form; with a deadline also ``in_time``."""
@@ -105,6 +114,7 @@ class CountResult:
                 }
                 for e in self.exits
             ],
+            "audio": self.audio,
             "warnings": list(self.warnings),
             **({} if self.in_time is None else {"in_time": self.in_time}),
         }
@@ -199,7 +209,8 @@ class CrowdCounter:
 
         Args:
             image: H×W×3 uint8 RGB, or a file; a :class:`crowdexit.data.picture.DecodedImage` brings its warnings.
-            audio: a file, (waveform, sample rate), a log-mel (96, 64), or None: not heard.
+            audio: a file, (waveform, sample rate), a log-mel (96, 64), or None: not heard; an
+                :class:`crowdexit.data.mel.AudioInput` says why there is none, or brings warnings.
             exits: names; default: all that this counter serves.
 
         A picture more than four times the native size is cut into tiles, which are added; the sound belongs
@@ -663,7 +674,9 @@ class CrowdCounter:
         count = max(0.0, count)
         interval = self.intervals.around(name, count, heard=scene.heard)
         density = scene.density(maps) if maps else None
-        return ExitResult(name, count, interval, 1000 * (time.perf_counter() - begun), density, scene.warnings)
+        audio: AudioStatus = scene.audio if not scene.heard or self.network.uses_audio(name) else "switched off"
+        latency = 1000 * (time.perf_counter() - begun)
+        return ExitResult(name, count, interval, latency, density, scene.warnings, audio)
 
 
 def check_deadline(deadline_ms: float | None) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol, TextIO, get_args
 from rich.console import Console
 from rich.table import Table
 
+from crowdexit.data.mel import AudioStatus
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.counter import CountResult
 from crowdexit.inference.smooth import Smoother
@@ -26,7 +27,10 @@ if sys.platform != "win32":
 
 Format = Literal["table", "json", "csv", "parquet"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-COLUMNS = ("source", "frame", "time_s", "count", "low", "high", "smoothed", "chosen_exit", "latency_ms", "warnings")
+COLUMNS = (
+    *("source", "frame", "time_s", "count", "low", "high", "smoothed", "chosen_exit", "latency_ms"),
+    *("audio", "warnings"),
+)
 _ROW_GROUP = 50_000  # rows of a Parquet file that are in memory at once
 
 
@@ -38,7 +42,8 @@ class RowError(CrowdExitError):
 class FrameRow:
     """A counted frame and its smoothed count: a line of JSON, a row of the other formats.
 
-    The interval is the count's, not the smoothed one's; None where the checkpoint is not calibrated. Warnings are
+    The interval is the count's, not the smoothed one's; None where the checkpoint is not calibrated. Audio says whether
+    it was used, or why not (:class:`crowdexit.inference.counter.ExitResult`). Warnings are
     what the reader of the input had to say, one line each.
     """
 
@@ -50,6 +55,7 @@ class FrameRow:
     smoothed: float
     chosen_exit: str
     latency_ms: float
+    audio: AudioStatus = "none"
     warnings: tuple[str, ...] = ()
 
     @classmethod
@@ -62,7 +68,8 @@ class FrameRow:
         smoothed = round(smoother.add(time, count), 2)
         interval = None if chosen.interval is None else (round(chosen.interval[0], 2), round(chosen.interval[1], 2))
         latency = round(chosen.latency_ms, 2)
-        return cls(source, frame.index, time, count, interval, smoothed, chosen.exit, latency, result.warnings)
+        told = (result.audio, result.warnings)
+        return cls(source, frame.index, time, count, interval, smoothed, chosen.exit, latency, *told)
 
 
 class Rows(Protocol):
@@ -212,7 +219,7 @@ def write_parquet(lines: Path, out: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    kinds = {"frame": pa.int64(), **dict.fromkeys(("source", "chosen_exit", "warnings"), pa.string())}
+    kinds = {"frame": pa.int64(), **dict.fromkeys(("source", "chosen_exit", "audio", "warnings"), pa.string())}
     schema = pa.schema([(name, kinds.get(name, pa.float64())) for name in COLUMNS])
     with whole(out) as new, lines.open(encoding="utf-8") as file, pq.ParquetWriter(new, schema) as writer:
         while group := [_columns(json.loads(line)) for line in islice(file, _ROW_GROUP)]:

@@ -21,7 +21,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from crowdexit.data.mel import AudioError
+from crowdexit.data.mel import AudioError, AudioInput, AudioStatus
 from crowdexit.data.picture import DecodedImage, PictureError, read_image, tile_boxes
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.anytime import DeadlineMissed
@@ -42,7 +42,7 @@ from crowdexit.inference.rows import (
     write_parquet,
     writer,
 )
-from crowdexit.inference.scene import hear
+from crowdexit.inference.scene import Sound, audio_input
 from crowdexit.inference.smooth import HALF_LIFE_S, Smoother
 from crowdexit.inference.sources import Source, expand
 from crowdexit.inference.video.annotate import AnnotatedVideo
@@ -53,6 +53,14 @@ from crowdexit.inference.video.live import LiveFrames
 from crowdexit.inference.video.pipeline import How, count_frames
 from crowdexit.inference.walk import Policy
 from crowdexit.network import FINAL
+
+# Why audio that was named is not used.
+_NOT_USED: dict[AudioStatus, str] = {
+    "none": "there is none at the time of the counted frames",
+    "unreadable": "it cannot be read",
+    "tiled": "the image is cut into tiles, and audio belongs to all of it",
+    "switched off": "the exit that answers takes none",
+}
 
 
 class RunError(CrowdExitError):
@@ -241,8 +249,7 @@ class _Job:
         except AudioError as error:
             if self.audio is not None:
                 raise
-            self._unheard(source, error)
-            result = self._count(source, None)
+            result = self._count(source, _unreadable(error))
         self._write(source, result)
         self.drawings.picture(source, result)
         yield
@@ -252,39 +259,49 @@ class _Job:
         self.lines.picture(source.name, result)
         for warning in result.warnings:
             _warn(f"{source.path}: {warning}")
+        self._tell_unused({result.audio})
         self.advance("")
 
-    def _count(self, source: Source, sound: Path | None) -> CountResult:
+    def _tell_unused(self, statuses: set[AudioStatus]) -> None:
+        """Say that the audio which the user has named was not used, and why; ``statuses`` are those of the rows."""
+        if self.audio is None or "used" in statuses:
+            return
+        for status in sorted(statuses):
+            _warn(f"--audio {self.audio}: not used, {_NOT_USED[status]}")
+
+    def _count(self, source: Source, audio: Sound | None) -> CountResult:
         how = self.how
         by: dict[str, Any] = {"exit": how.exit, "deadline_ms": how.deadline_ms, "late": how.late}
         try:
-            return self.counter.count(source.path, sound, **by, policy=how.policy)
+            return self.counter.count(source.path, audio, **by, policy=how.policy)
         except DeadlineMissed as error:
             raise DeadlineMissed(f"{source.path}: {error}") from None
 
-    def _sample(self, source: Source) -> tuple[DecodedImage, NDArray[np.float32] | None] | None:
+    def _sample(self, source: Source) -> tuple[DecodedImage, AudioInput] | None:
         """A picture with its sound; None of one that cannot be counted."""
         try:
             fits = partial(tile_boxes, native=self.counter.size)
-            picture, sound = read_image(source.path, fits), hear(self.audio)
+            picture, sound = read_image(source.path, fits), audio_input(self.audio)
         except (PictureError, AudioError) as error:
             _pass_over(source, error)
             return None
-        if sound is None:
+        if self.audio is None:
             try:
-                sound = hear(source.sound)
+                sound = audio_input(source.sound)
             except AudioError as error:
-                self._unheard(source, error)
+                sound = _unreadable(error)
         return picture, sound
-
-    def _unheard(self, source: Source, error: AudioError) -> None:
-        """Say that a sound which nobody asked for cannot be heard."""
-        _warn(f"{error}; {source.path} is counted without it")
 
     def _video(self, source: Source, left: Left) -> Iterator[None]:
         span = replace(self.span, after=left.after)
-        frames = read_frames(source.path, span, audio=self.audio, warn=_warn)
-        for _ in self._frames(source, frames, left, sound=self.audio or source.path):
+        told: set[str] = set()
+
+        def warn(line: str) -> None:
+            told.add(line)
+            _warn(line)
+
+        frames = read_frames(source.path, span, audio=self.audio, warn=warn)
+        for _ in self._frames(source, frames, left, told, sound=self.audio or source.path):
             self.advance("")
             yield
 
@@ -297,16 +314,19 @@ class _Job:
             frames.stop()
 
         with _on_interrupt(interrupt):
-            for _ in self._frames(source, frames, left, sound=None):
+            for _ in self._frames(source, frames, left, set(), sound=None):
                 rows += 1
                 self.advance(f"{frames.dropped} dropped")
                 yield
         _tell(f"{source.name}: {rows} frames counted, {frames.dropped} dropped")
 
-    def _frames(self, source: Source, frames: Iterable[Frame], left: Left, *, sound: Path | None) -> Iterator[None]:
+    def _frames(
+        self, source: Source, frames: Iterable[Frame], left: Left, told: set[str], *, sound: Path | None
+    ) -> Iterator[None]:
+        """Count frames; ``told`` are the reader's warnings that have been printed, of which rows may hold some too."""
         counted, rows, missed = count_frames(self.counter, frames, source.name, self.how), left.frames, 0
         within = f"no exit answered within {self.how.deadline_ms or 0:g} ms"
-        told: set[str] = set()  # warnings; each stands in the row of every frame that has it, but is told once
+        statuses: set[AudioStatus] = set()
         with ExitStack() as stack:
             drawn = self.drawings.video(source, sound, 1 / self.span.fps)
             if drawn is not None:
@@ -320,13 +340,16 @@ class _Job:
                     continue
                 rows += 1
                 self.lines.frame(FrameRow.of(source.name, frame, result, left.smoother))
-                for warning in result.warnings:
-                    if warning not in told:
+                statuses.add(result.audio)
+                for warning in result.warnings:  # each stands in the row of every frame that has it, but is told once
+                    if warning not in told and warning != frame.loss_warning:  # the reader sums damage up at the end
                         _warn(f"{source.name} at {frame.time_s:.1f} s: {warning}")
                     told.add(warning)
                 if drawn is not None:
                     drawn.add(_annotated(frame, result), frame)
                 yield
+            if statuses:
+                self._tell_unused(statuses)
             if missed and not rows and not self.interrupted:
                 raise DeadlineMissed(f"{source.name}: {within}, in any of {missed} frames")
             if missed > 1:
@@ -413,6 +436,11 @@ class _Drawings:
             target, number = path / f"{source.path.stem}-{number}{suffix}", number + 1
         self.taken.add(target.resolve())
         return target
+
+
+def _unreadable(error: AudioError) -> AudioInput:
+    """In place of audio that nobody has named and that cannot be read."""
+    return AudioInput(None, "unreadable", (f"{error}; counted without it",))
 
 
 def _density_of(result: CountResult) -> NDArray[np.float32] | None:

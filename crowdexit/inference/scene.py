@@ -13,13 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crowdexit.backbones.audiocsrnet import STRIDE
-from crowdexit.data.log_mel import log_mel, read_audio
-from crowdexit.data.mel import checked_log_mel
+from crowdexit.data.audio import Warn, read_middle_second, refuse
+from crowdexit.data.log_mel import log_mel
+from crowdexit.data.mel import AudioError, AudioInput, AudioStatus, checked_log_mel
 from crowdexit.data.picture import DecodedImage, Placement, checked_picture, read_image, tile_boxes, views
 from crowdexit.network import Config
 
 Picture = NDArray[np.uint8] | DecodedImage | str | Path
-Sound = tuple[NDArray[np.float32], int] | NDArray[np.float32] | str | Path
+Sound = tuple[NDArray[np.float32], int] | NDArray[np.float32] | AudioInput | str | Path
 Box = tuple[int, int, int, int]  # x, y, width, height
 # A row of a network's batch before it is laid out: canvas (h, w, 3), how the picture lies there, log-mel.
 Row = tuple[NDArray[np.uint8], Placement, NDArray[np.float32] | None]
@@ -31,16 +32,21 @@ class Scene:
 
     Attributes:
         size: (width, height) in pixels.
-        heard: whether it is counted with sound.
+        audio: whether it is counted with audio, or why not.
         rows: for each row that it takes in a batch, the rectangle of the picture that is seen there, and how it
             lies on the network's canvas.
-        warnings: of the reader, which every result carries.
+        warnings: of the readers, which every result carries.
     """
 
     size: tuple[int, int]
-    heard: bool
+    audio: AudioStatus
     rows: Sequence[tuple[Box, Placement]]
     warnings: tuple[str, ...] = ()
+
+    @property
+    def heard(self) -> bool:
+        """Whether it is counted with audio."""
+        return self.audio == "used"
 
     def density(self, maps: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
         """One density map (h, w) of the picture from those of its rows; of a tiled one at most 2048 cells a side.
@@ -64,19 +70,42 @@ class Scene:
         return out
 
 
-def hear(sound: Sound | None) -> NDArray[np.float32] | None:
+def hear(sound: Sound | None, *, warn: Warn = refuse) -> NDArray[np.float32] | None:
     """Any form of sound as a log-mel (96, 64): a file, (waveform, sample rate), or a log-mel already.
+
+    Args:
+        warn: is called with one line about what was read; default: that is an error.
 
     Raises:
         AudioError: if it cannot be read or holds no sound, or an array is not (96, 64).
     """
     if sound is None:
         return None
+    if isinstance(sound, AudioInput):
+        for warning in sound.warnings:
+            warn(warning)
+        return sound.log_mel
     if isinstance(sound, (str, Path)):
-        sound = read_audio(sound)
+        waveform, rate = read_middle_second(sound, warn=warn)
+        try:
+            return log_mel(waveform, rate)
+        except AudioError as error:
+            raise AudioError(f"{sound}: {error}") from None
     if isinstance(sound, tuple):
-        return log_mel(*sound)
+        return log_mel(*sound, warn=warn)
     return checked_log_mel(sound)
+
+
+def audio_input(sound: Sound | None) -> AudioInput:
+    """Any form of sound as a network takes it, with what its reader had to say.
+
+    Raises:
+        AudioError: as :func:`hear`.
+    """
+    if isinstance(sound, AudioInput):
+        return sound
+    warnings: list[str] = []
+    return AudioInput(hear(sound, warn=warnings.append), warnings=tuple(warnings))
 
 
 def prepared(image: Picture, audio: Sound | None, config: Config) -> tuple[Scene, list[Row]]:
@@ -93,17 +122,20 @@ def prepared(image: Picture, audio: Sound | None, config: Config) -> tuple[Scene
     elif not isinstance(image, DecodedImage):
         image = DecodedImage(image)
     picture = checked_picture(image.pixels)
-    mel = hear(audio)
+    heard = audio_input(audio)
+    mel = heard.log_mel
+    status: AudioStatus = heard.missing if mel is None else "used"
     height, width = picture.shape[:2]
     boxes = tile_boxes(width, height, config.scene)
-    if len(boxes) > 1:
-        mel = None
+    if mel is not None and len(boxes) > 1:
+        mel, status = None, "tiled"
     seen = [
         (box, view)
         for box in boxes
         for view in views(picture[box[1] : box[1] + box[3], box[0] : box[0] + box[2]], config.size, config.view)
     ]
-    scene = Scene((width, height), mel is not None, [(box, placement) for box, (_, placement) in seen], image.warnings)
+    warnings = (*image.warnings, *heard.warnings)
+    scene = Scene((width, height), status, [(box, placement) for box, (_, placement) in seen], warnings)
     return scene, [(canvas, placement, mel) for _, (canvas, placement) in seen]
 
 

@@ -34,7 +34,7 @@ class Source:
     Attributes:
         path: of the file; of a live source its name.
         kind: which of the three.
-        sound: of a picture ``x.jpg``, the file ``x.wav`` beside it, if there is one.
+        sound: of a picture ``x.jpg``, the file ``x.wav`` (or ``x.WAV``) beside it, if there is one.
         named: the user named the file itself, not just its folder.
         address: of a live source.
     """
@@ -107,7 +107,7 @@ def _named(path: Path) -> Source:
     kind = kind_of(path)
     if kind is None:
         raise SourceError(f"{path}: neither a picture nor a video")
-    return Source(path, kind, _sound_of(path, kind))
+    return Source(path, kind, _sound_of(path, kind, None))
 
 
 def _folder(folder: Path) -> list[Source]:
@@ -116,12 +116,29 @@ def _folder(folder: Path) -> list[Source]:
     except OSError as error:
         raise SourceError(f"{folder}: the folder cannot be read ({error.strerror})") from None
     kinds = [(path, kind_of(path)) for path in files]
-    sources = [Source(path, kind, _sound_of(path, kind), named=False) for path, kind in kinds if kind is not None]
+    sources = [
+        Source(path, kind, _sound_of(path, kind, files), named=False) for path, kind in kinds if kind is not None
+    ]
     if not sources:
         raise SourceError(f"{folder}: no picture or video in this folder")
     return sources
 
 
-def _sound_of(path: Path, kind: Kind) -> Path | None:
-    beside = path.with_suffix(SOUND_SUFFIX)
-    return beside if kind == "picture" and beside.is_file() else None
+def _sound_of(path: Path, kind: Kind, beside: Sequence[Path] | None) -> Path | None:
+    """The sound of a picture, whatever the case of its suffix.
+
+    Args:
+        beside: the files of the picture's folder; None: they are looked up.
+    """
+    if kind != "picture":
+        return None
+    usual = path.with_suffix(SOUND_SUFFIX)
+    if usual.is_file():
+        return usual
+    if beside is None:
+        try:
+            beside = sorted(path.parent.iterdir())
+        except OSError:
+            return None
+    fits = (p for p in beside if p.stem == path.stem and p.suffix.lower() == SOUND_SUFFIX and p.is_file())
+    return next(fits, None)

@@ -1,4 +1,4 @@
-"""Files opened with FFmpeg: nothing but the file itself, and only what is a video or a sound."""
+"""What a video's container says: its pictures, their size and shape, and how long they last."""
 
 from __future__ import annotations
 
@@ -9,14 +9,9 @@ from typing import Any
 import av
 from av.stream import Discard
 
+from crowdexit.data.media import open_media
 from crowdexit.data.picture import MAX_PIXELS
 from crowdexit.errors import CrowdExitError
-
-# Whatever FFmpeg may throw at a damaged file; PyAV adds two of Python's own.
-FAULTS = (av.FFmpegError, ValueError, IndexError)
-MOST_FAULTS = 100  # of reading, one after the other, without a packet in between
-# These name other files and addresses, which nobody has asked a file to open.
-PLAYLISTS = {"hls", "concat", "dash", "webm_dash_manifest", "sdp", "imf"}
 
 
 class VideoError(CrowdExitError):
@@ -27,25 +22,13 @@ class TooLarge(VideoError):
     """Pictures that do not fit into memory."""
 
 
-def open_file(path: Path, kind: type[CrowdExitError] = VideoError, what: str = "video") -> Any:
-    """An opened container.
+def open_file(path: Path) -> Any:
+    """A video's opened container.
 
     Raises:
-        CrowdExitError: of that kind, if there is none.
+        VideoError: if there is none.
     """
-    if not path.is_file():
-        raise kind(f"{path}: no such {what} file")
-    try:
-        # A relative name with a colon would be taken for an address.
-        container = av.open(
-            str(path.absolute()), metadata_errors="replace", container_options={"protocol_whitelist": "file"}
-        )
-    except (*FAULTS, OSError):
-        raise kind(f"{path}: not a readable {what} file (damaged or cut short)") from None
-    if PLAYLISTS & set(container.format.name.split(",")):
-        container.close()
-        raise kind(f"{path}: a list of other files, not a {what}")
-    return container
+    return open_media(path, VideoError, "video")
 
 
 def pictures_of(container: Any, name: str, threads: str = "AUTO") -> Any:

@@ -16,15 +16,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from crowdexit.inference.video.container import (
-    FAULTS,
-    MOST_FAULTS,
-    VideoError,
-    open_file,
-    pictures_of,
-    read_only,
-    usual_step,
-)
+from crowdexit.data.media import FAULTS, MOST_FAULTS
+from crowdexit.inference.video.container import VideoError, open_file, pictures_of, read_only, usual_step
+from crowdexit.inference.video.display import Display, StreamDisplay
 
 DEFAULT_FPS = 1.0
 _MOST_FPS = 1e6
@@ -83,11 +77,19 @@ class Due:
 
 
 class Shown(NamedTuple):
-    """A decoded picture: its number among all of the video's, seconds since the first one, FFmpeg's frame."""
+    """A decoded picture.
+
+    Attributes:
+        number: among all of the video's. time: seconds since the first one. image: FFmpeg's frame.
+        display: how it is shown.
+        lost: (from, to) in seconds where pictures before this one are damaged, since the last one that was shown.
+    """
 
     number: int
     time: float
     image: Any
+    display: Display
+    lost: tuple[float, float] | None
 
 
 class DuePictures:
@@ -102,6 +104,7 @@ class DuePictures:
         gaps: (from, to) in seconds where pictures are lost or there are none for long; to None: the rest.
         begins: seconds from which on pictures are asked for.
         past: whether all that is asked for lies before what has been read.
+        lost_beginning: whether pictures before the first one are damaged, and their number is not known.
 
     Raises:
         VideoError: if it cannot be read at all.
@@ -122,8 +125,11 @@ class DuePictures:
             self.close()
             raise
         self.usual = usual_step(self.stream)
+        self._display = StreamDisplay(self.stream)
         read_only(self.container, self.stream)
+        self.lost_beginning = False
         self._lost_from: float | None = None
+        self._lost: tuple[float, float] | None = None  # where pictures are damaged since the last one shown
         self._reached = 0.0  # the time of the last good picture that came out of the decoder
 
     def close(self) -> None:
@@ -161,8 +167,14 @@ class DuePictures:
         """A picture has come out of the decoder as it should."""
         if self._lost_from is not None:
             self.gaps.append((self._lost_from, time))
+            self._lost = (self._lost_from if self._lost is None else self._lost[0], time)
             self._lost_from = None
         self._reached = time
+
+    def shown(self, number: int, time: float, image: Any) -> Shown:
+        """A picture that has just come out of the decoder."""
+        lost, self._lost = self._lost, None
+        return Shown(number, time, image, self._display.of(image), lost)
 
     def _packets(self) -> Iterator[Any]:
         """The packets in the order of storing, from the first key frame on, on a clock that is never set back."""
@@ -219,6 +231,7 @@ class DuePictures:
                 stamp = None if image.pts is None else float(image.pts * self.stream.time_base)
                 if index == 0:
                     self.origin = origin = stamp or 0.0
+                    self.lost_beginning = self._lost_from is not None
                 elif stamp is None or stamp - origin < time:  # none, or a clock that was set back
                     time += self.usual
                 else:
@@ -231,7 +244,7 @@ class DuePictures:
                 self.good(time)
                 self.length = time + self.usual
                 if due(index, time):
-                    yield Shown(index, time, image)
+                    yield self.shown(index, time, image)
             if broken:
                 self.lose()
                 codec.flush_buffers()
@@ -404,7 +417,7 @@ class _Planned:
                 self.owed.popleft()
             self._forget(image.pts + 1)
             if len(self.owed) < owed:
-                yield Shown(index, time, image)
+                yield self.video.shown(index, time, image)
 
     def _drain(self) -> Iterator[Shown]:
         """What the decoder still holds; it is then as new."""

@@ -14,21 +14,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from crowdexit.data.mel import AudioError
+from crowdexit.data.audio import Warn
+from crowdexit.data.hdr import to_sdr
+from crowdexit.data.media import FAULTS
+from crowdexit.data.mel import AudioError, AudioInput
 from crowdexit.data.picture import PictureError
 from crowdexit.errors import CrowdExitError
-from crowdexit.inference.video.container import (
-    FAULTS,
-    VideoError,
-    check_size,
-    open_file,
-    pictures_of,
-    stated_length,
-)
+from crowdexit.inference.scene import hear
+from crowdexit.inference.video.container import VideoError, check_size, open_file, pictures_of, stated_length
 from crowdexit.inference.video.decode import DuePictures, Span
-from crowdexit.inference.video.sound import Second, SoundTrack, Warn
+from crowdexit.inference.video.display import AS_STORED, Display
+from crowdexit.inference.video.sound import Second, SoundTrack
 
 _MOST_GAPS_TOLD = 5
+_UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,10 @@ class Frame:
             are none, and their rate in Hz; None where too little is heard.
         sound_begins_s: the video's first picture on the clock of the file that the sound is in; None: the
             sound is from another file, which begins with the first picture, or live.
+        display: how it is shown.
+        lost: (from, to) in seconds where pictures before this one are damaged, since the last frame.
+        sound_unreadable: whether there is no sound because what there is cannot be read.
+        sound_warnings: about the sound, one line each.
     """
 
     index: int
@@ -50,36 +53,70 @@ class Frame:
     image: Any
     sound: Second | None
     sound_begins_s: float | None
+    display: Display = AS_STORED
+    lost: tuple[float, float] | None = None
+    sound_unreadable: bool = False
+    sound_warnings: tuple[str, ...] = ()
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height), upright."""
-        width, height = self.image.width, self.image.height
+        """(width, height) in square pixels, upright."""
+        width, height = self.display.size(self.image.width, self.image.height)
         return (height, width) if self._quarter_turns % 2 else (width, height)
 
     @property
     def picture(self) -> NDArray[np.uint8]:
-        """H×W×3 uint8, RGB, upright; made anew at every call."""
+        """H×W×3 uint8, RGB, upright, in square pixels; made anew at every call."""
         return self.scaled(self.size)
 
+    @property
+    def audio(self) -> AudioInput:
+        """The sound as a network takes it.
+
+        Raises:
+            AudioError: if it is of no use.
+        """
+        if self.sound is None:
+            return AudioInput(None, "unreadable" if self.sound_unreadable else "none", self.sound_warnings)
+        return AudioInput(hear(self.sound), warnings=self.sound_warnings)
+
+    @property
+    def loss_warning(self) -> str | None:
+        """What to say of damaged pictures before this one, if there are any."""
+        if self.lost is None:
+            return None
+        return f"damaged from {self.lost[0]:.1f} to {self.lost[1]:.1f} s; nothing is counted there"
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """About the picture, one line each."""
+        return (*self.display.warnings, *([] if self.loss_warning is None else [self.loss_warning]))
+
     def scaled(self, size: tuple[int, int]) -> NDArray[np.uint8]:
-        """The picture, scaled to (width, height): H×W×3 uint8, RGB, upright.
+        """The picture, scaled to (width, height): H×W×3 uint8, RGB, upright; HDR is tone-mapped.
 
         Raises:
             PictureError: if its format is one that nothing here can convert.
         """
-        turns = self._quarter_turns
+        turns, transfer = self._quarter_turns, self.display.transfer
         width, height = reversed(size) if turns % 2 else size
         # FFmpeg scales into planes faster than into pixels, and keeps every pixel's colour rather than every other's.
         form = "rgb24" if (width, height) == (self.image.width, self.image.height) else "gbrp"
         to: dict[str, Any] = {"width": width, "height": height, "format": form, "interpolation": "AREA"}
+        if transfer is not None:
+            to["format"] = "gbrp16le"
+            if self.image.colorspace == _UNSPECIFIED:  # FFmpeg would take the matrix of SDR
+                to["src_colorspace"] = "BT2020"
         try:
             try:
                 rgb = self.image.reformat(**to).to_ndarray()
             except OSError:  # colours by a matrix that FFmpeg knows by name alone (YCgCo, ICtCp): by the usual one
-                rgb = self.image.reformat(**to, src_colorspace="ITU709").to_ndarray()
+                to["src_colorspace"] = "ITU709" if transfer is None else "BT2020"
+                rgb = self.image.reformat(**to).to_ndarray()
         except (*FAULTS, OSError) as error:
             raise PictureError(f"a picture that cannot be converted ({error})") from None
+        if transfer is not None:
+            rgb = to_sdr(rgb, transfer, self.display.primaries)
         return np.ascontiguousarray(np.rot90(rgb, turns))
 
     @property
@@ -109,15 +146,19 @@ def read_frames(
         pictures = DuePictures(path, span)
         stack.callback(pictures.close)
         sound: SoundTrack | None = None
-        begun = False
-        for index, time, image in pictures:
-            check_size(str(path), image.width, image.height)
+        begun = unreadable = False
+        for index, time, image, display, lost in pictures:
             if not begun:
-                begun, sound = True, _sound_track(path, audio, pictures.origin, warn)
+                begun = True
+                sound, unreadable = _sound_track(path, audio, pictures.origin, warn)
                 if sound is not None:
                     stack.callback(sound.close)
             second = None if sound is None else sound.second_around(time)
-            yield Frame(index, time, image, second, None if audio is not None else pictures.origin)
+            begins = None if audio is not None else pictures.origin
+            lines = () if sound is None else tuple(sound.warnings)
+            frame = Frame(index, time, image, second, begins, display, lost, unreadable, lines)
+            check_size(str(path), *frame.size)
+            yield frame
         if pictures.length == 0:
             raise VideoError(f"{path}: no frames in it, or none that can be read")
         if not begun and span.after < 0:
@@ -141,6 +182,8 @@ def _tell(video: DuePictures, warn: Warn) -> None:
     stated, length = stated_length(video.container, video.stream, video.origin), video.length
     gaps = _merged([(a, b) for a, b in video.gaps if b is not None and b > video.begins])
     rest = next((a for a, b in video.gaps if b is None), length)
+    if video.lost_beginning:
+        warn(f"{video.path}: damaged at its beginning; times run from the first picture that can be decoded")
     if gaps:
         told = ", ".join(f"{a:.1f} to {b:.1f} s" for a, b in gaps[:_MOST_GAPS_TOLD])
         more = f" and {len(gaps) - _MOST_GAPS_TOLD} more" if len(gaps) > _MOST_GAPS_TOLD else ""
@@ -178,14 +221,15 @@ def parse_time(text: str) -> float:
     return seconds
 
 
-def _sound_track(path: Path, audio: Path | None, origin: float, warn: Warn) -> SoundTrack | None:
+def _sound_track(path: Path, audio: Path | None, origin: float, warn: Warn) -> tuple[SoundTrack | None, bool]:
+    """The sound of a video, and whether there is none because it cannot be read."""
     if audio is not None:
-        return SoundTrack(audio, None, warn)
+        return SoundTrack(audio, None, warn), False
     with open_file(path) as container:
         if not container.streams.audio:
-            return None
+            return None, False
     try:
-        return SoundTrack(path, origin, warn)
+        return SoundTrack(path, origin, warn), False
     except AudioError as error:
         warn(f"{error}; the video is counted without it")
-        return None
+        return None, True

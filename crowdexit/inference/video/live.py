@@ -7,20 +7,18 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import av
-import numpy as np
 from av.format import Flags
 
+from crowdexit.data.audio import Converter, Warn
+from crowdexit.data.media import FAULTS, MOST_FAULTS, PLAYLISTS
 from crowdexit.inference.video.container import (
-    FAULTS,
-    MOST_FAULTS,
-    PLAYLISTS,
     TooLarge,
     VideoError,
     check_size,
@@ -30,8 +28,9 @@ from crowdexit.inference.video.container import (
     usual_step,
 )
 from crowdexit.inference.video.decode import HOLE_S, Due, Span
+from crowdexit.inference.video.display import StreamDisplay
 from crowdexit.inference.video.frames import Frame
-from crowdexit.inference.video.sound import Places, SoundWindow, Warn
+from crowdexit.inference.video.sound import Places, SoundWindow, usable
 
 # What an address may lead to: never to a file, nor from one network to another kind.
 _RTSP, _HTTP = "rtsp,rtsps,rtp,srtp,udp,tcp,tls", "http,https,httpproxy,tcp,tls,crypto"
@@ -123,7 +122,7 @@ class LiveFrames:
         self._fault: BaseException | None = None
         self._begun: float | None = None  # the first frame, on our clock
         self._index, self._time = -1, 0.0  # of the last picture read
-        self._told_slow, self._told_lost = False, 0
+        self._told_slow, self._told_lost, self._told_unusable = False, 0, False
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __iter__(self) -> Iterator[Frame]:
@@ -263,6 +262,7 @@ class _Session:
     def __init__(self, live: LiveFrames, container: Any, *, paced: bool) -> None:
         self.live, self.container, self.paced = live, container, paced
         self.video = pictures_of(container, live.address.name, "SLICE")  # pictures decoded abreast come late
+        self.display = StreamDisplay(self.video)
         self.audio = next((s for s in container.streams.audio if s.codec_context is not None and s.rate), None)
         read_only(container, *self._streams())
         self.origin: float | None = None  # the first picture on the source's clock
@@ -278,6 +278,7 @@ class _Session:
         self.leaving_out, self.since = False, 0.0
         self.blind, self.without_key = False, 0  # from damage to the next key frame; packets since
         self.lost_from: float | None = None  # the last good picture before damage, until another comes
+        self.lost: tuple[float, float] | None = None  # where pictures are damaged since the last frame
         self.entry: int | None = None  # the stamp of the last key frame that decoding began with anew
         self.suspect, self.stored = 0, None  # packets behind a corrupt one to look at; when the last was stored
 
@@ -388,7 +389,8 @@ class _Session:
 
     def _see(self, image: Any) -> None:
         live = self.live
-        check_size(live.address.name, image.width, image.height)
+        display = self.display.of(image)
+        check_size(live.address.name, *display.size(image.width, image.height))
         stamp = float(image.pts * self.video.time_base) if self.timed and image.pts is not None else None
         if live._begun is None:
             live._begun = monotonic()
@@ -404,6 +406,7 @@ class _Session:
         index, time = live._picture(None if stamp is None else stamp + shift, skipped)
         if self.lost_from is not None:
             live.lost(self.lost_from, time)
+            self.lost = (self.lost_from if self.lost is None else self.lost[0], time)
             self.lost_from = None
         elif not live.address.lasting and index > 0 and time - before > max(HOLE_S, 2 / live._span.fps):
             live.lost(before, time)  # most formats do not tell where packets are missing
@@ -412,7 +415,8 @@ class _Session:
             if self.waiting and held > _MOST_BYTES:
                 live.dropped += 1
             else:
-                self.waiting.append(Frame(index, time, image, None, None))
+                self.waiting.append(Frame(index, time, image, None, None, display, self.lost))
+                self.lost = None
 
     def _leaps(self, time: float) -> bool:
         """Whether the source's clock has been set anew, by a time on it."""
@@ -430,7 +434,7 @@ class _Session:
         self.shift = (now if first or self.paced else live._time + usual_step(self.video)) - stamp
         if self.audio is not None:
             self.place = Places(self.audio.rate, -self.shift, goes_on=False)
-            self.resampler = av.AudioResampler(format="fltp", rate=self.audio.rate)
+            self.convert = Converter(self.audio.rate)
             self.sound = SoundWindow(self.audio.rate, kept=_SOUND_KEPT_S)
             while self.early:
                 self._hear(self.early.popleft())
@@ -440,17 +444,21 @@ class _Session:
         if self.sound is None:
             self.early.append(block)
             return
-        for even in self.resampler.resample(block):
+        for even in self.convert(block):
             start, samples = self.place(even)
             # What is still on a clock that has been set back would never be let go of.
             known = start < (max(self.live._time, self.live._elapsed()) + _AHEAD_S) * self.sound.rate
-            if known and np.isfinite(samples).all():
+            if not usable(samples):
+                if not self.live._told_unusable:
+                    self.live._told_unusable = True
+                    self.live._warn(f"{self.live.address.name}: sound with values that cannot be used is left out")
+            elif known:
                 self.sound.add(start, samples)
 
     def _hand(self) -> None:
         frame = self.waiting.popleft()
         second = None if self.sound is None else self.sound.second_around(frame.time_s)
-        self.live._hand(Frame(frame.index, frame.time_s, frame.image, second, None), paced=self.paced)
+        self.live._hand(replace(frame, sound=second), paced=self.paced)
 
     def _left_out(self, packet: Any) -> bool:
         """Whether decoding has fallen behind the source, and not reached a key frame since."""

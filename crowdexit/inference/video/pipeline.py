@@ -11,14 +11,11 @@ from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
-import numpy as np
-from numpy.typing import NDArray
-
-from crowdexit.data.picture import PictureError
+from crowdexit.data.mel import AudioInput
+from crowdexit.data.picture import DecodedImage, PictureError
 from crowdexit.inference.anytime import DeadlineMissed
 from crowdexit.inference.counter import CountResult, CrowdCounter, Late
 from crowdexit.inference.policies import ANYTIME
-from crowdexit.inference.scene import hear
 from crowdexit.inference.video.container import VideoError
 from crowdexit.inference.video.frames import Frame
 from crowdexit.inference.walk import Policy
@@ -183,7 +180,7 @@ def count_frames(
 
 def _prepared(counter: CrowdCounter, frames: Iterable[Frame], how: How) -> Iterator[_Ready]:
     """Frames in groups, all but the counting done."""
-    group: list[tuple[Frame, NDArray[np.uint8], NDArray[np.float32] | None]] = []
+    group: list[tuple[Frame, DecodedImage, AudioInput]] = []
 
     def ready() -> _Ready:
         batch = counter.prepare([(picture, sound) for _, picture, sound in group])
@@ -193,7 +190,7 @@ def _prepared(counter: CrowdCounter, frames: Iterable[Frame], how: How) -> Itera
 
     for frame in frames:
         size = counter.size_for(*frame.size)
-        picture, sound = frame.scaled(size or frame.size), hear(frame.sound)
+        picture, sound = DecodedImage(frame.scaled(size or frame.size), frame.warnings), frame.audio
         if size is not None and how.deadline_ms is None:
             group.append((frame, picture, sound))
             if len(group) == how.at_once:
@@ -207,8 +204,6 @@ def _prepared(counter: CrowdCounter, frames: Iterable[Frame], how: How) -> Itera
         yield ready()
 
 
-def _alone(
-    counter: CrowdCounter, picture: NDArray[np.uint8], sound: NDArray[np.float32] | None, how: How
-) -> list[CountResult]:
+def _alone(counter: CrowdCounter, picture: DecodedImage, sound: AudioInput, how: How) -> list[CountResult]:
     by: dict[str, Any] = {"exit": how.exit, "deadline_ms": how.deadline_ms, "late": how.late}
     return [counter.count(picture, sound, **by, policy=how.policy)]

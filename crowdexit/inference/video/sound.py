@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 from numpy.typing import NDArray
 
+from crowdexit.data.audio import LOUDEST, Converter, Warn, full_scale, has_float_samples, peak_of, scale_warning
+from crowdexit.data.media import FAULTS, MOST_FAULTS, open_media
 from crowdexit.data.mel import AudioError
-from crowdexit.inference.video.container import FAULTS, MOST_FAULTS, open_file, read_only
+from crowdexit.inference.video.container import read_only
 
 # Less of a frame's second than this, and the frame is not heard: half a second, as at a video's first and
 # last frame, less the tenth of it by which encoders shift a sound's beginning.
@@ -20,7 +20,6 @@ LEAST_HEARD_S = 0.45
 _JITTER_S = 0.02  # by which sound's time stamps may be off without a gap in the sound
 _LEAP_S = 1.0  # by which they may leap before one alone is not believed
 
-Warn = Callable[[str], None]
 Second = tuple[NDArray[np.float32], int]
 
 
@@ -73,14 +72,23 @@ class SoundTrack:
     Args:
         path: an audio or video file.
         origin: the time on the file's own clock that is asked for as zero; None: where its sound begins.
-        warn: is called with one line if the sound is damaged.
+        warn: is called with one line if the sound is damaged, or had to be rescaled.
+
+    Attributes:
+        warnings: the lines so far.
 
     Raises:
         AudioError: if there is no sound that can be read.
     """
 
     def __init__(self, path: Path, origin: float | None, warn: Warn) -> None:
-        self._blocks = sound_blocks(path, origin, warn)
+        self.warnings: list[str] = []
+
+        def note(line: str) -> None:
+            self.warnings.append(line)
+            warn(line)
+
+        self._blocks = sound_blocks(path, origin, note)
         first = next(self._blocks, None)
         if first is None:
             raise AudioError(f"{path}: the sound track holds no samples")
@@ -154,22 +162,24 @@ def sound_blocks(path: Path, origin: float | None, warn: Warn, rates: tuple[int,
 
     Args:
         rates: that will do; another is brought to the last of them.
-        warn: is called with one line when something of it is damaged; what comes behind is heard again.
+        warn: is called with one line when something of it is damaged (what comes behind is heard again), or had to be
+            rescaled (see :func:`crowdexit.data.audio.full_scale`).
 
     Raises:
         AudioError: if there is no sound that can be read.
     """
-    with open_file(path, AudioError, "audio") as container:
+    with open_media(path, AudioError, "audio") as container:
         if not container.streams.audio:
             raise AudioError(f"{path}: no sound track")
         stream = container.streams.audio[0]
         rate = stream.rate if stream.codec_context is not None else 0
         if not rate:
             raise AudioError(f"{path}: the sound track cannot be decoded")
+        scale = _scale_of(path, warn) if has_float_samples(stream) else 1.0
         if rates is not None and rate not in rates:
             rate = rates[-1]
         read_only(container, stream)
-        resampler, place, damaged = av.AudioResampler(format="fltp", rate=rate), Places(rate, origin), False
+        convert, place, damaged = Converter(rate), Places(rate, origin), False
 
         def tell() -> None:
             nonlocal damaged
@@ -182,7 +192,7 @@ def sound_blocks(path: Path, origin: float | None, warn: Warn, rates: tuple[int,
             try:
                 packet = next(packets)
                 faults = 0
-                blocks = [block for frame in packet.decode() for block in resampler.resample(frame)]
+                blocks = [even for block in packet.decode() for even in convert(block)]
             except StopIteration:
                 break
             except FAULTS:
@@ -192,9 +202,28 @@ def sound_blocks(path: Path, origin: float | None, warn: Warn, rates: tuple[int,
                 continue
             for block in blocks:
                 start, samples = place(block)
-                if np.isfinite(samples).all():
+                if scale != 1:
+                    samples /= np.float32(scale)
+                if usable(samples):
                     yield start, samples, rate
                 else:
                     tell()
         if damaged and place.expected is None:
             raise AudioError(f"{path}: not a readable sound track (damaged or cut short)")
+
+
+def usable(samples: NDArray[np.float32]) -> bool:
+    """Whether samples are finite, and no louder than sound gets."""
+    return bool((np.abs(samples) <= LOUDEST).all())
+
+
+def _scale_of(path: Path, warn: Warn) -> float:
+    """By what to divide the float samples of a file."""
+    peak = peak_of(path)
+    try:
+        scale = full_scale(peak)
+    except AudioError as error:
+        raise AudioError(f"{path}: {error}") from None
+    if scale > 1:
+        warn(f"{path}: {scale_warning(peak, scale)}")
+    return scale
