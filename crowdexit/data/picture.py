@@ -14,7 +14,7 @@ from typing import Literal
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from crowdexit.errors import CrowdExitError
 
@@ -84,6 +84,46 @@ def read_picture(path: str | Path) -> NDArray[np.uint8]:
         return decode_picture(path.read_bytes(), str(path))
     except OSError as error:
         raise PictureError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+@dataclass(frozen=True)
+class ImageHeader:
+    """What the header of an encoded image says.
+
+    Attributes:
+        width, height: in pixels, as the image is displayed (:func:`decode_picture` gives that size).
+        orientation: EXIF's, 1 to 8: how the stored pixels are mirrored and turned for display; 1 is not at all.
+    """
+
+    width: int
+    height: int
+    orientation: int
+
+    @property
+    def stored_size(self) -> tuple[int, int]:
+        """(width, height) of the stored pixels."""
+        return (self.height, self.width) if self.orientation >= 5 else (self.width, self.height)
+
+
+def read_header(source: bytes | Path, name: str = "picture") -> ImageHeader:
+    """The header of an encoded image, from its bytes or its file.
+
+    Raises:
+        PictureError: if it is not an image, or its header is damaged.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes and faults that :func:`decode_picture` judges
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as picture:
+                width, height = picture.size
+                orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception as error:  # whatever Pillow makes of a file that is none of its own
+        raise PictureError(f"{name}: not an image, or its header is damaged") from error
+    if orientation not in range(1, 9):
+        orientation = 1
+    if orientation >= 5:
+        width, height = height, width
+    return ImageHeader(width, height, orientation)
 
 
 def checked_picture(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
