@@ -37,7 +37,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from crowdexit.data.picture import PictureError, read_header
+from crowdexit.data.picture import PictureError, decode_picture, read_header
 from crowdexit.errors import CrowdExitError
 from crowdexit.files import DiskFullError, checksum, sync, sync_folder
 
@@ -49,6 +49,8 @@ CHECKSUMS = "checksums"  # the last that is written of a sample
 _OWN_ATTRIBUTES = {"count", "audio_source", "width", "height", CHECKSUMS}
 _ATTRIBUTES = "attributes"  # under which the checksums have all of a sample that is no array
 _MOST_BYTES = 2**31  # of one part of a sample; a damaged header may ask for any number
+# HDF5's own structures have checksums from version 1.8 on; without, a damaged one can end the process.
+_VERSION = ("v108", "v108")
 _ROOM = 2**18  # bytes on the disk for what HDF5 writes around the arrays
 
 
@@ -92,6 +94,22 @@ class SampleInfo:
     audio_source: AudioSource
     heads: int
     parts: frozenset[str]
+
+
+def decode_image(sample: StoredSample) -> NDArray[np.uint8]:
+    """A sample's image as it is displayed, H×W×3 uint8 RGB: the decoder that counting uses, so that heads fit it.
+
+    Raises:
+        CrowdExitError: if it is damaged, or of another size than the sample says.
+    """
+    picture = decode_picture(sample.image.tobytes(), f"{sample.split}/{sample.id}")
+    height, width = picture.shape[:2]
+    if (width, height) != (sample.width, sample.height):
+        raise StoreError(
+            f"{sample.split}/{sample.id}: the image is displayed at {width}×{height}, but its width and height say "
+            f"{sample.width}×{sample.height}, so its heads may not fit it; prepare it again"
+        )
+    return picture
 
 
 def write_sample(file: h5py.File, sample: StoredSample) -> None:
@@ -223,13 +241,13 @@ def _open_part(part: Path) -> h5py.File:
     """Open a file for writing; where there is none, an empty one is made without HDF5, which a full disk would end."""
     if not part.exists():
         empty = BytesIO()
-        h5py.File(empty, "w").close()
+        h5py.File(empty, "w", libver=_VERSION).close()
         try:
             part.write_bytes(empty.getvalue())
         except OSError:
             part.unlink(missing_ok=True)
             raise
-    return h5py.File(part, "r+")
+    return h5py.File(part, "r+", libver=_VERSION)
 
 
 class PreparedFile:
