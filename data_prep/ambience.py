@@ -98,7 +98,7 @@ def add_ambience(
     banks = read_voices(voices)  # also so that a wrong folder fails here, once, and not for every sample
     origin = voices_origin or voices.resolve().name
     with Store(src) as store:
-        tasks = [Task(id, split) for split in store.splits() for id in store.file[split]]
+        tasks = [Task(id, split) for split in store.splits() for id in store.ids(split)]
         make = partial(make_sample, store=store, voices=voices, voices_origin=origin, seed=seed, takes=takes)
         stamp = src.stat()
         settings = (
@@ -107,8 +107,7 @@ def add_ambience(
         )
         prepare(dst, tasks, make, settings=settings, strict=strict, jobs=jobs).print()
     with Store(dst) as made:
-        groups = [made.file[split][id] for split in made.splits() for id in made.file[split]]
-        sources = Counter(str(group.attrs["audio_source"]) for group in groups)
+        sources = Counter(made.info(split, id).audio_source for split in made.splits() for id in made.ids(split))
     print("  sound:", ", ".join(f"{number} {source}" for source, number in sorted(sources.items())))
 
 

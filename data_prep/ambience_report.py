@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve
@@ -194,6 +193,6 @@ def plot(path: Path, target: Path, results: Sequence[Explained]) -> None:
 
 
 def _kind_of_sound(path: Path) -> str:
-    with h5py.File(path) as file:
-        kinds = {str(group.attrs["audio_source"]) for group in file["val"].values()} - {"none"}
+    with Store(path) as store:
+        kinds = {store.info("val", id).audio_source for id in store.ids("val")} - {"none"}
     return " and ".join(sorted(kinds))

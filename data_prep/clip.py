@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Annotated
 
 import av
-import cv2
 import numpy as np
 import typer
 from numpy.typing import NDArray
 
 from crowdexit.data.ambience import LENGTH, SAMPLE_RATE, VoiceBank, simulate
-from crowdexit.data.store import Store, StoredSample
+from crowdexit.data.store import Store, StoredSample, decode_image
 from crowdexit.errors import CrowdExitError
+from crowdexit.files import write_problem
 from data_prep.ambience import generator, marks, read_voices
 from data_prep.common import run
 
@@ -71,7 +71,8 @@ def main(
             rows.writerows([i, f"{i / fps:.3f}", count] for i, count in enumerate(counts))
     except (OSError, ValueError) as error:  # PyAV's errors are one or the other
         part.unlink(missing_ok=True)
-        raise CrowdExitError(f"{out}: cannot be written ({error})") from error
+        problem = write_problem(out, error) if isinstance(error, OSError) else f"{out}: cannot be written ({error})"
+        raise CrowdExitError(problem) from error
     print(f"{out.name}: {len(counts)} frames of {size}, {min(counts)} to {max(counts)} heads, simulated sound")
 
 
@@ -97,7 +98,7 @@ def find_sample(path: Path, id: str) -> StoredSample:
     """
     with Store(path) as store:
         for split in store.splits():
-            if id in store.file[split]:
+            if (split, id) in store:
                 return store.read(split, id)
     raise CrowdExitError(f"{path}: no picture {id!r}")
 
@@ -129,11 +130,9 @@ def crops(sample: StoredSample, corners: NDArray[np.int64], width: int, height: 
     """What the window shows in each frame, (height, width, 3), RGB.
 
     Raises:
-        CrowdExitError: if the picture is damaged.
+        CrowdExitError: if the image is damaged.
     """
-    picture = cv2.imdecode(sample.image, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
-    if picture is None or picture.shape[:2] != (sample.height, sample.width):
-        raise CrowdExitError(f"{sample.id}: the stored picture is damaged")
+    picture = decode_image(sample)
     return [np.ascontiguousarray(picture[y : y + height, x : x + width]) for x, y in corners]
 
 

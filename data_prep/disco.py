@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,19 +14,27 @@ import typer
 from numpy.typing import NDArray
 from scipy.sparse import issparse
 
-from crowdexit.data.density import Kernel, density_map, split_inside
+from crowdexit.data.density import Kernel, density_map
 from crowdexit.data.log_mel import log_mel, read_audio
+from crowdexit.data.picture import SUFFIXES, ImageHeader
 from crowdexit.data.store import SPLITS, StoredSample
+from crowdexit.data.unlabelled import SOUND_SUFFIXES
 from crowdexit.errors import CrowdExitError
 from data_prep.common import (
     CORES,
     DENSITY_STRIDE,
     Jobs,
+    StoredPixels,
     Strict,
     Task,
+    displayed_matrix,
+    files_by_stem,
+    heads_in_mat,
+    heads_of,
     prepare,
+    read_image,
+    read_lines,
     read_mat,
-    read_picture,
     resized,
     run,
 )
@@ -53,12 +61,13 @@ def main(
     src: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of imgs, auds and density.")],
     dst: Annotated[Path, typer.Argument(metavar="DST.h5", help="The prepared file to write.")],
     heads: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of head annotations, PREFIX_ID.txt.")
+        Path | None, typer.Option(metavar="DIR", help="Folder of head annotations, PREFIX_ID.txt or .mat.")
     ] = None,
     kernel: Annotated[Kernel, typer.Option(help="Kernel of the stored density maps.")] = "gaussian",
     store_density: Annotated[
         bool, typer.Option("--store-density", help="Keep density maps made from the heads too.")
     ] = False,
+    stored_pixels: StoredPixels = False,
     strict: Strict = False,
     jobs: Jobs = CORES,
 ) -> None:
@@ -66,12 +75,13 @@ def main(
 
     The split is the density folder that an id stands in. Without --heads, and for ids that have no head file,
     the count is the sum of the published density matrix, which is then kept on a grid of 8×8 pixels. Pictures
-    of another shape than 16:9 are fitted in and filled up with black at the right or below.
+    of another shape than 16:9 are fitted in and filled up with black at the right or below. Heads and densities are
+    those of the image as it is displayed (EXIF orientation applied).
 
     Example: python -m data_prep.disco DISCO data/disco.h5 --heads DISCO/annotations
     """
     tasks = find_recordings(src, heads)
-    make = partial(make_sample, kernel=kernel if store_density else None)
+    make = partial(make_sample, kernel=kernel if store_density else None, stored_pixels=stored_pixels)
     settings = f"disco {src.resolve()} {heads and heads.resolve()} {make.keywords}"
     prepare(dst, tasks, make, settings=settings, jobs=jobs, strict=strict).print()
 
@@ -87,28 +97,32 @@ def find_recordings(src: Path, heads: Path | None = None) -> list[Recording]:
             raise CrowdExitError(f"{folder}: no such folder")
     densities: dict[str, list[Path]] = {}
     for split in SPLITS:
-        for path in (src / "density" / split).glob("*.mat"):
-            densities.setdefault(path.stem, []).append(path)
+        for id, paths in files_by_stem(src / "density" / split, (".mat",)).items():
+            densities.setdefault(id, []).extend(paths)
     if not densities:
         raise CrowdExitError(f"{src / 'density'}: no matrix ID.mat in {', '.join(SPLITS)}")
-    ids = {path.stem for pattern in ("imgs/*.jpg", "auds/*.wav") for path in src.glob(pattern)} | set(densities)
-    annotations, strangers = _match_heads(sorted(heads.glob("*.txt")) if heads else [], ids)
+    images, sounds = files_by_stem(src / "imgs", SUFFIXES), files_by_stem(src / "auds", SOUND_SUFFIXES)
+    ids = images.keys() | sounds.keys() | densities.keys()
+    texts_and_mats = files_by_stem(heads, (".txt", ".mat")) if heads else {}
+    annotations, strangers = _match_heads([path for paths in texts_and_mats.values() for path in paths], ids)
 
     recordings = []
     for id in sorted(ids):
         matrices, texts = densities.get(id, []), annotations.get(id, [])
+        image, sound = images.get(id, [src / "imgs" / f"{id}.jpg"]), sounds.get(id, [src / "auds" / f"{id}.wav"])
         problem = ""
         if len(matrices) != 1:
             splits = " and ".join(path.parent.name for path in matrices)
             problem = f"density matrices in {splits}" if matrices else "no density matrix, so of no split"
-        elif len(texts) > 1:
-            problem = f"head files {' and '.join(path.name for path in texts)}"
+        for what, paths in (("images", image), ("sounds", sound), ("head files", texts)):
+            if not problem and len(paths) > 1:
+                problem = f"{what} {' and '.join(path.name for path in paths)}"
         recordings.append(
             Recording(
                 id=id,
                 split="" if problem else matrices[0].parent.name,
-                image=src / "imgs" / f"{id}.jpg",
-                sound=src / "auds" / f"{id}.wav",
+                image=image[0],
+                sound=sound[0],
                 density=matrices[0] if matrices else Path(),
                 heads=texts[0] if texts else None,
                 problem=problem,
@@ -118,7 +132,7 @@ def find_recordings(src: Path, heads: Path | None = None) -> list[Recording]:
     return recordings + [Recording(path.stem, "", Path(), Path(), Path(), path, problem=unknown) for path in strangers]
 
 
-def _match_heads(texts: Iterable[Path], ids: set[str]) -> tuple[dict[str, list[Path]], list[Path]]:
+def _match_heads(texts: Iterable[Path], ids: Collection[str]) -> tuple[dict[str, list[Path]], list[Path]]:
     """Head files by id, and those of no id. Ids and prefixes may hold underscores: the longest id wins."""
     matched: dict[str, list[Path]] = {}
     strangers = []
@@ -132,7 +146,7 @@ def _match_heads(texts: Iterable[Path], ids: set[str]) -> tuple[dict[str, list[P
     return matched, strangers
 
 
-def make_sample(task: Recording, *, kernel: Kernel | None) -> StoredSample:
+def make_sample(task: Recording, *, kernel: Kernel | None, stored_pixels: bool) -> StoredSample:
     """Read one id's picture, sound and heads or density.
 
     Raises:
@@ -140,21 +154,22 @@ def make_sample(task: Recording, *, kernel: Kernel | None) -> StoredSample:
     """
     if task.problem:
         raise CrowdExitError(task.problem)
-    image, picture = read_picture(task.image)
-    source_width, source_height = picture.size
-    scale = min(WIDTH / source_width, HEIGHT / source_height)
-    width, height = (max(1, round(side * scale)) for side in picture.size)
+    source = read_image(task.image)
+    image, size = source.data, (source.header.width, source.header.height)
+    scale = min(WIDTH / size[0], HEIGHT / size[1])
+    width, height = (max(1, round(side * scale)) for side in size)
     points, density, origin = np.zeros((0, 2), np.float32), None, {"count_from": "density"}
     if task.heads is None:
         matrix = read_density(task.density)
         count = float(matrix.sum())
+        matrix = laid_as_displayed(matrix, source.header, task.density.name, stored_pixels=stored_pixels)
         density = onto_grid(matrix, height, width)
     else:
-        points, outside = split_inside(read_heads(task.heads), source_height, source_width)
+        points, outside = heads_of(read_heads(task.heads), source.header, stored_pixels=stored_pixels)
         count = float(len(points))
         origin = {"count_from": "heads", "heads_outside": str(outside)}
-    if (source_width, source_height) != (WIDTH, HEIGHT):
-        image, points = resized(picture, points, width, height, canvas=(WIDTH, HEIGHT))
+    if size != (WIDTH, HEIGHT):
+        image, points = resized(source.pixels, points, width, height, canvas=(WIDTH, HEIGHT))
     if task.heads is not None and kernel:
         density = density_map(points, HEIGHT, WIDTH, kernel=kernel, stride=DENSITY_STRIDE)
         origin["density_kernel"] = kernel
@@ -171,17 +186,48 @@ def make_sample(task: Recording, *, kernel: Kernel | None) -> StoredSample:
         log_mel=log_mel(*read_audio(task.sound)),
         audio_source="recorded",
         density=density,
-        origin={"dataset": "DISCO", "source": f"imgs/{task.image.name}", **origin},
+        origin={
+            "dataset": "DISCO",
+            "source": f"imgs/{task.image.name}",
+            "annotated_in": "stored pixels" if stored_pixels else "displayed image",
+            **source.origin,
+            **origin,
+        },
     )
+
+
+def laid_as_displayed(
+    matrix: NDArray[np.float64], header: ImageHeader, name: str, *, stored_pixels: bool
+) -> NDArray[np.float64]:
+    """A density matrix of the displayed image; with ``stored_pixels`` it is of those, and turned with them.
+
+    Raises:
+        CrowdExitError: if it has the shape of the other one.
+    """
+    if stored_pixels:
+        matrix = displayed_matrix(matrix, header.orientation)
+    rows, columns = matrix.shape
+    # By the ratio of the sides: how far from the displayed image's, and from the stored one's.
+    ratio, shown = np.log(columns / rows), np.log(header.width / header.height)
+    if header.orientation >= 5 and abs(ratio + shown) + 0.1 < abs(ratio - shown):
+        other = "without" if stored_pixels else "with"
+        raise CrowdExitError(
+            f"{name} is {columns}×{rows}, and the image is displayed at {header.width}×{header.height}: "
+            f"EXIF turns it; try it {other} --stored-pixels"
+        )
+    return matrix
 
 
 def read_density(path: Path) -> NDArray[np.float64]:
     """A published density matrix, (h, w) of any size; its sum is the count.
 
     Raises:
-        CrowdExitError: if the file is missing or damaged, or the matrix is no density.
+        CrowdExitError: if the file is missing or damaged, has no ``map`` nor one matrix alone, or it is no density.
     """
-    matrix = read_mat(path, "map")
+    variables = read_mat(path)
+    if "map" not in variables and len(variables) != 1:
+        raise CrowdExitError(f"{path.name}: expected a matrix 'map'; found {', '.join(variables) or 'no variable'}")
+    matrix = variables.get("map", next(iter(variables.values())))
     matrix = matrix.toarray() if issparse(matrix) else matrix
     if matrix.ndim != 2 or matrix.size == 0 or matrix.dtype.kind not in "fiu":
         raise CrowdExitError(f"{path.name} holds a map of shape {matrix.shape} of {matrix.dtype}, not a matrix")
@@ -207,15 +253,14 @@ def onto_grid(matrix: NDArray[np.float64], height: int, width: int) -> NDArray[n
 
 
 def read_heads(path: Path) -> NDArray[np.float64]:
-    """The heads of an annotation file, a line ``x y`` a head, (N, 2) in pixels of the published picture.
+    """The heads of an annotation file, (N, 2) in pixels of the published picture: a text of lines ``x y``, or a .mat.
 
     Raises:
         CrowdExitError: if the file cannot be read or a line is anything else.
     """
-    try:
-        lines = path.read_text(encoding="ascii").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CrowdExitError(f"{path.name} cannot be read as head annotations") from error
+    if path.suffix.lower() == ".mat":
+        return heads_in_mat(path)
+    lines = read_lines(path)
     heads = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -223,7 +268,7 @@ def read_heads(path: Path) -> NDArray[np.float64]:
         try:
             x, y = map(float, line.split())
         except ValueError as error:
-            raise CrowdExitError(f"{path.name} line {number} is not 'x y'") from error
+            raise CrowdExitError(f"{path.name} line {number} is not 'x y', but {line.strip()[:40]!r}") from error
         heads.append((x, y))
     return np.array(heads, np.float64).reshape(-1, 2)
 

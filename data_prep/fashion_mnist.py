@@ -78,14 +78,15 @@ def coloured(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def find(src: Path, name: str) -> Path:
-    """The file of this name, compressed or not.
+    """The file of this name, compressed or not; its letters may be capitals.
 
     Raises:
         CrowdExitError: if it is not there.
     """
-    for path in (src / f"{name}.gz", src / name):
-        if path.is_file():
-            return path
+    there = {path.name.lower(): path for path in src.iterdir() if path.is_file()}
+    for wanted in (f"{name}.gz", name):
+        if wanted in there:
+            return there[wanted]
     raise CrowdExitError(f"{src}: no file {name}.gz")
 
 
@@ -97,11 +98,11 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
     Raises:
         CrowdExitError: if it is damaged, shorter or longer than it declares, or declares what cannot be.
     """
-    shape_of_one = (SIDE, SIDE) if "images" in path.name else ()
+    shape_of_one = (SIDE, SIDE) if "images" in path.name.lower() else ()
     kind = "pictures" if shape_of_one else "labels"
     magic = 0x0800 + 1 + len(shape_of_one)  # unsigned bytes, and the number of dimensions
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
             head = file.read(4 + 4 * (1 + len(shape_of_one)))
             if len(head) < 4 + 4 * (1 + len(shape_of_one)):
                 raise CrowdExitError(f"{path.name} is cut short in its first bytes")

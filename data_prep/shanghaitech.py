@@ -11,22 +11,24 @@ from pathlib import Path
 from typing import Annotated
 from zlib import crc32
 
-import numpy as np
 import typer
-from numpy.typing import NDArray
 
-from crowdexit.data.density import Kernel, density_map, split_inside
+from crowdexit.data.density import Kernel, density_map
+from crowdexit.data.picture import SUFFIXES
 from crowdexit.data.store import StoredSample
 from crowdexit.errors import CrowdExitError
 from data_prep.common import (
     CORES,
     DENSITY_STRIDE,
     Jobs,
+    StoredPixels,
     Strict,
     Task,
+    files_by_stem,
+    heads_in_mat,
+    heads_of,
     prepare,
-    read_mat,
-    read_picture,
+    read_image,
     resized,
     run,
 )
@@ -36,11 +38,15 @@ _SALT = 1  # see split_of
 
 @dataclass(frozen=True)
 class Picture(Task):
-    """``image`` and ``truth`` are where the picture and its heads should be; both may turn out missing."""
+    """``image`` and ``truth`` are where the picture and its heads should be; both may turn out missing.
+
+    ``problem`` says why it cannot be a sample.
+    """
 
     part: str
     image: Path
     truth: Path
+    problem: str = ""
 
 
 app = typer.Typer(add_completion=False)
@@ -59,13 +65,15 @@ def main(
         int | None,
         typer.Option(min=16, help="Shrink larger pictures to this longer side (re-encoded, heads moved)."),
     ] = None,
+    stored_pixels: StoredPixels = False,
     strict: Strict = False,
     jobs: Jobs = CORES,
 ) -> None:
     """Prepare ShanghaiTech: one HDF5 file of pictures and heads, with a fixed validation split.
 
-    Takes whichever of train_data and test_data are there. An eighth of the training pictures, chosen by id
-    alone, becomes `val`. Pictures are kept byte by byte. An interrupted run goes on where it was.
+    Takes whichever of train_data and test_data are there: images IMG_n of any usual format, and GT_IMG_n.mat with
+    the heads in the image as it is displayed (EXIF orientation applied). An eighth of the training pictures, chosen
+    by id alone, becomes `val`. Pictures are kept byte by byte. An interrupted run goes on where it was.
 
     Example: python -m data_prep.shanghaitech ShanghaiTech data/shanghaitech.h5 --jobs 4
     """
@@ -77,7 +85,8 @@ def main(
     ]
     if not tasks:
         raise CrowdExitError(f"{src}: no pictures IMG_n.jpg in train_data/images or test_data/images")
-    make = partial(make_sample, kernel=kernel if store_density else None, max_side=max_side)
+    kept = kernel if store_density else None
+    make = partial(make_sample, kernel=kept, max_side=max_side, stored_pixels=stored_pixels)
     settings = f"shanghaitech {src.resolve()} {make.keywords}"
     prepare(dst, tasks, make, settings=settings, jobs=jobs, strict=strict).print()
 
@@ -109,23 +118,27 @@ def find_parts(src: Path) -> list[tuple[str, Path]]:
 def find_pictures(half: Path, part: str) -> list[Picture]:
     """A task for every number that has a picture or heads, in order; ids as ``A_IMG_12``."""
     truths = next((half / name for name in ("ground-truth", "ground_truth") if (half / name).is_dir()), half)
-    names = {path.stem for path in (half / "images").glob("IMG_*.jpg")}
-    names |= {path.stem.removeprefix("GT_") for path in truths.glob("GT_IMG_*.mat")}
+    images = {name: paths for name, paths in files_by_stem(half / "images", SUFFIXES).items() if name[:4] == "IMG_"}
+    heads = {name[3:]: paths for name, paths in files_by_stem(truths, (".mat",)).items() if name[:7] == "GT_IMG_"}
 
     def number(name: str) -> tuple[int, str]:
         digits = name.removeprefix("IMG_")
         return (int(digits) if digits.isdecimal() else sys.maxsize, name)
 
-    return [
-        Picture(
+    def picture(name: str) -> Picture:
+        image = images.get(name, [half / "images" / f"{name}.jpg"])
+        truth = heads.get(name, [truths / f"GT_{name}.mat"])
+        several = next((paths for paths in (image, truth) if len(paths) > 1), [])
+        return Picture(
             id=f"{part}_{name}",
             split=split_of(f"{part}_{name}") if half.name == "train_data" else "test",
             part=part,
-            image=half / "images" / f"{name}.jpg",
-            truth=truths / f"GT_{name}.mat",
+            image=image[0],
+            truth=truth[0],
+            problem=f"{' and '.join(path.name for path in several)}: only one can be meant" if several else "",
         )
-        for name in sorted(names, key=number)
-    ]
+
+    return [picture(name) for name in sorted({*images, *heads}, key=number)]
 
 
 def split_of(id: str) -> str:
@@ -138,18 +151,21 @@ def split_of(id: str) -> str:
     return "val" if crc32(f"{_SALT} {id}".encode()) % 8 == 0 else "train"
 
 
-def make_sample(task: Picture, *, kernel: Kernel | None, max_side: int | None) -> StoredSample:
+def make_sample(task: Picture, *, kernel: Kernel | None, max_side: int | None, stored_pixels: bool) -> StoredSample:
     """Read one picture and its heads.
 
     Raises:
-        CrowdExitError: if either is missing or damaged.
+        CrowdExitError: if either is missing or damaged, or there are several.
     """
-    image, picture = read_picture(task.image)
-    inside, outside = split_inside(read_heads(task.truth), picture.height, picture.width)
-    width, height = picture.size
-    if max_side and max(width, height) > max_side:
-        width, height = (max(1, round(side * max_side / max(picture.size))) for side in picture.size)
-        image, inside = resized(picture, inside, width, height)
+    if task.problem:
+        raise CrowdExitError(task.problem)
+    source = read_image(task.image)
+    image, size = source.data, (source.header.width, source.header.height)
+    inside, outside = heads_of(heads_in_mat(task.truth), source.header, stored_pixels=stored_pixels)
+    width, height = size
+    if max_side and max(size) > max_side:
+        width, height = (max(1, round(side * max_side / max(size))) for side in size)
+        image, inside = resized(source.pixels, inside, width, height)
     density = density_map(inside, height, width, kernel=kernel, stride=DENSITY_STRIDE) if kernel else None
     return StoredSample(
         id=task.id,
@@ -165,25 +181,11 @@ def make_sample(task: Picture, *, kernel: Kernel | None, max_side: int | None) -
             "part": task.part,
             "source": "/".join(task.image.parts[-3:]),
             "heads_outside": str(outside),
+            "annotated_in": "stored pixels" if stored_pixels else "displayed image",
+            **source.origin,
             **({"density_kernel": kernel, "density_stride": str(DENSITY_STRIDE)} if kernel else {}),
         },
     )
-
-
-def read_heads(path: Path) -> NDArray[np.float64]:
-    """The heads of a ground-truth file, (N, 2), x y in pixels.
-
-    Raises:
-        CrowdExitError: if the file is missing or damaged or not of ShanghaiTech's form.
-    """
-    info = read_mat(path, "image_info")
-    try:
-        heads = np.asarray(info[0][0][0][0][0], np.float64)
-    except (IndexError, TypeError, ValueError) as error:
-        raise CrowdExitError(f"{path.name} is not a ShanghaiTech ground truth") from error
-    if heads.size and (heads.ndim != 2 or heads.shape[1] != 2):
-        raise CrowdExitError(f"{path.name} holds heads of shape {heads.shape}, not N×2")
-    return heads.reshape(-1, 2)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from crowdexit.data.spectrogram import SPEECH_RATE, Spectrogram, beginning
 from crowdexit.data.store import SPLITS
 from crowdexit.errors import CrowdExitError
-from data_prep.common import Size, Skipped, Strict, by_hash, check_size, plain, run, shown
+from data_prep.common import Size, Skipped, Strict, by_hash, check_size, plain, read_lines, run, shown
 from data_prep.labelled import Labelled, prepare_classes, read_sound
 
 WORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
@@ -155,16 +155,18 @@ def read_lists(src: Path, ids: set[str], skipped: Skipped, notes: list[str], *, 
         CrowdExitError: if a list is missing, or by ``strict``.
     """
     named: dict[str, set[str]] = {}
+    any_case = {id.lower(): id for id in ids}
     for split, name in LISTS.items():
         path = src / name
         try:
             if not path.is_file():
                 raise CrowdExitError(f"{src}: holds no {name}, which says what is for {split}")
             check_size(path.stat().st_size, "list")
-            text = path.read_text("utf-8", errors="surrogateescape")
+            lines = read_lines(path, errors="surrogateescape")
         except OSError as error:
             raise CrowdExitError(f"{path}: cannot be read ({error.strerror})") from error
-        listed = {line.strip() for line in text.splitlines()} - {""}
+        # A list may write an ending in other letters than the file.
+        listed = {line if line in ids else any_case.get(line.lower(), line) for line in map(str.strip, lines) if line}
         missing = sorted(listed - ids)
         if missing and strict:
             raise CrowdExitError(f"{shown(missing[0])}: {name} names it, and it is not there")

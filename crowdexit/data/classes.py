@@ -2,18 +2,20 @@
 
 Layout::
 
-    /SPLIT/images  (N, H, W, 3)  uint8   RGB, every picture of a file of one size
-    /SPLIT/labels  (N,)          int64   place in the list of classes
-    /SPLIT/ids     (N,)          string  each once in a split
-    attributes of the file: classes (their names, a JSON list), origin (where it came from, free text)
+    /SPLIT/images     (N, H, W, 3)  uint8   RGB, every picture of a file of one size
+    /SPLIT/labels     (N,)          int64   place in the list of classes
+    /SPLIT/ids        (N,)          string  each once in a split
+    /SPLIT/checksums  (N,)          uint64  of each image, verified when it is read
+    attributes of the file: classes (their names, a JSON list), origin (where it came from, free text), format, and
+    checksum, which covers all but the images
 
-Splits are ``train``, ``val`` and ``test``.
+Splits are ``train``, ``val`` and ``test``. A file without ``format``, made by other means, needs no checksums.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
@@ -29,12 +31,13 @@ from torch.utils.data import Dataset
 
 from crowdexit.data.picture import normalise, place
 from crowdexit.data.spectrogram import Spectrogram
-from crowdexit.data.store import SPLITS, PreparedFile, StoreError, open_for_writing
+from crowdexit.data.store import SPLITS, PreparedFile, StoreError, open_for_writing, reserve
 from crowdexit.data.unlabelled import PictureFolder, SoundFolder
+from crowdexit.errors import CrowdExitError
+from crowdexit.files import DiskFullError, checksum, write_problem
 
+FORMAT = "crowdexit-classes-2"
 _CHUNK_BYTES = 2**17  # small pictures share a chunk, of large ones each has its own
-# What h5py raises of a broken file, and what is raised by a file of another form.
-_DAMAGE = (AttributeError, KeyError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
 
 
 def stratified(labels: ArrayLike, size: int, seed: int = 0) -> NDArray[np.bool_]:
@@ -74,6 +77,10 @@ class ClassWriter:
         """Whether the picture (split, id) is there already, from an interrupted run."""
         return key[1] in self._ids.get(key[0], ())
 
+    def __len__(self) -> int:
+        """How many pictures are there."""
+        return sum(map(len, self._ids.values()))
+
     def add(self, split: str, images: NDArray[np.uint8], labels: ArrayLike, ids: Sequence[str]) -> None:
         """Add pictures to a split; what has been added stays when the run is killed.
 
@@ -85,6 +92,7 @@ class ClassWriter:
 
         Raises:
             StoreError: if these do not fit together, the classes or what is there.
+            DiskFullError: if there is no room for them; none of them is written then.
         """
         numbers = np.asarray(labels, np.int64)
         if split not in SPLITS:
@@ -103,9 +111,14 @@ class ClassWriter:
         if not len(images):
             return
         self._size = images.shape[1:3]
+        # Chunks are written whole, and those of the four arrays may all be new.
+        chunk = max(_CHUNK_BYTES, images[0].nbytes)
+        names = sum(len(id.encode(errors="surrogateescape")) + 64 for id in ids)
+        reserve(self._file, images.nbytes + names + 2 * chunk + 4096 * (8 + 16 + 8) * (2 + len(ids) // 4096))
         group = self._file[split] if split in self._file else self._create(split, images.shape[1:])
         start = len(known)
-        for name, values in (("images", images), ("labels", numbers), ("ids", list(ids))):
+        sums = np.array([_image_checksum(image) for image in images], np.uint64)
+        for name, values in (("images", images), ("labels", numbers), ("ids", list(ids)), ("checksums", sums)):
             group[name].resize(start + len(ids), axis=0)
             group[name][start:] = values
         known.update(ids)
@@ -120,10 +133,11 @@ class ClassWriter:
         group.create_dataset("images", (0, *shape), np.uint8, maxshape=(None, *shape), chunks=(each, *shape))
         group.create_dataset("labels", (0,), np.int64, maxshape=(None,), chunks=(4096,))
         group.create_dataset("ids", (0,), h5py.string_dtype(), maxshape=(None,), chunks=(4096,))
+        group.create_dataset("checksums", (0,), np.uint64, maxshape=(None,), chunks=(4096,))
         return group
 
     def finish(self) -> None:
-        """Check the whole of it and take away what was only there for going on.
+        """Check the whole of it, take away what was only there for going on, and add the file's checksum.
 
         Raises:
             StoreError: if a class has no picture to train on.
@@ -133,8 +147,30 @@ class ClassWriter:
         if missing:
             more = f" (nor have {len(missing) - 1} other classes)" if len(missing) > 1 else ""
             raise StoreError(f"class {missing[0]!r} has no picture to train on{more}")
+        reserve(self._file, 0)
         for group in self._file.values():
             del group.attrs["whole"]
+        arrays = {
+            split: (group["labels"][()], list(group["ids"].asstr()[()]), group["checksums"][()])
+            for split, group in self._file.items()
+        }
+        self._file.attrs["format"] = FORMAT
+        self._file.attrs["checksum"] = _file_checksum(self._file, arrays)
+
+
+def _image_checksum(image: NDArray[np.uint8]) -> int:
+    return int(checksum(np.ascontiguousarray(image).tobytes())[:16], 16)
+
+
+def _file_checksum(
+    file: h5py.File, arrays: Mapping[str, tuple[NDArray[np.int64], list[str], NDArray[np.uint64]]]
+) -> str:
+    """The checksum of a file's attributes, and of each split's labels, ids and image checksums."""
+    attributes = {name: str(value) for name, value in file.attrs.items() if name != "checksum"}
+    parts = [json.dumps([attributes, sorted(arrays)], sort_keys=True).encode()]
+    for _, (labels, ids, sums) in sorted(arrays.items()):
+        parts += [labels.tobytes(), json.dumps(ids).encode(), sums.tobytes()]
+    return checksum(*parts)
 
 
 @contextmanager
@@ -165,11 +201,12 @@ def write_classes(
     if path.is_dir():
         raise StoreError(f"{path}: a folder, not a file to write to")
     part = path.with_name(path.name + ".part")
-    fingerprint = settings and sha256(settings.encode(errors="surrogateescape")).hexdigest()
+    fingerprint = settings and sha256(f"{FORMAT} {settings}".encode(errors="surrogateescape")).hexdigest()
+    writer = None
     try:
         _take_up(part, fingerprint)
         try:
-            with open_for_writing(path) as file:
+            with open_for_writing(path, seal=lambda _: None) as file:
                 writer = ClassWriter(file, classes)
                 file.attrs.update({"classes": json.dumps(list(classes)), "origin": origin})
                 if sound is not None:
@@ -187,7 +224,11 @@ def write_classes(
                 part.unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise StoreError(f"{path}: cannot be written ({error.strerror or error})") from error
+        written = len(writer) if writer is not None else 0
+        kept = "nothing is kept; free some space and start again"
+        if fingerprint and written:
+            kept = f"{written} pictures are kept in {part.name}; free some space, and the same command goes on"
+        raise StoreError(write_problem(path, error, kept=kept)) from error
 
 
 def _take_up(part: Path, fingerprint: str | None) -> None:
@@ -197,6 +238,7 @@ def _take_up(part: Path, fingerprint: str | None) -> None:
     try:
         with h5py.File(part, "r+") as file:
             if fingerprint and file.attrs["prepared_with"] == fingerprint:
+                reserve(file, 0)
                 for group in file.values():
                     whole = int(group.attrs["whole"])
                     for dataset in group.values():
@@ -206,20 +248,24 @@ def _take_up(part: Path, fingerprint: str | None) -> None:
                 return
     except BlockingIOError as error:
         raise StoreError(f"{part}: another run is writing it") from error
-    except _DAMAGE:
-        pass  # killed in the middle of a write
+    except DiskFullError:
+        raise
+    except Exception:  # HDF5 has many for a file that was left in the middle of a write
+        pass
     part.unlink()
 
 
 @dataclass(frozen=True)
 class _Opened:
-    """A file whose form has been checked; ``images`` and ``labels`` by split."""
+    """A file whose form has been checked; arrays by split. ``sums`` is empty where the file has no checksums."""
 
     file: h5py.File
     classes: list[str]
     sound: Spectrogram | None
     images: dict[str, h5py.Dataset]
     labels: dict[str, NDArray[np.int64]]
+    ids: dict[str, list[str]]
+    sums: dict[str, NDArray[np.uint64]]
 
 
 class ClassStore(PreparedFile):
@@ -243,11 +289,11 @@ class ClassStore(PreparedFile):
         if self._opened is None:
             try:
                 self._opened = self._check(self.file)
-            except BaseException as error:
+            except Exception as error:  # HDF5 has many for a damaged file
                 self.close()
-                if isinstance(error, _DAMAGE):
-                    raise StoreError(f"{self.path}: not a prepared classification set, or damaged") from error
-                raise
+                if isinstance(error, CrowdExitError):
+                    raise
+                raise StoreError(f"{self.path}: not a prepared classification set, or damaged") from error
         return self._opened
 
     def _check(self, file: h5py.File) -> _Opened:
@@ -255,7 +301,10 @@ class ClassStore(PreparedFile):
         if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
             raise StoreError(f"{self.path}: its classes are not a list of names")
         sound = Spectrogram(**json.loads(file.attrs["sound"])) if "sound" in file.attrs else None
-        opened = _Opened(file, classes, sound, {}, {})
+        opened = _Opened(file, classes, sound, {}, {}, {}, {})
+        format = file.attrs.get("format")
+        if format not in (None, FORMAT):
+            raise StoreError(f"{self.path}: written by another version ({format!r}); prepare it again")
         sizes = set()
         for split in (split for split in SPLITS if split in file):
             images, labels, ids = (file[split][name] for name in ("images", "labels", "ids"))
@@ -272,9 +321,19 @@ class ClassStore(PreparedFile):
                     f"and there are {len(classes)} classes"
                 )
             opened.images[split], opened.labels[split] = images, numbers
+            try:
+                opened.ids[split] = list(ids.asstr()[()])
+            except Exception as error:
+                raise StoreError(f"{self.path}: the ids of {split} are damaged") from error
+            if format is not None:
+                opened.sums[split] = np.asarray(file[split]["checksums"][()], np.uint64)
             sizes.add(images.shape[1:3])
         if len(sizes) != 1:
             raise StoreError(f"{self.path}: {'pictures of several sizes' if sizes else 'holds no pictures'}")
+        if format is not None:
+            arrays = {split: (opened.labels[split], opened.ids[split], sums) for split, sums in opened.sums.items()}
+            if file.attrs["checksum"] != _file_checksum(file, arrays):
+                raise StoreError(f"{self.path}: damaged (the checksum of its labels, ids and names does not match)")
         return opened
 
     @property
@@ -304,10 +363,7 @@ class ClassStore(PreparedFile):
     def ids(self, split: str) -> list[str]:
         """The ids of a split, in the order of its pictures."""
         self.labels(split)
-        try:
-            return list(self._open().file[split]["ids"].asstr()[()])
-        except _DAMAGE as error:
-            raise StoreError(f"{self.path}: the ids of {split} are damaged") from error
+        return list(self._open().ids[split])
 
     def labels(self, split: str) -> NDArray[np.int64]:
         """The labels of a split, (N,).
@@ -329,10 +385,14 @@ class ClassStore(PreparedFile):
         """
         if not 0 <= index < len(self.labels(split)):
             raise StoreError(f"{self.path}: {split} has no picture {index}")
+        opened = self._open()
         try:
-            return np.asarray(self._open().images[split][index], np.uint8)
-        except _DAMAGE as error:
+            image = np.asarray(opened.images[split][index], np.uint8)
+        except Exception as error:  # HDF5 has many for a damaged file
             raise StoreError(f"{self.path}: {split} picture {index} is damaged") from error
+        if split in opened.sums and opened.sums[split][index] != _image_checksum(image):
+            raise StoreError(f"{self.path}: {split} picture {index} is damaged (its checksum does not match)")
+        return image
 
     def describe(self) -> str:
         """What is in the file, a line a split: pictures, and how many the smallest and the largest class have."""

@@ -16,8 +16,9 @@ from torch.utils.data import Dataset, Sampler
 from crowdexit.data.augment import ConditionRange, Conditions, View, keep_inside, random_view
 from crowdexit.data.density import density_map
 from crowdexit.data.picture import Placement, fit, normalise, tiles
-from crowdexit.data.store import Store, StoredSample, StoreError
+from crowdexit.data.store import Store, StoredSample, StoreError, decode_image
 from crowdexit.data.unlabelled import PictureFolder
+from crowdexit.errors import CrowdExitError
 
 STRIDE = 8
 
@@ -55,13 +56,6 @@ class Setting:
     hear: float = 1.0
     stride: int = STRIDE
     kernel: Kernel = field(default_factory=Kernel)
-
-
-def _decode(sample: StoredSample) -> np.ndarray:
-    picture = cv2.imdecode(sample.image, cv2.IMREAD_COLOR_RGB)
-    if picture is None:
-        raise StoreError(f"{sample.split}/{sample.id}: the stored picture is damaged")
-    return cast(np.ndarray, picture)
 
 
 def only_density(sample: StoredSample) -> bool:
@@ -113,7 +107,10 @@ class CrowdDataset(Dataset[dict[str, Any]]):
         wanted = s.conditions
         conditions = wanted.draw(rng) if isinstance(wanted, ConditionRange) else wanted
         # Before any scaling: the camera is in the dark, and its grain grows with the picture.
-        picture = conditions.apply(_decode(sample), rng)
+        try:
+            picture = conditions.apply(decode_image(sample), rng)
+        except CrowdExitError as error:
+            raise StoreError(f"{self.store.path}: {error}") from error
         log_mel, heard = self._sound(sample, np.random.default_rng((self.seed, index, draw, 1)))
         common = {
             "total": torch.tensor(sample.count, dtype=torch.float32),

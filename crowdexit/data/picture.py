@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from crowdexit.data.images.header import ImageHeader, read_header
 from crowdexit.data.images.limits import MAX_PIXELS, MIN_SIDE, PictureError
 from crowdexit.data.images.reader import FORMATS, SUFFIXES, DecodedImage, SizeCheck, decode_image, read_image
 
@@ -31,6 +32,7 @@ __all__ = [  # what others need of the reader, and what is here
     "SUFFIXES",
     "TILES",
     "DecodedImage",
+    "ImageHeader",
     "PictureError",
     "Placement",
     "checked_picture",
@@ -40,6 +42,7 @@ __all__ = [  # what others need of the reader, and what is here
     "normalise",
     "normalised",
     "place",
+    "read_header",
     "read_image",
     "read_picture",
     "tile_boxes",

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from crowdexit.data.log_mel import read_audio
 from crowdexit.data.mel import AudioError
-from crowdexit.data.picture import FORMATS, MAX_PIXELS, MIN_SIDE, SUFFIXES, read_picture
+from crowdexit.data.picture import MAX_PIXELS, MIN_SIDE, SUFFIXES, PictureError, read_header, read_picture
 from crowdexit.data.spectrogram import Spectrogram
 from crowdexit.data.store import StoredSample, StoreError
 
@@ -145,10 +144,10 @@ def _described(what: str, number: int, skipped: int) -> str:
 
 
 def _size(path: Path) -> tuple[int, int] | None:
-    """(width, height) from a picture's header, or None if it is of no use."""
+    """(width, height) of an image file as it is displayed, from its header, or None if it is of no use."""
     try:
-        with Image.open(path, formats=FORMATS) as picture:
-            width, height = picture.size
-    except Exception:  # whatever Pillow makes of a file that is none of its own
+        header = read_header(path)
+    except PictureError:
         return None
+    width, height = header.width, header.height
     return (width, height) if min(width, height) >= MIN_SIDE and width * height <= MAX_PIXELS else None

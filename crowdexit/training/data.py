@@ -125,21 +125,20 @@ class CrowdData(RecipeData):
         )
         with Store(self.path) as store:
             ids = store.ids(data.train, data.train_ids)
-            counts = store.counts(data.train)
+            known = {id: store.info(data.train, id) for id in ids}
             val_ids = store.ids(data.val, data.val_ids)
             needs_audio = recipe.stage == "hearing" or recipe.watch == "audio"
-            if needs_audio and not any("log_mel" in store.file[data.val][id] for id in val_ids):
+            if needs_audio and not any("log_mel" in store.info(data.val, id).parts for id in val_ids):
                 raise TrainingError(f"{self.path}: no sample of {data.val} has sound to validate with")
-            for id in ids:
-                sample = store.file[data.train][id]
-                if recipe.stage == "hearing" and "log_mel" not in sample:
+            for id, sample in known.items():
+                if recipe.stage == "hearing" and "log_mel" not in sample.parts:
                     raise TrainingError(f"{self.path}: {data.train}/{id} has no sound to learn from")
-                if not data.whole and "density" in sample and len(sample["points"]) == 0 and counts[id] > 0:
+                if not data.whole and "density" in sample.parts and sample.heads == 0 and sample.count > 0:
                     raise TrainingError(
                         f"{self.path}: {data.train}/{id} has only a density map and cannot be cropped; "
                         "set data.whole: true"
                     )
-        self.usual = float(np.median([counts[id] for id in ids]))
+        self.usual = float(np.median([sample.count for sample in known.values()]))
         self.train_set = CrowdDataset(store, data.train, ids, setting, recipe.seed)
         if recipe.copycat is not None:
             path, split = recipe.copycat.pictures, recipe.copycat.split

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from crowdexit.data.classes import ClassDataset, ClassStore, shifted, stratified, write_classes
+from crowdexit.data.classes import FORMAT, ClassDataset, ClassStore, shifted, stratified, write_classes
 from crowdexit.data.dataset import EpochPlan
 from crowdexit.data.picture import MEAN, STD
 from crowdexit.data.store import StoredSample, StoreError, open_for_writing, write_sample
@@ -69,7 +69,8 @@ def test_layout_is_the_documented_one(path):
         assert (file["train/images"].shape, file["train/images"].dtype) == ((6, HEIGHT, WIDTH, 3), np.uint8)
         assert (file["train/labels"].shape, file["train/labels"].dtype) == ((6,), np.int64)
         assert file["train/ids"].asstr()[0] == "t/0"
-        assert dict(file.attrs) == {"classes": '["cat", "d\\u00f6g", "ship"]', "origin": "made up"}
+        own = {"format": FORMAT, "checksum": file.attrs["checksum"]}
+        assert dict(file.attrs) == {"classes": '["cat", "d\\u00f6g", "ship"]', "origin": "made up", **own}
         assert not dict(file["train"].attrs)
 
 

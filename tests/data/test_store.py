@@ -148,5 +148,5 @@ def test_a_set_of_classes_is_not_for_counting(path, tmp_path):
         store.counts("train")
     with h5py.File(path, "a") as file:
         del file["train"]["A_1"].attrs["count"]
-    with Store(path) as store, pytest.raises(StoreError, match="not prepared for counting, or damaged"):
+    with Store(path) as store, pytest.raises(StoreError, match="train/A_1 lacks 'count'"):
         store.counts("train")

@@ -97,7 +97,7 @@ def break_some(source):
     (half / "ground-truth" / "GT_IMG_4.mat").unlink()
     mat = (half / "ground-truth" / "GT_IMG_5.mat").read_bytes()
     (half / "ground-truth" / "GT_IMG_5.mat").write_bytes(mat[: len(mat) // 2])
-    savemat(half / "ground-truth" / "GT_IMG_6.mat", {"image_info": np.zeros((2, 2))})
+    savemat(half / "ground-truth" / "GT_IMG_6.mat", {"image_info": np.zeros((3, 3))})
     savemat(half / "ground-truth" / "GT_IMG_7.mat", {"other": 1})
     return {
         "A_IMG_1": "IMG_1.jpg is damaged",
@@ -105,7 +105,7 @@ def break_some(source):
         "A_IMG_3": "no picture IMG_3.jpg",
         "A_IMG_4": "no file GT_IMG_4.mat",
         "A_IMG_5": "GT_IMG_5.mat is damaged",
-        "A_IMG_6": "GT_IMG_6.mat is not a ShanghaiTech ground truth",
+        "A_IMG_6": "GT_IMG_6.mat: expected heads as 'image_info' with a field location, or one array N×2; found image_info 3×3",
         "A_IMG_7": "'image_info'",
     }
 

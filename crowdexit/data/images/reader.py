@@ -160,7 +160,7 @@ def _decode(data: bytes, name: str, notes: _Notes, check: SizeCheck) -> NDArray[
             raise raw
         page, others = tiff.picture_page(pages)
         check_size(name, *page.size, page.bytes_per_pixel)
-        check(*_upright_size(page.size, page.orientation))
+        check(*upright_size(page.size, page.orientation))
         notes.add(_left_out(others + 1, "first" if page is pages[0] else "largest", "pages"))
         return _upright(_tiff_page(page, notes), page.orientation)
     is_jpeg = data.startswith(b"\xff\xd8\xff")
@@ -168,8 +168,8 @@ def _decode(data: bytes, name: str, notes: _Notes, check: SizeCheck) -> NDArray[
     with _opened(data) if not is_jpeg else JpegImagePlugin.JpegImageFile(io.BytesIO(data)) as picture:
         deep = _is_deep_png(data)
         check_size(name, *picture.size, _PNG_BYTES.get(data[25], 8) if deep else 4)
-        orientation = _orientation(picture)
-        check(*_upright_size(picture.size, orientation))
+        orientation = orientation_of(picture)
+        check(*upright_size(picture.size, orientation))
         if is_jpeg:
             _note_jpeg(data, notes)
         else:
@@ -211,7 +211,7 @@ def _left_out(number: int, counted: str, what: str = "images") -> str | None:
     return f"{number} {what} in the file, only the {counted} is counted" if number > 1 else None
 
 
-def _orientation(picture: Image.Image) -> int:
+def orientation_of(picture: Image.Image) -> int:
     """The orientation of EXIF (1 to 8); 1 where it cannot be read, whatever else is wrong there."""
     try:
         turned = picture.getexif().get(ExifTags.Base.Orientation)
@@ -220,7 +220,7 @@ def _orientation(picture: Image.Image) -> int:
     return turned if isinstance(turned, int) else 1
 
 
-def _upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+def upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
     return (size[1], size[0]) if 5 <= orientation <= 8 else size
 
 
