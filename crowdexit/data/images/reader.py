@@ -217,7 +217,7 @@ def orientation_of(picture: Image.Image) -> int:
         turned = picture.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # of all that a camera may have written, only this is needed
         return 1
-    return turned if isinstance(turned, int) else 1
+    return turned if isinstance(turned, int) and 1 <= turned <= 8 else 1
 
 
 def upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
