@@ -7,8 +7,8 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from hashlib import blake2b
 from pathlib import Path
+from zlib import crc32
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -26,12 +26,15 @@ class DiskFullError(OSError):
 
 
 def checksum(*parts: bytes | bytearray | memoryview) -> str:
-    """A checksum of several pieces of data, 32 hex digits; it depends on where each piece ends."""
-    digest = blake2b(digest_size=16)
+    """A CRC-32 of several pieces of data, 8 hex digits; it depends on where each piece ends.
+
+    It is against damage, not against forgery: a changed byte is always found, other damage all but one time in 2³². It
+    takes a tenth of the time of a cryptographic hash.
+    """
+    value = 0
     for part in parts:
-        digest.update(memoryview(part).nbytes.to_bytes(8, "little"))
-        digest.update(part)
-    return digest.hexdigest()
+        value = crc32(part, crc32(memoryview(part).nbytes.to_bytes(8, "little"), value))
+    return f"{value:08x}"
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Names to networks: the configurations by name, and the weights that come with them.
 
 A checkpoint is one safetensors file. Its header says which network it belongs to, which exits stand on it
-and how it came about; nothing in it is ever unpickled.
+and how it came about, and has checksums of itself and of the weights; nothing in it is ever unpickled.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import save as serialised
 from torch import Tensor
 
 from crowdexit.backbones.audiocsrnet import AudioCSRNet, AudioCSRNetConfig
 from crowdexit.backbones.convnets import ConvNet, ConvNetConfig
 from crowdexit.backbones.vit import ViT, ViTConfig
 from crowdexit.errors import CrowdExitError
+from crowdexit.files import atomic_write, checksum, write_problem
 from crowdexit.network import MultiExitNetwork
 
-FORMAT = "crowdexit-1"
+FORMAT = "crowdexit-2"
 MAX_SIDE = 16_384
 _FROM_NOTHING = {"front_norm": True, "density_activation": "relu", "density_scale": 100.0, "count_scale": 100.0}
 
@@ -263,43 +264,56 @@ def _write(tensors: dict[str, Tensor], spec: Spec, path: Path) -> None:
         "exits": json.dumps([vars(e) for e in spec.exits]),
         "changes": json.dumps(dict(spec.changes)),
         "meta": json.dumps(dict(spec.meta)),
+        "weights_checksum": _weights_checksum(tensors),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    save_file(tensors, part, metadata=header)
-    part.chmod(0o644)  # the writer makes it readable by its owner alone
-    part.replace(path)
+    data = serialised(tensors, metadata={**header, "checksum": _header_checksum(header)})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path, len(data)) as part:
+            part.write_bytes(data)
+    except OSError as error:
+        kept = "the file that is there stays as it is" if path.is_file() else "nothing is written"
+        raise ZooError(write_problem(path, error, needed=len(data), kept=kept)) from None
+
+
+def _weights_checksum(tensors: Mapping[str, Tensor]) -> str:
+    """The checksum of tensors by their names, in the order of these: names, types, shapes and bytes."""
+    parts: list[bytes | memoryview] = []
+    for name, tensor in sorted(tensors.items()):
+        parts.append(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        parts.append(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+    return checksum(*parts)
+
+
+def _header_checksum(header: Mapping[str, str]) -> str:
+    return checksum(*(f"{key} {value}".encode() for key, value in sorted(header.items()) if key != "checksum"))
 
 
 def annotate(path: Path, **meta: Any) -> None:
     """Change what a checkpoint says of itself, to the bit the same weights; whole, or not at all.
 
     Raises:
-        ZooError: if it is no checkpoint, or cannot be written.
+        ZooError: if it is no checkpoint, damaged, or cannot be written.
     """
     spec = read_spec(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys = file.keys()  # the file itself is not iterable
-            tensors = {key: file.get_tensor(key) for key in keys}
-        _write(tensors, replace(spec, meta={**spec.meta, **meta}), path)
-    except (SafetensorError, OSError) as error:
-        raise ZooError(f"{path}: cannot be rewritten ({str(error).splitlines()[0]})") from None
+    _write(_read_weights(path), replace(spec, meta={**spec.meta, **meta}), path)
 
 
 def read_spec(path: Path) -> Spec:
     """The description in a checkpoint's header.
 
     Raises:
-        ZooError: if the file is no checkpoint of this project.
+        ZooError: if the file is no checkpoint of this project, or its header is damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ZooError(f"{path}: not a checkpoint ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # whatever the library makes of a damaged file
+        raise ZooError(f"{path}: not a checkpoint, or damaged ({str(error).partition(chr(10))[0]})") from None
     if header.get("format") != FORMAT:
-        raise ZooError(f"{path}: a safetensors file, but not a CrowdExit checkpoint")
+        raise ZooError(f"{path}: a safetensors file, but not a CrowdExit checkpoint of this version ({FORMAT})")
+    if header.get("checksum") != _header_checksum(header):
+        raise ZooError(f"{path}: the checkpoint's header is damaged (its checksum does not match)")
     try:
         exits, changes, meta = (json.loads(header[key]) for key in ("exits", "changes", "meta"))
         specs = tuple(ExitSpec(**e) for e in exits)
@@ -326,17 +340,26 @@ def load(name: str | Path) -> tuple[MultiExitNetwork, Spec]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, floats as float32.
+    """All tensors of a checkpoint, floats as float32.
 
     Raises:
-        ZooError: if it is damaged.
+        ZooError: if it is none, or damaged: its checksum does not match.
     """
+    return {key: t.float() if t.is_floating_point() else t for key, t in _read_weights(path).items()}
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint as they are stored, verified."""
     try:
         with safe_open(path, framework="pt") as file:
+            told = (file.metadata() or {}).get("weights_checksum")
             keys = file.keys()  # the file itself is not iterable
-            return {key: t.float() if (t := file.get_tensor(key)).is_floating_point() else t for key in keys}
-    except (SafetensorError, OSError) as error:
-        raise ZooError(f"{path}: not a checkpoint ({str(error).splitlines()[0]})") from None
+            tensors = {key: file.get_tensor(key) for key in keys}
+    except Exception as error:  # whatever the library makes of a damaged file
+        raise ZooError(f"{path}: not a checkpoint, or damaged ({str(error).partition(chr(10))[0]})") from None
+    if told != _weights_checksum(tensors):
+        raise ZooError(f"{path}: the weights are damaged (their checksum does not match)")
+    return tensors
 
 
 def fill(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from branches import both_kinds
@@ -50,7 +52,7 @@ def fails(work, says: str) -> None:
 
 
 def rewrite(path: Path, change_header=None, change_tensors=None) -> None:
-    """Write a checkpoint again with another header or other tensors."""
+    """Write a checkpoint again with another header or other tensors, and the checksums of these."""
     size = struct.unpack("<Q", path.read_bytes()[:8])[0]
     header = json.loads(path.read_bytes()[8 : 8 + size])["__metadata__"]
     tensors = load_file(path)
@@ -58,6 +60,8 @@ def rewrite(path: Path, change_header=None, change_tensors=None) -> None:
         change_header(header)
     if change_tensors:
         change_tensors(tensors)
+    header["weights_checksum"] = zoo._weights_checksum(tensors)
+    header["checksum"] = zoo._header_checksum(header)
     save_file(tensors, path, metadata=header)
 
 
@@ -196,6 +200,56 @@ def test_other_architectures(path):
     fails(lambda: zoo.load(path), "it has another shape of 'final.conv.weight'")
     rewrite(path, change_tensors=lambda tensors: tensors.update(surplus=torch.zeros(2)))
     fails(lambda: zoo.load(path), "no place for 'surplus'")
+
+
+def test_shipped_checkpoints_are_whole():
+    assert zoo.shipped() == ["audiocsrnet-s", "transcrowd-token-s"]
+    for name in zoo.shipped():
+        zoo.load(name)
+
+
+def test_a_changed_byte_anywhere_is_found(path):
+    """Names, types, shapes, the description and the weights: never a traceback, never other weights without a word."""
+    data, random = path.read_bytes(), np.random.default_rng(0)
+    header = 8 + struct.unpack("<Q", data[:8])[0]
+    before, refused = zoo.read_tensors(path), []
+    for at in [*range(8), *random.integers(8, header, 150), *random.integers(header, len(data), 150)]:
+        flipped = bytearray(data)
+        flipped[at] ^= 1 << random.integers(8)
+        path.write_bytes(flipped)
+        try:
+            zoo.load(path)
+        except zoo.ZooError as error:
+            refused.append(str(error))
+        else:  # a byte of the header that means nothing
+            after = zoo.read_tensors(path)
+            assert after.keys() == before.keys()
+            assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+    assert all(line.startswith((f"{path}: ", "audiocsrnet-s: ")) and "\n" not in line for line in refused)
+    assert len(refused) > 290
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    fails(lambda: zoo.load(path), "the weights are damaged (their checksum does not match)")
+    fails(lambda: zoo.annotate(path, note=1), "the weights are damaged")
+
+
+def test_what_has_no_checksum_is_refused(path):
+    tensors = load_file(path)
+    save_file(tensors, path, metadata={"format": zoo.FORMAT, "model": "audiocsrnet-s"})
+    fails(lambda: zoo.read_spec(path), "its checksum does not match")
+
+
+def test_a_full_disk_keeps_the_checkpoint_that_is_there(network, spec, path, monkeypatch):
+    before = path.read_bytes()
+
+    def full(self: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    fails(lambda: zoo.save(network, spec, path), "MB needed, ")
+    fails(lambda: zoo.save(network, spec, path), f"free in {path.parent}); the file that is there stays as it is")
+    fails(lambda: zoo.annotate(path, note=1), f"{path}: the disk is full (")
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == ["model.safetensors"]
 
 
 def test_optional_tensors_may_be_missing_and_keep_their_value(network):

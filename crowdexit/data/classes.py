@@ -5,7 +5,7 @@ Layout::
     /SPLIT/images     (N, H, W, 3)  uint8   RGB, every picture of a file of one size
     /SPLIT/labels     (N,)          int64   place in the list of classes
     /SPLIT/ids        (N,)          string  each once in a split
-    /SPLIT/checksums  (N,)          uint64  of each image, verified when it is read
+    /SPLIT/checksums  (N,)          uint32  of each image, verified when it is read
     attributes of the file: classes (their names, a JSON list), origin (where it came from, free text), format, and
     checksum, which covers all but the images
 
@@ -117,7 +117,7 @@ class ClassWriter:
         reserve(self._file, images.nbytes + names + 2 * chunk + 4096 * (8 + 16 + 8) * (2 + len(ids) // 4096))
         group = self._file[split] if split in self._file else self._create(split, images.shape[1:])
         start = len(known)
-        sums = np.array([_image_checksum(image) for image in images], np.uint64)
+        sums = np.array([_image_checksum(image) for image in images], np.uint32)
         for name, values in (("images", images), ("labels", numbers), ("ids", list(ids)), ("checksums", sums)):
             group[name].resize(start + len(ids), axis=0)
             group[name][start:] = values
@@ -133,7 +133,7 @@ class ClassWriter:
         group.create_dataset("images", (0, *shape), np.uint8, maxshape=(None, *shape), chunks=(each, *shape))
         group.create_dataset("labels", (0,), np.int64, maxshape=(None,), chunks=(4096,))
         group.create_dataset("ids", (0,), h5py.string_dtype(), maxshape=(None,), chunks=(4096,))
-        group.create_dataset("checksums", (0,), np.uint64, maxshape=(None,), chunks=(4096,))
+        group.create_dataset("checksums", (0,), np.uint32, maxshape=(None,), chunks=(4096,))
         return group
 
     def finish(self) -> None:
@@ -159,11 +159,11 @@ class ClassWriter:
 
 
 def _image_checksum(image: NDArray[np.uint8]) -> int:
-    return int(checksum(np.ascontiguousarray(image).tobytes())[:16], 16)
+    return int(checksum(np.ascontiguousarray(image).tobytes()), 16)
 
 
 def _file_checksum(
-    file: h5py.File, arrays: Mapping[str, tuple[NDArray[np.int64], list[str], NDArray[np.uint64]]]
+    file: h5py.File, arrays: Mapping[str, tuple[NDArray[np.int64], list[str], NDArray[np.uint32]]]
 ) -> str:
     """The checksum of a file's attributes, and of each split's labels, ids and image checksums."""
     attributes = {name: str(value) for name, value in file.attrs.items() if name != "checksum"}
@@ -265,7 +265,7 @@ class _Opened:
     images: dict[str, h5py.Dataset]
     labels: dict[str, NDArray[np.int64]]
     ids: dict[str, list[str]]
-    sums: dict[str, NDArray[np.uint64]]
+    sums: dict[str, NDArray[np.uint32]]
 
 
 class ClassStore(PreparedFile):
@@ -326,7 +326,7 @@ class ClassStore(PreparedFile):
             except Exception as error:
                 raise StoreError(f"{self.path}: the ids of {split} are damaged") from error
             if format is not None:
-                opened.sums[split] = np.asarray(file[split]["checksums"][()], np.uint64)
+                opened.sums[split] = np.asarray(file[split]["checksums"][()], np.uint32)
             sizes.add(images.shape[1:3])
         if len(sizes) != 1:
             raise StoreError(f"{self.path}: {'pictures of several sizes' if sizes else 'holds no pictures'}")

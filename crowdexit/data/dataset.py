@@ -18,7 +18,6 @@ from crowdexit.data.density import density_map
 from crowdexit.data.picture import Placement, fit, normalise, tiles
 from crowdexit.data.store import Store, StoredSample, StoreError, decode_image
 from crowdexit.data.unlabelled import PictureFolder
-from crowdexit.errors import CrowdExitError
 
 STRIDE = 8
 
@@ -109,7 +108,7 @@ class CrowdDataset(Dataset[dict[str, Any]]):
         # Before any scaling: the camera is in the dark, and its grain grows with the picture.
         try:
             picture = conditions.apply(decode_image(sample), rng)
-        except CrowdExitError as error:
+        except StoreError as error:
             raise StoreError(f"{self.store.path}: {error}") from error
         log_mel, heard = self._sound(sample, np.random.default_rng((self.seed, index, draw, 1)))
         common = {

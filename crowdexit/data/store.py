@@ -100,13 +100,17 @@ def decode_image(sample: StoredSample) -> NDArray[np.uint8]:
     """A sample's image as it is displayed, H×W×3 uint8 RGB: the decoder that counting uses, so that heads fit it.
 
     Raises:
-        CrowdExitError: if it is damaged, or of another size than the sample says.
+        StoreError: if it is damaged, or of another size than the sample says.
     """
-    picture = decode_picture(sample.image.tobytes(), f"{sample.split}/{sample.id}")
+    name = f"{sample.split}/{sample.id}"
+    try:
+        picture = decode_picture(sample.image.tobytes(), name)
+    except PictureError as error:
+        raise StoreError(f"{name}: the stored picture is damaged ({str(error).removeprefix(f'{name}: ')})") from error
     height, width = picture.shape[:2]
     if (width, height) != (sample.width, sample.height):
         raise StoreError(
-            f"{sample.split}/{sample.id}: the image is displayed at {width}×{height}, but its width and height say "
+            f"{name}: the image is displayed at {width}×{height}, but its width and height say "
             f"{sample.width}×{sample.height}, so its heads may not fit it; prepare it again"
         )
     return picture

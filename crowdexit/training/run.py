@@ -14,6 +14,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -37,6 +38,7 @@ from crowdexit.backbones.weights import apply_weights
 from crowdexit.data.augment import Conditions
 from crowdexit.data.dataset import CrowdDataset
 from crowdexit.errors import CrowdExitError
+from crowdexit.files import atomic_write, checksum, sync, write_problem
 from crowdexit.memory import keep_freed_memory
 from crowdexit.network import FINAL, MultiExitNetwork
 from crowdexit.training.branches import BranchTraining, add_branches, trials
@@ -48,16 +50,85 @@ from crowdexit.training.losses import Batch
 from crowdexit.training.modules import BackboneTraining, Diverged, Experiment, TrainingError
 from crowdexit.training.recipe import Recipe
 
-LAST = "last.ckpt"
+LAST, BEFORE = "last.ckpt", "before-last.ckpt"  # checkpoints of the last two epochs
+_TRAILER = b"crowdexit crc32 "  # behind a checkpoint's data, then its checksum in 8 hex digits
 
 
-class _WholeFiles(TorchCheckpointIO):
-    """Lightning's checkpoints, renamed into place: a kill while writing leaves the one before."""
+class RunCheckpoints(TorchCheckpointIO):
+    """Lightning's checkpoints with a checksum, the last two of them, each on the disk before it gets its name."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        part = Path(f"{path}.part")
-        super().save_checkpoint(checkpoint, part, storage_options)
-        part.replace(path)
+        """Write a checkpoint; the one that had its name becomes :data:`BEFORE`.
+
+        Raises:
+            TrainingError: if it cannot be written; those that are there stay as they are.
+        """
+        path = Path(path)
+        buffer = BytesIO()
+        torch.save(checkpoint, buffer)
+        data = buffer.getbuffer()
+        try:
+            with atomic_write(path, len(data)) as part:
+                with part.open("wb") as file:
+                    file.write(data)
+                    file.write(_TRAILER + checksum(data).encode())
+                sync(part)
+                if path.exists():
+                    path.replace(path.with_name(BEFORE))
+        except OSError as error:
+            kept = "the checkpoint of the epoch before is kept; free some space and resume the run"
+            if not (path.exists() or path.with_name(BEFORE).exists()):
+                kept = "nothing is kept"
+            raise TrainingError(write_problem(path, error, needed=len(data), kept=kept)) from None
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint, verified.
+
+        Raises:
+            TrainingError: if it is damaged.
+        """
+        content: dict[str, Any] = torch.load(BytesIO(_verified(Path(path))), map_location or "cpu", weights_only=True)
+        return content
+
+
+def _verified(path: Path) -> memoryview:
+    """The data of a run's checkpoint, without its trailer.
+
+    Raises:
+        TrainingError: if it cannot be read, or is damaged.
+    """
+    try:
+        content = memoryview(path.read_bytes())
+    except OSError as error:
+        raise TrainingError(f"{path}: cannot be read ({error.strerror})") from None
+    size = len(content) - len(_TRAILER) - 8
+    if size < 0 or bytes(content[size:]) != _TRAILER + checksum(content[:size]).encode():
+        what = "its checksum does not match" if size > 0 else f"it has {len(content)} bytes"
+        raise TrainingError(f"{path}: damaged ({what})")
+    return content[:size]
+
+
+def checkpoint_to_resume(out: Path, console: Console) -> Path | None:
+    """The newest checkpoint of a run that is whole; None where there is none at all. A damaged one is told.
+
+    Raises:
+        TrainingError: if all that are there are damaged.
+    """
+    damaged: list[str] = []
+    for path in (out / LAST, out / BEFORE):
+        if not path.exists():
+            continue
+        try:
+            _verified(path)
+        except TrainingError as error:
+            damaged.append(str(error))
+            continue
+        if damaged:
+            console.print(f"{damaged[0]}; going on from {path.name}, an epoch before", highlight=False, soft_wrap=True)
+        return path
+    if damaged:
+        raise TrainingError(f"{damaged[0]}, and there is no other to go on from; delete {out} and train anew")
+    return None
 
 
 class _Lines(Callback):
@@ -285,8 +356,9 @@ def train(
     ``OUT/lr-RATE``.
 
     Args:
-        out: folder of the run: the checkpoint, Lightning's ``last.ckpt`` (each epoch), TensorBoard's events.
-        resume: go on from ``last.ckpt``, where there is one.
+        out: folder of the run: the checkpoint, Lightning's ``last.ckpt`` (each epoch) and ``before-last.ckpt`` (of
+            the epoch before), TensorBoard's events.
+        resume: go on from ``last.ckpt``, where there is one; if it is damaged, from the one before.
         devices: GPUs, or processes on the CPU. Those after the first run the calling script anew; under
             torchrun its processes are taken.
 
@@ -300,10 +372,10 @@ def train(
         if here * machines > 1:
             raise TrainingError("learning rates are tried one after the other by one process: no --devices")
         return _best_rate(recipe, out, resume, devices, accelerator, console)
-    last, model = out / LAST, out / "model.safetensors"
+    model = out / "model.safetensors"
     devices, machines = _processes(devices)
     first = os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("GROUP_RANK", "0") == "0"
-    if first and not resume and (last.exists() or model.exists()):
+    if first and not resume and any(path.exists() for path in (out / LAST, out / BEFORE, model)):
         raise TrainingError(f"{out}: there is a run already; --resume goes on with it")
     if recipe.batch % (devices * machines):
         raise TrainingError(f"a batch of {recipe.batch} cannot be shared evenly by {devices * machines} processes")
@@ -361,9 +433,11 @@ def _fit(
     console: Console,
 ) -> None:
     """Start the exits, and let Lightning train."""
-    network, last = experiment.network, out / LAST
-    begun = resume and last.exists()
-    if recipe.fit and not begun:
+    network = experiment.network
+    last = checkpoint_to_resume(out, console) if resume else None
+    if last is not None and (out / "model.safetensors").exists():
+        _check_best(out / "model.safetensors")
+    if recipe.fit and last is None:
         with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16-mixed"):
             names = [trial.name for trial in trials(recipe)] or [FINAL]
             fit_exits(network, names, partial(some_batches, recipe, data), recipe)
@@ -394,7 +468,7 @@ def _fit(
             log_every_n_steps=10,
             enable_model_summary=False,
             logger=TensorBoardLogger(out, name=None, version="tensorboard"),
-            plugins=[_WholeFiles()],
+            plugins=[RunCheckpoints()],
             callbacks=[
                 ModelCheckpoint(out, filename="last", enable_version_counter=False, save_on_train_epoch_end=True),
                 _Lines(console),
@@ -404,7 +478,7 @@ def _fit(
             enable_progress_bar=console.is_terminal,
         )
         try:
-            trainer.fit(experiment, data, ckpt_path=last if begun else None, weights_only=True)
+            trainer.fit(experiment, data, ckpt_path=last, weights_only=True)
         except SIGTERMException:
             raise SystemExit(128 + signal.SIGTERM) from None
         except SystemExit:
@@ -413,6 +487,21 @@ def _fit(
             raise
         except CrowdExitError as error:
             raise _one_line(error) from None
+        except OSError as error:  # of what Lightning writes besides checkpoints
+            raise TrainingError(write_problem(out, error, kept="the last checkpoint is kept")) from None
+
+
+def _check_best(model: Path) -> None:
+    """Refuse to go on with a run whose best network so far is damaged: nothing could bring it back.
+
+    Raises:
+        TrainingError: if it is.
+    """
+    try:
+        zoo.read_spec(model)
+        zoo.read_tensors(model)
+    except zoo.ZooError as error:
+        raise TrainingError(f"{error}; it is the best network so far: delete {model.parent} and train anew") from None
 
 
 def _best_rate(recipe: Recipe, out: Path, resume: bool, devices: int, accelerator: str, console: Console) -> Path:
@@ -421,6 +510,7 @@ def _best_rate(recipe: Recipe, out: Path, resume: bool, devices: int, accelerato
     if model.exists():
         if not resume:
             raise TrainingError(f"{out}: there is a run already; --resume goes on with it")
+        _check_best(model)
         return model
     errors: dict[Path, float] = {}
     for rate in recipe.optimiser.rates:
@@ -440,7 +530,9 @@ def _best_rate(recipe: Recipe, out: Path, resume: bool, devices: int, accelerato
     best = min(errors, key=lambda path: errors[path])
     console.print(f"{best.parent.name} is the best, error {errors[best]:.4g}", highlight=False)
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        part_file = model.with_name(model.name + ".part")
-        shutil.copyfile(best, part_file)
-        part_file.replace(model)
+        try:
+            with atomic_write(model, best.stat().st_size) as part_file:
+                shutil.copyfile(best, part_file)
+        except OSError as error:
+            raise TrainingError(write_problem(model, error, kept=f"it is kept as {best}")) from None
     return model

@@ -105,7 +105,7 @@ def break_some(source):
         "A_IMG_3": "no picture IMG_3.jpg",
         "A_IMG_4": "no file GT_IMG_4.mat",
         "A_IMG_5": "GT_IMG_5.mat is damaged",
-        "A_IMG_6": "GT_IMG_6.mat: expected heads as 'image_info' with a field location, or one array N×2; found image_info 3×3",
+        "A_IMG_6": "field location, or one array N×2; found image_info 3×3",
         "A_IMG_7": "'image_info'",
     }
 
