@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crowdexit.backbones.vgg import VGGFront, VGGish
+from crowdexit.backbones.vgg import Renormalise, VGGFront, VGGish
 from crowdexit.exits import CNNExit, GammaBeta, SLViTExit
 from crowdexit.network import MultiExitNetwork
 from crowdexit.stages import Answer, Exit, Features, Stage
@@ -23,6 +23,9 @@ STRIDE = 8
 FUSION_CHANNELS = (512, 512, 512, 256, 128, 64)
 PLACES = {"V1": 0, "AV1": 1, "AV2": 2}
 KINDS = ("cnn", "slvit")
+# How the published code of Hu et al. normalises images: mean and deviation of red, green and blue.
+OFFICIAL_MEAN = (0.410824894905, 0.370634973049, 0.359682112932)
+OFFICIAL_STD = (0.278580576181, 0.26925137639, 0.27156367898)
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class AudioCSRNetConfig:
         size: (width, height) of the picture that the branches' grids fit.
         width: channels of the visual path, times this.
         audio_width: channels of VGGish, times this.
+        image_norm: how images are normalised before the first convolution: as ``imagenet`` or, for the published
+            AudioCSRNet, as its ``official`` code does.
         front_norm: batch normalisation in the two fronts, so that they train from nothing.
         rectify: ReLU on the density (a network from nothing needs it, the paper's has none).
         density_scale: the network's output per head; 100 keeps a from-scratch network's numbers near one.
@@ -45,12 +50,13 @@ class AudioCSRNetConfig:
         second_residual: of the SL-ViT encoder.
 
     Raises:
-        ValueError: for a size that the stride of the front does not divide.
+        ValueError: for a size that the stride of the front does not divide, or a normalisation that is none.
     """
 
     size: tuple[int, int] = (1024, 576)
     width: float = 1.0
     audio_width: float = 1.0
+    image_norm: Literal["imagenet", "official"] = "imagenet"
     front_norm: bool = False
     rectify: bool = False
     density_scale: float = 1.0
@@ -69,6 +75,8 @@ class AudioCSRNetConfig:
     def __post_init__(self) -> None:
         if len(self.size) != 2 or any(side <= 0 or side % STRIDE for side in self.size):
             raise ValueError(f"size {self.size}: wanted width and height, multiples of {STRIDE}")
+        if self.image_norm not in ("imagenet", "official"):
+            raise ValueError(f"image_norm {self.image_norm!r}: 'imagenet' or 'official'")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -193,7 +201,8 @@ class AudioCSRNet(MultiExitNetwork):
 
     def __init__(self, config: AudioCSRNetConfig | None = None) -> None:
         c = config or AudioCSRNetConfig()
-        vgg = VGGFront(c.width, c.front_norm)
+        official = Renormalise(OFFICIAL_MEAN, OFFICIAL_STD) if c.image_norm == "official" else None
+        vgg = VGGFront(c.width, c.front_norm, official)
         vggish = VGGish(c.audio_width, c.front_norm)
         outs = [round(n * c.width) for n in FUSION_CHANNELS]
         first = FusionStage(vgg.channels, outs[:1], vggish.channels)

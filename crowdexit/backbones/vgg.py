@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from crowdexit.data.picture import MEAN, STD
 from crowdexit.stages import Features, Stage
 
 VGG_FRONT: Sequence[int | str] = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512)
@@ -42,16 +43,47 @@ def conv_chain(layout: Sequence[int | str], channels: int, width: float, norm: b
     return nn.Sequential(*layers)
 
 
-class VGGFront(Stage):
-    """The first ten convolutions of VGG-16 (``vgg16.features[0:23]``): B×3×H×W → B×512×H/8×W/8."""
+class Renormalise(nn.Module):
+    """Images B×3×H×W, normalised by ImageNet's mean and deviation, to another normalisation.
 
-    def __init__(self, width: float = 1.0, norm: bool = False) -> None:
+    Exact also where the next layer pads; folded into that layer, its zeros beyond the border would be another colour.
+
+    Args:
+        mean, std: of red, green and blue in 0 to 1.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
+        scale = [ours / its for ours, its in zip(STD.tolist(), std, strict=True)]
+        shift = [(ours - its) / by for ours, its, by in zip(MEAN.tolist(), mean, std, strict=True)]
+        # Fixed by the configuration: no part of a checkpoint.
+        self.register_buffer("scale", torch.tensor(scale)[:, None, None], persistent=False)
+        self.register_buffer("shift", torch.tensor(shift)[:, None, None], persistent=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return torch.addcmul(self.shift, self.scale, image)
+
+
+class VGGFront(Stage):
+    """The first ten convolutions of VGG-16 (``vgg16.features[0:23]``): B×3×H×W → B×512×H/8×W/8.
+
+    Args:
+        width: all channels times this.
+        norm: batch normalisation after each convolution.
+        renormalise: what images go through before the first convolution pads them; default: nothing.
+    """
+
+    def __init__(self, width: float = 1.0, norm: bool = False, renormalise: nn.Module | None = None) -> None:
+        super().__init__()
+        self.renormalise = nn.Identity() if renormalise is None else renormalise
         self.layers = conv_chain(VGG_FRONT, 3, width, norm)
         self.channels = round(512 * width)
 
     def forward(self, features: Features) -> Features:
-        return features.with_visual(self.layers(features.visual))
+        return features.with_visual(self.layers(self.renormalise(features.visual)))
 
 
 class VGGish(Stage):
