@@ -186,7 +186,8 @@ class DensityExit(Exit):
         if self.regressor is None:
             return Answer(density.sum((1, 2, 3)), density)
         full = upsample_sum(density, STRIDE).flatten(1)
-        with torch.autocast(full.device.type, enabled=False):
+        # Autocast knows no meta tensors.
+        with torch.autocast("cpu" if full.is_meta else full.device.type, enabled=False):
             return Answer(self.regressor(full.to(self.regressor.weight.dtype)).squeeze(1), density)
 
 
