@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import suppress
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -411,14 +412,19 @@ def suite(
     """
     from crowdexit import zoo
     from crowdexit.analysis import scenarios
+    from crowdexit.analysis.cost import cost_of
     from crowdexit.analysis.files import write_files
     from crowdexit.inference.evaluate import evaluate_file
-    from crowdexit.training.suite import Run, read_suite, run_all, runs_of
+    from crowdexit.training.suite import Run, described, read_suite, run_all, runs_of
 
     wanted = read_suite(name)
     if not data.is_file():  # said once, not by every run
         raise CrowdExitError(f"{data}: no such prepared file")
     runs = runs_of(wanted, data, out, seeds, pictures)
+    for first in (run for run in runs if run.step == "branches" and run.seed == 0):
+        # The costs in the table are known to work out before days of training. A wrong recipe fails its own runs alone.
+        with suppress(CrowdExitError):
+            cost_of(described(first, runs), first.name)
     with _progress("training", len(runs)) as advance:
 
         def report(run: Run, problem: str | None) -> None:
@@ -433,7 +439,12 @@ def suite(
             continue
         path, told = out / run.name / "model.safetensors", out / run.name / f"{split}.json"
         if not told.exists():
-            result = evaluate_file(path, data, split, runtime=runtime, progress=partial(_progress, run.name))
+            try:
+                result = evaluate_file(path, data, split, runtime=runtime, progress=partial(_progress, run.name))
+            except CrowdExitError as error:  # the others keep their table
+                failed[run.name] = str(error)
+                print(f"{run.name}: {error}", file=sys.stderr)
+                continue
             write_files(out / run.name, {told.name: json.dumps(result)})
         exits = json.loads(told.read_text("utf-8"))["exits"]
         key = "mae" if "mae" in exits[0] else "accuracy"
@@ -444,7 +455,9 @@ def suite(
     print(paths[1].read_text("utf-8"), end="")
     print(f"Written: {', '.join(map(str, paths))}", file=sys.stderr)
     if failed:
-        raise CrowdExitError(f"{len(failed)} of {len(runs)} runs failed ({', '.join(failed)}); see their log.txt")
+        raise CrowdExitError(
+            f"{len(failed)} of {len(runs)} runs failed ({', '.join(failed)}); see above and their log.txt"
+        )
 
 
 @app.command(epilog="Example: `crowdexit search runs/branches --data cifar10.h5 --place 1 --heads 2,4,8,12,16`")

@@ -49,6 +49,8 @@ class AudioCSRNetConfig:
         width: channels of VGG's front and of the fusion blocks, times this.
         audio_width: channels of VGGish, times this.
         audio_features: length of the vector that YAMNet's embedding is projected to.
+        image_norm: how VGG's front normalises images before its first convolution: as ``imagenet`` or, for the published
+            AudioCSRNet, as its ``official`` code does.
         front_norm: batch normalisation in VGG's front and VGGish, so that they train from scratch.
         density_activation: of the density map (:func:`crowdexit.exits.density_of`; the paper's has none).
         density_scale: the network's output per head; 100 keeps a from-scratch network's numbers near one.
@@ -62,7 +64,7 @@ class AudioCSRNetConfig:
         density_widths: channels of the density branches.
 
     Raises:
-        ValueError: for a size that the stride of the front does not divide.
+        ValueError: for a size that the stride of the front does not divide, or a normalisation that is none.
     """
 
     size: tuple[int, int] = (1024, 576)
@@ -73,6 +75,7 @@ class AudioCSRNetConfig:
     width: float = 1.0
     audio_width: float = 1.0
     audio_features: int = 64
+    image_norm: Literal["imagenet", "official"] = "imagenet"
     front_norm: bool = False
     density_activation: DensityActivation = "none"
     density_scale: float = 1.0
@@ -96,6 +99,8 @@ class AudioCSRNetConfig:
             raise ValueError(f"size {self.size}: wanted width and height, multiples of {step}")
         if self.view == "scale" and self.regressor:
             raise ValueError("a regressor's weights belong to positions: it needs view 'fit'")
+        if self.image_norm not in ("imagenet", "official"):
+            raise ValueError(f"image_norm {self.image_norm!r}: 'imagenet' or 'official'")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -196,7 +201,8 @@ class DensityExit(Exit):
         if self.regressor is None:
             return Answer(density.sum((1, 2, 3)), density)
         full = upsample_sum(density, STRIDE).flatten(1)
-        with torch.autocast(full.device.type, enabled=False):
+        # Autocast knows no meta tensors.
+        with torch.autocast("cpu" if full.is_meta else full.device.type, enabled=False):
             return Answer(self.regressor(full.to(self.regressor.weight.dtype)).squeeze(1), density)
 
 

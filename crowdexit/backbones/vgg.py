@@ -14,11 +14,15 @@ from crowdexit.backbones.fronts import (
     AudioEncoderKind,
     FrontKind,
     FrontStage,
+    Renormalise,
     register_audio_encoder,
     register_front,
 )
 from crowdexit.stages import Features
 
+# How the published code of AudioCSRNet (Hu et al.) normalises images: mean and deviation of red, green and blue.
+OFFICIAL_MEAN = (0.410824894905, 0.370634973049, 0.359682112932)
+OFFICIAL_STD = (0.278580576181, 0.26925137639, 0.27156367898)
 VGG_FRONT: Sequence[int | str] = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512)
 VGGISH: Sequence[int | str] = (64, "M", 128, "M", 256, 256, "M", 512, 512, "M")
 
@@ -52,15 +56,22 @@ def conv_chain(layout: Sequence[int | str], channels: int, width: float, norm: b
 
 
 class VGGFront(FrontStage):
-    """The first ten convolutions of VGG-16 (``vgg16.features[0:23]``): B×3×H×W → B×512×H/8×W/8."""
+    """The first ten convolutions of VGG-16 (``vgg16.features[0:23]``): B×3×H×W → B×512×H/8×W/8.
 
-    def __init__(self, width: float = 1.0, norm: bool = False) -> None:
+    Args:
+        width: all channels times this.
+        norm: batch normalisation after each convolution.
+        renormalise: what images go through before the first convolution pads them; default: nothing.
+    """
+
+    def __init__(self, width: float = 1.0, norm: bool = False, renormalise: nn.Module | None = None) -> None:
         super().__init__()
+        self.renormalise = nn.Identity() if renormalise is None else renormalise
         self.layers = conv_chain(VGG_FRONT, 3, width, norm)
         self.channels = round(512 * width)
 
     def forward(self, features: Features) -> Features:
-        return features.with_visual(self.layers(features.visual))
+        return features.with_visual(self.layers(self.renormalise(features.visual)))
 
 
 class VGGish(AudioEncoder):
@@ -90,7 +101,8 @@ class VGGish(AudioEncoder):
 
 
 def _front(config: Any) -> tuple[VGGFront]:
-    return (VGGFront(config.width, config.front_norm),)
+    official = Renormalise(OFFICIAL_MEAN, OFFICIAL_STD) if config.image_norm == "official" else None
+    return (VGGFront(config.width, config.front_norm, official),)
 
 
 def _audio_encoder(config: Any) -> VGGish:

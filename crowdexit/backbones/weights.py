@@ -26,10 +26,7 @@ from crowdexit.errors import CrowdExitError
 from crowdexit.network import MultiExitNetwork
 
 TORCHVISION = "torchvision"
-# Of the published AudioCSRNet (Hu et al.): how it normalises pictures, and its output for one head.
-_HU_MEAN = torch.tensor([0.410824894905, 0.370634973049, 0.359682112932])
-_HU_STD = torch.tensor([0.278580576181, 0.26925137639, 0.27156367898])
-_HU_SCALE = 100.0
+_HU_SCALE = 100.0  # the output of the published AudioCSRNet (Hu et al.) for one head
 
 _OLD_DENSENET = re.compile(r"(\.(?:norm|conv))\.([12]\.)")
 
@@ -78,9 +75,9 @@ def load_published(network: MultiExitNetwork, kind: str, path: str | Path) -> Fi
     - ``vggish``: the published ``pytorch_vggish.pth`` (``features.N.…``) → VGGish's six convolutions.
     - ``csrnet``: a CSRNet (Li et al., ``frontend.N.…``) → the VGG front. Its back end has no batch normalisation
       and no sound, and stays unused.
-    - ``audiocsrnet``: a checkpoint of Hu et al.'s code → all but the vector that stands in for absent sound. Its
-      picture normalisation moves into the first convolution (exact but for the outermost pixel, where its padding
-      was its own mean colour), its output of 100 a head into the last.
+    - ``audiocsrnet``: a checkpoint of Hu et al.'s code → all but the vector that stands in for absent sound. The
+      network has to normalise images as that code does (``image_norm: official``); its output of 100 a head moves into
+      the last convolution.
     - ``vit``: timm's or DeiT's vision transformer → patch embedding and encoders; a classifier's last layer too,
       where it has as many classes. Positions of another picture size are resampled. DeiT's pictures are normalised
       as all are here.
@@ -102,6 +99,10 @@ def load_published(network: MultiExitNetwork, kind: str, path: str | Path) -> Fi
         raise WeightsError(f"{kind}: weights for {of.__name__}, not for {type(network).__name__}")
     if isinstance(network, AudioCSRNet) and network.config.front_norm:
         raise WeightsError(f"{kind}: published weights fit no network with batch normalisation in its fronts")
+    if kind == "audiocsrnet" and network.config.image_norm != "official":
+        raise WeightsError(
+            "audiocsrnet: trained on images normalised in its own way: set changes: {image_norm: official}"
+        )
     if isinstance(network, ViT) and network.config.stem != "patch":
         raise WeightsError(f"{kind}: published weights fit no network with a stem of convolutions")
     fetched = str(path) == TORCHVISION and kind in ("vgg16", "imagenet")
@@ -218,7 +219,6 @@ def _csrnet(network: AudioCSRNet, reader: _Reader) -> dict[str, Tensor]:
 
 def _audiocsrnet(network: AudioCSRNet, reader: _Reader) -> dict[str, Tensor]:
     new = _convolutions(network, VGGFront, reader, "frontend.")
-    _renormalise(new, "stages.0.layers.0.", _HU_MEAN, _HU_STD)
     new |= _convolutions(network, VGGish, reader, "audio_vgg.features.")
     blocks = [(name, module) for name, module in network.named_modules() if isinstance(module, FusionBlock)]
     for i, (name, block) in enumerate(blocks):
@@ -247,7 +247,7 @@ def _audiocsrnet(network: AudioCSRNet, reader: _Reader) -> dict[str, Tensor]:
 
 
 def _renormalise(new: dict[str, Tensor], layer: str, its_mean: Tensor, its_std: Tensor) -> None:
-    """Have a first convolution that was trained on another normalisation take ImageNet's instead."""
+    """Have a first convolution without padding that was trained on another normalisation take ImageNet's instead."""
     weight, bias = new[layer + "weight"], new[layer + "bias"]  # O×3×k×k, O
     mean, std = torch.from_numpy(MEAN), torch.from_numpy(STD)
     shift = (mean - its_mean) / its_std

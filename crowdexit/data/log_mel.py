@@ -20,7 +20,8 @@ WINDOW, HOP, FFT = 400, 160, 512  # samples: 25 ms and 10 ms
 LOWEST_HZ, HIGHEST_HZ, LOG_OFFSET = 125.0, 7500.0, 0.01
 
 RATES = (1_000, 1_000_000)
-# The published VGGish resamples with resampy's "kaiser_best"; this is the same filter in torchaudio's words.
+# The published VGGish resamples with resampy's "kaiser_best": these are that filter's parameters. Close to it, not
+# equal: resampy interpolates in a table of the filter, torchaudio computes it at each tap.
 _FILTER: dict[str, Any] = {
     "lowpass_filter_width": 64,
     "rolloff": 0.9475937167399596,

@@ -15,11 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from crowdexit import zoo
 from crowdexit.errors import CrowdExitError
 from crowdexit.scenarios import CLASSES, branch_options
 from crowdexit.training.recipe import checked, first_problem
@@ -183,6 +184,25 @@ def _trained(suite: Suite, backbone: str, out: Path) -> tuple[Path, tuple[str, .
 
 def _options(suite: Suite, model: str | None, place: str, kind: str) -> dict[str, Any]:
     return {} if suite.dataset is None or model is None else branch_options(model, suite.dataset, place, kind)
+
+
+def described(run: Run, runs: Sequence[Run]) -> zoo.Spec:
+    """The network whose branches a run trains, known before anything is trained.
+
+    Args:
+        runs: of the suite; the run's backbone may be one of them.
+
+    Raises:
+        CrowdExitError: if the backbone is neither one of them nor a checkpoint.
+    """
+    recipe = checked(run.recipe, run.name)
+    backbone = next((other for other in runs if other.name in run.needs), None)
+    if backbone is not None:
+        changes: Mapping[str, Any] = checked(backbone.recipe, backbone.name).changes
+    else:
+        changes = zoo.read_spec(zoo.checkpoint_path(cast(Path, recipe.start))).changes
+    exits = tuple(zoo.ExitSpec(e.name, e.place, e.kind, e.options) for e in recipe.exits)
+    return zoo.Spec(recipe.model, exits, {**changes, **recipe.changes})
 
 
 def run_all(runs: Sequence[Run], out: Path, jobs: int, report: Callable[[Run, str | None], None]) -> dict[str, str]:

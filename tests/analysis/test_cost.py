@@ -7,7 +7,9 @@ import itertools
 import pytest
 import torch
 
-from crowdexit.analysis.cost import CostTable, cost, measure
+from crowdexit import zoo
+from crowdexit.analysis.cost import CostTable, cost, cost_of, measure
+from crowdexit.analysis.tradeoff import costs
 from crowdexit.backbones.audiocsrnet import AudioCSRNet, AudioCSRNetConfig
 from crowdexit.errors import CrowdExitError
 from crowdexit.stages import inputs
@@ -57,6 +59,12 @@ def test_table_iv(model, place):
     flops = {e.kind: e.total_flops / 1e9 for e in table.exits}
     assert flops == pytest.approx({"cnn": flops_cnn, "slvit": flops_slvit}, rel=0.01)
     assert table.exits[1].speedup == pytest.approx(speedup, rel=0.01)
+
+
+def test_the_dense_layer_of_stage_two():
+    plain, dense = (cost_of(zoo.Spec("audiocsrnet", changes={"regressor": r}), "x") for r in (False, True))
+    assert dense.backbone_flops - plain.backbone_flops == 2 * 1024 * 576
+    assert costs(zoo.Spec("audiocsrnet", changes={"regressor": True})) == {"final": dense.backbone_flops // 2}
 
 
 def test_a_scenario_has_its_own_classes_and_branches():

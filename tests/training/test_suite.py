@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from filelock import FileLock
+from tiny_runs import TINY
 from typer.testing import CliRunner
 
 from crowdexit import zoo
@@ -21,7 +22,7 @@ from crowdexit.cli import app
 from crowdexit.data.classes import write_classes
 from crowdexit.errors import CrowdExitError
 from crowdexit.training.recipe import Recipe
-from crowdexit.training.suite import bundled, merged, read_suite, run_all, runs_of
+from crowdexit.training.suite import bundled, described, merged, read_suite, run_all, runs_of
 
 SUITE = {
     "title": "Tiny",
@@ -78,6 +79,62 @@ def test_a_table_in_one_command_that_is_not_run_twice(tmp_path, data):
     assert len(before) == 5
     assert CliRunner().invoke(app, arguments).exit_code == 0
     assert before == {path: path.stat().st_mtime_ns for path in before}
+    # What cannot be evaluated is missing from the table, and named; the rest is there.
+    broken = tmp_path / "out" / "resnet152" / "branches-1"
+    (broken / "test.json").unlink()
+    (broken / "model.safetensors").write_bytes(b"")
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, CrowdExitError)
+    assert "1 of 5 runs failed (resnet152/branches-1)" in str(result.exception)
+    first = (tmp_path / "out" / "table.md").read_text().splitlines()[4]
+    assert first.startswith("| resnet152 | 1 | ")
+    assert first.count("±") == 2  # copycat alone has two seeds left
+
+
+def counting_suite(tmp_path: Path) -> Path:
+    """Table VIII at a tiny size: a stage two network, with the dense layer in place of the sum."""
+    spec = zoo.Spec("audiocsrnet-s", changes={**TINY, "regressor": True})
+    zoo.save(zoo.build(spec), spec, tmp_path / "start.safetensors")
+    settings = {"loss": "mae", "epochs": 1, "batch": 4, "precision": "32-true", "watch": "audio"}
+    return written(
+        tmp_path,
+        paper="VIII",
+        backbones={"audiocsrnet": {"start": str(tmp_path / "start.safetensors")}},
+        branches={"model": "audiocsrnet-s", "data": {"workers": 0, "whole": True, "hear": 1.0}, **settings},
+        places=["V1", "AV1", "AV2"],
+    )
+
+
+def test_table_viii_of_a_network_with_its_dense_layer(tmp_path, store):
+    arguments = ["suite", str(counting_suite(tmp_path)), "--data", str(store), "--split", "val", "--seeds", "1"]
+    result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    header, _, *rows = (tmp_path / "out" / "table.md").read_text().splitlines()[2:7]
+    assert "FLOPS SL-ViT" in header
+    for place, row in zip(("V1", "AV1", "AV2"), rows, strict=True):
+        assert row.startswith(f"| audiocsrnet | {place} | ")
+        assert "–" not in row, "every figure and every cost is there"
+
+
+def test_what_a_table_costs_is_known_before_anything_is_trained(tmp_path, store, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("no such cost")
+
+    monkeypatch.setattr("crowdexit.analysis.cost.cost_of", fails)
+    arguments = ["suite", str(counting_suite(tmp_path)), "--data", str(store), "--split", "val", "--seeds", "1"]
+    result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "out")])
+    assert str(result.exception) == "no such cost"
+    assert not list(tmp_path.glob("out/**/model.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["table-iv", "small-digits", "shanghaitech"])
+def test_a_run_is_described_before_it_is_trained(tmp_path, name):
+    runs = runs_of(read_suite(name), tmp_path / "data.h5", tmp_path / "out", 1)
+    for run in (run for run in runs if run.step == "branches"):
+        spec = described(run, runs)
+        assert [(e.name, e.kind) for e in spec.exits] == [(e["name"], e["kind"]) for e in run.recipe["exits"]]
+        with torch.device("meta"):
+            assert len(zoo.build(spec).exit_names) == len(spec.exits) + 1
 
 
 def test_what_fails_stops_nothing_else(tmp_path, data):
