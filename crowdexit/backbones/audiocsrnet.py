@@ -49,8 +49,8 @@ class AudioCSRNetConfig:
         width: channels of VGG's front and of the fusion blocks, times this.
         audio_width: channels of VGGish, times this.
         audio_features: length of the vector that YAMNet's embedding is projected to.
-        image_norm: how VGG's front normalises images before its first convolution: as ``imagenet`` or, for the published
-            AudioCSRNet, as its ``official`` code does.
+        image_norm: how VGG's front normalises images before its first convolution: as ``imagenet`` or, for the
+            published AudioCSRNet, as its ``official`` code does.
         front_norm: batch normalisation in VGG's front and VGGish, so that they train from scratch.
         density_activation: of the density map (:func:`crowdexit.exits.density_of`; the paper's has none).
         density_scale: the network's output per head; 100 keeps a from-scratch network's numbers near one.
