@@ -455,9 +455,7 @@ def suite(
     print(paths[1].read_text("utf-8"), end="")
     print(f"Written: {', '.join(map(str, paths))}", file=sys.stderr)
     if failed:
-        raise CrowdExitError(
-            f"{len(failed)} of {len(runs)} runs failed ({', '.join(failed)}); see above and their log.txt"
-        )
+        raise CrowdExitError(f"{len(failed)} of {len(runs)} runs failed ({', '.join(failed)}); see their log.txt")
 
 
 @app.command(epilog="Example: `crowdexit search runs/branches --data cifar10.h5 --place 1 --heads 2,4,8,12,16`")

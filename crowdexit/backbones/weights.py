@@ -99,7 +99,7 @@ def load_published(network: MultiExitNetwork, kind: str, path: str | Path) -> Fi
         raise WeightsError(f"{kind}: weights for {of.__name__}, not for {type(network).__name__}")
     if isinstance(network, AudioCSRNet) and network.config.front_norm:
         raise WeightsError(f"{kind}: published weights fit no network with batch normalisation in its fronts")
-    if kind == "audiocsrnet" and network.config.image_norm != "official":
+    if kind == "audiocsrnet" and isinstance(network, AudioCSRNet) and network.config.image_norm != "official":
         raise WeightsError(
             "audiocsrnet: trained on images normalised in its own way: set changes: {image_norm: official}"
         )

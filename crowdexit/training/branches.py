@@ -123,7 +123,7 @@ def load_teacher(name: Path, network: MultiExitNetwork, spec: zoo.Spec) -> Multi
     if teacher.config.size != network.config.size:
         theirs, ours = ("{}x{}".format(*config.size) for config in (teacher.config, network.config))
         raise TrainingError(f"copycat.teacher: {name} takes images of {theirs}, the run's are {ours}")
-    return teacher.requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+    return teacher.requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 class BranchTraining(Experiment):
@@ -165,8 +165,8 @@ class BranchTraining(Experiment):
         if recipe.copycat and recipe.copycat.teacher is not None:
             self._teachers = [load_teacher(recipe.copycat.teacher, network, spec)]
         if recipe.copycat and self.readouts and not self.teacher.final.maps:
-            name = recipe.copycat.teacher or recipe.model
-            raise TrainingError(f"{name}: its final exit makes no density map to teach the parts by: local: 0")
+            labels = recipe.copycat.teacher or recipe.model
+            raise TrainingError(f"{labels}: its final exit makes no density map to teach the parts by: local: 0")
         self.best_of = dict.fromkeys(self.names, math.inf)
         self.stale = dict.fromkeys(self.names, 0)
         self.kept: dict[str, dict[str, Tensor]] = {}
