@@ -46,6 +46,7 @@ class CNNExit(Branch):
     """
 
     kind = "cnn"
+    rectifies = True
 
     def __init__(
         self,
