@@ -27,7 +27,7 @@ class Config(Protocol):
 
     @property
     def view(self) -> Literal["fit", "tiles", "scale"]:
-        """How a picture is laid before the network: fitted into one view of ``size``; cut into several, which are added;
+        """How an image is laid before the network: fitted into one view of ``size``; cut into several, which are added;
         or in a view of its own shape, scaled down to no more pixels than ``size`` has."""
 
     @property

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crowdexit.backbones.fronts import FrontKind, FrontStage, Renormalise, register_front
+from crowdexit.backbones.same_padding import fix_same_padding
 from crowdexit.stages import Features
 
 _STRIDE_8 = 3  # blocks of layers up to there
@@ -56,17 +57,18 @@ class LitePyramid(FrontStage):
         at_8 = features.visual
         at_16 = self.to_16(at_8)
         at_32 = self.to_32(at_16)
-        joined = _upsampled(self.lateral_32(at_32), at_16) + self.lateral_16(at_16)
-        joined = _upsampled(joined, at_8) + self.lateral_8(at_8)
+        joined = _doubled(self.lateral_32(at_32)) + self.lateral_16(at_16)
+        joined = _doubled(joined) + self.lateral_8(at_8)
         return features.with_visual(F.relu(self.norm(joined)))
 
 
-def _upsampled(map: Tensor, like: Tensor) -> Tensor:
-    return F.interpolate(map, size=like.shape[-2:], mode="nearest")
+def _doubled(map: Tensor) -> Tensor:
+    return F.interpolate(map, scale_factor=2.0, mode="nearest")
 
 
 def _make(config: Any) -> tuple[LiteStem, LitePyramid]:
     network: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    fix_same_padding(network)
     blocks = list(network.blocks)
     stem = LiteStem(network.conv_stem, network.bn1, blocks[:_STRIDE_8])
     return stem, LitePyramid(blocks[_STRIDE_8:], config.fusion_channels[0])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crowdexit.backbones.fronts import AudioEncoder, AudioEncoderKind, register_audio_encoder
+from crowdexit.backbones.same_padding import SameConv2d
 from crowdexit.stages import Features
 
 CHANNELS = 1024  # of its embedding
@@ -24,17 +25,6 @@ _EPSILON = 1e-4  # of its batch normalisations
 _PREPARED_OFFSET, _OFFSET = 0.01, 0.001
 
 
-class _SameConv(nn.Conv2d):
-    """A 3×3 convolution with TensorFlow's SAME padding, for inputs whose sides the stride divides."""
-
-    def __init__(self, channels: int, out: int, stride: int, groups: int = 1) -> None:
-        super().__init__(channels, out, 3, stride=stride, groups=groups, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        before = 1 if self.stride[0] == 1 else 0
-        return super().forward(F.pad(x, (before, 1, before, 1)))
-
-
 def _norm(channels: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels, eps=_EPSILON)
 
@@ -42,7 +32,7 @@ def _norm(channels: int) -> nn.BatchNorm2d:
 def _block(channels: int, out: int, stride: int) -> nn.Sequential:
     return nn.Sequential(
         OrderedDict(
-            depthwise=_SameConv(channels, channels, stride, groups=channels),
+            depthwise=SameConv2d(channels, channels, 3, stride=stride, groups=channels),
             depthwise_bn=_norm(channels),
             relu1=nn.ReLU(),
             pointwise=nn.Conv2d(channels, out, 1, bias=False),
@@ -65,7 +55,7 @@ class YAMNet(AudioEncoder):
     def __init__(self, features: int) -> None:
         super().__init__()
         self.channels = features
-        self.conv, self.bn = _SameConv(1, 32, 2), _norm(32)
+        self.conv, self.bn = SameConv2d(1, 32, 3, stride=2), _norm(32)
         self.blocks = nn.Sequential()
         channels = 32
         for out, stride in BLOCKS:

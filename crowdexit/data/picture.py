@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import cv2
 import numpy as np
@@ -22,6 +23,7 @@ MIN_SIDE = 32
 TILES = 3  # along a side, at most
 # A picture that would shrink by more than this to fit is cut into tiles: its people would be lost.
 LEAST_SCALE = 1 / 4
+SCALE_STEP = 32  # of the sides of images that keep their own shape
 MAX_PIXELS = 150_000_000
 # Of a batch that goes through a stage, more would only take memory; and of all whose features are kept meanwhile.
 PIXELS_AT_ONCE = 4 * 1024 * 768
@@ -32,6 +34,9 @@ FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
 # ImageNet's, which the published weights of all backbones expect.
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 STD = np.array([0.229, 0.224, 0.225], np.float32)
+
+
+_Row = TypeVar("_Row", bound=tuple[Any, ...])
 
 
 class PictureError(CrowdExitError):
@@ -158,14 +163,39 @@ def tiles(picture: NDArray[np.uint8], side: tuple[int, int]) -> list[NDArray[np.
     return [band[:, c * side[0] : (c + 1) * side[0]] for band in bands for c in range(columns)]
 
 
+def scaled_size(width: int, height: int, most: tuple[int, int]) -> tuple[int, int]:
+    """The (width, height) of an image scaled down, its shape kept, to no more pixels than ``most`` has; never up."""
+    scale = min(1.0, math.sqrt(most[0] * most[1] / (width * height)))
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def scale_down(picture: NDArray[np.uint8], most: tuple[int, int]) -> tuple[NDArray[np.uint8], Placement]:
+    """An image of :func:`scaled_size` in the upper left corner of a canvas whose sides are multiples of 32."""
+    height, width = picture.shape[:2]
+    size = scaled_size(width, height, most)
+    if size != (width, height):
+        picture = np.asarray(cv2.resize(picture, size, interpolation=cv2.INTER_AREA), np.uint8)
+    canvas = (-(-size[0] // SCALE_STEP) * SCALE_STEP, -(-size[1] // SCALE_STEP) * SCALE_STEP)
+    return place(picture, canvas, (0, 0)), Placement(size[0] / width, (0, 0), size)
+
+
 def views(
-    picture: NDArray[np.uint8], canvas: tuple[int, int], view: Literal["fit", "tiles"]
+    picture: NDArray[np.uint8], canvas: tuple[int, int], view: Literal["fit", "tiles", "scale"]
 ) -> list[tuple[NDArray[np.uint8], Placement]]:
     """All that a network with this canvas sees of a picture: one view with everything in it, or tiles to be added."""
     if view == "fit":
         return [fit(picture, canvas)]
+    if view == "scale":
+        return [scale_down(picture, canvas)]
     everywhere = Placement(1.0, (0, 0), canvas)
     return [(tile, everywhere) for tile in tiles(picture, canvas)]
+
+
+def same_size_groups(rows: Sequence[_Row], most: int) -> Iterator[list[_Row]]:
+    """Rows, each a tuple that begins with its canvas, in their order: ``most`` together, with canvases of one size."""
+    for _, alike in groupby(rows, key=lambda row: row[0].shape):
+        group = list(alike)
+        yield from (group[start : start + most] for start in range(0, len(group), most))
 
 
 def tile_boxes(width: int, height: int, native: tuple[int, int]) -> list[tuple[int, int, int, int]]:

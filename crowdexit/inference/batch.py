@@ -16,11 +16,11 @@ from crowdexit.stages import Features, inputs
 def batch_of(
     laid: Sequence[tuple[NDArray[np.uint8], Placement]],
     sounds: Sequence[NDArray[np.float32] | None],
-    size: tuple[int, int],
 ) -> Features:
-    """Pictures on their canvases and their log-mels as the network's input."""
+    """Pictures on canvases of one size and their log-mels as the network's input."""
+    height, width = laid[0][0].shape[:2]
     image = torch.from_numpy(normalised([canvas for canvas, _ in laid]))
-    inside = torch.from_numpy(np.stack([placement.inside(size) for _, placement in laid]))[:, None]
+    inside = torch.from_numpy(np.stack([placement.inside((width, height)) for _, placement in laid]))[:, None]
     silence = np.zeros((96, 64), np.float32)
     mels = torch.from_numpy(np.stack([silence if s is None else s for s in sounds]))[:, None]
     heard = torch.tensor([s is not None for s in sounds])
@@ -30,4 +30,4 @@ def batch_of(
 def look(picture: NDArray[np.uint8], sound: NDArray[np.float32] | None, config: Config) -> Features:
     """All that a network sees of a picture H×W×3, in one view or several, each with the log-mel (96, 64) or None."""
     laid = views(picture, config.size, config.view)
-    return batch_of(laid, [sound] * len(laid), config.size)
+    return batch_of(laid, [sound] * len(laid))

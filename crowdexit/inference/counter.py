@@ -15,7 +15,15 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from crowdexit.data.picture import PIXELS_ABREAST, PIXELS_AT_ONCE, decode_picture, tile_boxes, views
+from crowdexit.data.picture import (
+    PIXELS_ABREAST,
+    PIXELS_AT_ONCE,
+    decode_picture,
+    same_size_groups,
+    scaled_size,
+    tile_boxes,
+    views,
+)
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.anytime import DeadlineMissed, answers_by
 from crowdexit.inference.batch import batch_of
@@ -313,6 +321,8 @@ class CrowdCounter:
             return None
         if config.view == "tiles":
             return width, height
+        if config.view == "scale":
+            return scaled_size(width, height, config.size)
         scale = min(1.0, config.size[0] / width, config.size[1] / height)
         return max(1, round(width * scale)), max(1, round(height * scale))
 
@@ -439,11 +449,13 @@ class CrowdCounter:
             raise CounterError("which exit is the deepest that fits, only a deadline can tell")
 
     def _part(self, first: int, samples: Sequence[Sequence[Row]], times: Profile) -> Part:
-        """Samples numbered from ``first`` on, by their rows; in several batches a single one alone."""
+        """Samples numbered from ``first`` on, by their rows; in several batches a single one alone.
+
+        Rows of several samples are on canvases of one size.
+        """
         rows = [row for of_one in samples for row in of_one]
         at_once = self._rows(PIXELS_AT_ONCE)
-        together = [rows[start : start + at_once] for start in range(0, len(rows), at_once)]
-        batches = [Batch(partial(_laid_out, some, self.network.config.size, times), len(some)) for some in together]
+        batches = [Batch(partial(_laid_out, some, times), len(some)) for some in same_size_groups(rows, at_once)]
         return Part(np.arange(first, first + len(samples)), np.array([len(of_one) for of_one in samples]), batches)
 
     def _walk(
@@ -614,7 +626,8 @@ class CrowdCounter:
             scene, rows = prepared(*sample, self.network.config)
             self._times.note(PREPARING, 1, 1000 * (time.perf_counter() - begun))
             full = sum(map(len, together)) + len(rows) > at_once
-            if together and (full or scene.heard != scenes[-1].heard):
+            other = together and len(list(same_size_groups([*together[-1], *rows], at_once))) > 1
+            if together and (full or other or scene.heard != scenes[-1].heard):
                 yield self._part(len(scenes) - len(together), together, self._times)
                 together = []
             order.append(len(scenes))
@@ -679,9 +692,9 @@ def load(name: str | Path, *, runtime: str = "auto", exits: Sequence[str] | None
     )
 
 
-def _laid_out(rows: Sequence[Row], size: tuple[int, int], times: Profile) -> Features:
+def _laid_out(rows: Sequence[Row], times: Profile) -> Features:
     begun = time.perf_counter()
-    features = batch_of([(canvas, placement) for canvas, placement, _ in rows], [mel for *_, mel in rows], size)
+    features = batch_of([(canvas, placement) for canvas, placement, _ in rows], [mel for *_, mel in rows])
     times.note(LAYING, len(rows), 1000 * (time.perf_counter() - begun))
     return features
 

@@ -32,6 +32,7 @@ from crowdexit.data.picture import (
     checked_picture,
     normalise,
     read_picture,
+    same_size_groups,
     tile_boxes,
     views,
 )
@@ -116,7 +117,7 @@ class Manifest(_Part):
     network: NetworkPart
     size: tuple[_Side, _Side]
     scene: tuple[_Side, _Side]
-    view: Literal["fit", "tiles"]
+    view: Literal["fit", "tiles", "scale"]
     step: int = Field(gt=0)
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -249,8 +250,7 @@ class Exported:
         # A picture of an absurd shape has too many boxes to go through the network abreast: the last of them tell.
         counts = dict.fromkeys(wanted, 0.0)
         for start in range(0, len(seen), abreast):
-            group = seen[start : start + abreast]
-            batches = (self._record(group[at : at + at_once], sound) for at in range(0, len(group), at_once))
+            batches = (self._record(rows, sound) for rows in same_size_groups(seen[start : start + abreast], at_once))
             for name, count in walk(_Abreast(self.chain), batches, wanted):
                 counts[name] += count
                 if start + abreast >= len(seen):
@@ -273,13 +273,14 @@ class Exported:
     def _record(
         self, seen: Sequence[tuple[NDArray[np.uint8], Placement]], log_mel: NDArray[np.float32] | None
     ) -> Record:
-        """Views on their canvases as a batch before the first stage."""
+        """Views on canvases of one size as a batch before the first stage."""
+        height, width = seen[0][0].shape[:2]
         sound = np.zeros((96, 64), np.float32) if log_mel is None else log_mel
         return {
             "visual": np.stack([normalise(canvas) for canvas, _ in seen]),
             "log_mel": np.repeat(sound[None, None], len(seen), axis=0),
             "heard": np.full(len(seen), log_mel is not None),
-            "inside": np.stack([placement.inside(self.manifest.size) for _, placement in seen])[:, None],
+            "inside": np.stack([placement.inside((width, height)) for _, placement in seen])[:, None],
         }
 
 

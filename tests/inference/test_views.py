@@ -49,7 +49,7 @@ def test_tiles_are_added(pictures, sound):
     for tile in tiles(pictures[0], (64, 64)):
         one = views(tile, (64, 64), "fit")
         with torch.inference_mode():
-            for name, answer in counter.network.stream(batch_of(one, [sound], (64, 64))):
+            for name, answer in counter.network.stream(batch_of(one, [sound])):
                 alone[name] += float(answer.value)
     for name, value in alone.items():
         assert result[name].count == pytest.approx(value, rel=1e-4)

@@ -36,7 +36,8 @@ class Onnx(Runtime):
         kept = KeptModels(network, self.name, ".onnx", Path.read_bytes, _write)
 
         def model(piece: str, shapes: Shapes) -> bytes:
-            return kept.model(piece, shapes, lambda: convert(pieces[piece], shapes))
+            of = () if pieces[piece].any_size else shapes
+            return kept.model(piece, of, lambda: convert(pieces[piece], of or None))
 
         return ArrayReady(network, self.name, chain_of(network, pieces, OnnxEngine(model)))
 
@@ -46,13 +47,13 @@ def _write(model: bytes, path: Path) -> None:
 
 
 def convert(piece: Piece, shapes: Shapes | None = None) -> bytes:
-    """A piece as an ONNX file, its batch open.
+    """A piece as an ONNX file, its batch open, and the sides of its maps where it takes any image size.
 
     Args:
         shapes: of what it takes, without the batch; default: at the network's own picture size.
     """
     examples = piece.examples(shapes, batch=2)  # a batch of one would be taken for a constant
-    batch = torch.export.Dim("batch")
+    batch, side = torch.export.Dim("batch"), torch.export.Dim.DYNAMIC
     takes, gives = piece.ports.names()
     with torch.no_grad(), warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
@@ -60,7 +61,7 @@ def convert(piece: Piece, shapes: Shapes | None = None) -> bytes:
             piece,
             examples,
             dynamo=True,
-            dynamic_shapes=(tuple({0: batch} for _ in examples),),
+            dynamic_shapes=(tuple({0: batch} | dict.fromkeys(sides, side) for sides in piece.open_sides()),),
             input_names=takes,
             output_names=gives,
             verbose=False,

@@ -52,7 +52,8 @@ class OpenVINO(Runtime):
             kept = _kept(network, "openvino")
 
             def model(piece: str, shapes: Shapes) -> Any:
-                return kept.model(piece, shapes, lambda: convert(pieces[piece], shapes))
+                of = () if pieces[piece].any_size else shapes
+                return kept.model(piece, of, lambda: convert(pieces[piece], of or None))
 
         engine = OpenVINOEngine(model, half=self.name != "openvino")
         return ArrayReady(network, self.name, chain_of(network, pieces, engine))
@@ -106,7 +107,7 @@ def _root_logger_kept() -> Iterator[None]:
 
 
 def convert(piece: Piece, shapes: Shapes | None = None) -> Any:
-    """A piece as an ``openvino.Model``, its batch open.
+    """A piece as an ``openvino.Model``, its batch open, and the sides of its maps where it takes any image size.
 
     Its weights share the network's memory.
 
@@ -118,7 +119,10 @@ def convert(piece: Piece, shapes: Shapes | None = None) -> Any:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of shapes that become constants: all but the batch are
         traced = torch.jit.trace(piece, examples, check_trace=False)
-        given = [openvino.PartialShape([-1, *example.shape[1:]]) for example in examples]
+        given = [
+            openvino.PartialShape([-1 if d == 0 or d in sides else n for d, n in enumerate(example.shape)])
+            for example, sides in zip(examples, piece.open_sides(), strict=True)
+        ]
         with _root_logger_kept():
             model = openvino.convert_model(traced, example_input=examples, input=given)
     for names, sides in zip(piece.ports.names(), (model.inputs, model.outputs), strict=True):

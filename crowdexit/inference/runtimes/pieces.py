@@ -29,6 +29,7 @@ class Piece(nn.Module):
         ports: both, in order.
         token_grid: of the record that comes in, for it is no tensor.
         token_grid_after: of the record that goes out.
+        any_size: whether its graph, made at one image size, holds for all.
     """
 
     def __init__(
@@ -37,10 +38,13 @@ class Piece(nn.Module):
         ports: Ports,
         token_grid: tuple[int, int] | None,
         token_grid_after: tuple[int, int] | None,
+        *,
+        any_size: bool = False,
     ) -> None:
         super().__init__()
         self.module = module
         self.ports = ports
+        self.any_size = any_size
         self.token_grid, self.token_grid_after = token_grid, token_grid_after
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -48,6 +52,11 @@ class Piece(nn.Module):
         record |= {port.name: tensor for port, tensor in zip(self.ports.takes, tensors, strict=True)}
         given = self.module(Features(**record, token_grid=self.token_grid))
         return tuple(getattr(given, port.name) for port in self.ports.gives)
+
+    def open_sides(self) -> list[tuple[int, ...]]:
+        """Of each tensor that it takes, the dimensions after the batch whose lengths follow the image's size."""
+        follows = self.any_size
+        return [(2, 3) if follows and port.name in ("visual", "inside") else () for port in self.ports.takes]
 
     def examples(self, shapes: Shapes | None = None, batch: int = 1) -> tuple[Tensor, ...]:
         """Tensors of ones that it takes; ``shapes`` without the batch, default: at the network's own picture size."""
@@ -63,14 +72,15 @@ def take_apart(network: MultiExitNetwork) -> dict[str, Piece]:
     network.eval()
     width, height = network.config.size
     pieces: dict[str, Piece] = {}
+    any_size = network.config.view == "scale"
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         state = inputs(torch.empty(1, 3, height, width), torch.empty(1, 1, 96, 64))
         for index in range(len(network.stages)):
             stage: Any = network.stages[index]
-            pieces[stage_piece(index)], state = _watched(stage, state)
+            pieces[stage_piece(index)], state = _watched(stage, state, any_size)
             for name in network.exit_names:
                 if network.stage_of(name) == index:
-                    pieces[exit_piece(name)], _ = _watched(network.exit_module(name), state)
+                    pieces[exit_piece(name)], _ = _watched(network.exit_module(name), state, any_size)
     return pieces
 
 
@@ -85,7 +95,7 @@ def chain_of(network: MultiExitNetwork, pieces: Mapping[str, Piece], engine: Eng
     return ArrayChain(exits, {name: piece.ports for name, piece in pieces.items()}, engine)
 
 
-def _watched(module: Stage | Exit, state: Features) -> tuple[Piece, Any]:
+def _watched(module: Stage | Exit, state: Features, any_size: bool) -> tuple[Piece, Any]:
     """The module as a piece, and what it gives."""
     before = _tensors(state)
     with _Touched(before.values()) as touched:
@@ -94,7 +104,7 @@ def _watched(module: Stage | Exit, state: Features) -> tuple[Piece, Any]:
     takes = tuple(_port(name, tensor) for name, tensor in before.items() if touched.has(tensor))
     gives = tuple(_port(name, tensor) for name, tensor in after.items() if before.get(name) is not tensor)
     grid_after = given.token_grid if isinstance(given, Features) else None
-    return Piece(module, Ports(takes, gives), state.token_grid, grid_after), given
+    return Piece(module, Ports(takes, gives), state.token_grid, grid_after, any_size=any_size), given
 
 
 class _Touched(TorchFunctionMode):
