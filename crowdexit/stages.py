@@ -5,6 +5,7 @@ A network is a chain of stages; an exit reads the record that a stage hands over
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -61,10 +62,18 @@ class Features:
 
     def select(self, keep: Tensor) -> Features:
         """The record of some samples only: ``keep`` is a bool mask or indices over the batch."""
-        kept: dict[str, Any] = {
-            f.name: value[keep] for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
+        return self._each(lambda value: value[keep])
+
+    def detach(self) -> Features:
+        """The same record without its graph: no gradient reaches the stages that it came from."""
+        return self._each(Tensor.detach)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Features:
+        """The record with every tensor of it changed."""
+        changed: dict[str, Any] = {
+            f.name: change(value) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
         }
-        return replace(self, **kept)
+        return replace(self, **changed)
 
 
 def inputs(
@@ -96,9 +105,11 @@ class Stage(nn.Module):
     """A piece of a backbone: takes the record, hands it on.
 
     Attributes:
+        uses_audio: whether its output may depend on the audio.
         fuses_audio: whether what it hands on as ``visual`` depends on the audio.
     """
 
+    uses_audio: bool = True
     fuses_audio: bool = False
 
     def forward(self, features: Features) -> Features:
@@ -124,11 +135,30 @@ class Exit(nn.Module):
     Attributes:
         kind: what it is called. maps: whether its answers have a density map. hears: whether it takes the sound's
             vector itself, beside what the stages made of it.
+        token_grid: (rows, columns) over the image of the tokens that it ends in, or None: it has no such tokens.
+        count_head: the layers from its tokens to the count that a regression can start, or None
+            (:func:`crowdexit.training.fit.fit_exits`).
+        eye: the convolution through which it reads a feature map, or None.
     """
 
     kind: str
     maps: bool = False
     hears: bool = False
+    token_grid: tuple[int, int] | None = None
+
+    @property
+    def count_head(self) -> nn.Sequential | None:
+        return None
+
+    @property
+    def eye(self) -> nn.Conv2d | None:
+        return None
+
+    def start_at(self, count: float) -> None:
+        """Let the untrained exit answer about this count, if it can start anywhere."""
+
+    def start_tied(self) -> None:
+        """Start with the same weights at every position, if it has some that belong to positions."""
 
     def forward(self, features: Features) -> Answer:
         raise NotImplementedError  # abstract

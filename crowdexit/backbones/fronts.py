@@ -39,6 +39,7 @@ class FrontStage(Stage):
     """
 
     channels: int
+    uses_audio = False
 
 
 class AudioEncoder(Stage):

@@ -210,6 +210,10 @@ class TokenHead(Exit):
         self.scale = config.count_scale
         self.layers = nn.Sequential(nn.Linear(config.dim, 1000), nn.ReLU(), nn.Dropout(0.5), nn.Linear(1000, 1))
 
+    @property
+    def count_head(self) -> nn.Sequential:
+        return self.layers
+
     def tokens(self, features: Features) -> Tensor:
         """What the head sees, B×1×D."""
         token: Tensor = self.norm(features.tokens()[:, :1])

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
@@ -19,13 +20,16 @@ from torch import Tensor, nn
 
 from crowdexit.backbones.audiocsrnet import STRIDE, AudioCSRNet, FusionBlock
 from crowdexit.backbones.convnets import BOTTLENECKS, INCEPTIONS, ConvNet
+from crowdexit.backbones.efficientnet import LitePyramid, LiteStem
 from crowdexit.backbones.vgg import VGGFront, VGGish
 from crowdexit.backbones.vit import Embedding, Encoder, ViT
+from crowdexit.backbones.yamnet import YAMNet
 from crowdexit.data.picture import MEAN, STD
 from crowdexit.errors import CrowdExitError
 from crowdexit.network import MultiExitNetwork
 
 TORCHVISION = "torchvision"
+TIMM = "timm"
 _HU_SCALE = 100.0  # the output of the published AudioCSRNet (Hu et al.) for one head
 
 _OLD_DENSENET = re.compile(r"(\.(?:norm|conv))\.([12]\.)")
@@ -42,7 +46,7 @@ class Filled:
     """What a file gave to a network.
 
     Attributes:
-        kind: of the weights. source: the file, or ``torchvision``.
+        kind: of the weights. source: the file, or ``torchvision`` or ``timm``.
         filled: the network's tensors that now come from the file.
         unused: the file's tensors that the network has no place for.
     """
@@ -73,6 +77,10 @@ def load_published(network: MultiExitNetwork, kind: str, path: str | Path) -> Fi
     - ``vgg16``: torchvision's VGG-16 (``features.N.…``) → the VGG front. ``torchvision`` in place of a path
       has torchvision fetch its ImageNet weights.
     - ``vggish``: the published ``pytorch_vggish.pth`` (``features.N.…``) → VGGish's six convolutions.
+    - ``efficientnet-lite0``: timm's ``tf_efficientnet_lite0`` → the EfficientNet-Lite0 front, without the join of its
+      strides. ``timm`` in place of a path has timm fetch its ImageNet weights.
+    - ``yamnet``: YAMNet (``conv.…``, ``bn.…``, ``blockN.depthwise.…``; batch normalisation without scale) → the YAMNet
+      audio encoder, without the projection of its embedding.
     - ``csrnet``: a CSRNet (Li et al., ``frontend.N.…``) → the VGG front. Its back end has no batch normalisation
       and no sound, and stays unused.
     - ``audiocsrnet``: a checkpoint of Hu et al.'s code → all but the vector that stands in for absent sound. The
@@ -105,8 +113,8 @@ def load_published(network: MultiExitNetwork, kind: str, path: str | Path) -> Fi
         )
     if isinstance(network, ViT) and network.config.stem != "patch":
         raise WeightsError(f"{kind}: published weights fit no network with a stem of convolutions")
-    fetched = str(path) == TORCHVISION and kind in ("vgg16", "imagenet")
-    tensors = _torchvision(network) if fetched else read_published(path)
+    fetch = _FETCHED.get((kind, str(path)))
+    tensors = fetch(network) if fetch is not None else read_published(path)
     reader = _Reader(tensors, f"{kind}: {path}")
     new = fill(network, reader)
     own = network.state_dict()
@@ -167,11 +175,22 @@ def _torchvision(network: MultiExitNetwork) -> Tensors:
     return weights
 
 
+def _timm(network: MultiExitNetwork) -> Tensors:
+    """timm's ImageNet weights of EfficientNet-Lite0."""
+    name = "tf_efficientnet_lite0"
+    try:
+        weights: dict[str, Tensor] = timm.create_model(name, pretrained=True).state_dict()
+    except Exception as error:  # its hub's client has errors of its own, and not one base class for them
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WeightsError(f"{name}: timm could not fetch its weights ({reason}); give a file instead") from None
+    return weights
+
+
 class _Reader:
     """Hands out a file's tensors by name, checked, and remembers which nobody asked for."""
 
     def __init__(self, tensors: Tensors, source: str) -> None:
-        self.tensors = tensors
+        self.tensors = dict(tensors)
         self.source = source
         self.asked: set[str] = set()
 
@@ -196,13 +215,26 @@ def _by(shape: torch.Size) -> str:
 
 def _convolutions(network: AudioCSRNet, stage: type[nn.Module], reader: _Reader, prefix: str) -> dict[str, Tensor]:
     """A front's convolutions; without batch normalisation the layers' numbers are the published ones."""
-    index = next(i for i, s in enumerate(network.stages) if isinstance(s, stage))
-    own = f"stages.{index}.layers."
-    return {
-        key: reader.take(prefix + key.removeprefix(own), tensor.shape)
-        for key, tensor in network.state_dict().items()
-        if key.startswith(own)
-    }
+    return _renamed(network, {f"stages.{_index(network, stage, reader)}.layers.": prefix}, reader)
+
+
+def _index(network: AudioCSRNet, stage: type[nn.Module], reader: _Reader) -> int:
+    """Where the network's stage of that class stands."""
+    for index, module in enumerate(network.stages):
+        if isinstance(module, stage):
+            return index
+    raise WeightsError(f"{reader.source}: this network has no {stage.__name__} (another front or audio_encoder)")
+
+
+def _renamed(network: AudioCSRNet, prefixes: Mapping[str, str], reader: _Reader) -> dict[str, Tensor]:
+    """What the file has for the network's tensors whose names begin like this: our prefix → theirs."""
+    new = {}
+    for key, tensor in network.state_dict().items():
+        for ours, theirs in prefixes.items():
+            # How many batches a normalisation has seen says nothing of the network, and older files lack it.
+            if key.startswith(ours) and not key.endswith("num_batches_tracked"):
+                new[key] = reader.take(theirs + key.removeprefix(ours), tensor.shape)
+    return new
 
 
 def _vgg16(network: AudioCSRNet, reader: _Reader) -> dict[str, Tensor]:
@@ -211,6 +243,30 @@ def _vgg16(network: AudioCSRNet, reader: _Reader) -> dict[str, Tensor]:
 
 def _vggish(network: AudioCSRNet, reader: _Reader) -> dict[str, Tensor]:
     return _convolutions(network, VGGish, reader, "features.")
+
+
+def _efficientnet_lite0(network: AudioCSRNet, reader: _Reader) -> dict[str, Tensor]:
+    stem, pyramid = _index(network, LiteStem, reader), _index(network, LitePyramid, reader)
+    prefixes = {f"stages.{stem}.{part}.": f"{part}." for part in ("conv_stem", "bn1", "blocks")}
+    number = len(network.stages[stem].blocks)  # type: ignore[arg-type]
+    for part in ("to_16", "to_32"):
+        for index in range(len(network.stages[pyramid].get_submodule(part))):  # type: ignore[arg-type]
+            prefixes[f"stages.{pyramid}.{part}.{index}."] = f"blocks.{number}."
+            number += 1
+    return _renamed(network, prefixes, reader)
+
+
+def _yamnet(network: AudioCSRNet, reader: _Reader) -> dict[str, Tensor]:
+    index = _index(network, YAMNet, reader)
+    own = f"stages.{index}."
+    prefixes = {f"{own}conv.": "conv.", f"{own}bn.": "bn."}
+    for number, _ in enumerate(network.stages[index].blocks):  # type: ignore[arg-type]
+        prefixes[f"{own}blocks.{number}."] = f"block{number + 1}."
+    # Its batch normalisation has no scale, ours has one of 1.
+    for key, bias in list(reader.tensors.items()):
+        if key.endswith("bn.bias"):
+            reader.tensors.setdefault(key.removesuffix("bias") + "weight", torch.ones_like(bias))
+    return _renamed(network, prefixes, reader)
 
 
 def _csrnet(network: AudioCSRNet, reader: _Reader) -> dict[str, Tensor]:
@@ -353,10 +409,18 @@ def _imagenet(network: ConvNet, reader: _Reader) -> dict[str, Tensor]:
 _KINDS: dict[str, tuple[Callable[[Any, _Reader], dict[str, Tensor]], type[MultiExitNetwork]]] = {
     "vgg16": (_vgg16, AudioCSRNet),
     "vggish": (_vggish, AudioCSRNet),
+    "efficientnet-lite0": (_efficientnet_lite0, AudioCSRNet),
+    "yamnet": (_yamnet, AudioCSRNet),
     "csrnet": (_csrnet, AudioCSRNet),
     "audiocsrnet": (_audiocsrnet, AudioCSRNet),
     "vit": (_vit, ViT),
     "augreg": (_augreg, ViT),
     "transcrowd": (_transcrowd, ViT),
     "imagenet": (_imagenet, ConvNet),
+}
+# What a word in place of a file has somebody else fetch.
+_FETCHED: dict[tuple[str, str], Callable[[MultiExitNetwork], Tensors]] = {
+    ("vgg16", TORCHVISION): _torchvision,
+    ("imagenet", TORCHVISION): _torchvision,
+    ("efficientnet-lite0", TIMM): _timm,
 }

@@ -15,11 +15,13 @@ from torch.utils.data import Dataset, Sampler
 
 from crowdexit.data.augment import ConditionRange, Conditions, View, keep_inside, random_view
 from crowdexit.data.density import density_map
-from crowdexit.data.picture import Placement, fit, normalise, tiles
+from crowdexit.data.negatives import Negatives, cut, is_headless, random_box
+from crowdexit.data.picture import Placement, normalise, tiles, views
 from crowdexit.data.store import Store, StoredSample, StoreError, decode_image
 from crowdexit.data.unlabelled import PictureFolder
 
 STRIDE = 8
+_TRIES = 30  # to find a part of an image without heads
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Setting:
         view: random crop and scale for training; None lays the whole picture on ``canvas``.
         canvas: (width, height), for ``view`` None.
         tiles: with ``view`` None, the picture as tiles of the canvas' size, T×3×H×W (no density map then).
+        own_shape: with ``view`` None, the picture in its own shape, scaled down to no more pixels than the canvas has.
         flip: with ``view`` None, whether half of the pictures are mirrored.
         takes: whether a sample's further simulated seconds are drawn as well as its own (training).
         conditions: drawn anew for each picture in training, fixed in evaluation.
@@ -49,6 +52,7 @@ class Setting:
     canvas: tuple[int, int]
     view: View | None = None
     tiles: bool = False
+    own_shape: bool = False
     flip: bool = False
     takes: bool = False
     conditions: ConditionRange | Conditions = field(default_factory=Conditions)
@@ -85,15 +89,25 @@ class CrowdDataset(Dataset[dict[str, Any]]):
 
     A sample with a published density map in place of heads can only be shown whole.
 
+    Args:
+        negatives: with a ``view``, what takes the place of a share of the draws: images without anybody, with no audio.
+
     Items: ``image`` 3×H×W normalised (or tiles T×3×H×W), ``density`` 1×H/s×W/s (not of tiles), ``inside``
     1×H/8×W/8, ``count`` (heads on the canvas), ``total`` (of the whole picture), ``log_mel`` 1×96×64, ``heard``
     bool, ``dark`` bool (darkened by the conditions), ``id``.
     """
 
     def __init__(
-        self, store: Store | PictureFolder, split: str, ids: Sequence[str], setting: Setting, seed: int = 0
+        self,
+        store: Store | PictureFolder,
+        split: str,
+        ids: Sequence[str],
+        setting: Setting,
+        seed: int = 0,
+        negatives: Negatives | None = None,
     ) -> None:
         self.store, self.split, self.ids, self.setting, self.seed = store, split, list(ids), setting, seed
+        self.negatives = negatives
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -103,14 +117,14 @@ class CrowdDataset(Dataset[dict[str, Any]]):
         s = self.setting
         rng = np.random.default_rng((self.seed, index, draw))
         sample = self.store.read(self.split, self.ids[index], with_takes=s.takes)
+        log_mel, heard = self._sound(sample, np.random.default_rng((self.seed, index, draw, 1)))
+        chance = np.random.default_rng((self.seed, index, draw, 2))
+        if s.view is not None and self.negatives is not None and chance.random() < self.negatives.share:
+            return self._negative(self.negatives, s.view, chance, log_mel, sample.id)
         wanted = s.conditions
         conditions = wanted.draw(rng) if isinstance(wanted, ConditionRange) else wanted
         # Before any scaling: the camera is in the dark, and its grain grows with the picture.
-        try:
-            picture = conditions.apply(decode_image(sample), rng)
-        except StoreError as error:
-            raise StoreError(f"{self.store.path}: {error}") from error
-        log_mel, heard = self._sound(sample, np.random.default_rng((self.seed, index, draw, 1)))
+        picture = conditions.apply(self._decoded(sample), rng)
         common = {
             "total": torch.tensor(sample.count, dtype=torch.float32),
             "log_mel": torch.from_numpy(log_mel)[None],
@@ -136,8 +150,9 @@ class CrowdDataset(Dataset[dict[str, Any]]):
                 points = np.stack([picture.shape[1] - points[:, 0], points[:, 1]], axis=1)
                 picture = np.ascontiguousarray(picture[:, ::-1])
                 laid = None if laid is None else np.ascontiguousarray(laid[:, ::-1])
-            picture, placement = fit(picture, s.canvas)
-            points, count, canvas = keep_inside(placement.points(points), placement), sample.count, s.canvas
+            picture, placement = views(picture, s.canvas, "scale" if s.own_shape else "fit")[0]
+            points, count = keep_inside(placement.points(points), placement), sample.count
+            canvas = (picture.shape[1], picture.shape[0])
         density = self._density(points, canvas) if laid is None else lay_density(laid, placement, canvas, s.stride)
         return {
             "image": torch.from_numpy(normalise(np.ascontiguousarray(picture))),
@@ -146,6 +161,40 @@ class CrowdDataset(Dataset[dict[str, Any]]):
             "count": torch.tensor(count, dtype=torch.float32),
             **common,
         }
+
+    def _negative(
+        self, negatives: Negatives, view: View, rng: np.random.Generator, log_mel: np.ndarray, id: str
+    ) -> dict[str, Any]:
+        """An item with nobody in it."""
+        width, height = view.canvas
+        image = view.degradations.apply(negatives.draw(rng, view.canvas, self._headless), rng)
+        stride = self.setting.stride
+        return {
+            "image": torch.from_numpy(normalise(np.ascontiguousarray(image))),
+            "density": torch.zeros(1, height // stride, width // stride),
+            "inside": torch.ones(1, height // STRIDE, width // STRIDE),
+            "count": torch.tensor(0.0),
+            "total": torch.tensor(0.0),
+            "log_mel": torch.from_numpy(log_mel)[None],
+            "heard": torch.tensor(False),
+            "dark": torch.tensor(False),
+            "id": id,
+        }
+
+    def _headless(self, rng: np.random.Generator, canvas: tuple[int, int]) -> np.ndarray | None:
+        """A part without heads of one of the samples, at the canvas' size; None if none was found."""
+        for _ in range(_TRIES):
+            sample = self.store.read(self.split, self.ids[rng.integers(len(self.ids))])
+            box = random_box(rng, (sample.width, sample.height), canvas)
+            if not only_density(sample) and is_headless(sample.points, box):
+                return cut(self._decoded(sample), box, canvas)
+        return None
+
+    def _decoded(self, sample: StoredSample) -> np.ndarray:
+        try:
+            return decode_image(sample)
+        except StoreError as error:
+            raise StoreError(f"{self.store.path}: {error}") from error
 
     def _density(self, points: np.ndarray, canvas: tuple[int, int]) -> np.ndarray:
         k, stride = self.setting.kernel, self.setting.stride

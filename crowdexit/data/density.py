@@ -10,7 +10,7 @@ from scipy.spatial import cKDTree
 
 from crowdexit.errors import CrowdExitError
 
-Kernel = Literal["gaussian", "adaptive"]
+Kernel = Literal["gaussian", "adaptive", "points"]
 
 # MCNN's and CSRNet's geometry-adaptive kernel: the spread is 0.3 of the mean distance to 3 neighbours,
 # cut off at 4 of it (their scipy filter's habit). Heads at one place would have no spread at all.
@@ -64,7 +64,8 @@ def density_map(
         height, width: the picture's size in pixels.
         kernel: ``gaussian``, the same for all heads, or ``adaptive`` (Zhang et al., MCNN, CVPR 2016): sigma
             is 0.3 × the mean distance to the 3 nearest heads, the window reaches to 4 sigma. With fewer
-            neighbours those that exist are taken; a lone head gets the fixed kernel.
+            neighbours those that exist are taken; a lone head gets the fixed kernel. Or ``points``: each head in
+            the one cell that it lies in, so that cells hold whole numbers.
         sigma: spread in pixels of the fixed kernel.
         size: side in pixels of the fixed kernel's window, odd.
         stride: side of a cell in pixels. The result is the sum over stride×stride blocks of the map at
@@ -83,13 +84,17 @@ def density_map(
     inside, _ = split_inside(points, height, width)
     shape = -(-height // stride), -(-width // stride)
     pixels = inside.astype(np.int64)  # towards zero, which is down for points inside
+    if kernel == "points":
+        counts = np.zeros(shape, np.float32)
+        np.add.at(counts, tuple(pixels.T[::-1] // stride), 1)
+        return counts
     if kernel == "gaussian":
         return _fixed(pixels, height, width, shape, sigma, size // 2, stride)
     if kernel == "adaptive":
         if len(inside) == 1:
             return _fixed(pixels, height, width, shape, sigma, size // 2, stride)
         return _adaptive(pixels, _adaptive_sigmas(inside), height, width, shape, stride)
-    raise CrowdExitError(f"the kernel is {kernel!r}, not gaussian or adaptive")
+    raise CrowdExitError(f"the kernel is {kernel!r}, not gaussian, adaptive or points")
 
 
 def _fixed(

@@ -49,6 +49,7 @@ class CNNExit(Branch):
     """
 
     kind = "cnn"
+    rectifies = True
 
     def __init__(
         self,
@@ -78,6 +79,11 @@ class CNNExit(Branch):
         self.dim = filters
         self.cells = self.token_grid[0] * self.token_grid[1]
         self.head = MLPHead(filters * self.cells, outputs, hidden, dropout)
+
+    @property
+    def count_head(self) -> nn.Sequential | None:
+        # With batch normalisation a batch's statistics would undo what is fitted before it.
+        return super().count_head if self.norm is None else None
 
     @property
     def eye(self) -> nn.Conv2d:

@@ -54,18 +54,27 @@ class Branch(Exit):
         cells: N, the positions that the head sees. dim: d, the length of each.
         token_grid: (rows, columns) of the first of them over the picture, or None where they stand for all of it.
         scale: the answer is the head's output times this; 100 keeps a count's weights near one.
+        rectifies: whether a ReLU follows the ``eye``.
     """
 
     head: MLPHead
     cells: int
     dim: int
-    token_grid: tuple[int, int] | None = None
     scale: float = 1.0
+    rectifies: bool = False
 
     @property
-    def eye(self) -> nn.Conv2d | None:
-        """The convolution through which a branch on a feature map reads it; None of branches on tokens."""
-        return None
+    def count_head(self) -> nn.Sequential | None:
+        return self.head if self.cells == 1 or self.eye is not None else None
+
+    @torch.no_grad()
+    def start_at(self, count: float) -> None:
+        last = self.head[-1]
+        assert isinstance(last, nn.Linear)
+        last.bias.fill_(count / self.scale)
+
+    def start_tied(self) -> None:
+        self.head.start_tied(self.cells)
 
     def sees(self, features: Features) -> Tensor:
         """The map B×C×h×w that the ``eye`` reads."""

@@ -71,6 +71,8 @@ class CNNTokenExit(Branch):
         filters: of the convolution (16: from the table of multiply-adds).
     """
 
+    rectifies = True
+
     def __init__(
         self,
         dim: int,

@@ -18,7 +18,7 @@ from crowdexit.exits import Branch
 from crowdexit.network import FINAL, MultiExitNetwork
 from crowdexit.stages import Exit
 from crowdexit.training.cache import FeatureCache, walk
-from crowdexit.training.losses import Batch, local_error, value_loss
+from crowdexit.training.losses import Batch, exit_loss, local_error
 from crowdexit.training.modules import (
     Experiment,
     TrainingError,
@@ -31,11 +31,6 @@ from crowdexit.training.modules import (
     validated,
 )
 from crowdexit.training.recipe import ExitPart, Recipe
-
-
-def branch_of(network: MultiExitNetwork, name: str) -> Branch:
-    """The early exit of that name."""
-    return cast(Branch, network.branches[name])
 
 
 @dataclass(frozen=True)
@@ -63,7 +58,7 @@ def _plain(lr: float) -> str:
 def add_branches(network: MultiExitNetwork, recipe: Recipe, usual: float) -> None:
     """Add the recipe's branches, their weights fixed by name and seed.
 
-    The output starts at a usual count, not at zero; class scores do start at zero.
+    The output starts at a usual count, not at zero; class scores do start at zero, and density maps nearly empty.
 
     Raises:
         TrainingError: for a place, kind or option that the network does not have.
@@ -75,11 +70,10 @@ def add_branches(network: MultiExitNetwork, recipe: Recipe, usual: float) -> Non
             network.add_branch(trial.name, e.place, e.kind, e.options)
         except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
             raise TrainingError(f"exit {e.name!r}: {error}") from None
-        branch = branch_of(network, trial.name)
-        with torch.no_grad():
-            cast(nn.Linear, branch.head[-1]).bias.fill_(usual / branch.scale)
+        exit = network.exit_module(trial.name)
+        exit.start_at(usual)
         if recipe.tied:
-            branch.head.start_tied(branch.cells)
+            exit.start_tied()
 
 
 @torch.no_grad()
@@ -148,7 +142,8 @@ class BranchTraining(Experiment):
         for pattern in recipe.frozen:
             stay = [weight for name, weight in network.branches.named_parameters() if fnmatchcase(name, pattern)]
             if not stay:
-                raise TrainingError(f"frozen: no branch has {pattern!r} (they have {self.names[0]}.head.0.weight …)")
+                there = next(name for name, _ in network.branches.named_parameters())
+                raise TrainingError(f"frozen: no branch has {pattern!r} (they have {there} …)")
             for weight in stay:
                 weight.requires_grad_(False)
         self.average = averaged(network.branches, recipe)
@@ -156,10 +151,11 @@ class BranchTraining(Experiment):
         self.readouts = nn.ModuleDict()
         if recipe.local:
             for name in self.names:
-                if branch_of(network, name).token_grid is None:
-                    continue  # its one token stands for the whole picture
+                branch = network.exit_module(name)
+                if branch.token_grid is None:
+                    continue  # its one token stands for the whole picture, or its loss is of the parts already
                 torch.manual_seed(zlib.crc32(f"{self.trials[name].exit.name} {recipe.seed} readout".encode()))
-                self.readouts[name] = nn.Linear(branch_of(network, name).dim, 1)
+                self.readouts[name] = nn.Linear(cast(Branch, branch).dim, 1)
         # In a list, so that it is no part of the checkpoints.
         self._teachers: list[MultiExitNetwork] = []
         if recipe.copycat and recipe.copycat.teacher is not None:
@@ -238,11 +234,13 @@ class BranchTraining(Experiment):
                     continue
                 own = self.trials[name].exit.name
                 torch.manual_seed(zlib.crc32(f"{own} {self.recipe.seed} {step} {self.global_rank}".encode()))
-                branch = branch_of(network, name)
-                tokens = branch.tokens(features)
-                value = branch.answer(tokens).value
-                losses.append(value_loss(value, batch, self.recipe))
-                if name in self.readouts:
+                exit = network.exit_module(name)
+                if name not in self.readouts:
+                    losses.append(exit_loss(exit(features), batch, self.recipe))
+                else:
+                    branch = cast(Branch, exit)
+                    tokens = branch.tokens(features)
+                    losses.append(exit_loss(branch.answer(tokens), batch, self.recipe))
                     assert branch.token_grid is not None
                     rows, columns = branch.token_grid
                     local = self.readouts[name](tokens[:, : rows * columns]).squeeze(2).float()

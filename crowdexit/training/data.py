@@ -10,15 +10,17 @@ import lightning as L
 import numpy as np
 from torch.utils.data import DataLoader, Subset
 
-from crowdexit.data.augment import ConditionRange, Conditions, View
+from crowdexit.data.augment import ConditionRange, Conditions, Degradations, View
 from crowdexit.data.classes import ClassDataset, ClassStore
-from crowdexit.data.dataset import CrowdDataset, EpochPlan, MixedDataset, MixedPlan, Setting
+from crowdexit.data.dataset import CrowdDataset, EpochPlan, Kernel, MixedDataset, MixedPlan, Setting
+from crowdexit.data.negatives import Negatives
+from crowdexit.data.picture import read_picture
 from crowdexit.data.store import Store
 from crowdexit.data.unlabelled import PictureFolder, unlabelled_folder
 from crowdexit.network import Config, MultiExitNetwork
 from crowdexit.training.cache import CachedDataset, collate
 from crowdexit.training.modules import TrainingError
-from crowdexit.training.recipe import Recipe
+from crowdexit.training.recipe import NegativesPart, Recipe
 
 
 def store_of(recipe: Recipe) -> Path:
@@ -30,6 +32,24 @@ def store_of(recipe: Recipe) -> Path:
     if recipe.data.store is None:
         raise TrainingError("no data: give a prepared file with --data")
     return recipe.data.store
+
+
+def negatives_of(part: NegativesPart) -> Negatives | None:
+    """The recipe's images without anybody, or None where it wants none.
+
+    Raises:
+        CrowdExitError: for images or a background that cannot be read.
+    """
+    if not part.share:
+        return None
+    images: PictureFolder | ClassStore | None = None
+    if part.images is not None:
+        images = PictureFolder(part.images) if part.images.is_dir() else ClassStore(part.images)
+        images.labels(part.split)
+        if isinstance(images, ClassStore):
+            images.close()
+    background = None if part.background is None else read_picture(part.background)
+    return Negatives(part.share, images, part.split, background)
 
 
 class RecipeData(L.LightningDataModule):
@@ -111,9 +131,26 @@ class CrowdData(RecipeData):
         data = recipe.data
         native = config.size
         canvas = data.canvas or native
-        if recipe.stage not in ("hearing", "density") and canvas != native:
+        any_shape = config.view == "scale"
+        if not any_shape and recipe.stage not in ("hearing", "density") and canvas != native:
             raise TrainingError(f"the stage {recipe.stage!r} needs the model's native size as canvas")
-        view = None if data.whole else View(canvas, config.scene, data.scale, data.flip, data.jitter)
+        if any(side % config.bare_step for side in canvas):
+            raise TrainingError(f"canvas: the sides have to be multiples of {config.bare_step} for {recipe.model}")
+        view = None
+        if not data.whole:
+            view = View(
+                canvas,
+                config.scene,
+                data.scale,
+                data.flip,
+                data.jitter,
+                own_size=any_shape,
+                wide_scale=data.wide_scale,
+                wide_share=data.wide_share,
+                aspect=data.aspect,
+                cubic=0.5 if any_shape else 0.0,
+                degradations=Degradations(**data.degradations.model_dump()),
+            )
         setting = Setting(
             canvas,
             view,
@@ -122,6 +159,7 @@ class CrowdData(RecipeData):
             conditions=ConditionRange(**data.conditions.model_dump()),
             hear=1.0 if recipe.stage == "hearing" else data.hear,
             stride=data.stride,
+            kernel=Kernel("points") if recipe.loss == "poisson" else Kernel(),
         )
         with Store(self.path) as store:
             ids = store.ids(data.train, data.train_ids)
@@ -139,7 +177,7 @@ class CrowdData(RecipeData):
                         "set data.whole: true"
                     )
         self.usual = float(np.median([sample.count for sample in known.values()]))
-        self.train_set = CrowdDataset(store, data.train, ids, setting, recipe.seed)
+        self.train_set = CrowdDataset(store, data.train, ids, setting, recipe.seed, negatives_of(data.negatives))
         if recipe.copycat is not None:
             path, split = recipe.copycat.pictures, recipe.copycat.split
             others = PictureFolder(path) if path.is_dir() else Store(path)
@@ -147,9 +185,16 @@ class CrowdData(RecipeData):
             # In daylight: what the backbone says of the dark is no truth.
             lit = replace(setting, conditions=Conditions())
             self.unlabelled = CrowdDataset(others, split, others.ids(split), lit, recipe.seed)
-        shown = Setting(native, tiles=config.view == "tiles", conditions=Conditions(**data.val_conditions.model_dump()))
+        shown = Setting(
+            native,
+            tiles=config.view == "tiles",
+            own_shape=any_shape,
+            conditions=Conditions(**data.val_conditions.model_dump()),
+            # Who never hears in training has not learned to: what it answers with audio is no figure of it.
+            hear=1.0 if setting.hear else 0.0,
+        )
         self.val_set = CrowdDataset(store, data.val, val_ids, shown)
-        self.val_batch = 1 if self.val_set.setting.tiles else 4  # pictures differ in their number of tiles
+        self.val_batch = 4 if config.view == "fit" else 1  # pictures differ in their shape or number of tiles
 
 
 class ClassData(RecipeData):

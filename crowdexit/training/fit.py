@@ -11,10 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crowdexit.backbones.vit import TokenHead
-from crowdexit.exits import Branch, CNNExit, CNNTokenExit
+from crowdexit.exits import Branch
 from crowdexit.network import MultiExitNetwork
-from crowdexit.stages import Exit
 from crowdexit.training.cache import walk
 from crowdexit.training.losses import Batch, evened
 from crowdexit.training.recipe import Recipe
@@ -24,18 +22,6 @@ _MAP_RIDGE = 1e-3  # of a map's channels, of their mean variance
 _KNOTS = 32
 _CELL = 50.0  # heads in one cell of a branch's grid, beyond which nothing is told apart at the start
 _ALIVE = 0.05  # by which layers in between stay above zero
-
-
-def head_of(exit: Exit) -> nn.Sequential | None:
-    """The layers behind what an exit takes for a picture's tokens, or None where it is no head of this kind.
-
-    None also for a CNN branch with batch normalisation: a batch's statistics would undo what is fitted before it.
-    """
-    if isinstance(exit, TokenHead):
-        return exit.layers
-    if isinstance(exit, CNNExit) and exit.norm is not None:
-        return None
-    return exit.head if isinstance(exit, Branch) and (exit.cells == 1 or exit.eye is not None) else None
 
 
 @torch.no_grad()
@@ -64,12 +50,12 @@ def fit_exits(
     exits: dict[str, Any] = {}
     for name in names:
         module = network.exit_module(name)
-        if head_of(module) is not None:
+        if module.count_head is not None:
             exits[name] = module
     if not exits:
         return []
     network.eval()
-    eyes = {name: module for name, module in exits.items() if isinstance(module, Branch) and module.eye is not None}
+    eyes = {name: module for name, module in exits.items() if module.eye is not None}
     if eyes:
         _fit_eyes(network, eyes, batches())
     seen: dict[str, list[Tensor]] = defaultdict(list)
@@ -82,8 +68,7 @@ def fit_exits(
                     seen[name].append(module.tokens(features)[:, : _cells(module)].mean(1).float())
     heads = torch.cat(counts).double()
     for name, module in exits.items():
-        head = head_of(module)
-        assert head is not None
+        head = module.count_head
         tokens = torch.cat(seen[name]).double()
         if name in eyes:
             weights = evened(heads + recipe.least, 100 + recipe.least, recipe.even) ** -2
@@ -116,7 +101,7 @@ def _fit_eyes(network: MultiExitNetwork, branches: dict[str, Branch], batches: I
                 density = F.adaptive_avg_pool2d(batch["density"], branch.token_grid)
                 local = density * (batch["density"][0].numel() / density[0].numel())
                 told = torch.log1p(local).flatten()[:, None]
-                if not _rectifies(branch):
+                if not branch.rectifies:
                     told = F.relu(told - _knots_of(branch))
                 ones = torch.ones_like(told[:, :1])
                 both = torch.cat([ones, cells.flatten(2).mT.flatten(0, 1), told], dim=1).double()
@@ -126,15 +111,10 @@ def _fit_eyes(network: MultiExitNetwork, branches: dict[str, Branch], batches: I
         assert eye is not None
         assert eye.bias is not None
         look, offset = _solved(moments[name], eye.in_channels, _MAP_RIDGE)
-        if _rectifies(branch):
+        if branch.rectifies:
             look, offset = look.expand(-1, len(knots)), offset - knots
         eye.weight.copy_((look.mT[:, :, None, None] / eye.weight[0, 0].numel()).expand_as(eye.weight))
         eye.bias.copy_(offset)
-
-
-def _rectifies(branch: Branch) -> bool:
-    """Whether a ReLU follows a branch's convolution."""
-    return isinstance(branch, (CNNExit, CNNTokenExit))
 
 
 def _knots_of(branch: Branch) -> Tensor:

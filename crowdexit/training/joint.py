@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from crowdexit import zoo
 from crowdexit.network import FINAL, MultiExitNetwork
+from crowdexit.stages import Answer
 from crowdexit.training.losses import Batch, exit_loss
 from crowdexit.training.modules import (
     Diverged,
     Experiment,
     TrainingError,
     averaged,
+    freeze,
+    grouped,
     make_optimiser,
     rate_at,
     record,
@@ -70,6 +74,11 @@ class JointTraining(Experiment):
         if unknown:
             raise TrainingError(f"lambdas: no exit {unknown[0]!r} is trained (there are {', '.join(self.weights)})")
         self.weights.update(recipe.lambdas)
+        there = list(network.branches)
+        for name in recipe.detached:
+            if name not in there:
+                raise TrainingError(f"detached: no early exit {name!r} is trained (there are {', '.join(there)})")
+        freeze(network, recipe)
         for phase in self.phases:
             if not any(self.weights[name] for name in phase.exits):
                 raise TrainingError(f"lambdas: nothing would be learned from {', '.join(phase.exits)}: all are zero")
@@ -92,7 +101,7 @@ class JointTraining(Experiment):
     def configure_optimizers(self) -> Any:
         part = self.recipe.optimiser
         # A parameter that is frozen has no gradient, and the optimiser passes it by.
-        optimiser = make_optimiser(self.network.parameters(), part)
+        optimiser = make_optimiser(grouped(self.network.named_parameters(), part), part)
         steps = int(self.trainer.estimated_stepping_batches) // len(self.phases)
         an_epoch = max(1, steps // self.recipe.epochs)
         schedule = LambdaLR(optimiser, lambda step: rate_at(part, step % steps, steps, step % steps // an_epoch))
@@ -105,6 +114,7 @@ class JointTraining(Experiment):
             self.network.eval()
             for module in self.learning(self.phases[self.begun]):
                 module.train(mode)
+            self.keep_norms()
         if self.average is not None:
             self.average.eval()
         return self
@@ -124,15 +134,28 @@ class JointTraining(Experiment):
         self.network.requires_grad_(False)
         for module in self.learning(self.phases[self.begun]):
             module.requires_grad_(True)
+        freeze(self.network, self.recipe)
         self.train()
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         phase = self.phases[self.begun]
-        answers = self.network(record(batch), phase.exits)
+        with self.quick_depthwise():
+            answers = dict(self.answers(batch, phase.exits))
         losses = [self.weights[name] * exit_loss(answers[name], batch, self.recipe) for name in phase.exits]
         for name, loss in zip(phase.exits, losses, strict=True):
             self.log(f"train/{name}", loss)
         return sum(losses[1:], losses[0])
+
+    def answers(self, batch: Batch, exits: Collection[str]) -> Iterator[tuple[str, Answer]]:
+        """The answers of these exits by name; the stages before a detached one get no gradient from it."""
+        network, features = self.network, record(batch)
+        early = [name for name in exits if name != FINAL]
+        detached = early if self.global_step < self.recipe.detach_until else self.recipe.detached
+        for index in range(max(map(network.stage_of, exits)) + 1):
+            features = network.advance(index, features)
+            for name in exits:
+                if network.stage_of(name) == index:
+                    yield name, network.ask(name, features.detach() if name in detached else features)
 
     def on_train_batch_end(self, *_: Any) -> None:
         if self.average is not None:

@@ -15,6 +15,13 @@ from crowdexit.training.recipe import Recipe
 Batch = dict[str, Any]
 
 
+# Sides in cells of the squares in which ``poisson`` adds up heads, each with its weight; the whole has one more.
+_SQUARES = {1: 0.25, 2: 0.5, 4: 1.0, 8: 1.0}
+_WHOLE = 1.0
+_CROWD = 30.0  # heads in an image from which on its weight falls
+_LEAST = 1e-6  # heads in a cell that are added to both sides, so that no logarithm is of zero
+
+
 def evened(crowding: Tensor, usual: float, even: float) -> Tensor:
     """What a balanced loss divides a picture's error by: ``crowding`` at ``even`` 1, the same for all at 0.
 
@@ -41,10 +48,13 @@ def density_loss(density: Tensor, count: Tensor, batch: Batch, recipe: Recipe) -
     """Stage one's loss.
 
     ``l2``: the squared error summed over the map, meaned over the batch (SL-ViT paper, IV).
+    ``poisson``: :func:`poisson_loss`.
     ``balanced``: the mean squared error of density × 100, each picture's divided by (1 + n/20), times the
     recipe's ``map``, plus :func:`relative_error`; dense pictures do not own it. Measured from scratch on
     ShanghaiTech. Of dark pictures the latter alone, where the recipe's ``guess`` is set.
     """
+    if recipe.loss == "poisson":
+        return poisson_loss(density, batch["density"])
     heads = batch["count"]
     if recipe.data.stride == 1:
         density = upsample_sum(density, STRIDE)
@@ -60,11 +70,13 @@ def density_loss(density: Tensor, count: Tensor, batch: Batch, recipe: Recipe) -
 def value_loss(value: Tensor, batch: Batch, recipe: Recipe) -> Tensor:
     """The recipe's loss of an exit's value.
 
-    Of counts B: mean absolute error (``mae``, the papers'), or :func:`relative_error`. Of class scores B×K: cross
-    entropy.
+    Of counts B: mean absolute error (``mae``, the papers'), :func:`relative_error`, or :func:`poisson_count_loss`. Of
+    class scores B×K: cross entropy.
     """
     if recipe.loss == "cross-entropy":
         return F.cross_entropy(value, batch["label"])
+    if recipe.loss == "poisson":
+        return poisson_count_loss(value, batch["count"])
     if recipe.loss == "balanced":
         dark = batch["dark"] if recipe.guess else None
         return relative_error(value, batch["count"], recipe.even, dark, recipe.least)
@@ -76,6 +88,42 @@ def exit_loss(answer: Answer, batch: Batch, recipe: Recipe) -> Tensor:
     if answer.density is not None and recipe.loss != "mae":
         return density_loss(answer.density, answer.value, batch, recipe)
     return value_loss(answer.value, batch, recipe)
+
+
+def _poisson(rate: Tensor, heads: Tensor, cells: float) -> Tensor:
+    """λ − n log λ of each part, which is least where λ is n on average; ``cells`` is how large a part is."""
+    least = _LEAST * cells
+    return rate - (heads + least) * torch.log(rate + least)
+
+
+def _crowd_weight(count: Tensor) -> Tensor:
+    """What an image counts for. By its estimate: by its truth, every estimate would be drawn towards fewer."""
+    return 1 / (1 + count.detach() / _CROWD)
+
+
+def poisson_loss(density: Tensor, heads: Tensor) -> Tensor:
+    """The negative log-likelihood of heads under Poisson distributions with the density's means.
+
+    Of the heads in squares of 1, 2, 4 and 8 cells a side and in the whole, each image weighted by 1 / (1 + λ / 30)
+    where λ is its estimate. Unlike absolute errors it is not content with a median, which in sparse cells is zero.
+
+    Args:
+        density: B×1×h×w, heads a cell, not negative.
+        heads: B×1×h×w, how many there are in each cell.
+    """
+    count = density.sum((1, 2, 3))
+    total = _WHOLE * _poisson(count, heads.sum((1, 2, 3)), density[0].numel())
+    for side, weight in _SQUARES.items():
+        rate, number = (F.avg_pool2d(m, side, ceil_mode=True, divisor_override=1) for m in (density, heads))
+        total = total + weight * _poisson(rate, number, side**2).sum((1, 2, 3))
+    return (total * _crowd_weight(count)).mean() / _CROWD
+
+
+def poisson_count_loss(count: Tensor, heads: Tensor) -> Tensor:
+    """The same of counts B as a whole; a count below zero is drawn back to it."""
+    rate = F.relu(count)
+    missing = F.relu(-count) * (1 + heads)
+    return ((_poisson(rate, heads, 1) + missing) * _crowd_weight(rate)).mean() / _CROWD
 
 
 def local_error(counts: Tensor, density: Tensor, heads: Tensor, grid: tuple[int, int]) -> Tensor:

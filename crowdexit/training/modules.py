@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import lightning as L
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -24,6 +26,7 @@ from crowdexit.backbones.vit import ViT
 from crowdexit.errors import CrowdExitError
 from crowdexit.network import FINAL, MultiExitNetwork
 from crowdexit.stages import Exit, Features, inputs
+from crowdexit.training.depthwise import QuickFrozenDepthwise, is_depthwise
 from crowdexit.training.losses import Batch, density_loss, exit_loss, value_loss
 from crowdexit.training.recipe import OptimiserPart, Recipe
 
@@ -96,7 +99,7 @@ def validated(
     else:
         ways = [both["silent"]]
     for stage in range(max(map(stage_of, exits)) + 1):
-        if stage and network.hears:
+        if stage and network.hears and network.stages[stage].uses_audio:
             ways = [network.stages[stage](way) for way in ways]
         elif stage:
             seen = network.stages[stage](ways[0])
@@ -108,9 +111,9 @@ def validated(
 
 
 def make_optimiser(
-    parameters: Iterable[nn.Parameter], part: OptimiserPart, lr: float | None = None
+    parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], part: OptimiserPart, lr: float | None = None
 ) -> torch.optim.Optimizer:
-    """The recipe's optimiser over these parameters, with another learning rate if one is given."""
+    """The recipe's optimiser over these parameters or groups, with another learning rate if one is given."""
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[part.name]
     return kind(parameters, lr=lr or part.lr, weight_decay=part.weight_decay, foreach=True)
 
@@ -121,6 +124,42 @@ def plateau(optimiser: torch.optim.Optimizer, part: OptimiserPart) -> ReduceLROn
     With a patience of 2 the rate falls after two epochs without improvement; PyTorch by itself waits for a third.
     """
     return ReduceLROnPlateau(optimiser, factor=part.factor, patience=max(part.patience - 1, 0))
+
+
+def rate_factor(name: str, part: OptimiserPart) -> float:
+    """What the recipe's groups multiply the learning rate of a parameter of that name by."""
+    factor = 1.0
+    for pattern, of_group in part.groups.items():
+        if fnmatchcase(name, pattern):
+            factor = of_group
+    return factor
+
+
+def grouped(parameters: Iterable[tuple[str, nn.Parameter]], part: OptimiserPart) -> list[dict[str, Any]]:
+    """Named parameters as the optimiser's groups, one for each factor of the learning rate; those at 0 are left out."""
+    groups: dict[float, list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in parameters:
+        groups[rate_factor(name, part)].append(parameter)
+    return [{"params": of, "lr": part.lr * factor} for factor, of in groups.items() if factor]
+
+
+def freeze(network: nn.Module, recipe: Recipe) -> None:
+    """Freeze the parameters whose factor of the learning rate is 0, and depthwise kernels where the recipe wants it.
+
+    Raises:
+        TrainingError: for a pattern of the groups that matches nothing.
+    """
+    names = [name for name, _ in network.named_parameters()]
+    for pattern in recipe.optimiser.groups:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise TrainingError(f"optimiser.groups: no parameter matches {pattern!r} (there are {names[0]} …)")
+    for name, parameter in network.named_parameters():
+        if rate_factor(name, recipe.optimiser) == 0:
+            parameter.requires_grad_(False)
+    if recipe.freeze_depthwise:
+        for module in network.modules():
+            if is_depthwise(module):
+                module.get_parameter("weight").requires_grad_(False)
 
 
 def rate_at(part: OptimiserPart, step: int, steps: int, epoch: int) -> float:
@@ -227,6 +266,33 @@ class Experiment(L.LightningModule):
         self.validation = ClassValidation() if recipe.loss == "cross-entropy" else CountValidation()
         self.summary = ""
 
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.keep_norms()
+        return self
+
+    def keep_norms(self) -> None:
+        """Leave batch normalisations in evaluation mode, where the recipe has them frozen."""
+        if self.recipe.norms == "frozen":
+            for module in self.network.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+
+    def quick_depthwise(self) -> AbstractContextManager[Any]:
+        """What the forward pass of a training step runs in."""
+        return QuickFrozenDepthwise() if self.recipe.freeze_depthwise else nullcontext()
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip each group of parameters by itself: fresh exits have larger gradients than a pretrained backbone."""
+        if gradient_clip_val:
+            for group in optimizer.param_groups:
+                nn.utils.clip_grad_norm_(group["params"], gradient_clip_val)
+
     def finished(self) -> bool:
         """Whether early stopping has ended the run."""
         raise NotImplementedError  # abstract
@@ -284,7 +350,14 @@ def averaged(network: nn.Module, recipe: Recipe) -> AveragedModel | None:
     """The recipe's running average of a network over its steps, buffers too."""
     if not recipe.ema:
         return None
-    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
+
+    def update(averages: Any, current: Any, number: Tensor | int) -> None:
+        decay = recipe.ema
+        if recipe.ema_warmup:
+            decay = min(decay, (1 + int(number)) / (recipe.ema_warmup + int(number)))
+        get_ema_multi_avg_fn(decay)(averages, current, number)
+
+    average = AveragedModel(network, multi_avg_fn=update, use_buffers=True)
     average.requires_grad_(False)
     return average.eval()
 
@@ -339,6 +412,7 @@ class BackboneTraining(Experiment):
             self.frozen += modules
             for part in (*modules, *weights):
                 part.requires_grad_(False)
+        freeze(network, recipe)
         # Thrown away afterwards: a density map read off the patches, so that every part of a picture teaches.
         self.readout: PatchReadout | None = None
         if recipe.local:
@@ -354,11 +428,12 @@ class BackboneTraining(Experiment):
             module.eval()
         return self
 
-    def trained(self) -> Iterable[nn.Parameter]:
+    def trained(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that are trained, by name."""
         if self.listener is not None:
-            return [*ears(self.network).layers.parameters(), *self.listener.parameters()]
-        readout = self.readout.parameters() if self.readout is not None else []
-        return [*(p for p in self.network.parameters() if p.requires_grad), *readout]
+            return [*ears(self.network).layers.named_parameters(), *self.listener.named_parameters()]
+        readout = self.readout.named_parameters("readout") if self.readout is not None else []
+        return [*((name, p) for name, p in self.network.named_parameters() if p.requires_grad), *readout]
 
     def finished(self) -> bool:
         return self.recipe.stop is not None and self.stale >= self.recipe.stop
@@ -369,7 +444,7 @@ class BackboneTraining(Experiment):
 
     def configure_optimizers(self) -> Any:
         part = self.recipe.optimiser
-        optimiser = make_optimiser(self.trained(), part)
+        optimiser = make_optimiser(grouped(self.trained(), part), part)
         if part.schedule == "plateau":
             scheduler = plateau(optimiser, part)
             return {"optimizer": optimiser, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/error"}}
@@ -389,8 +464,9 @@ class BackboneTraining(Experiment):
             loss = F.smooth_l1_loss(log_count.float(), torch.log1p(batch["total"]))
         else:
             features = record(batch)
-            for stage in self.network.stages:
-                features = stage(features)
+            with self.quick_depthwise():
+                for stage in self.network.stages:
+                    features = stage(features)
             answer = self.network.final(features)
             if self.recipe.stage == "density":
                 loss = exit_loss(answer, batch, self.recipe)

@@ -38,6 +38,40 @@ class ConditionsPart(_Part):
         return self
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class DegradationsPart(_Part):
+    """Degradations of training images, each by its probability; see :class:`crowdexit.data.augment.Degradations`."""
+
+    tone: Share = 0.0
+    grey: Share = 0.0
+    cast: Share = 0.0
+    dark: Share = 0.0
+    blur: Share = 0.0
+    noise: Share = 0.0
+    jpeg: Share = 0.0
+
+    @model_validator(mode="after")
+    def _colour(self) -> DegradationsPart:
+        if self.grey + self.cast > 1:
+            raise ValueError("grey images have no colour cast: the two shares add up to 1 at most")
+        return self
+
+
+class NegativesPart(_Part):
+    """Images without anybody in place of a ``share`` of the draws; see :class:`crowdexit.data.negatives.Negatives`.
+
+    Beside drawn patterns and empty parts of the training images: mosaics of ``images``, a prepared classification set
+    (its ``split``) or a folder, and parts of ``background``, an image of a place; neither may show people.
+    """
+
+    share: Share = 0.0
+    images: Path | None = None
+    split: str = "train"
+    background: Path | None = None
+
+
 class ValConditionsPart(_Part):
     """What validation pictures go through; see :class:`crowdexit.data.augment.Conditions`."""
 
@@ -56,7 +90,8 @@ class DataPart(_Part):
     ``balance`` gives groups of ids (shell patterns) their share of the draws. ``hear`` is the probability that
     a sample with sound is heard, ``stride`` the density map's (1 is the papers'). ``val_conditions`` are laid on
     every validation picture. ``views`` is in how many ways each sample is drawn, after which they come again; None
-    draws a new one every time.
+    draws a new one every time. ``scale``, ``wide_scale`` (of ``wide_share`` of the draws), ``aspect``, ``flip`` and
+    ``jitter`` are those of :class:`crowdexit.data.augment.View`.
     """
 
     store: Path | None = None
@@ -69,8 +104,13 @@ class DataPart(_Part):
     canvas: tuple[int, int] | None = None
     whole: bool = False
     scale: tuple[float, float] = (0.75, 1.3)
+    wide_scale: tuple[float, float] = (0.3, 4.0)
+    wide_share: Share = 0.0
+    aspect: float = Field(0.0, ge=0, le=1)
     flip: bool = True
     jitter: float = Field(0.2, ge=0, lt=1)
+    degradations: DegradationsPart = DegradationsPart()
+    negatives: NegativesPart = NegativesPart()
     conditions: ConditionsPart = ConditionsPart()
     val_conditions: ValConditionsPart = ValConditionsPart()
     hear: float = Field(0.5, ge=0, le=1, description="probability")
@@ -82,8 +122,13 @@ class DataPart(_Part):
     def _of_use(self) -> DataPart:
         if self.canvas is not None and (min(self.canvas) < 64 or any(side % 8 for side in self.canvas)):
             raise ValueError("canvas sides have to be multiples of 8, 64 at least")
-        if not 0 < self.scale[0] <= self.scale[1]:
-            raise ValueError("scale is a lowest and a highest factor above 0")
+        for name in ("scale", "wide_scale"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name} is a lowest and a highest factor above 0")
+        degraded = self.degradations != DegradationsPart()
+        if self.whole and (self.negatives.share or self.wide_share or self.aspect or degraded):
+            raise ValueError("whole images are only flipped: no negatives, degradations, wide_share or aspect")
         if self.balance is not None and (not self.balance or min(self.balance.values()) <= 0):
             raise ValueError("balance gives each group of ids a share above 0")
         return self
@@ -93,7 +138,9 @@ class OptimiserPart(_Part):
     """``plateau`` multiplies by ``factor`` after ``patience`` epochs without a better validation error (as Keras
     counts, which the papers use: 0 is the same as 1);
     ``exponential`` by ``factor`` each epoch; ``cosine`` falls to ``floor`` of the rate over the whole run.
-    ``rates`` are tried all in place of ``lr``, and what validates best is kept (of branches, each one's best)."""
+    ``rates`` are tried all in place of ``lr``, and what validates best is kept (of branches, each one's best).
+    ``groups`` give parameters a factor of the rate by name or pattern (``stages.1.*: 0.3``); the last pattern that
+    matches counts, and 0 freezes them. ``clip`` is of each group by itself."""
 
     name: Literal["adam", "adamw"] = "adamw"
     lr: float = Field(1e-3, gt=0)
@@ -105,6 +152,7 @@ class OptimiserPart(_Part):
     warmup: int = Field(0, ge=0, description="steps")
     floor: float = Field(0.01, ge=0, le=1)
     clip: float | None = Field(None, gt=0, description="largest norm of the gradient")
+    groups: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
 
     @model_validator(mode="after")
     def _several(self) -> OptimiserPart:
@@ -136,12 +184,17 @@ class CopycatPart(_Part):
 
 
 class ExitPart(_Part):
-    """A branch to train: its name, place and kind; ``options`` are fields of the model's configuration for it alone."""
+    """A branch to train: its name, place and kind; ``options`` are fields of the model's configuration for it alone.
+
+    ``start`` names an exit of the recipe's ``start`` whose weights are its own start. What fuses the audio starts as
+    the identity if that exit has none.
+    """
 
     name: str = Field(pattern="^[A-Za-z0-9_-]+$")
     place: Annotated[str, BeforeValidator(lambda place: str(place) if type(place) is int else place)]
     kind: str
     options: dict[str, Any] = {}
+    start: str | None = None
 
 
 def every_exit(exits: Any) -> Any:
@@ -168,7 +221,9 @@ class Recipe(_Part):
         weights: published weights to start from in its place, by kind (``vgg16``, ``vggish`` …): a file, or
             ``torchvision`` for its download.
         loss: ``l2`` (density) and ``mae`` (counts) are the papers'; ``balanced`` weighs dense and sparse
-            pictures alike, both on maps and on counts; ``cross-entropy`` is a classifier's.
+            pictures alike, both on maps and on counts; ``poisson`` is the likelihood of the heads in cells of 8 pixels
+            and larger ones, unbiased in its sum (:func:`crowdexit.training.losses.poisson_loss`); ``cross-entropy`` is
+            a classifier's.
         even: how far ``balanced`` goes: 1 weighs errors relative to the crowd, 0 as they are.
         least: what ``balanced`` adds to a picture's count before it divides by it. Of tiles that are added less than
             of whole pictures: an error of five on each of six is one of thirty.
@@ -179,13 +234,24 @@ class Recipe(_Part):
         frozen: modules and parameters of the backbone that stay as they are, by name or pattern (``stages.0``,
             ``*.bias``) or a module's class (``Conv2d``: what is trained are the normalisations and dense layers); of
             modules their running statistics too. In ``branches``, parameters of the branches.
+        norms: of batch normalisations: ``trained``, as usual; ``frozen``, they keep their running statistics and use
+            them in training too, so that a batch of unlike crops is seen as a single image is. Their weights are
+            trained.
+        norm_batches: take the running statistics of freshly initialised batch normalisations from so many batches
+            before the first step; 0: leave them.
+        freeze_depthwise: leave the kernels of depthwise convolutions as they are. Their gradients are most of the time
+            of a step on a CPU; without them a step is up to three times as fast.
         batch: of all processes together.
         ema: decay of the averaged weights that are validated and kept; 0: none.
+        ema_warmup: at step n the decay is (1 + n) / (this + n) at most; 0: the same from the first step.
         stop: early stopping after so many epochs without a better validation error.
         watch: the condition whose validation error the plateau, early stopping and the best checkpoint go by:
             ``audio``, over the samples that have audio, with it (the published setting of AudioCSRNet);
             ``no-audio``, over all samples without; ``mean``, of both.
         lambdas: weights λ of the exits' losses where several are added; 1 for branches, 2 for the final exit.
+        detached: exits, in ``end-to-end``, whose loss trains the exit alone and not the stages before it.
+        detach_until: step until which this holds for every early exit, so that fresh ones do not disturb a trained
+            backbone.
         rest: what the backbone's stages behind the first branch start from, layer-wise: ``kept``, what ``start``
             or ``weights`` gave them; ``fresh``, nothing; or a checkpoint of the same model.
         branches_from: checkpoint whose branches of the same names, places and kinds are the start of the new ones;
@@ -210,18 +276,24 @@ class Recipe(_Part):
     exits: Annotated[tuple[ExitPart, ...], BeforeValidator(every_exit)] = ()
     data: DataPart = DataPart()
     optimiser: OptimiserPart = OptimiserPart()
-    loss: Literal["l2", "mae", "balanced", "cross-entropy"] = "balanced"
+    loss: Literal["l2", "mae", "balanced", "poisson", "cross-entropy"] = "balanced"
     even: float = Field(1.0, ge=0, le=1)
     least: float = Field(10.0, gt=0, allow_inf_nan=False)
     map: float = Field(1.0, ge=0)
     guess: bool = False
     frozen: tuple[str, ...] = ()
+    norms: Literal["trained", "frozen"] = "trained"
+    norm_batches: int = Field(0, ge=0)
+    freeze_depthwise: bool = False
     epochs: int = Field(100, gt=0)
     batch: int = Field(8, gt=0)
     ema: float = Field(0.0, ge=0, lt=1)
+    ema_warmup: int = Field(0, ge=0)
     stop: int | None = Field(None, gt=0)
     watch: Literal["audio", "no-audio", "mean"] = "mean"
     lambdas: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
+    detached: tuple[str, ...] = ()
+    detach_until: int = Field(0, ge=0)
     rest: Literal["kept", "fresh"] | Path = "kept"
     branches_from: Path | None = None
     cache: CachePart | None = None
@@ -257,14 +329,33 @@ class Recipe(_Part):
         if len({e.name for e in self.exits}) < len(self.exits):
             raise ValueError("two exits have the same name")
         wrong = {
-            "hearing": ("cross-entropy",),
+            "hearing": ("poisson", "cross-entropy"),
             "density": ("mae", "cross-entropy"),
             "count": ("l2", "cross-entropy"),
-            "classes": ("l2", "mae", "balanced"),
+            "classes": ("l2", "mae", "balanced", "poisson"),
             "branches": ("l2",),
         }
         if self.loss in wrong.get(self.stage, ()):
             raise ValueError(f"the loss {self.loss!r} is not for the stage {self.stage!r}")
+        if self.loss == "poisson" and self.data.stride != 8:
+            raise ValueError("the loss 'poisson' counts heads in cells: data.stride 8")
+        if self.stage in ("hearing", "branches"):
+            for name, chosen in (
+                ("optimiser.groups", self.optimiser.groups),
+                ("freeze_depthwise", self.freeze_depthwise),
+                ("norm_batches", self.norm_batches),
+                ("norms", self.norms != "trained"),
+            ):
+                if chosen:
+                    raise ValueError(f"the stage {self.stage!r} knows no {name}")
+        if self.norm_batches and self.norms != "frozen":
+            raise ValueError("norm_batches are for norms that keep what they take from them: norms: frozen")
+        if (self.detached or self.detach_until) and self.stage != "end-to-end":
+            raise ValueError(f"the stage {self.stage!r} knows no 'detached' and no 'detach_until'")
+        if self.data.negatives.share and self.cache:
+            raise ValueError("a feature cache keeps the features of samples: no data.negatives")
+        if any(e.start for e in self.exits) and self.start is None:
+            raise ValueError("an exit that starts from another needs a checkpoint: set start")
         if self.fit and (self.loss == "cross-entropy" or self.stage in ("hearing", "density")):
             raise ValueError("fit starts heads that say a count")
         if self.loss == "cross-entropy" and self.local:

@@ -48,6 +48,7 @@ from crowdexit.training.fit import fit_exits
 from crowdexit.training.joint import JointTraining
 from crowdexit.training.losses import Batch
 from crowdexit.training.modules import BackboneTraining, Diverged, Experiment, TrainingError
+from crowdexit.training.norms import start_norms
 from crowdexit.training.recipe import Recipe
 
 LAST, BEFORE = "last.ckpt", "before-last.ckpt"  # checkpoints of the last two epochs
@@ -249,6 +250,28 @@ def start_branches(network: MultiExitNetwork, recipe: Recipe, path: Path) -> Non
     zoo.fill(network, tensors, str(path), optional=lambda key: not key.startswith(new))
 
 
+def start_exits(network: MultiExitNetwork, recipe: Recipe) -> None:
+    """Fill the recipe's exits that start from another exit of the checkpoint.
+
+    Raises:
+        CrowdExitError: if the checkpoint has no such exit, or one of another shape.
+    """
+    wanted = [trial for trial in trials(recipe) if trial.exit.start is not None]
+    if not wanted or recipe.start is None:
+        return
+    path = zoo.checkpoint_path(recipe.start)
+    read, tensors = zoo.read_tensors(path), {}
+    for trial in wanted:
+        theirs = f"branches.{trial.exit.start}."
+        found = {key.removeprefix(theirs): value for key, value in read.items() if key.startswith(theirs)}
+        if not found:
+            raise TrainingError(f"{path}: it has no exit {trial.exit.start!r} for {trial.exit.name!r} to start from")
+        tensors |= {f"branches.{trial.name}.{key}": value for key, value in found.items()}
+    new = tuple(f"branches.{trial.name}." for trial in wanted)
+    # What fuses the audio starts as the identity.
+    zoo.fill(network, tensors, str(path), optional=lambda key: not key.startswith(new) or ".fuse." in key)
+
+
 def start_rest(network: MultiExitNetwork, recipe: Recipe) -> None:
     """Layer-wise: what the stages behind the first branch, and the final exit, start from.
 
@@ -280,6 +303,8 @@ def make_experiment(network: MultiExitNetwork, spec: zoo.Spec, recipe: Recipe, o
     add_branches(network, recipe, usual)
     if recipe.branches_from is not None:
         start_branches(network, recipe, recipe.branches_from)
+    start_exits(network, recipe)
+    _check_loss(network, recipe)
     if recipe.stage == "branches":
         return BranchTraining(network, spec, recipe, out)
     if recipe.stage in ("end-to-end", "layer-wise"):
@@ -292,14 +317,34 @@ def make_experiment(network: MultiExitNetwork, spec: zoo.Spec, recipe: Recipe, o
     return BackboneTraining(network, spec, recipe, out)
 
 
+def _check_loss(network: MultiExitNetwork, recipe: Recipe) -> None:
+    """A density below zero has no likelihood.
+
+    Raises:
+        TrainingError: for the loss ``poisson`` where an exit makes such maps.
+    """
+    if recipe.loss == "poisson":
+        for name in network.exit_names:
+            if getattr(network.exit_module(name), "activation", None) == "none":
+                raise TrainingError(
+                    f"poisson: the density of the exit {name!r} can be negative; "
+                    "set changes: {density_activation: softplus}"
+                )
+
+
 def some_batches(recipe: Recipe, data: RecipeData) -> Iterator[Batch]:
     """The first samples of the plan, as many as exits are fitted to, in daylight: the dark tells little."""
     whole = data.train_set
     assert isinstance(whole, CrowdDataset)
     lit = CrowdDataset(whole.store, whole.split, whole.ids, replace(whole.setting, conditions=Conditions()), whole.seed)
-    plan = data.plan().plan()[: recipe.fit]
+    return _first_batches(lit, recipe, data, recipe.fit)
+
+
+def _first_batches(dataset: Any, recipe: Recipe, data: RecipeData, samples: int) -> Iterator[Batch]:
+    """The first samples of the plan, as a data set has them."""
+    plan = data.plan().plan()[:samples]
     for start in range(0, len(plan), recipe.batch):
-        yield default_collate([lit[key] for key in plan[start : start + recipe.batch]])
+        yield default_collate([dataset[key] for key in plan[start : start + recipe.batch]])
 
 
 def keep_features(recipe: Recipe, experiment: BranchTraining, data: RecipeData, folder: Path) -> FeatureCache:
@@ -441,6 +486,11 @@ def _fit(
         with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16-mixed"):
             names = [trial.name for trial in trials(recipe)] or [FINAL]
             fit_exits(network, names, partial(some_batches, recipe, data), recipe)
+        experiment.train()
+    if recipe.norm_batches and last is None:
+        samples = recipe.norm_batches * recipe.batch
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16-mixed"):
+            start_norms(network, partial(_first_batches, data.train_set, recipe, data, samples))
         experiment.train()
     if recipe.cache is not None and isinstance(experiment, BranchTraining):
         if devices * machines > 1:

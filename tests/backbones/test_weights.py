@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from torchvision.models.vgg import cfgs, make_layers
 from crowdexit.backbones.audiocsrnet import FUSION_CHANNELS, AudioCSRNet, AudioCSRNetConfig
 from crowdexit.backbones.vgg import VGG_FRONT, VGGISH, VGGish
 from crowdexit.backbones.weights import WeightsError, apply_weights, load_published, read_published
+from crowdexit.backbones.yamnet import BLOCKS
 from crowdexit.data.picture import MEAN, STD
 from crowdexit.stages import inputs
 
@@ -292,3 +295,118 @@ def test_wrong_kinds(saved):
     state["backend.1.weight"] = torch.ones(512 // WIDTH)
     ours = network(image_norm="official")
     fails(lambda: load_published(ours, "audiocsrnet", saved(state)), "it has 'backend.1.weight'")
+
+
+LITE = {"front": "efficientnet-lite0", "audio_encoder": "yamnet", "fusion_channels": (8,) * 6, "view": "scale"}
+
+
+def lite() -> AudioCSRNet:
+    torch.manual_seed(0)
+    return AudioCSRNet(AudioCSRNetConfig(size=(64, 64), audio_features=4, **LITE)).eval()
+
+
+def scattered(tensor: Tensor) -> Tensor:
+    """Running statistics and the like that are neither zero nor one."""
+    return torch.rand_like(tensor) + 0.5
+
+
+def test_efficientnet_lite0_is_timms(tmp_path):
+    """The file at hand lacks the classifier; half of its layers stand in our second stage."""
+    torch.manual_seed(1)
+    theirs = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
+    state = {k: scattered(t) if "running" in k else t for k, t in theirs.state_dict().items()}
+    theirs.load_state_dict(state)
+    file = {k: t.contiguous() for k, t in state.items() if not k.startswith("classifier")}
+    save_file(file, tmp_path / "lite0.safetensors")
+    ours = lite()
+    filled = load_published(ours, "efficientnet-lite0", tmp_path / "lite0.safetensors")
+    unused = {k for k in filled.unused if not k.endswith("num_batches_tracked")}
+    assert {k.partition(".")[0] for k in unused} == {"conv_head", "bn2"}
+    pixels = torch.randint(0, 256, (1, 3, 64, 96)).float()
+    image = (pixels / 255 - torch.from_numpy(MEAN)[:, None, None]) / torch.from_numpy(STD)[:, None, None]
+    x, maps = theirs.bn1(theirs.conv_stem((pixels - 127) / 128)), []
+    for block in theirs.blocks:
+        x = block(x)
+        maps.append(x)
+    stem, pyramid = ours.stages[0], ours.stages[1]
+    at_8 = stem(inputs(image)).visual
+    for own, wanted in ((at_8, maps[2]), (pyramid.to_16(at_8), maps[4]), (pyramid.to_32(maps[4]), maps[6])):
+        torch.testing.assert_close(own, wanted, rtol=1e-3, atol=1e-4 * float(wanted.detach().abs().max()))
+
+
+def yamnet_file() -> dict[str, Tensor]:
+    """Random weights by the names of the published file: batch normalisation without scale."""
+    torch.manual_seed(2)
+
+    def norm(name: str, channels: int) -> dict[str, Tensor]:
+        mean, var = 0.1 * torch.randn(channels), torch.rand(channels) + 0.5
+        return {f"{name}.bias": mean.flip(0), f"{name}.running_mean": mean, f"{name}.running_var": var}
+
+    file = {"conv.weight": torch.randn(32, 1, 3, 3) / 3, **norm("bn", 32), "classifier.weight": torch.zeros(2, 1024)}
+    channels = 32
+    for number, (out, _) in enumerate(BLOCKS, 1):
+        file[f"block{number}.depthwise.weight"] = torch.randn(channels, 1, 3, 3) / 3
+        file[f"block{number}.pointwise.weight"] = torch.randn(out, channels, 1, 1) * (2 / channels) ** 0.5
+        file |= norm(f"block{number}.depthwise_bn", channels) | norm(f"block{number}.pointwise_bn", out)
+        channels = out
+    return file
+
+
+def yamnet(file: dict[str, Tensor], x: Tensor) -> Tensor:
+    """YAMNet written out: log(mel + 0.001) B×1×96×64 → B×1024."""
+
+    def layer(x: Tensor, conv: str, norm: str, stride: int, groups: int = 1) -> Tensor:
+        weight = file[f"{conv}.weight"]
+        sides = [max((math.ceil(n / stride) - 1) * stride + weight.shape[2] - n, 0) for n in x.shape[:1:-1]]
+        x = F.conv2d(F.pad(x, [p for n in sides for p in (n // 2, n - n // 2)]), weight, None, stride, 0, 1, groups)
+        mean, var, bias = (file[f"{norm}.{part}"][:, None, None] for part in ("running_mean", "running_var", "bias"))
+        return ((x - mean) / (var + 1e-4).sqrt() + bias).clamp(min=0)
+
+    x = layer(x, "conv", "bn", 2)
+    for number, (_, stride) in enumerate(BLOCKS, 1):
+        x = layer(x, f"block{number}.depthwise", f"block{number}.depthwise_bn", stride, x.shape[1])
+        x = layer(x, f"block{number}.pointwise", f"block{number}.pointwise_bn", 1)
+    return x.mean((2, 3))
+
+
+def test_yamnet_is_itself_written_out_on_its_own_log_mel(tmp_path):
+    """Prepared log-mels are log(mel + 0.01), YAMNet's log(mel + 0.001): nothing is lost between the two."""
+    file = yamnet_file()
+    save_file(file, tmp_path / "yamnet.safetensors")
+    ours = lite()
+    filled = load_published(ours, "yamnet", tmp_path / "yamnet.safetensors")
+    assert filled.unused == ("classifier.weight",)
+    mel = torch.exp(torch.empty(2, 1, 96, 64).uniform_(-12, 3))
+    mel[0, 0, :5] = 0
+    embedding = ours.stages[2].embed(torch.log(mel + 0.01))
+    wanted = yamnet(file, torch.log(mel + 0.001))
+    assert wanted.std() > 0.01
+    torch.testing.assert_close(embedding, wanted, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(yamnet(file, torch.log(mel + 0.01)), wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_timm_fetches(monkeypatch):
+    make = timm.create_model
+
+    def offline(name, pretrained):
+        raise OSError("We couldn't connect\nCheck your connection")
+
+    torch.manual_seed(3)
+    state = make("tf_efficientnet_lite0", pretrained=False).state_dict()
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: make(name, pretrained=False))
+    ours = lite()
+    torch.manual_seed(3)
+    load_published(ours, "efficientnet-lite0", "timm")
+    assert torch.equal(ours.state_dict()["stages.1.to_32.1.0.conv_pw.weight"], state["blocks.6.0.conv_pw.weight"])
+    monkeypatch.setattr(timm, "create_model", offline)
+    fails(
+        lambda: load_published(ours, "efficientnet-lite0", "timm"),
+        "tf_efficientnet_lite0: timm could not fetch its weights (We couldn't connect); give a file instead",
+    )
+
+
+def test_weights_of_another_front(tmp_path):
+    save_file({k: t.contiguous() for k, t in vgg16().items()}, tmp_path / "vgg.safetensors")
+    fails(lambda: load_published(lite(), "vgg16", tmp_path / "vgg.safetensors"), "this network has no VGGFront")
+    save_file(yamnet_file(), tmp_path / "yamnet.safetensors")
+    fails(lambda: load_published(network(), "yamnet", tmp_path / "yamnet.safetensors"), "this network has no YAMNet")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crowdexit.data.augment import ConditionRange, Conditions, View, random_view
+from crowdexit.data.augment import ConditionRange, Conditions, Degradations, View, random_view
 from crowdexit.data.density import density_map
 
 GREY = np.full((120, 160, 3), 128, np.uint8)
@@ -130,3 +130,87 @@ def test_the_conditions_of_hu_et_al():
     noise = draws(ConditionRange(share=1, dark=1, covered=0, brightness=(1, 1), noise=25))
     assert all(c.brightness == 1 and c.black == 0 for c in noise)
     assert max(c.noise for c in noise) > 24
+
+
+PHOTO = np.asarray(np.linspace(20, 235, 64 * 96 * 3).reshape(64, 96, 3), np.uint8)
+EACH = {name: Degradations(**{name: 1.0}) for name in ("tone", "grey", "cast", "dark", "blur", "noise", "jpeg")}
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_every_degradation_is_seeded_and_leaves_the_input(name):
+    picture = np.asarray(rng(7).integers(0, 256, PHOTO.shape), np.uint8) // 4 + PHOTO // 2
+    before = picture.copy()
+    for seed in range(5):
+        spoiled = EACH[name].apply(picture, rng(seed))
+        assert spoiled.shape == picture.shape
+        assert spoiled.dtype == np.uint8
+        assert not np.array_equal(spoiled, picture)
+        assert np.array_equal(spoiled, EACH[name].apply(picture, rng(seed)))
+    assert np.array_equal(picture, before)
+
+
+def test_what_the_degradations_do():
+    def spread(name: str) -> list[np.ndarray]:
+        return [EACH[name].apply(PHOTO, rng(seed)).astype(float) for seed in range(20)]
+
+    assert all(np.ptp(image, axis=2).max() == 0 for image in spread("grey"))
+    assert all(image.mean() < 0.55 * PHOTO.mean() + 5 for image in spread("dark"))
+    ratios = np.array([image.mean((0, 1)) / PHOTO.mean((0, 1)) for image in spread("cast")])
+    assert np.ptp(ratios, axis=1).max() > 0.2
+    assert (abs(ratios - 1) < 0.21).all()
+    assert all(image.std() < PHOTO.std() for image in spread("blur"))
+    assert all(2 < (image - PHOTO).std() < 21 for image in spread("noise"))
+    blue = np.full((64, 64, 3), (10, 20, 200), np.uint8)
+    assert abs(EACH["jpeg"].apply(blue, rng()).astype(int) - blue).max() < 12, "the channels stay in their order"
+
+
+def test_degradations_by_their_probabilities():
+    some = Degradations(grey=0.2, cast=0.3)
+    drawn = [some.apply(PHOTO, rng(seed)) for seed in range(400)]
+    grey = sum(np.ptp(image, axis=2).max() == 0 for image in drawn)
+    same = sum(np.array_equal(image, PHOTO) for image in drawn)
+    assert (grey / 400, same / 400) == (pytest.approx(0.2, abs=0.06), pytest.approx(0.5, abs=0.08))
+    assert Degradations().apply(PHOTO, rng()) is PHOTO
+
+
+def test_degradations_leave_the_padding_alone():
+    view = View((320, 256), (160, 120), (1.0, 1.0), flip=False, jitter=0.0, degradations=EACH["dark"])
+    seen, _, placement = random_view(GREY, np.zeros((0, 2), np.float32), view, rng())
+    outside = seen.astype(int).copy()
+    (x, y), (w, h) = placement.offset, placement.size
+    assert seen[y : y + h, x : x + w].mean() < 90
+    outside[y : y + h, x : x + w] = seen[-1, -1] if (x, y) == (0, 0) else seen[0, 0]
+    assert np.ptp(outside, axis=(0, 1)).max() == 0
+
+
+def test_own_size_shrinks_large_pictures_alone():
+    view = View((64, 64), (200, 100), own_size=True)
+    assert view.base_scale(100, 50) == 1
+    assert view.base_scale(200, 100) == 1
+    assert view.base_scale(800, 400) == pytest.approx(0.25)
+    assert View((64, 64), (200, 100)).base_scale(100, 50) == 2
+
+
+def test_a_mixture_of_scales_and_aspects():
+    """Two marks a picture: how far they are apart across and down is the scale."""
+    picture = np.full((400, 400, 3), 128, np.uint8)
+    points = np.array([[190, 190], [210, 190], [190, 210]], np.float32)
+
+    def drawn(**keys) -> np.ndarray:
+        view = View((2048, 2048), (400, 400), (0.6, 1.6), False, 0.0, own_size=True, **keys)
+        moved = [random_view(picture, points, view, rng(seed))[1] for seed in range(40)]
+        return np.array([[m[1, 0] - m[0, 0], m[2, 1] - m[0, 1]] for m in moved]) / 20
+
+    plain = drawn()
+    assert plain.min() > 0.59
+    assert plain.max() < 1.61
+    np.testing.assert_allclose(plain[:, 0], plain[:, 1], rtol=0.01)
+    wide = drawn(wide_share=0.5)[:, 0]
+    assert np.mean((wide < 0.59) | (wide > 1.61)) == pytest.approx(
+        0.5 * (1 - np.log(1.6 / 0.6) / np.log(4 / 0.3)), abs=0.15
+    )
+    assert wide.min() >= 0.29
+    assert wide.max() <= 4.01
+    aspects = np.divide(*drawn(aspect=0.08).T)
+    assert 1.12 < aspects.max() < 1.18
+    assert 0.85 < aspects.min() < 0.9

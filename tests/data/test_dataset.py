@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crowdexit.data.augment import ConditionRange, Conditions, View
-from crowdexit.data.dataset import CrowdDataset, EpochPlan, Setting
-from crowdexit.data.picture import MEAN, STD
+from crowdexit.data.dataset import CrowdDataset, EpochPlan, Kernel, Setting
+from crowdexit.data.picture import MEAN, STD, normalise, scale_down
 from crowdexit.data.store import Store, StoredSample, StoreError, open_for_writing, write_sample
 
 CANVAS = (128, 128)
@@ -221,3 +221,33 @@ def test_processes_share_the_plan(length, world, epoch, shares):
     union = Counter(pair for part in parts for pair in part)
     assert set(union) == set(whole)
     assert union.total() - length == -length % world, "padded by no more than it takes"
+
+
+def test_heads_as_points_are_whole_numbers(store):
+    setting = Setting(CANVAS, View((64, 64), CANVAS, (1.0, 3.0)), kernel=Kernel("points"))
+    for item in items(store, setting, 20):
+        density = item["density"]
+        assert torch.equal(density, density.round())
+        assert density.sum() == item["count"]
+    whole = items(store, Setting((160, 96), kernel=Kernel("points")), 1)[0]
+    points = store.read("train", "A_1").points
+    expected = np.zeros((12, 20))
+    for x, y in points:
+        expected[int(y // 8), int(x // 8)] += 1
+    np.testing.assert_array_equal(whole["density"][0], expected)
+
+
+@pytest.mark.parametrize(("most", "shape"), [((1024, 768), (96, 160)), ((100, 60), (64, 128))])
+def test_own_shape_is_laid_out_as_counting_does(store, most, shape):
+    """Scaled down to 6,000 pixels, 160×96 is 100×60, and a canvas of whole steps of 32 around it."""
+    item = items(store, Setting(most, own_shape=True, kernel=Kernel("points")), 1)[0]
+    laid, placement = scale_down(_decoded(store), most)
+    assert item["image"].shape == (3, *shape)
+    assert torch.equal(item["image"], torch.from_numpy(normalise(laid)))
+    assert item["density"].shape == item["inside"].shape == (1, shape[0] // 8, shape[1] // 8)
+    assert torch.equal(item["inside"][0], torch.from_numpy(placement.inside((shape[1], shape[0]))))
+    assert item["density"].sum() == item["count"] == 9
+
+
+def _decoded(store: Store) -> np.ndarray:
+    return cv2.imdecode(store.read("train", "A_1").image, cv2.IMREAD_COLOR_RGB)

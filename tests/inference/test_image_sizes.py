@@ -111,5 +111,5 @@ def test_exits_whose_weights_belong_to_positions_are_refused():
 
 
 def test_an_unknown_front_is_named():
-    with pytest.raises(zoo.ZooError, match="no front 'vgg17' \\(there are .*vgg16"):
+    with pytest.raises(zoo.ZooError, match=r"no front 'vgg17' \(there are .*vgg16"):
         zoo.build(zoo.Spec("audiocsrnet", (), {"front": "vgg17"}))

@@ -1,0 +1,251 @@
+"""Training images without anybody: drawn patterns, mosaics of other images, empty parts of crowds and of a background.
+
+A network that has only seen crowds finds heads in fur, foliage and tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+Image = NDArray[np.uint8]
+Pattern = Callable[[np.random.Generator, int, int], NDArray[Any]]
+
+# How often each kind is drawn, of those there are images for.
+MOSAIC, PATTERN, SHAPES, HEADLESS, BACKGROUND = 0.28, 0.20, 0.10, 0.30, 0.12
+_NOISE = 25.0  # largest σ over a pattern
+_TILES = (48, 64, 96, 128, 192, 384)  # sides in pixels of a mosaic's images
+_SHORTEST, _LONGEST = 60, 420  # shorter side in pixels of a part that is enlarged to the canvas
+_MARGIN = 24  # pixels around a part that are free of head points too: a head is larger than its point
+
+
+def _ramp(rng: np.random.Generator, width: int, height: int) -> NDArray[np.float32]:
+    """H×W from 0 to 1 in a random direction."""
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    ramp = x * rng.uniform(-1, 1) + y * rng.uniform(-1, 1)
+    return np.asarray((ramp - ramp.min()) / (np.ptp(ramp) + 1e-3), np.float32)
+
+
+def _noise(rng: np.random.Generator, width: int, height: int, channels: int = 1) -> NDArray[np.float32]:
+    """Gaussian noise of σ 1, H×W×channels."""
+    return rng.standard_normal((height, width, channels), np.float32)
+
+
+def _enlarged(values: NDArray[Any], width: int, height: int, interpolation: int) -> NDArray[np.float32]:
+    """Small arrays h×w×C as float32 H×W×C."""
+    resized = cv2.resize(np.asarray(values, np.float32), (width, height), interpolation=interpolation)
+    return np.asarray(resized, np.float32).reshape(height, width, -1)
+
+
+def _blend(rng: np.random.Generator, share: NDArray[Any]) -> NDArray[Any]:
+    """Two random colours, mixed as H×W ``share`` says."""
+    one, other = rng.uniform(0, 255, (2, 3))
+    return np.asarray(one + (other - one) * share[..., None])
+
+
+def flat(rng: np.random.Generator, width: int, height: int) -> NDArray[Any]:
+    """One colour."""
+    return np.full((height, width, 3), rng.uniform(0, 255, 3))
+
+
+def gradient(rng: np.random.Generator, width: int, height: int) -> NDArray[Any]:
+    """From one colour to another."""
+    return _blend(rng, _ramp(rng, width, height))
+
+
+def stripes(rng: np.random.Generator, width: int, height: int) -> NDArray[Any]:
+    """A sine of any direction, with periods from 5 to 300 pixels."""
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    angle, frequency = rng.uniform(0, np.pi), rng.uniform(0.02, 1.2)
+    wave = np.sin(frequency * (x * np.cos(angle) + y * np.sin(angle)))
+    return np.asarray(127 + rng.uniform(20, 127) * wave[..., None] * rng.uniform(0.3, 1, 3))
+
+
+def patches(rng: np.random.Generator, width: int, height: int) -> NDArray[Any]:
+    """A grid of random colours, with sharp or soft edges."""
+    side = int(rng.integers(4, 60))
+    colours = rng.uniform(0, 255, (height // side + 2, width // side + 2, 3))
+    return _enlarged(colours, width, height, int(rng.choice([cv2.INTER_NEAREST, cv2.INTER_LINEAR, cv2.INTER_CUBIC])))
+
+
+def checkerboard(rng: np.random.Generator, width: int, height: int) -> NDArray[Any]:
+    """Squares of two colours."""
+    side = int(rng.integers(3, 30))
+    y, x = np.mgrid[:height, :width]
+    return np.asarray(255.0 * ((x // side + y // side) % 2)[..., None] * rng.uniform(0.2, 1, 3))
+
+
+def spots(rng: np.random.Generator, width: int, height: int) -> NDArray[Any]:
+    """Blobs of two colours, as on fur: band-passed noise under a soft threshold."""
+    sigma = float(rng.uniform(1.5, 14))
+    noise = _noise(rng, width, height)[..., 0]
+    band = cv2.GaussianBlur(noise, (0, 0), sigma) - cv2.GaussianBlur(noise, (0, 0), sigma * 1.7)
+    band = band / (band.std() + 1e-6)
+    blobs = _blend(rng, 1 / (1 + np.exp(-rng.uniform(1.5, 8) * (band - rng.uniform(-0.8, 1.2)))))
+    shade = cv2.GaussianBlur(_noise(rng, width, height)[..., 0], (0, 0), 3)
+    return np.asarray(blobs + rng.uniform(0, 90) * shade[..., None])
+
+
+def clouds(rng: np.random.Generator, width: int, height: int) -> NDArray[Any]:
+    """Fractal noise, as of foliage, stone and cloud."""
+    total = np.zeros((height, width, 3), np.float32)
+    persistence, strength = rng.uniform(0.4, 0.85), 1.0
+    for octave in range(7):
+        side = 2 ** (7 - octave)
+        channels = 3 if rng.random() < 0.3 else 1
+        coarse = _noise(rng, width // side + 2, height // side + 2, channels)
+        total += strength * _enlarged(coarse, width, height, cv2.INTER_CUBIC)
+        strength *= persistence
+    return np.asarray(rng.uniform(40, 210, 3) + total / (total.std() + 1e-6) * rng.uniform(15, 60))
+
+
+def cells(rng: np.random.Generator, width: int, height: int) -> NDArray[Any]:
+    """Voronoi cells that darken or lighten from their centres, as stones, tiles and scales."""
+    centres = rng.uniform((0, 0), (width, height), (int(rng.integers(20, 700)), 2)).astype(int)
+    free = np.full((height, width), 255, np.uint8)
+    free[centres[:, 1], centres[:, 0]] = 0
+    distance, label = cv2.distanceTransformWithLabels(free, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL)
+    number = int(label.max()) + 1
+    colours = rng.uniform(60, 220, 3) + rng.normal(0, rng.uniform(5, 50), (number, 1))
+    colours = colours + rng.normal(0, rng.uniform(0, 20), (number, 3))
+    return np.asarray(colours[label] - distance[..., None] * rng.uniform(-2, 4))
+
+
+PATTERNS: tuple[Pattern, ...] = (flat, gradient, stripes, patches, checkerboard, spots, clouds, cells)
+
+
+def pattern(rng: np.random.Generator, width: int, height: int) -> Image:
+    """One of the patterns, with noise over it, H×W×3."""
+    drawn = PATTERNS[rng.integers(len(PATTERNS))](rng, width, height)
+    noisy = drawn + rng.uniform(0, _NOISE) * _noise(rng, width, height)
+    return np.clip(noisy, 0, 255).astype(np.uint8)
+
+
+def shapes(rng: np.random.Generator, ground: Image) -> Image:
+    """Lines, rectangles, circles and writing over a ground H×W×3."""
+    image = ground.copy()
+    height, width = image.shape[:2]
+    for _ in range(int(rng.integers(3, 60))):
+        colour = tuple(int(value) for value in rng.integers(0, 256, 3))
+        one, other = ((int(x), int(y)) for x, y in rng.integers(0, (width, height), (2, 2)))
+        thickness = int(rng.choice([cv2.FILLED, 1, 3]))
+        kind = rng.integers(4)
+        if kind == 0:
+            cv2.line(image, one, other, colour, int(rng.integers(1, 8)))
+        elif kind == 1:
+            cv2.rectangle(image, one, other, colour, thickness)
+        elif kind == 2:
+            cv2.circle(image, one, int(rng.integers(2, 40)), colour, thickness)
+        else:
+            text = "".join(map(chr, rng.integers(ord("0"), ord("z") + 1, 8)))
+            font, size = int(rng.integers(0, 7)), float(rng.uniform(0.4, 2))
+            cv2.putText(image, text, one, font, size, colour, int(rng.integers(1, 4)))
+    return image
+
+
+def mosaic(rng: np.random.Generator, width: int, height: int, draw: Callable[[], Image]) -> Image:
+    """Small images from ``draw``, each enlarged to one size, side by side, H×W×3."""
+    side = int(rng.choice(_TILES))
+    interpolation = int(rng.choice([cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTER_LANCZOS4]))
+    columns, rows = -(-width // side), -(-height // side)
+    bands = [
+        np.concatenate([cv2.resize(draw(), (side, side), interpolation=interpolation) for _ in range(columns)], 1)
+        for _ in range(rows)
+    ]
+    return np.ascontiguousarray(np.concatenate(bands, 0)[:height, :width], np.uint8)
+
+
+def random_box(
+    rng: np.random.Generator, image: tuple[int, int], canvas: tuple[int, int], longest: int = _LONGEST
+) -> tuple[int, int, int, int]:
+    """A part (x, y, w, h) of an image (width, height), in the canvas' shape, its shorter side 60 to ``longest``."""
+    scale = int(rng.integers(_SHORTEST, max(_SHORTEST, longest) + 1)) / min(canvas)
+    scale = min(scale, image[0] / canvas[0], image[1] / canvas[1])
+    w, h = (max(1, int(side * scale)) for side in canvas)
+    return int(rng.integers(image[0] - w + 1)), int(rng.integers(image[1] - h + 1)), w, h
+
+
+def is_headless(points: NDArray[Any], box: tuple[int, int, int, int]) -> bool:
+    """Whether no head point (N, 2) lies in a part (x, y, w, h) or within 24 pixels of it."""
+    x, y, w, h = box
+    first, last = np.array([x, y]) - _MARGIN, np.array([x + w, y + h]) + _MARGIN
+    return not ((points > first) & (points < last)).all(1).any()
+
+
+def cut(image: Image, box: tuple[int, int, int, int], canvas: tuple[int, int]) -> Image:
+    """A part (x, y, w, h) of an image at the canvas' size (width, height)."""
+    x, y, w, h = box
+    interpolation = cv2.INTER_AREA if w > canvas[0] else cv2.INTER_CUBIC
+    return np.asarray(cv2.resize(image[y : y + h, x : x + w], canvas, interpolation=interpolation), np.uint8)
+
+
+class Images(Protocol):
+    """A set of images of which some are drawn: a prepared classification set, or a folder."""
+
+    def labels(self, split: str) -> NDArray[np.int64]:
+        """One for each image of a split."""
+
+    def image(self, split: str, index: int) -> Image:
+        """An image, h×w×3."""
+
+
+@dataclass(frozen=True)
+class Negatives:
+    """Draws training images without anybody.
+
+    Attributes:
+        share: of the draws that become one of them.
+        images: small images without people, for mosaics, or None. split: of them.
+        background: an image of a place without people, h×w×3, or None.
+    """
+
+    share: float
+    images: Images | None = None
+    split: str = "train"
+    background: Image | None = None
+
+    def draw(
+        self,
+        rng: np.random.Generator,
+        canvas: tuple[int, int],
+        headless: Callable[[np.random.Generator, tuple[int, int]], Image | None],
+    ) -> Image:
+        """One image of the canvas' size (width, height), H×W×3.
+
+        Args:
+            headless: finds a part of a training image without heads at the canvas' size, or None.
+        """
+        width, height = canvas
+        kinds: list[tuple[float, Callable[[], Image | None]]] = [
+            (PATTERN, lambda: pattern(rng, width, height)),
+            (SHAPES, lambda: shapes(rng, self._ground(rng, canvas))),
+            (HEADLESS, lambda: headless(rng, canvas)),
+        ]
+        if self.images is not None:
+            kinds.append((MOSAIC, lambda: mosaic(rng, width, height, lambda: self._small(rng))))
+        if self.background is not None:
+            kinds.append((BACKGROUND, lambda: self._empty_place(rng, canvas)))
+        weights = np.array([weight for weight, _ in kinds])
+        _, make = kinds[rng.choice(len(kinds), p=weights / weights.sum())]
+        drawn = make()
+        return np.asarray(flat(rng, width, height), np.uint8) if drawn is None else drawn
+
+    def _small(self, rng: np.random.Generator) -> Image:
+        images = cast(Images, self.images)
+        return images.image(self.split, int(rng.integers(len(images.labels(self.split)))))
+
+    def _ground(self, rng: np.random.Generator, canvas: tuple[int, int]) -> Image:
+        if self.images is not None and rng.random() < 0.3:
+            small = cv2.resize(self._small(rng), canvas, interpolation=cv2.INTER_CUBIC)
+            return np.asarray(small, np.uint8)
+        return np.asarray(flat(rng, *canvas), np.uint8)
+
+    def _empty_place(self, rng: np.random.Generator, canvas: tuple[int, int]) -> Image:
+        image = cast(Image, self.background)
+        height, width = image.shape[:2]
+        return cut(image, random_box(rng, (width, height), canvas, longest=min(width, height)), canvas)
