@@ -260,7 +260,8 @@ def start_exits(network: MultiExitNetwork, recipe: Recipe) -> None:
     if not wanted or recipe.start is None:
         return
     path = zoo.checkpoint_path(recipe.start)
-    read, tensors = zoo.read_tensors(path), {}
+    read = zoo.read_tensors(path)
+    tensors: dict[str, Tensor] = {}
     for trial in wanted:
         theirs = f"branches.{trial.exit.start}."
         found = {key.removeprefix(theirs): value for key, value in read.items() if key.startswith(theirs)}
