@@ -84,12 +84,12 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def disk_is_full(path: Path, error: BaseException | None = None, *, needed: int = 2**20) -> bool:
-    """Whether a write failed because the disk is full: the error says so, or fewer than ``needed`` bytes are free.
+def disk_is_full(path: Path, *, needed: int) -> bool:
+    """Whether fewer than ``needed`` bytes are free on the disk of a path.
 
-    Libraries that report a full disk as something else leave only the free space to go by.
+    Of libraries that report a full disk as something else there is only this to go by.
     """
-    return (isinstance(error, OSError) and error.errno in _FULL) or free_bytes(path) < needed
+    return free_bytes(path) < needed
 
 
 def free_bytes(path: Path) -> int:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from crowdexit import zoo
 from crowdexit.data.picture import MEAN, STD
 from crowdexit.errors import CrowdExitError
+from crowdexit.files import DiskFullError, disk_is_full, write_problem
 from crowdexit.inference.exported import (
     FORMAT,
     ExportError,
@@ -81,6 +82,9 @@ def export(
     if size is not None:
         network, spec = zoo.at_size(network, spec, zoo.parse_size(size, zoo.step_of(network)))
     part = out.with_name(f".{out.name}.part-{os.getpid()}")
+    # The weights alone, at the least: some pieces keep more bits than the others.
+    size_of = {"fp32": 4, "bf16": 2, "int8": 1}[precision]
+    needed = size_of * sum(tensor.numel() for tensor in network.state_dict().values())
     try:
         made: Mapping[str, Any] = {}
         pieces = take_apart(network)
@@ -97,8 +101,11 @@ def export(
     except CrowdExitError:
         raise
     except OSError as error:
-        raise ExportError(f"{out}: cannot be written ({error.strerror})") from None
+        raise ExportError(write_problem(out, error, needed=needed, kept="nothing is written")) from None
     except Exception as error:  # whatever the libraries make of a network, a picture or a full disk
+        if disk_is_full(out, needed=2**16):  # they report it as something else, and what they wrote is still there
+            full = DiskFullError(out, needed)
+            raise ExportError(write_problem(out, full, kept="nothing is written")) from None
         raise ExportError(f"{spec.model} cannot be exported: {one_line(error)}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -12,6 +12,7 @@ library that runs the models.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -38,6 +39,7 @@ from crowdexit.data.picture import (
     views,
 )
 from crowdexit.errors import CrowdExitError
+from crowdexit.files import atomic_write, checksum
 from crowdexit.inference.runtimes.arrays import (
     ANSWER,
     RECORD,
@@ -51,7 +53,7 @@ from crowdexit.inference.runtimes.arrays import (
 from crowdexit.inference.runtimes.engines import Engine, OnnxEngine, OpenVINOEngine, Shapes, openvino_core
 
 MANIFEST = "manifest.json"
-FORMAT = "crowdexit-export-1"
+FORMAT = "crowdexit-export-2"
 _MOST_TEXT = 2**22
 _MOST_BYTES = 2**32  # of all models together
 _Side = Annotated[int, Field(gt=0, le=16_384)]
@@ -110,9 +112,10 @@ class Manifest(_Part):
         temperatures: of the classes (:class:`crowdexit.temperatures.Temperatures`), or None.
         pieces: ``stage-0`` …, ``exit-NAME`` ….
         made_with: versions of the libraries that made it.
+        checksum: of all the others (:meth:`own_checksum`); written with the file.
     """
 
-    format: Literal["crowdexit-export-1"]
+    format: Literal["crowdexit-export-2"]
     library: Library
     precision: Precision
     network: NetworkPart
@@ -129,6 +132,11 @@ class Manifest(_Part):
     pieces: dict[str, PiecePart]
     files: dict[_FileName, FilePart]
     made_with: dict[str, str]
+    checksum: str = ""
+
+    def own_checksum(self) -> str:
+        """The checksum of everything else in it."""
+        return checksum(json.dumps(self.model_dump(mode="json", exclude={"checksum"}), sort_keys=True).encode())
 
     @model_validator(mode="after")
     def _complete(self) -> Manifest:
@@ -318,6 +326,8 @@ def read_manifest(folder: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "all of it"
         raise ExportError(f"{path}: damaged, or of another version ({where}: {first['msg']})") from None
+    if manifest.checksum != manifest.own_checksum():
+        raise ExportError(f"{path}: damaged (its checksum does not match)")
     if not (np.allclose(manifest.mean, MEAN) and np.allclose(manifest.std, STD)):
         raise ExportError(f"{path}: pictures are normalised in another way here")
     return manifest
@@ -329,12 +339,9 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     Raises:
         OSError: if it cannot be written.
     """
-    part = folder / f"{MANIFEST}.part"
-    try:
-        part.write_text(manifest.model_dump_json(indent=1), "utf-8")
-        part.replace(folder / MANIFEST)
-    finally:
-        part.unlink(missing_ok=True)
+    sealed = manifest.model_copy(update={"checksum": manifest.own_checksum()})
+    with atomic_write(folder / MANIFEST) as part:
+        part.write_text(sealed.model_dump_json(indent=1), "utf-8")
 
 
 def _checked(path: Path, part: FilePart) -> bytes:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from crowdexit import zoo
+from crowdexit.files import write_problem
 from crowdexit.inference.exported import Exported, ExportError, is_export, read_manifest, write_manifest
 from crowdexit.inference.runtimes.base import ArrayReady, ReadyChain, Runtime
 from crowdexit.inference.runtimes.pick import pick
@@ -94,7 +95,7 @@ def keep_calibration(name: str | Path, calibration: Intervals | Temperatures) ->
     try:
         write_manifest(folder, read_manifest(folder).model_copy(update=kept))
     except OSError as error:
-        raise ExportError(f"{folder}: cannot be rewritten ({error.strerror})") from None
+        raise ExportError(write_problem(folder, error, kept="the manifest that is there stays as it is")) from None
     return folder
 
 

@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -126,6 +126,8 @@ def checkpoint_to_resume(out: Path, console: Console) -> Path | None:
             continue
         if damaged:
             console.print(f"{damaged[0]}; going on from {path.name}, an epoch before", highlight=False, soft_wrap=True)
+            with suppress(OSError):  # out of the way, so that the next one does not push the whole one out
+                (out / LAST).replace(out / f"{LAST}.damaged")
         return path
     if damaged:
         raise TrainingError(f"{damaged[0]}, and there is no other to go on from; delete {out} and train anew")
