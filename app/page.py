@@ -26,7 +26,6 @@ SAMPLES = Path(crowdexit.__file__).parent / "samples"
 EXAMPLES: dict[str, list[str | None]] = {
     "Street, with simulated sound": ["street.jpg", "street-simulated.wav"],
     "Street, without sound": ["street.jpg", None],
-    "Dense crowd, without sound": ["crowd.jpg", None],
 }
 
 _HEADING = """
