@@ -54,7 +54,7 @@ def excerpt(
     ] = None,
     start: Start = 0,
     frames: Annotated[int, typer.Option(min=1, max=600, help="Length of the clip in frames.")] = 100,
-    every: Annotated[int, typer.Option(min=1, help="Each how-manieth frame is annotated, from frame 0 on.")] = 5,
+    every: Annotated[int, typer.Option(min=1, help="Frames from one annotated frame to the next, from 0 on.")] = 5,
     seed: Seed = 0,
 ) -> None:
     """Cut an annotated excerpt out of a video and give it simulated sound.

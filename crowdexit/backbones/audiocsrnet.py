@@ -32,7 +32,7 @@ from crowdexit.stages import Answer, Exit, Features, Stage
 
 STRIDE = 8
 FUSION_CHANNELS = (512, 512, 512, 256, 128, 64)
-KINDS = ("cnn", "slvit", "density")
+PAPER_KINDS = ("cnn", "slvit")  # table VIII of the SL-ViT paper
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,9 @@ class AudioCSRNet(MultiExitNetwork):
         self._channels = dict(zip(locations, (*channels, channels[-1], outs[0]), strict=True))
 
     def branch_kinds(self, place: str) -> tuple[str, ...]:
-        return KINDS if self.config.view == "fit" else ("density",)
+        if self.config.view == "scale":
+            return ("density",)
+        return PAPER_KINDS if self.config.front == "vgg16" else (*PAPER_KINDS, "density")
 
     def make_branch(self, place: str, kind: str, config: AudioCSRNetConfig) -> Exit:
         c = config
