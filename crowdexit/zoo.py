@@ -281,7 +281,7 @@ def _weights_checksum(tensors: Mapping[str, Tensor]) -> str:
     parts: list[bytes | memoryview] = []
     for name, tensor in sorted(tensors.items()):
         parts.append(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        parts.append(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        parts.append(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return checksum(*parts)
 
 

@@ -217,13 +217,16 @@ def test_bad_input_is_one_line_and_code_2(silent, voices, tmp_path, capsys):
 
 
 def test_count_beyond_the_model_is_skipped_or_strict(silent, voices, tmp_path, capsys):
-    with h5py.File(silent, "a") as file:
+    source, target = tmp_path / "huge.h5", tmp_path / "out.h5"
+    with Store(silent) as store, open_for_writing(source) as file:
+        for split in store.splits():
+            for id in store.ids(split):
+                write_sample(file, store.read(split, id))
         write_sample(file, sample("huge", "train", 20_000))
-    target = tmp_path / "out.h5"
-    assert run(silent, target, "--voices", voices, "--takes", 0) == 0
+    assert run(source, target, "--voices", voices, "--takes", 0) == 0
     assert "huge: a count of 20000 cannot be simulated" in capsys.readouterr().out
     assert "huge" not in Store(target).counts("train")
-    assert run(silent, target, "--voices", voices, "--takes", 0, "--strict") == 2
+    assert run(source, target, "--voices", voices, "--takes", 0, "--strict") == 2
 
 
 def test_measure_and_plot(voices, tmp_path, capsys):

@@ -214,7 +214,7 @@ def test_damage_found_while_training_is_one_line(store, tmp_path):
     broken.write_bytes(store.read_bytes())
     with h5py.File(broken, "a") as file:
         file["train/A_0/image"][:] = 0
-    with pytest.raises(CrowdExitError, match="train/A_0: the stored picture is damaged") as error:
+    with pytest.raises(CrowdExitError, match="train/A_0 is damaged") as error:
         run(tiny(broken, "density"), tmp_path / "out")
     assert "\n" not in str(error.value)
 
