@@ -231,11 +231,12 @@ def open_for_writing(path: Path, seal: Callable[[h5py.File], None] = _seal) -> I
         reserve(file, 0)
         yield file
         seal(file)
-        file.flush()
-        size = file.id.get_filesize()
     finally:
-        file.close()
-    os.truncate(part, size)  # what was reserved and not needed
+        if file:  # not closed yet
+            file.flush()
+            size = file.id.get_filesize()
+            file.close()
+            os.truncate(part, min(size, part.stat().st_size))  # what was reserved and not needed
     sync(part)
     part.replace(path)
     sync_folder(path.parent)

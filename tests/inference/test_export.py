@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from crowdexit import command, zoo
 from crowdexit.cli import app
 from crowdexit.errors import CrowdExitError
+from crowdexit.files import checksum
 from crowdexit.inference import exported as reading
 from crowdexit.inference.batch import look
 from crowdexit.inference.counter import CrowdCounter, load
@@ -332,6 +333,34 @@ def test_a_shipped_name_is_the_shipped_model(exported, monkeypatch, tmp_path):
     assert runtime.name == "openvino, fp32, exported"
 
 
+def resealed(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write a manifest with the checksum of what stands in it."""
+    rest = {key: value for key, value in manifest.items() if key != "checksum"}
+    manifest["checksum"] = checksum(json.dumps(rest, sort_keys=True).encode())
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_another_number_in_the_manifest_is_damage(exported, tmp_path, capsys, picture_file):
+    folder = copied(exported, tmp_path / "copy")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["made_with"]["torch"] = "2.99"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    refused(folder, "manifest.json: damaged (its checksum does not match)", capsys, picture_file())
+
+
+def test_a_full_disk_is_one_line_whatever_the_library_says(checkpoints, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        monkeypatch.setattr("crowdexit.files.free_bytes", lambda _: 0)
+        raise RuntimeError("basic_ios::clear: iostream error")
+
+    monkeypatch.setattr("crowdexit.inference.export._save", full)
+    with pytest.raises(ExportError) as error:
+        export(checkpoints / "audiocsrnet", tmp_path / "out")
+    assert str(error.value).startswith(f"{tmp_path / 'out'}: the disk is full (")
+    assert str(error.value).endswith(f"free in {tmp_path}); nothing is written")
+    assert not list(tmp_path.iterdir())
+
+
 def changed(manifest: Any, path: str, value: object) -> None:
     *keys, last = (int(key) if key.isdigit() else key for key in path.split("/"))
     for key in keys:
@@ -379,7 +408,7 @@ def test_a_manifest_is_not_trusted(path, value, line, exported, tmp_path, capsys
     folder = copied(exported, tmp_path / "copy")
     manifest = json.loads((folder / "manifest.json").read_text())
     changed(manifest, path, value)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    resealed(folder, manifest)
     refused(folder, line, capsys, picture_file())
 
 
@@ -391,7 +420,7 @@ def test_ports_in_another_order_or_twice_are_not_trusted(piece, side, exported, 
     manifest = json.loads((folder / "manifest.json").read_text())
     ports = manifest["pieces"][piece][side]
     ports.append(ports[0] if len(ports) == 1 else ports.pop(0))
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    resealed(folder, manifest)
     refused(folder, "in that order", capsys, picture_file())
 
 
@@ -399,7 +428,7 @@ def test_ports_that_the_model_has_not_are_one_line(exported, tmp_path, capsys, p
     folder = copied(exported, tmp_path / "copy")
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["pieces"]["exit-final"]["gives"][1]
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    resealed(folder, manifest)
     refused(folder, "exit-final gives 2 arrays, not the 1 of its ports", capsys, picture_file())
 
 
@@ -427,7 +456,7 @@ def test_damaged_and_missing_models(exported, tmp_path, capsys, picture_file):
     (folder / "stage-0.xml").write_bytes(words)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"]["stage-0.xml"] = {"bytes": len(words), "sha256": hashlib.sha256(words).hexdigest()}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    resealed(folder, manifest)
     refused(folder, "OpenVINO cannot compile stage-0: ", capsys, picture)
 
 
