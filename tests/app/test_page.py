@@ -14,6 +14,7 @@ import cv2
 import gradio as gr
 import numpy as np
 import pytest
+import sounds as tones
 from branches import both_kinds
 from PIL import Image
 
@@ -189,6 +190,14 @@ def test_a_very_large_picture_is_shown_small_and_its_sound_not_claimed(counter: 
     assert last.picture is not None
     assert last.picture.shape == (240, answer.LONGEST_SIDE, 3)
     assert "sound was not used" in last.headline
+
+
+def test_what_the_sound_s_reader_noticed_is_shown(counter: CrowdCounter, picture: Path, tmp_path: Path) -> None:
+    sound = tmp_path / "a.wav"
+    tones.write_wav(sound, tones.tone() * 32_768, floats=True)
+    last = list(answers(counter, picture, sound))[-1]
+    assert "Warning: The sound file: samples reach" in last.headline
+    assert str(tmp_path) not in last.headline
 
 
 def test_words() -> None:

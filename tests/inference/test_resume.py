@@ -276,6 +276,7 @@ def test_parquet_is_made_in_groups(counter, inputs, tmp_path, monkeypatch):
         ("smoothed", "double"),
         ("chosen_exit", "string"),
         ("latency_ms", "double"),
+        ("audio", "string"),
         ("warnings", "string"),
     ]
     lines = read(tmp_path / "rows.json", "json")

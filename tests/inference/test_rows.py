@@ -11,15 +11,18 @@ import struct
 import sys
 import wave
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from sounds import write_wav
 from videos import make_video, tone
 
-from crowdexit.data.picture import DecodedImage, PictureError, read_image
+from crowdexit.data.mel import AudioError, AudioInput
+from crowdexit.data.picture import PictureError, read_image
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.anytime import DeadlineMissed
 from crowdexit.inference.counter import CrowdCounter
@@ -61,7 +64,7 @@ def test_json_of_a_picture(counter, street, capsys):
     out, err = capsys.readouterr()
     assert err == ""
     row = json.loads(out)
-    assert list(row) == ["source", "model", "count", "chosen_exit", "latency_ms", "exits", "warnings"]
+    assert list(row) == ["source", "model", "count", "chosen_exit", "latency_ms", "exits", "audio", "warnings"]
     assert (row["source"], row["model"], row["chosen_exit"]) == (str(street), "tiny", "final")
     assert [list(e) for e in row["exits"]] == [["exit", "count", "interval", "latency_ms"]] * 4
     assert [e["exit"] for e in row["exits"]] == ["V1", "AV1", "AV2", "final"]
@@ -76,7 +79,7 @@ def test_json_of_mixed_inputs(counter, street, film, capsys):
     assert count_inputs(counter, [film, street], format="json", fps=2) == 5
     *frames, picture = json_lines(capsys.readouterr().out)
     assert [list(f) for f in frames] == [
-        ["source", "frame", "time_s", "count", "interval", "smoothed", "chosen_exit", "latency_ms", "warnings"]
+        ["source", "frame", "time_s", "count", "interval", "smoothed", "chosen_exit", "latency_ms", "audio", "warnings"]
     ] * 4
     assert [(f["source"], f["frame"], f["time_s"]) for f in frames] == [
         (str(film), 0, 0.0),
@@ -94,7 +97,19 @@ def test_csv(counter, street, film, tmp_path):
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [list(r) for r in rows] == [
-        ["source", "frame", "time_s", "count", "low", "high", "smoothed", "chosen_exit", "latency_ms", "warnings"]
+        [
+            "source",
+            "frame",
+            "time_s",
+            "count",
+            "low",
+            "high",
+            "smoothed",
+            "chosen_exit",
+            "latency_ms",
+            "audio",
+            "warnings",
+        ]
     ] * 3
     assert [(r["frame"], r["time_s"]) for r in rows] == [("", ""), ("0", "0.0"), ("10", "1.0")]
     assert float(rows[0]["count"]) == pytest.approx(counter.count(street).count, abs=0.006)
@@ -184,7 +199,7 @@ def test_a_warning_of_many_frames_is_told_once(counter, film, monkeypatch, capsy
     prepare = counter.prepare
 
     def with_warning(samples):
-        return prepare([(DecodedImage(picture, ("damaged",)), sound) for picture, sound in samples])
+        return prepare([(replace(picture, warnings=("damaged",)), sound) for picture, sound in samples])
 
     monkeypatch.setattr(counter, "prepare", with_warning)
     count_inputs(counter, [film], format="json", fps=5)
@@ -239,13 +254,83 @@ def test_sounds(counter, street, film, tmp_path, capsys):
         count_inputs(counter, [street], audio=tmp_path / "none.wav")
 
 
-def test_a_broken_sound_beside_a_picture_is_told(counter, street, capsys):
+def test_a_broken_sound_beside_a_picture_is_told(counter, street, monkeypatch, capsys):
     street.with_suffix(".wav").write_bytes(b"RIFF")
     count_inputs(counter, [street], format="json")
     out, err = capsys.readouterr()
-    assert json.loads(out)["count"] == pytest.approx(counter.count(street).count, abs=0.006)
-    assert "street.wav" in err
-    assert len(err.splitlines()) == 1
+    row = json.loads(out)
+    assert row["count"] == pytest.approx(counter.count(street).count, abs=0.006)
+    assert row["audio"] == "unreadable"
+    (warning,) = row["warnings"]
+    assert "street.wav: not a readable audio file" in warning
+    assert err.splitlines() == [f"warning: {street}: {warning}"]
+    taken: list[object] = []
+    monkeypatch.setattr(counter, "count_many", lambda samples, **_: taken.extend(samples) or [counter.count(street)])
+    count_inputs(counter, [street], budget_ms=1e5)
+    assert [sound for _, sound in taken] == [AudioInput(None, "unreadable", (warning,))]
+
+
+def audio_of(counter, inputs, capsys, tmp_path, **options) -> list[str]:
+    """The field ``audio`` of every row, the same in all formats."""
+    count_inputs(counter, inputs, format="json", **options)
+    found = [row["audio"] for row in json_lines(capsys.readouterr().out)]
+    for format in ("csv", "parquet"):
+        out = tmp_path / f"rows.{format}"
+        count_inputs(counter, inputs, format=format, out=out, **options)
+        rows = list(csv.DictReader(out.open())) if format == "csv" else pq.read_table(out).to_pylist()
+        assert [row["audio"] for row in rows] == found
+    return found
+
+
+def test_every_row_says_whether_audio_was_used(counter, street, film, picture_file, tmp_path, capsys):
+    """``switched off``: the exit V1 stands before the audio joins the image."""
+    sound = write_sound(tmp_path / "s.wav", tone(3))
+    large = picture_file("large.jpg", width=1024, height=256)
+    assert audio_of(counter, [street, film], capsys, tmp_path, fps=1) == ["none", "used", "used"]
+    assert audio_of(counter, [street], capsys, tmp_path, audio=sound) == ["used"]
+    assert audio_of(counter, [street], capsys, tmp_path, audio=sound, exit="V1") == ["switched off"]
+    assert audio_of(counter, [film], capsys, tmp_path, fps=1, exit="V1") == ["switched off"] * 2
+    assert audio_of(counter, [large], capsys, tmp_path, audio=sound) == ["tiled"]
+    assert audio_of(counter, [large], capsys, tmp_path) == ["none"]
+    used = {result.exit: result.audio for result in counter.stream(street, sound)}
+    assert used == {"V1": "switched off", "AV1": "used", "AV2": "used", "final": "used"}
+    assert counter.count(street, sound).audio == "used"
+    assert counter.count(street, AudioInput(None, "switched off")).audio == "switched off"
+    assert [result.audio for result in counter.count_many([(street, sound), (large, sound)])] == ["used", "tiled"]
+
+
+def test_audio_that_is_named_and_not_used_is_told(counter, street, picture_file, tmp_path, capsys):
+    sound = write_sound(tmp_path / "s.wav", tone(3))
+    large = picture_file("large.jpg", width=1024, height=256)
+    for path, exit, reason in ((large, "auto", "cut into tiles"), (street, "V1", "the exit that answers takes none")):
+        count_inputs(counter, [path], audio=sound, exit=exit)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"warning: --audio {sound}: not used")
+        assert reason in line
+    count_inputs(counter, [street], audio=sound)
+    assert capsys.readouterr().err == ""
+
+
+def test_floats_of_any_scale_beside_a_picture(counter, street, tmp_path, capsys):
+    """The count of the same sound in ±1, and a warning in the row."""
+    usual = write_wav(tmp_path / "a.wav", tone(1), floats=True)
+    loud = write_wav(tmp_path / "b.wav", tone(1) * 32_768, floats=True)
+    rows = []
+    for sound in (usual, loud):
+        count_inputs(counter, [street], audio=sound, format="json")
+        out, err = capsys.readouterr()
+        rows.append(json.loads(out))
+    assert rows[0]["count"] == rows[1]["count"]
+    assert rows[0]["warnings"] == []
+    (warning,) = rows[1]["warnings"]
+    assert "16-bit integers" in warning
+    assert err.splitlines() == [f"warning: {street}: {warning}"]
+
+
+def test_sound_with_values_that_are_not_finite_is_named(counter, street, tmp_path):
+    path = write_wav(tmp_path / "nan.wav", np.full(16_000, np.nan), floats=True)
+    with pytest.raises(AudioError, match=r"nan\.wav"):
+        count_inputs(counter, [street], audio=path)
 
 
 def png_of_claimed_size(width: int, height: int) -> bytes:

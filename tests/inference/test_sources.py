@@ -57,6 +57,16 @@ def test_the_sound_beside_a_picture(tmp_path, picture_file):
     assert expand([tmp_path / "a.jpg"])[0].sound == tmp_path / "a.wav"
 
 
+@pytest.mark.parametrize("suffix", [".WAV", ".Wav"])
+def test_the_case_of_the_sound_s_suffix_is_of_no_account(tmp_path, picture_file, suffix):
+    for name in ("a.JPG", "b.jpg"):
+        picture_file(name)
+    sound = write_wav(tmp_path / f"a{suffix}")
+    write_wav(tmp_path / "B.wav")
+    assert [s.sound for s in expand([tmp_path])] == [sound, None]
+    assert expand([tmp_path / "a.JPG"])[0].sound == sound
+
+
 def test_without_a_known_suffix_the_contents_decide(tmp_path, picture_file):
     shutil.copy(picture_file("p.jpg"), tmp_path / "picture")
     shutil.copy(make_video(tmp_path / "v.mp4", [0, 0.1]), tmp_path / "video.dat")

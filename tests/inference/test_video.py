@@ -540,8 +540,8 @@ def test_sound_that_cannot_be_read_on_ends(tmp_path, monkeypatch):
                 yield from islice(self.container.demux(stream), 20)
             raise av.error.InvalidDataError(1, "broken")
 
-    opened = sound_module.open_file
-    monkeypatch.setattr(sound_module, "open_file", lambda *arguments: Broken(opened(*arguments)))
+    opened = sound_module.open_media
+    monkeypatch.setattr(sound_module, "open_media", lambda *arguments: Broken(opened(*arguments)))
     lines: list[str] = []
     heard = [f.sound is not None for f in frames(path, fps=2, warn=lines.append)]
     assert heard == [True, True, True, False, False, False]
