@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import html
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, TypeVar
 
 import cv2
@@ -21,6 +20,7 @@ from crowdexit.data.picture import decode_image, tile_boxes
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.counter import CrowdCounter, ExitResult
 from crowdexit.inference.draw import bars, overlay
+from crowdexit.inference.runtimes.call_off import CalledOff, CallOff
 from crowdexit.inference.scene import audio_input
 from crowdexit.network import FINAL
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 T = TypeVar("T")
+
+_STILL_THERE_S = 1.0  # how often the framework may find out that a client has gone
 
 LONGEST_SIDE = 1600  # pixels of the picture shown; more only makes the page slow
 WELCOME = '<p class="ce-hint">Choose a picture, or try one of the examples.</p>'
@@ -73,7 +75,9 @@ def answers(
         sound: the uploaded file, if any.
         use_sound: whether it is heard.
 
-    Input that cannot be used gives one moment with the reason, and no exception.
+    Input that cannot be used gives one moment with the reason, and no exception. Where an answer takes long, the last
+    moment is given again every second: that is when the framework closes this for a client that has gone, and closing
+    it breaks off what is being computed.
     """
     if picture is None:
         yield problem("Choose a picture first.")
@@ -83,13 +87,18 @@ def answers(
         image = decode_image(Path(picture).read_bytes(), "The picture file", fits)
         heard = _read_sound(sound, use_sound)
         pixels, warned = image.pixels, warning_lines((*image.warnings, *heard.warnings))
-        yield Shown('<p class="ce-hint" role="status">Counting…</p>' + warned, table([], counter.exits))
         tiled = len(tile_boxes(pixels.shape[1], pixels.shape[0], counter.size)) > 1
         results: list[ExitResult] = []
+        shown = Shown('<p class="ce-hint" role="status">Counting…</p>' + warned, table([], counter.exits))
+        yield shown
         for result in _ahead(counter.stream(pixels, heard)):
+            if result is None:
+                yield shown
+                continue
             results.append(result)
             if len(results) < len(counter.exits):
-                yield Shown(headline(result, "still counting") + warned, table(results, counter.exits))
+                shown = Shown(headline(result, "still counting") + warned, table(results, counter.exits))
+                yield shown
         last = results[-1]
         drawn = None if last.density is None else overlay(_shrunk(pixels), last.density)
         yield Shown(
@@ -194,28 +203,38 @@ def _shrunk(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.asarray(cv2.resize(picture, size, interpolation=cv2.INTER_AREA), np.uint8)
 
 
-def _ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items, computed ahead in the model thread.
+def _ahead(items: Iterator[T]) -> Iterator[T | None]:
+    """The same items, computed ahead in the model thread; None after every second without one.
 
     Latencies run from the request to the answer: were the stream to wait while the page is drawn, the drawing
-    would count into every later exit.
+    would count into every later exit. Closing this breaks the computing off, between two layers.
     """
     queue: SimpleQueue[tuple[T] | None] = SimpleQueue()
-    unwanted = threading.Event()
+    call_off = CallOff()
 
     def work() -> None:
         try:
-            for item in items:
-                queue.put((item,))
-                if unwanted.is_set():
-                    return
+            with call_off.working():
+                for item in items:
+                    queue.put((item,))
+                    if call_off.off:
+                        return
+        except CalledOff:
+            pass  # nobody waits for it
         finally:
             queue.put(None)
 
     done = _MODEL_THREAD.submit(work)
     try:
-        while (entry := queue.get()) is not None:
+        while True:
+            try:
+                entry = queue.get(timeout=_STILL_THERE_S)
+            except Empty:
+                yield None
+                continue
+            if entry is None:
+                break
             yield entry[0]
         done.result()  # raises what the stream raised
     finally:
-        unwanted.set()
+        call_off()

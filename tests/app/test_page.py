@@ -6,9 +6,11 @@ import os
 import re
 import shutil
 import socket
+import threading
 import wave
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import cv2
 import gradio as gr
@@ -25,6 +27,7 @@ from crowdexit import zoo
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference import counter as counting
 from crowdexit.inference.counter import CrowdCounter, ExitResult
+from crowdexit.inference.runtimes.call_off import CalledOff, check
 from crowdexit.intervals import Intervals
 
 TINY = {"width": 0.0625, "audio_width": 0.0625, "size": [128, 64], "dim": 4, "heads": 2, "hidden": 8, "filters": 2}
@@ -190,6 +193,33 @@ def test_a_very_large_picture_is_shown_small_and_its_sound_not_claimed(counter: 
     assert last.picture is not None
     assert last.picture.shape == (240, answer.LONGEST_SIDE, 3)
     assert "sound was not used" in last.headline
+
+
+def test_a_client_that_has_gone_stops_the_computing(counter: CrowdCounter, picture: Path) -> None:
+    """Closing what the framework iterates breaks off the exits that are still to come; the next request is served."""
+    begun, go_on, ended = threading.Event(), threading.Event(), threading.Event()
+
+    class Slow:
+        exits, size, model = counter.exits, counter.size, "slow"
+
+        def stream(self, image: object, audio: object = None) -> Iterator[ExitResult]:
+            yield ExitResult("V1", 1.0, None, 1.0)
+            try:
+                begun.set()
+                assert go_on.wait(30)
+                check()
+                raise AssertionError("nobody wanted this any more")
+            except CalledOff:
+                ended.set()
+                raise
+
+    moments = answers(cast(CrowdCounter, Slow()), picture, None)
+    next(moments), next(moments)
+    assert begun.wait(30)
+    moments.close()
+    go_on.set()
+    assert ended.wait(30)
+    assert len(list(answers(counter, picture, None))) > 1
 
 
 def test_what_the_sound_s_reader_noticed_is_shown(counter: CrowdCounter, picture: Path, tmp_path: Path) -> None:
