@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import cv2
-import h5py
 import numpy as np
 import pytest
 from branches import both_kinds
@@ -101,7 +100,10 @@ def test_too_few_with_sound(prepared, checkpoint, caplog):
 
 def test_pictures_that_are_cut_into_tiles_are_not_heard(prepared, checkpoint, monkeypatch):
     """Their sound belongs to the whole scene: they tell nothing of what is heard, nor are they counted again for it."""
-    with h5py.File(prepared, "a") as file:
+    wide = prepared.with_name("wide.h5")
+    with Store(prepared) as store, open_for_writing(wide) as file:
+        for id in store.ids("val"):
+            write_sample(file, store.read("val", id))
         random = np.random.default_rng(1)
         picture = cv2.imencode(".png", random.integers(0, 255, (256, 1024, 3), np.uint8))[1]
         points = np.zeros((3, 2), np.float32)
@@ -110,7 +112,7 @@ def test_pictures_that_are_cut_into_tiles_are_not_heard(prepared, checkpoint, mo
     counter = load(checkpoint, runtime="eager")
     stream, counted = counter.stream, []
     monkeypatch.setattr(counter, "stream", lambda *given: counted.append(given) or stream(*given))
-    with Store(prepared) as store:
+    with Store(wide) as store:
         made = calibrate(counter, store, "val", store.ids("val"), 0.7)
         assert (made.samples, made.heard_samples) == (13, 4)
         assert len(counted) == (13 + 1) + (4 + 1)
