@@ -104,7 +104,7 @@ def _warm(model: str | Path, runtime: str) -> CrowdCounter:
     return counter
 
 
-def make_page(model: CrowdCounter | str | Path = "audiocsrnet-s", *, runtime: str = "auto") -> gr.Blocks:
+def make_page(model: CrowdCounter | str | Path = "audiocsrnet-lite", *, runtime: str = "auto") -> gr.Blocks:
     """The page, not yet served.
 
     Args:
@@ -262,7 +262,7 @@ def _not_through_a_proxy() -> Iterator[None]:
 
 
 def launch(
-    model: CrowdCounter | str | Path = "audiocsrnet-s",
+    model: CrowdCounter | str | Path = "audiocsrnet-lite",
     host: str = "127.0.0.1",
     port: int = 7860,
     runtime: str = "auto",

@@ -35,7 +35,7 @@ app = typer.Typer(
     help="Count a crowd from picture and sound; an answer whenever the time is up.",
 )
 
-DEFAULT_MODEL = "audiocsrnet-s"
+DEFAULT_MODEL = "audiocsrnet-lite"
 CONFIDENCES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)  # to tell what leaving at them is worth
 Model = Annotated[
     str, typer.Option("--model", help="A shipped model's name, or the path of a checkpoint or an export.")

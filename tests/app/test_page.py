@@ -271,14 +271,14 @@ def test_examples_outlive_the_deletion_of_old_files(counter: CrowdCounter) -> No
 def test_several_shipped_models_can_be_chosen(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("audiocsrnet-s", "audiocsrnet-m"):
+    for name in ("audiocsrnet-lite", "audiocsrnet-m"):
         (tmp_path / name).mkdir()
         shutil.copy(checkpoint, tmp_path / name)
     monkeypatch.setattr(zoo, "checkpoints_folder", lambda: tmp_path)
-    page = make_page("audiocsrnet-s", runtime="eager")
+    page = make_page("audiocsrnet-lite", runtime="eager")
     (chooser,) = (b for b in page.blocks.values() if isinstance(b, gr.Dropdown))
-    assert {value for _, value in chooser.choices} == {"audiocsrnet-s", "audiocsrnet-m"}
-    assert chooser.value == "audiocsrnet-s"
+    assert {value for _, value in chooser.choices} == {"audiocsrnet-lite", "audiocsrnet-m"}
+    assert chooser.value == "audiocsrnet-lite"
     handler = next(fn.fn for fn in page.fns.values() if fn.concurrency_id == "model")
     assert handler is not None
     file = {"path": str(SAMPLES / "street.jpg")}
