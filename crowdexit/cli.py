@@ -126,7 +126,9 @@ def count(
     ] = None,
     smooth: Annotated[float, typer.Option(help="Half-life of a video's smoothed count, in seconds.")] = 2.0,
     format: Annotated[CountFormat | None, typer.Option(help="Default: as --out ends, else a table.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write here instead of the screen.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write here instead of the screen.", callback=command.output_file)
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that was stopped there.")] = False,
     density: Annotated[
         Path | None, typer.Option(help="Density over the picture: PNG, .npy, .mp4 for a video, or a folder.")
@@ -140,13 +142,13 @@ def count(
     from crowdexit.inference.counter import check_deadline, load
     from crowdexit.inference.policies import policy_named
     from crowdexit.inference.resume import noted_runtime
-    from crowdexit.inference.run import count_inputs
+    from crowdexit.inference.run import check_outputs, count_inputs
     from crowdexit.inference.sources import expand
     from crowdexit.inference.video.frames import parse_time
 
     span = {"start": parse_time(start)} | ({} if end is None else {"end": parse_time(end)})
     # What is mistyped is said before the weights are read.
-    expand(inputs)
+    check_outputs(expand(inputs), audio=audio, out=out, density=density, annotate=annotate)
     check_deadline(deadline_ms)
     check_positive(budget_ms)
     if late is Late.fail and deadline_ms is None:
@@ -286,7 +288,9 @@ def tradeoff(
     budgets: Annotated[
         str | None, typer.Option(help="Budgets to recommend for, 10⁹ multiply-adds: 5,10.5. Default: quarters.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for tradeoff.csv, .md and .png.")] = Path("tradeoff"),
+    out: Annotated[
+        Path, typer.Option(help="Folder for tradeoff.csv, .md and .png.", callback=command.output_folder)
+    ] = Path("tradeoff"),
     runtime: RuntimeName = "auto",
 ) -> None:
     """Error against cost of every exit: the practical branches, and which of them to deploy for a budget."""
@@ -324,7 +328,9 @@ def tables(
     split: Annotated[str, typer.Option()] = "val",
     ids: Ids = "*",
     audio: Hear = True,
-    out: Annotated[Path, typer.Option(help="Folder for table.csv, .md and .png.")] = Path("tables"),
+    out: Annotated[
+        Path, typer.Option(help="Folder for table.csv, .md and .png.", callback=command.output_folder)
+    ] = Path("tables"),
     runtime: RuntimeName = "auto",
 ) -> None:
     """Table I of the multi-exit ViT paper, and its like for other places and strategies, from trained runs.
@@ -357,7 +363,9 @@ def tables(
 def train(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or a bundled recipe's name.")],
     data: Annotated[Path | None, typer.Option(help="A prepared HDF5 file, in place of the recipe's.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/NAME.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run; default: runs/NAME.", callback=command.output_folder)
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is there.")] = False,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value, e.g. data.hear=0.7.")
@@ -397,7 +405,7 @@ def train(
 def suite(
     name: Annotated[str, typer.Argument(metavar="SUITE", help="A suite's file, or a bundled suite's name.")],
     data: Annotated[Path, typer.Option(help="A prepared HDF5 file.")],
-    out: Annotated[Path, typer.Option(help="Folder of the runs and of the table.")],
+    out: Annotated[Path, typer.Option(help="Folder of the runs and of the table.", callback=command.output_folder)],
     seeds: Annotated[int, typer.Option(min=1, help="How often the branches are trained.")] = 5,
     jobs: Annotated[int, typer.Option(min=1, help="Trainings at once; they share the cores.")] = 1,
     pictures: Annotated[
@@ -465,7 +473,9 @@ def search(
     place: Annotated[str, typer.Option(help="Where the branches stand.")],
     dims: Annotated[str, typer.Option(help="Widths d to try, with commas between.")] = "32",
     heads: Annotated[str, typer.Option(help="Numbers of heads h to try, with commas between.")] = "2,4,8,12,16,24",
-    out: Annotated[Path, typer.Option(help="Folder of the run and of grid.csv, .md and .png.")] = Path("search"),
+    out: Annotated[
+        Path, typer.Option(help="Folder of the run and of grid.csv, .md and .png.", callback=command.output_folder)
+    ] = Path("search"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the search that is there.")] = False,
 ) -> None:
     """Try every d and h of an SL-ViT branch side by side: the best with no more parameters than the CNN branch."""
@@ -492,7 +502,7 @@ def see(
     picture: Annotated[Path, typer.Argument(help="A picture.")],
     model: Model = DEFAULT_MODEL,
     exits: Annotated[str | None, typer.Option(help="Names with commas between; default: all early exits.")] = None,
-    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("see.png"),
+    out: Annotated[Path, typer.Option(help="The PNG to write.", callback=command.output_file)] = Path("see.png"),
 ) -> None:
     """What branches see: their effective receptive field, and where an SL-ViT branch's attention goes."""
     from crowdexit import zoo
@@ -519,7 +529,7 @@ def copycat(
     pictures: Annotated[
         Path, typer.Option(help="Folder of unlabelled pictures (for a set of sounds: recordings), or a prepared file.")
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the new run.")],
+    out: Annotated[Path, typer.Option(help="Folder of the new run.", callback=command.output_folder)],
     split: Annotated[str, typer.Option(help="Of a prepared file with --pictures.")] = "train",
     ratio: Annotated[float, typer.Option(help="Unlabelled samples for each labelled one.")] = 2.0,
     teacher: Annotated[
@@ -540,7 +550,7 @@ def copycat(
 @app.command(epilog="Example: `crowdexit pack runs/audiocsrnet-s-branches checkpoints/audiocsrnet-s/model.safetensors`")
 def pack(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A trained run's folder or checkpoint.")],
-    out: Annotated[Path, typer.Argument(help="The smaller checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="The smaller checkpoint.", callback=command.output_file)],
     exits: Annotated[str | None, typer.Option(help="Early exits to keep, with commas between; default: all.")] = None,
 ) -> None:
     """Write a checkpoint with kernels and matrices as float16, half the size: to be shipped, some exits alone."""
@@ -555,7 +565,7 @@ def pack(
 
 @app.command(epilog="Example: `crowdexit export --precision int8 --calibrate crowd.h5 --out audiocsrnet-s-int8`")
 def export(
-    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.", callback=command.output_folder)],
     model: Annotated[
         str, typer.Option("--model", help="A shipped model's name, or a checkpoint's path.")
     ] = DEFAULT_MODEL,
@@ -689,7 +699,9 @@ def _calibrate_classes(
 @app.command(epilog="Example: `crowdexit demo`")
 def demo(
     model: Model = DEFAULT_MODEL,
-    out: Annotated[Path, typer.Option(help="Folder for the annotated clip.")] = Path("demo-out"),
+    out: Annotated[Path, typer.Option(help="Folder for the annotated clip.", callback=command.output_folder)] = Path(
+        "demo-out"
+    ),
     runtime: RuntimeName = "auto",
 ) -> None:
     """Count the bundled clip, whose true count is known, and write it annotated."""

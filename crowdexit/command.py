@@ -8,13 +8,15 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 import typer
 
 from crowdexit.errors import CrowdExitError
+from crowdexit.paths import output_file_problem, output_folder_problem
 
 # typer shows the class of every misuse of a command line only as a parent of this one.
 _Misuse: type[Exception] = typer.BadParameter.__mro__[1]
@@ -43,6 +45,31 @@ def run(app: typer.Typer, arguments: Sequence[str] | None = None, *, interrupted
     if code == 130:
         print(interrupted, file=sys.stderr)
     return code
+
+
+def output_file(path: Path | None) -> Path | None:
+    """Callback of an option or argument that names a file to write: refuse what can be none.
+
+    Raises:
+        typer.BadParameter: for a folder, or below a file.
+    """
+    return _checked(path, output_file_problem)
+
+
+def output_folder(path: Path | None) -> Path | None:
+    """Callback of an option or argument that names a folder to write to: refuse what can be none.
+
+    Raises:
+        typer.BadParameter: for a file, or below one.
+    """
+    return _checked(path, output_folder_problem)
+
+
+def _checked(path: Path | None, problem_of: Callable[[Path], str | None]) -> Path | None:
+    problem = None if path is None else problem_of(path)
+    if problem is not None:
+        raise typer.BadParameter(f"{path}: {problem}")
+    return path
 
 
 @contextmanager

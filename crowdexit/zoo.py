@@ -24,6 +24,7 @@ from crowdexit.backbones.vit import ViT, ViTConfig
 from crowdexit.errors import CrowdExitError
 from crowdexit.files import atomic_write, checksum, write_problem
 from crowdexit.network import MultiExitNetwork
+from crowdexit.paths import is_file
 
 FORMAT = "crowdexit-2"
 MAX_SIDE = 16_384
@@ -172,9 +173,9 @@ def checkpoint_path(name: str | Path) -> Path:
             raise ZooError(f"{name}: no weights are shipped for it (there are some for {', '.join(shipped())})")
         return path
     path = Path(name)
-    if path.is_dir():
+    if is_file(path / "model.safetensors"):
         path = path / "model.safetensors"
-    if not path.is_file():
+    if not is_file(path):
         raise ZooError(f"{name}: neither a model's name ({', '.join(names())}) nor a checkpoint")
     return path
 

@@ -20,6 +20,7 @@ import typer
 from numpy.typing import NDArray
 from scipy.signal import resample_poly
 
+from crowdexit import command
 from crowdexit.data.ambience import MODEL_VERSION, SAMPLE_RATE, VoiceBank, simulate
 from crowdexit.data.log_mel import log_mel, read_audio
 from crowdexit.data.store import SPLITS, Store, StoredSample
@@ -37,7 +38,11 @@ def main(
     src: Annotated[Path, typer.Argument(metavar="SRC.h5", help="A prepared file.")],
     dst: Annotated[
         Path | None,
-        typer.Argument(metavar="DST.h5", help="The file to write; without it SRC is only measured or drawn."),
+        typer.Argument(
+            metavar="DST.h5",
+            help="The file to write; without it SRC is only measured or drawn.",
+            callback=command.output_file,
+        ),
     ] = None,
     voices: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of voice recordings (WAV), for DST.")
@@ -51,7 +56,10 @@ def main(
         bool, typer.Option("--measure", help="Print how much of the count's variance the sound explains.")
     ] = False,
     plotted: Annotated[
-        Path | None, typer.Option("--plot", metavar="OUT.png", help="Draw some of the sounds, and measure.")
+        Path | None,
+        typer.Option(
+            "--plot", metavar="OUT.png", help="Draw some of the sounds, and measure.", callback=command.output_file
+        ),
     ] = None,
     strict: Strict = False,
     jobs: Jobs = CORES,

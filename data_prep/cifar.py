@@ -75,7 +75,9 @@ def main(
         Path,
         typer.Argument(metavar="SRC", help="cifar-10-batches-py or cifar-100-python, what it lies in, or the .tar.gz."),
     ],
-    dst: Annotated[Path, typer.Argument(metavar="DST.h5", help="The prepared file to write.")],
+    dst: Annotated[
+        Path, typer.Argument(metavar="DST.h5", help="The prepared file to write.", callback=command.output_file)
+    ],
     fine: Annotated[
         bool, typer.Option("--fine/--coarse", help="CIFAR-100's 100 classes, or the 20 groups of them.")
     ] = True,

@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 from crowdexit.data.picture import FORMATS, MIN_SIDE, SUFFIXES, PictureError, decode_picture
 from crowdexit.data.store import SPLITS
 from crowdexit.errors import CrowdExitError
-from data_prep.common import Size, Strict, Val, check_size, plain, run, shown
+from data_prep.common import Destination, Size, Strict, Val, check_size, plain, run, shown
 from data_prep.labelled import Labelled, prepare_classes
 
 _SALT = 1  # see split_of
@@ -56,7 +56,7 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def main(
     src: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of class folders, or a .tar of them.")],
-    dst: Annotated[Path, typer.Argument(metavar="DST.h5", help="The prepared file to write.")],
+    dst: Destination,
     size: Size = 224,
     val: Val = 0.1,
     strict: Strict = False,

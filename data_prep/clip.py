@@ -23,6 +23,7 @@ import typer
 from numpy.typing import NDArray
 from PIL import Image
 
+from crowdexit import command
 from crowdexit.data.ambience import LENGTH, SAMPLE_RATE, VoiceBank, simulate
 from crowdexit.errors import CrowdExitError
 from crowdexit.files import write_problem
@@ -47,7 +48,12 @@ app = typer.Typer(add_completion=False, no_args_is_help=True)
 def excerpt(
     video: Video,
     heads: Table,
-    out: Annotated[Path, typer.Argument(metavar="OUT.mp4", help="The clip; the counts go beside it as .csv.")],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT.mp4", help="The clip; the counts go beside it as .csv.", callback=command.output_file
+        ),
+    ],
     voices: Voices,
     voices_origin: Annotated[
         str | None, typer.Option(help="Where the voices come from, kept in the clip [default: DIR's name].")
@@ -85,7 +91,12 @@ def excerpt(
 def still(
     video: Video,
     heads: Table,
-    out: Annotated[Path, typer.Argument(metavar="OUT.jpg", help="The image; OUT.csv and OUT-simulated.wav go beside.")],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT.jpg", help="The image; OUT.csv and OUT-simulated.wav go beside.", callback=command.output_file
+        ),
+    ],
     voices: Voices,
     start: Start = 0,
     frame: Annotated[int, typer.Option(min=0, help="The frame, by the table's numbers.")] = 0,
@@ -118,7 +129,7 @@ def still(
 def collage(
     video: Video,
     heads: Table,
-    out: Annotated[Path, typer.Argument(metavar="OUT.jpg", help="The image.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT.jpg", help="The image.", callback=command.output_file)],
     start: Start = 0,
     side: Annotated[int, typer.Option(min=8, max=128, help="Width and height of what is cut out, in pixels.")] = 24,
     seed: Annotated[int, typer.Option(min=0, help="Another seed, another order.")] = 0,

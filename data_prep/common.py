@@ -41,6 +41,9 @@ DENSITY_STRIDE = 8  # stored density maps have the grid that the networks answer
 MAX_BYTES = 2**28  # of one picture or recording
 
 CORES = os.cpu_count() or 1
+Destination = Annotated[
+    Path, typer.Argument(metavar="DST.h5", help="The prepared file to write.", callback=command.output_file)
+]
 Jobs = Annotated[int, typer.Option("--jobs", min=1, show_default="all cores", help="Processes that work at once.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop with code 2 at the first unusable sample.")]
 Size = Annotated[int, typer.Option("--size", min=8, max=2048, help="Width and height of the stored pictures.")]

@@ -23,6 +23,7 @@ from crowdexit.errors import CrowdExitError
 from data_prep.common import (
     CORES,
     DENSITY_STRIDE,
+    Destination,
     Jobs,
     StoredPixels,
     Strict,
@@ -59,7 +60,7 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def main(
     src: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of imgs, auds and density.")],
-    dst: Annotated[Path, typer.Argument(metavar="DST.h5", help="The prepared file to write.")],
+    dst: Destination,
     heads: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of head annotations, PREFIX_ID.txt or .mat.")
     ] = None,

@@ -44,7 +44,9 @@ def main(
     src: Annotated[
         Path, typer.Argument(metavar="SRC", help="Folder of train-images-idx3-ubyte.gz and the three others.")
     ],
-    dst: Annotated[Path, typer.Argument(metavar="DST.h5", help="The prepared file to write.")],
+    dst: Annotated[
+        Path, typer.Argument(metavar="DST.h5", help="The prepared file to write.", callback=command.output_file)
+    ],
 ) -> None:
     """Prepare Fashion MNIST: one HDF5 file of pictures, grey in three channels, and labels.
 

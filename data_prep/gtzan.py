@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from crowdexit.data.classes import ClassStore
 from crowdexit.data.spectrogram import MUSIC_RATE, MUSIC_SECONDS, Spectrogram, beginning
 from crowdexit.errors import CrowdExitError
-from data_prep.common import Size, Skipped, Strict, divided, run, shown
+from data_prep.common import Destination, Size, Skipped, Strict, divided, run, shown
 from data_prep.labelled import Labelled, prepare_classes, read_sound
 
 GENRES = ("blues", "classical", "country", "disco", "hiphop", "jazz", "metal", "pop", "reggae", "rock")
@@ -38,7 +38,7 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def main(
     src: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of the ten genres, or what holds genres/.")],
-    dst: Annotated[Path, typer.Argument(metavar="DST.h5", help="The prepared file to write.")],
+    dst: Destination,
     size: Size = 224,
     strict: Strict = False,
 ) -> None:

@@ -20,6 +20,7 @@ from crowdexit.errors import CrowdExitError
 from data_prep.common import (
     CORES,
     DENSITY_STRIDE,
+    Destination,
     Jobs,
     StoredPixels,
     Strict,
@@ -55,7 +56,7 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def main(
     src: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of part_A and part_B, or one of them.")],
-    dst: Annotated[Path, typer.Argument(metavar="DST.h5", help="The prepared file to write.")],
+    dst: Destination,
     kernel: Annotated[Kernel, typer.Option(help="Kernel of the stored density maps.")] = "gaussian",
     store_density: Annotated[
         bool,

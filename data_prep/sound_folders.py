@@ -15,7 +15,7 @@ from crowdexit.data.spectrogram import Spectrogram
 from crowdexit.data.store import SPLITS
 from crowdexit.errors import CrowdExitError
 from data_prep.class_folders import Folder, Place, Sample, Samples, find_samples, hidden
-from data_prep.common import Size, Skipped, Strict, Val, divided, plain, run, shown
+from data_prep.common import Destination, Size, Skipped, Strict, Val, divided, plain, run, shown
 from data_prep.labelled import Labelled, prepare_classes, read_sound
 
 SUFFIXES = (".wav", ".flac", ".ogg")
@@ -34,7 +34,7 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def main(
     src: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of class folders, or with --label name of files.")],
-    dst: Annotated[Path, typer.Argument(metavar="DST.h5", help="The prepared file to write.")],
+    dst: Destination,
     size: Size = 224,
     seconds: Annotated[
         float, typer.Option(min=0.05, max=60, help="Of each recording's beginning; shorter ones end in silence.")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from crowdexit.data.spectrogram import SPEECH_RATE, Spectrogram, beginning
 from crowdexit.data.store import SPLITS
 from crowdexit.errors import CrowdExitError
-from data_prep.common import Size, Skipped, Strict, by_hash, check_size, plain, read_lines, run, shown
+from data_prep.common import Destination, Size, Skipped, Strict, by_hash, check_size, plain, read_lines, run, shown
 from data_prep.labelled import Labelled, prepare_classes, read_sound
 
 WORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
@@ -45,7 +45,7 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def main(
     src: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of yes/, no/, …, the two lists and the noise.")],
-    dst: Annotated[Path, typer.Argument(metavar="DST.h5", help="The prepared file to write.")],
+    dst: Destination,
     size: Size = 224,
     strict: Strict = False,
 ) -> None:

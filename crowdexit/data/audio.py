@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from crowdexit.data.media import FAULTS, MOST_FAULTS, open_media
 from crowdexit.data.mel import AudioError
+from crowdexit.paths import is_file
 
 Warn = Callable[[str], object]
 
@@ -175,9 +176,9 @@ class _Track:
 
     def __iter__(self) -> Iterator[NDArray[np.float32]]:
         path, length, values, damaged = self.path, 0, 0, False
-        if path.is_file() and path.stat().st_size == 0:
+        if is_file(path) and path.stat().st_size == 0:
             raise AudioError(f"{path}: an empty file")
-        cut = path.is_file() and _wav_cut_short(path)
+        cut = is_file(path) and _wav_cut_short(path)
         with open_media(path, AudioError, "audio") as container:
             if not container.streams.audio:
                 raise AudioError(f"{path}: no sound track")

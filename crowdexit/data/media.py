@@ -10,6 +10,7 @@ import av
 from av.format import formats_available
 
 from crowdexit.errors import CrowdExitError
+from crowdexit.paths import is_file
 
 # What FFmpeg may raise for a damaged file; PyAV adds two of Python's own.
 FAULTS = (av.FFmpegError, ValueError, IndexError)
@@ -33,7 +34,7 @@ def open_media(path: Path, kind: type[CrowdExitError], what: Literal["video", "a
     Raises:
         CrowdExitError: of that kind, if it cannot be opened, or is a playlist or the like, which names other files.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise kind(f"{path}: no such {what} file")
     try:
         # FFmpeg would take a relative name with a colon for an address; an absolute one never.

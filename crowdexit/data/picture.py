@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from crowdexit.data.images.header import ImageHeader, read_header
 from crowdexit.data.images.limits import MAX_PIXELS, MIN_SIDE, PictureError
-from crowdexit.data.images.reader import FORMATS, SUFFIXES, DecodedImage, SizeCheck, decode_image, read_image
+from crowdexit.data.images.reader import FORMATS, SUFFIXES, DecodedImage, SizeCheck, decode_image, from_pil, read_image
 
 __all__ = [  # what others need of the reader, and what is here
     "FORMATS",
@@ -39,6 +39,7 @@ __all__ = [  # what others need of the reader, and what is here
     "decode_image",
     "decode_picture",
     "fit",
+    "from_pil",
     "normalise",
     "normalised",
     "place",
@@ -84,13 +85,17 @@ def _logged(image: DecodedImage, name: str) -> NDArray[np.uint8]:
 
 
 def checked_picture(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """A picture that comes as an array, as it is.
+    """A picture that comes as an array, as it is; a grey one (H×W or H×W×1) as RGB.
 
     Raises:
-        PictureError: if it is not H×W×3 uint8, or smaller than 32 pixels a side.
+        PictureError: if it is of another shape or not of uint8, or smaller than 32 pixels a side.
     """
-    if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.shape[2:] != (3,):
-        raise PictureError("a picture is an array H×W×3 of bytes")
+    if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.shape[2:] not in ((3,), (1,), ()):
+        raise PictureError("an image is an array H×W×3 (RGB) or H×W (grey) of uint8")
+    if picture.ndim < 2:
+        raise PictureError("an image is an array H×W×3 (RGB) or H×W (grey) of uint8")
+    if picture.shape[2:] != (3,):
+        picture = np.repeat(picture.reshape(*picture.shape[:2], 1), 3, axis=2)
     if min(picture.shape[:2]) < MIN_SIDE:
         raise PictureError(f"{picture.shape[1]}×{picture.shape[0]} is too small to count in ({MIN_SIDE} at least)")
     return picture

@@ -40,6 +40,7 @@ from numpy.typing import NDArray
 from crowdexit.data.picture import PictureError, decode_picture, read_header
 from crowdexit.errors import CrowdExitError
 from crowdexit.files import DiskFullError, checksum, sync, sync_folder
+from crowdexit.paths import is_file
 
 AudioSource = Literal["recorded", "simulated", "none"]
 SPLITS = ("train", "val", "test")
@@ -264,7 +265,7 @@ class PreparedFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        if not self.path.is_file():
+        if not is_file(self.path):
             raise StoreError(f"{self.path}: no such prepared file")
         self._file: h5py.File | None = None
 

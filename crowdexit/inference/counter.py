@@ -208,8 +208,10 @@ class CrowdCounter:
         """Yield each exit's answer as soon as it is there; what the caller no longer asks for is not computed.
 
         Args:
-            image: H×W×3 uint8 RGB, or a file; a :class:`crowdexit.data.picture.DecodedImage` brings its warnings.
-            audio: a file, (waveform, sample rate), a log-mel (96, 64), or None: not heard; an
+            image: H×W×3 uint8 RGB or H×W grey, a Pillow image, or a file; a
+                :class:`crowdexit.data.picture.DecodedImage` brings its warnings.
+            audio: a file, (waveform, sample rate) or (sample rate, waveform with its channels last, as
+                ``scipy.io.wavfile`` and Gradio give it), a log-mel (96, 64), or None: no audio; an
                 :class:`crowdexit.data.mel.AudioInput` says why there is none, or brings warnings.
             exits: names; default: all that this counter serves.
 

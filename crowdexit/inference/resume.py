@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.counter import CrowdCounter
-from crowdexit.inference.rows import COLUMNS, Format, opened, part_of, whole
+from crowdexit.inference.rows import COLUMNS, Format, csv_text, opened, part_of, whole
 from crowdexit.inference.runtimes import pick
 from crowdexit.inference.smooth import Smoother
 from crowdexit.inference.sources import Source
@@ -108,6 +108,8 @@ def take_up(out: Path, wanted: Mapping[str, Any], format: Format, names: Sequenc
     if other:
         told = [_told(key, there.get(key)) for key in other]
         raise ResumeError(f"{part}: made with other {', '.join(told)}; delete it to begin anew")
+    if format == "csv":
+        names = [csv_text(name) for name in names]
     half_life, end, last = float(wanted["smooth"]), 0, -1
     left, recent = Left(Smoother(half_life)), deque[int](maxlen=batch + 1)
     try:

@@ -31,6 +31,7 @@ COLUMNS = (
     *("source", "frame", "time_s", "count", "low", "high", "smoothed", "chosen_exit", "latency_ms"),
     *("audio", "warnings"),
 )
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for the beginning of a formula
 _ROW_GROUP = 50_000  # rows of a Parquet file that are in memory at once
 
 
@@ -256,8 +257,18 @@ class JSONRows:
         print(json.dumps(row, ensure_ascii=False), file=self.file, flush=True)
 
 
+def csv_text(text: str) -> str:
+    """A text as a CSV cell: with an apostrophe before what a spreadsheet would run as a formula.
+
+    Example:
+        >>> csv_text("=1+1.jpg")
+        "'=1+1.jpg"
+    """
+    return f"'{text}" if text.startswith(_FORMULA) else text
+
+
 class CSVRows:
-    """One line a picture or frame under the names of the columns."""
+    """One line a picture or frame under the names of the columns; names as of :func:`csv_text`."""
 
     def __init__(self, file: TextIO, *, begun: bool = False) -> None:
         self.file = file
@@ -274,7 +285,8 @@ class CSVRows:
         if not self._begun:
             self.csv.writeheader()
             self._begun = True
-        self.csv.writerow(_columns(row))
+        cells = _columns(row)
+        self.csv.writerow({**cells, "source": csv_text(cells["source"]), "warnings": csv_text(cells["warnings"])})
         self.file.flush()
 
 

@@ -53,6 +53,7 @@ from crowdexit.inference.video.live import LiveFrames
 from crowdexit.inference.video.pipeline import How, count_frames
 from crowdexit.inference.walk import Policy
 from crowdexit.network import FINAL
+from crowdexit.paths import output_file_problem, output_folder_problem
 
 # Why audio that was named is not used.
 _NOT_USED: dict[AudioStatus, str] = {
@@ -123,19 +124,9 @@ def count_inputs(
     resumes = out is not None and format != "table" and not live and budget_ms is None
     if audio is not None and not (single and not live):
         raise RunError(f"--audio {audio}: a sound belongs to one picture or video, not to several or a live source")
-    named: set[Path] = set()
-    given = {path.resolve() for s in sources for path in (s.path, s.sound, audio) if path is not None}
     if out is not None and out.is_symlink():
         out = out.resolve()  # what it points to is written, not another file in its place
-    for option, path in (("--out", out), ("--density", density), ("--annotate", annotate)):
-        if path is None:
-            continue
-        if path.resolve() in given:
-            raise RunError(f"{option} {path}: this is an input, it would be overwritten")
-        if taken := beside(path) & (given | named):
-            raise RunError(f"{option} {path}: {min(taken)} would be overwritten, choose another name")
-        if single or option == "--out":  # else a folder, in which nothing is overwritten
-            named |= beside(path)
+    taken = check_outputs(sources, audio=audio, out=out, density=density, annotate=annotate)
     if live and start:
         raise RunError(f"--start {start:g}: a live source begins now")
     if format == "parquet" and out is None:
@@ -158,7 +149,7 @@ def count_inputs(
     span = Span(DEFAULT_FPS if fps is None else fps, start, end)
     how = How(exit, deadline_ms, late, policy, 1 if live and batch is None else batch)
     left = Left(Smoother(smooth))
-    drawings = _Drawings(density, annotate, sources, single, exit, counter, given | named)
+    drawings = _Drawings(density, annotate, sources, single, exit, counter, taken)
     names = [s.name for s in sources]
 
     with ExitStack() as stack:
@@ -206,6 +197,61 @@ def count_inputs(
     if job.interrupted:
         raise _end_by(job.interrupted)
     return rows
+
+
+def check_outputs(
+    sources: Sequence[Source],
+    *,
+    audio: Path | None = None,
+    out: Path | None = None,
+    density: Path | None = None,
+    annotate: Path | None = None,
+) -> set[Path]:
+    """Refuse paths that the results of :func:`count_inputs` cannot go to, before anything is loaded.
+
+    Returns:
+        All files that have been named, resolved: inputs and what will be written.
+
+    Raises:
+        RunError: for a path that is an input or cannot be written, or that does not suit the inputs.
+    """
+    single = len(sources) == 1 and sources[0].named
+    named: set[Path] = set()
+    given = {path.resolve() for s in sources for path in (s.path, s.sound, audio) if path is not None}
+    for option, path in (("--out", out), ("--density", density), ("--annotate", annotate)):
+        if path is None:
+            continue
+        if path.resolve() in given:
+            raise RunError(f"{option} {path}: this is an input, it would be overwritten")
+        is_one_file = single or option == "--out"  # else a folder, in which nothing is overwritten
+        problem = output_file_problem(path) if is_one_file else output_folder_problem(path)
+        if problem is None and option == "--out" and not path.parent.is_dir():
+            problem = f"cannot be written, there is no folder {path.parent}"
+        if problem is not None:
+            raise RunError(f"{option} {path}: {problem}")
+        written = beside(path) if is_one_file else set()
+        if overwritten := written & (given | named):
+            raise RunError(f"{option} {path}: {min(overwritten)} would be overwritten, choose another name")
+        named |= written
+    kinds = {s.kind for s in sources}
+    if annotate is not None and kinds == {"picture"}:
+        raise RunError(f"--annotate {annotate}: this is for videos; of pictures, --density shows the map")
+    if annotate is not None and density is not None and "picture" not in kinds:
+        raise RunError(f"--density {density}: of a video, --annotate draws it; name one of the two")
+    for option, path in (("--density", density), ("--annotate", annotate)):
+        if path is None:
+            continue
+        suffix = path.suffix.lower()
+        if not single:
+            if suffix in (".png", ".npy", ".mp4"):
+                raise RunError(f"{option} {path}: for several inputs this has to be a folder")
+            continue
+        kind = sources[0].kind
+        suffixes = (".png", ".npy") if kind == "picture" else (".mp4",)
+        if suffix not in suffixes:
+            of = "live source" if kind == "live" else kind
+            raise RunError(f"{option} {path}: of a {of} this ends in {' or '.join(suffixes)}")
+    return given | named
 
 
 @dataclass
@@ -358,10 +404,10 @@ class _Job:
 
 @dataclass
 class _Drawings:
-    """Where the pictures of what was counted go.
+    """Where the pictures of what was counted go; :func:`check_outputs` has seen the paths.
 
     Raises:
-        RunError: if a path does not suit the sources, or there is no map to draw.
+        RunError: if there is no map to draw, or a folder cannot be made.
     """
 
     density: Path | None
@@ -378,28 +424,12 @@ class _Drawings:
                 raise RunError(f"--density: {self.counter.model} makes no map, it counts directly")
             if self.exit not in (FINAL, "auto"):
                 raise RunError(f"--density: the exit {self.exit} makes no map, only the final one does")
-        kinds = {s.kind for s in self.sources}
-        if self.annotate is not None and kinds == {"picture"}:
-            raise RunError(f"--annotate {self.annotate}: this is for videos; of pictures, --density shows the map")
-        if self.annotate is not None and self.density is not None and "picture" not in kinds:
-            raise RunError(f"--density {self.density}: of a video, --annotate draws it; name one of the two")
         for option, path in (("--density", self.density), ("--annotate", self.annotate)):
-            if path is None:
-                continue
-            suffix = path.suffix.lower()
-            if not self.single:
-                if suffix in (".png", ".npy", ".mp4"):
-                    raise RunError(f"{option} {path}: for several inputs this has to be a folder")
+            if path is not None and not self.single:
                 try:
                     path.mkdir(parents=True, exist_ok=True)
                 except OSError as error:
                     raise RunError(f"{option} {path}: cannot be made ({error.strerror})") from None
-                continue
-            kind = self.sources[0].kind
-            suffixes = (".png", ".npy") if kind == "picture" else (".mp4",)
-            if suffix not in suffixes:
-                of = "live source" if kind == "live" else kind
-                raise RunError(f"{option} {path}: of a {of} this ends in {' or '.join(suffixes)}")
 
     def picture(self, source: Source, result: CountResult) -> None:
         """Write a picture's density, if that is wanted."""

@@ -6,21 +6,24 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Number
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from crowdexit.backbones.audiocsrnet import STRIDE
 from crowdexit.data.audio import Warn, read_middle_second, refuse
 from crowdexit.data.log_mel import log_mel
 from crowdexit.data.mel import AudioError, AudioInput, AudioStatus, checked_log_mel
-from crowdexit.data.picture import DecodedImage, Placement, checked_picture, read_image, tile_boxes, views
+from crowdexit.data.picture import DecodedImage, Placement, checked_picture, from_pil, read_image, tile_boxes, views
 from crowdexit.network import Config
 
-Picture = NDArray[np.uint8] | DecodedImage | str | Path
-Sound = tuple[NDArray[np.float32], int] | NDArray[np.float32] | AudioInput | str | Path
+Picture = NDArray[np.uint8] | Image.Image | DecodedImage | str | Path
+Sound = tuple[Any, Any] | NDArray[np.float32] | AudioInput | str | Path
 Box = tuple[int, int, int, int]  # x, y, width, height
 # A row of a network's batch before it is laid out: canvas (h, w, 3), how the picture lies there, log-mel.
 Row = tuple[NDArray[np.uint8], Placement, NDArray[np.float32] | None]
@@ -71,7 +74,7 @@ class Scene:
 
 
 def hear(sound: Sound | None, *, warn: Warn = refuse) -> NDArray[np.float32] | None:
-    """Any form of sound as a log-mel (96, 64): a file, (waveform, sample rate), or a log-mel already.
+    """Any form of sound as a log-mel (96, 64): a file, (waveform, sample rate) in either order, or a log-mel already.
 
     Args:
         warn: is called with one line about what was read; default: that is an error.
@@ -92,8 +95,21 @@ def hear(sound: Sound | None, *, warn: Warn = refuse) -> NDArray[np.float32] | N
         except AudioError as error:
             raise AudioError(f"{sound}: {error}") from None
     if isinstance(sound, tuple):
-        return log_mel(*sound, warn=warn)
+        return log_mel(*_waveform_and_rate(sound), warn=warn)
     return checked_log_mel(sound)
+
+
+def _waveform_and_rate(pair: tuple[Any, Any]) -> tuple[NDArray[Any], int]:
+    """A waveform (samples,) or (channels, samples) and its rate, of a pair in either order.
+
+    (sample rate, samples) is the order of ``scipy.io.wavfile`` and of Gradio, whose channels come last.
+    """
+    if len(pair) != 2 or isinstance(pair[0], Number) == isinstance(pair[1], Number):
+        raise AudioError("audio as a pair is (waveform, sample rate) or (sample rate, waveform)")
+    if not isinstance(pair[0], Number):
+        return pair
+    waveform = np.asarray(pair[1])
+    return (waveform.T if waveform.ndim == 2 else waveform), pair[0]  # type: ignore[return-value]
 
 
 def audio_input(sound: Sound | None) -> AudioInput:
@@ -119,6 +135,8 @@ def prepared(image: Picture, audio: Sound | None, config: Config) -> tuple[Scene
     """
     if isinstance(image, (str, Path)):
         image = read_image(image, partial(tile_boxes, native=config.scene))
+    elif isinstance(image, Image.Image):
+        image = from_pil(image)
     elif not isinstance(image, DecodedImage):
         image = DecodedImage(image)
     picture = checked_picture(image.pixels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import h5py
 import numpy as np
 import pytest
 
+from crowdexit import command
 from crowdexit.data.store import Store, StoredSample
 from crowdexit.errors import CrowdExitError
 from data_prep.common import Task, divided, prepare
@@ -100,3 +102,15 @@ def test_shares_of_few_and_many(number, held):
     one = Counter(divided(names, 0.1, test=False).values())
     assert one["test"] == 0
     assert one["val"] == (max(held, 1) if number > 1 else 0)
+
+
+@pytest.mark.parametrize("script", ["shanghaitech", "disco", "cifar", "fashion_mnist", "gtzan", "ambience"])
+@pytest.mark.parametrize("destination", [".", "", "/", "notes.txt/set.h5"])
+def test_a_destination_is_checked_first(script, destination, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    app = importlib.import_module(f"data_prep.{script}").app
+    assert command.run(app, ["nothing-there", destination]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "a folder; name a file to write" in line or "notes.txt is a file, not a folder" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -257,7 +257,7 @@ def test_sounds_that_cannot_be_heard(tmp_path):
 @pytest.mark.parametrize(
     "picture",
     [
-        np.zeros((64, 64), np.uint8),
+        np.zeros(64, np.uint8),
         np.zeros((64, 64, 4), np.uint8),
         np.zeros((64, 64, 3), np.float32),
         np.zeros((31, 64, 3), np.uint8),
@@ -281,6 +281,48 @@ def header_only(width: int, height: int) -> bytes:
 
 
 GOOD = encoded(noise(96, 64), "JPEG")
+
+
+def test_images_in_the_forms_that_users_have(counter):
+    """Pillow's of any mode and arrays in grey count as the same image in RGB."""
+    rgb = noise(128, 64)
+    grey = np.asarray(Image.fromarray(rgb).convert("L"))
+    of_grey = counter.count(np.repeat(grey[..., None], 3, axis=2)).count
+    assert of_grey > 0
+    for image in (grey, grey[..., None], Image.fromarray(grey), Image.fromarray(grey.astype(np.uint16) * 257)):
+        assert counter.count(image).count == pytest.approx(of_grey, rel=1e-6)
+    of_rgb = counter.count(rgb).count
+    for image in (Image.fromarray(rgb), Image.fromarray(rgb).convert("RGBA")):
+        assert counter.count(image).count == pytest.approx(of_rgb, rel=1e-6)
+    turned = Image.open(io.BytesIO(encoded(np.rot90(rgb), exif=Image.Exif()))).convert("RGB")
+    turned.getexif()[274] = 6
+    assert counter.count(turned).count == pytest.approx(of_rgb, rel=1e-6)
+    whole = encoded(rgb, "JPEG")
+    cut = Image.open(io.BytesIO(whole[: len(whole) // 2]))
+    with pytest.raises(PictureError, match="damaged or truncated"):
+        counter.count(cut)
+
+
+def test_sound_in_the_order_of_scipy_and_gradio(counter):
+    picture = noise(128, 64)
+    stereo = np.random.default_rng(0).normal(0, 0.1, (2, 16_000)).clip(-1, 1).astype(np.float32)
+    expected = counter.count(picture, (stereo, 16_000)).count
+    assert counter.count(picture, (16_000, stereo.T)).count == pytest.approx(expected, rel=1e-6)
+    assert counter.count(picture, (np.int64(16_000), stereo.T)).count == pytest.approx(expected, rel=1e-6)
+    assert counter.count(picture, (16_000, stereo[0])).count == counter.count(picture, (stereo[0], 16_000)).count
+    for pair in [(16_000, 16_000), (stereo, stereo), (stereo,), (stereo, 16_000, 2)]:
+        with pytest.raises(AudioError, match=r"\(waveform, sample rate\) or \(sample rate, waveform\)"):
+            counter.count(picture, pair)
+
+
+def test_names_too_long_for_the_system_are_no_files(counter, tmp_path):
+    name = "x" * 300
+    with pytest.raises(PictureError, match="no such file"):
+        counter.count(tmp_path / name)
+    with pytest.raises(AudioError, match="no such file"):
+        counter.count(noise(64, 64), tmp_path / name)
+    with pytest.raises(zoo.ZooError, match="neither a model's name"):
+        load(tmp_path / name)
 
 
 @pytest.mark.parametrize(

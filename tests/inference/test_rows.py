@@ -21,6 +21,7 @@ from PIL import Image
 from sounds import write_wav
 from videos import make_video, tone
 
+from crowdexit import cli, command
 from crowdexit.data.mel import AudioError, AudioInput
 from crowdexit.data.picture import PictureError, read_image
 from crowdexit.errors import CrowdExitError
@@ -439,6 +440,66 @@ def test_out_that_cannot_be(counter, street, tmp_path):
         assert street.read_bytes() == before
     with pytest.raises(RowError, match="no format 'xml'"):
         count_inputs(counter, [street], format="xml")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("out", [".", "", "/", "..", "rows.csv/more.csv", "x" * 300 + ".csv"])
+def test_out_is_checked_before_anything_is_loaded(street, tmp_path, monkeypatch, capsys, out):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.csv").write_text("mine")
+    before = {*tmp_path.iterdir()}
+    monkeypatch.setattr("crowdexit.inference.counter.load", lambda *_, **__: pytest.fail("loaded"))
+    assert command.run(cli.app, ["count", str(street), "--out", out]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert {*tmp_path.iterdir()} == before
+
+
+def test_a_folder_is_right_where_several_drawings_go(counter, street, film, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunError, match=r"--density \.: a folder; name a file to write"):
+        count_inputs(counter, [street], density=Path())
+    with pytest.raises(RunError, match=r"--annotate /: a folder; name a file to write"):
+        count_inputs(counter, [film], annotate=Path("/"))
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(RunError, match=r"--density .*: a file; name a folder to write to"):
+        count_inputs(counter, [street, film], density=tmp_path / "taken")
+    drawings = tmp_path / "drawings"
+    drawings.mkdir()
+    monkeypatch.chdir(drawings)
+    count_inputs(counter, [street, film], density=Path())
+    assert {path.suffix for path in drawings.iterdir()} == {".png", ".mp4"}
+
+
+def test_names_that_a_spreadsheet_would_run(counter, picture_file, tmp_path, monkeypatch):
+    """In CSV they begin with an apostrophe, and a stopped run goes on behind them; elsewhere they stay."""
+    monkeypatch.chdir(tmp_path)
+    names = ["=1+1.jpg", "+1.jpg", "-1.jpg", "@x.jpg", "a=b.jpg"]
+    for name in names:
+        picture_file(name, width=64, height=64)
+    out = tmp_path / "rows.csv"
+    count_inputs(counter, names, format="csv", out=out)
+
+    def named() -> list[str]:
+        with out.open(newline="") as file:
+            return [row["source"] for row in csv.DictReader(file)]
+
+    assert named() == ["'=1+1.jpg", "'+1.jpg", "'-1.jpg", "'@x.jpg", "a=b.jpg"]
+    out.unlink()
+    count, done = CrowdCounter.count, []
+
+    def stopped(self, *args, **options):
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(args)
+        return count(self, *args, **options)
+
+    with monkeypatch.context() as stopping:
+        stopping.setattr(CrowdCounter, "count", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            count_inputs(counter, names, format="csv", out=out)
+    count_inputs(counter, names, format="csv", out=out, resume=True)
+    assert named() == ["'=1+1.jpg", "'+1.jpg", "'-1.jpg", "'@x.jpg", "a=b.jpg"]
+    count_inputs(counter, names[:1], format="json", out=tmp_path / "rows.json")
+    assert json.loads((tmp_path / "rows.json").read_text())["source"] == names[0]
 
 
 def test_density_of_a_picture(counter, street, tmp_path):

@@ -20,6 +20,7 @@ from crowdexit.data.images import jpeg, netpbm, tiff
 from crowdexit.data.images.limits import MAX_PIXELS, PictureError, check_size
 from crowdexit.data.images.opencv import imdecode
 from crowdexit.data.images.ranges import RangeUnknown, to_8_bits
+from crowdexit.paths import is_file
 
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".webp", ".tif", ".tiff", ".gif"),
@@ -109,12 +110,37 @@ def read_image(path: str | Path, check: SizeCheck | None = None) -> DecodedImage
         PictureError: no such file, or as :func:`decode_image`.
     """
     path = Path(path)
-    if not path.is_file():
+    if not is_file(path):
         raise PictureError(f"{path}: no such file")
     try:
         return decode_image(path.read_bytes(), str(path), check)
     except OSError as error:
         raise PictureError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def from_pil(picture: Image.Image, name: str = "image") -> DecodedImage:
+    """An image that was opened with Pillow, of any mode: the pixels and warnings that its file would give.
+
+    Raises:
+        PictureError: damaged, of a mode that is not supported, or too large.
+    """
+    notes = _Notes()
+    try:
+        check_size(name, *picture.size, 8)
+        orientation = orientation_of(picture)
+        picture.load()
+        if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
+            pixels = _to_rgb(np.asarray(picture)[..., None], None, None, notes)
+        else:
+            pixels = _rgb_of(picture, notes)
+        return DecodedImage(_upright(pixels, orientation), tuple(notes))
+    except PictureError:
+        raise
+    except RangeUnknown as error:
+        raise PictureError(f"{name}: {error} are not supported; convert it to RGB") from None
+    except Exception as error:  # a library of images may raise whatever a damaged file makes of its state
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise PictureError(f"{name}: a damaged or truncated picture ({reason})") from None
 
 
 def is_image(path: Path) -> bool:
