@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
 
 from crowdexit.errors import CrowdExitError
 
@@ -74,6 +73,8 @@ def temperature(scores: NDArray[np.float32], labels: NDArray[np.int64]) -> float
     Raises:
         TemperatureError: if there are no pictures, or scores that are not finite.
     """
+    from scipy.optimize import minimize_scalar  # a quarter of a second to import, and only fitting needs it
+
     if not len(labels):
         raise TemperatureError("no pictures to fit a temperature to")
     if not np.isfinite(scores).all():

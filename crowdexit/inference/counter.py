@@ -14,12 +14,16 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from crowdexit.data.mel import AudioStatus
 from crowdexit.data.picture import (
     PIXELS_ABREAST,
     PIXELS_AT_ONCE,
+    DecodedImage,
+    PictureError,
     decode_picture,
+    read_header,
     same_size_groups,
     scaled_size,
     tile_boxes,
@@ -46,6 +50,8 @@ log = logging.getLogger(__name__)
 
 Late = Literal["wait", "fail"]
 
+# With late="wait", how many times the deadline the first answer may be foreseen to take before the image is refused.
+MOST_LATE = 10
 _TURNS, _PATIENCE_S = 6, 3.0  # of measuring: so often, two at least, for each number of rows, or as long
 
 
@@ -245,22 +251,27 @@ class CrowdCounter:
                 the middle of a stage. Preparing the picture counts, and so does the end of the layer (with
                 torch.compile, of the stage), or of the decoding, that an earlier request, to whichever counter of this
                 process, has left running. An error that comes after an answer is told as a warning.
-            late: what to do where not even the first exit has answered by then: ``wait`` for it, or ``fail``.
+            late: what to do where not even the first exit has answered by then: ``wait`` for it, or ``fail``. An image
+                that is cut into tiles is refused before it is computed where its first exit is foreseen to be late
+                (``fail``), or later than ten times the deadline (``wait``).
             policy: which exits are asked, and when one of them will do (:mod:`crowdexit.inference.policies`). For
                 ``DeepestThatFits`` the machine is measured once, before the time begins.
 
         Raises:
-            DeadlineMissed: if no exit has answered, and ``late`` is ``fail``.
+            DeadlineMissed: if no exit has answered, and ``late`` is ``fail``; or of a tiled image, if that is foreseen.
             CrowdExitError: as :meth:`stream`; for a deadline that is not positive, or a policy that has nothing to
                 go by.
         """
         check_deadline(deadline_ms)
+        tiled = False
         if late not in get_args(Late):
             raise CounterError(f"late is one of {', '.join(get_args(Late))}, not {late!r}")
         if deadline_ms is None:
             self._check_without_deadline(policy)
         else:
             self.make_ready_for(policy)
+            if tiled := self._is_tiled(image):
+                _ = self.profile  # by which it is foreseen when the exits will answer
         wanted = self._up_to(exit)
         last = wanted[-1]
         begun = time.perf_counter()
@@ -268,7 +279,8 @@ class CrowdCounter:
             results = list(filter(None, self._steps(image, audio, wanted, policy, begun)))
         else:
             deadline = begun + deadline_ms / 1000
-            steps = self._steps(image, audio, wanted, policy, begun, deadline)
+            most_ms = deadline_ms * (1 if late == "fail" else MOST_LATE)
+            steps = self._steps(image, audio, wanted, policy, begun, deadline, begun + most_ms / 1000)
             come = answers_by(deadline, steps, wait=late == "wait")
             results = [result for result in come if result.latency_ms <= deadline_ms]
             if not results and late == "wait":
@@ -276,6 +288,7 @@ class CrowdCounter:
         if not results:
             usual = self._usual_ms(wanted[0])
             note = "" if usual is None else f" (the first, {wanted[0]}, takes about {usual:.0f} ms here)"
+            note = "; the image is cut into tiles" if tiled else note
             raise DeadlineMissed(f"no exit answered within {deadline_ms:g} ms{note}")
         chosen = next((r for r in results if r.exit == last), results[-1])
         in_time = None if deadline_ms is None else chosen.latency_ms <= deadline_ms
@@ -425,19 +438,39 @@ class CrowdCounter:
         Args:
             exit: as of :meth:`count`.
         """
-        self._run_through(photo(self.size), min(self._views, self._rows(PIXELS_AT_ONCE)), self._up_to(exit), Profile())
+        self._run_through(photo(self.size), self._views_at_once, self._up_to(exit), Profile())
 
-    def _usual_ms(self, exit: str) -> float | None:
+    def first_answer(self, exit: str = "auto") -> tuple[str, float]:
+        """The first exit on the way to one, and about when it answers here for an image of :attr:`size`, in ms.
+
+        It is measured now, once, after :meth:`warm_up`; a longer look is the :attr:`profile`.
+
+        Args:
+            exit: as of :meth:`count`.
+        """
+        first, times = self._up_to(exit)[0], Profile()
+        self._run_through(photo(self.size), self._views_at_once, [first], times)
+        usual = self._usual_ms(first, times)
+        assert usual is not None
+        return first, usual
+
+    def _usual_ms(self, exit: str, times: Profile | None = None) -> float | None:
         """What a picture of the scene's shape takes here until an exit's answer, about; None: not known yet."""
-        preparing = self._times.ms(PREPARING)
+        times = self._times if times is None else times
+        preparing = times.ms(PREPARING)
         steps = [LAYING, *map(stage_step, range(self.network.stage_of(exit) + 1)), exit_step(exit)]
-        rest = self._times.total_ms(steps, self._views)
+        rest = times.total_ms(steps, self._views)
         return None if preparing is None or rest is None else preparing + rest
 
     def _rows(self, pixels: int) -> int:
         """How many rows of a batch have so many pixels; one at least."""
         width, height = self.network.config.size
         return max(1, pixels // (width * height))
+
+    @property
+    def _views_at_once(self) -> int:
+        """Those of them that go through a stage together."""
+        return min(self._views, self._rows(PIXELS_AT_ONCE))
 
     @cached_property
     def _views(self) -> int:
@@ -506,14 +539,25 @@ class CrowdCounter:
         policy: Policy,
         begun: float,
         deadline: float = math.inf,
+        last_moment: float = math.inf,
     ) -> Iterator[ExitResult | None]:
-        """Count a picture step by step; None after a step without an answer."""
+        """Count a picture step by step; None after a step without an answer.
+
+        Args:
+            last_moment: when the first exit has to answer at the latest; a tiled image of which it is foreseen to be
+                later is refused.
+
+        Raises:
+            DeadlineMissed: for such an image.
+        """
         preparing = time.perf_counter()
         scene, rows = prepared(image, audio, self.network.config)
         self._times.note(PREPARING, 1, 1000 * (time.perf_counter() - preparing))
         yield None
         # A picture of an absurd shape has too many tiles to go through the network abreast: the last of them tell.
         abreast = self._rows(PIXELS_ABREAST)
+        if len(rows) > self._views and deadline < math.inf:
+            exits = self._exits_in_time(rows, exits, begun, deadline, last_moment)
         counts = dict.fromkeys(exits, 0.0)  # of the rows so far
         maps: dict[str, list[NDArray[np.float32]]] = {name: [] for name in exits}
         for start in range(0, len(rows), abreast):
@@ -527,6 +571,59 @@ class CrowdCounter:
                 yield (
                     self._result(told.exit, counts[told.exit], maps[told.exit], scene, begun) if told and last else None
                 )
+
+    def _is_tiled(self, image: Picture) -> bool:
+        """Whether an image will be cut into tiles, by its header alone; False of what cannot be read."""
+        try:
+            if isinstance(image, (str, Path)):
+                header = read_header(Path(image))
+                width, height = header.width, header.height
+            elif isinstance(image, Image.Image):
+                width, height = image.size
+            else:
+                pixels = image.pixels if isinstance(image, DecodedImage) else image
+                height, width = pixels.shape[:2]
+            return len(tile_boxes(width, height, self.network.config.scene)) > 1
+        except (PictureError, AttributeError, ValueError):  # counting it says what is wrong
+            return False
+
+    def _exits_in_time(
+        self, rows: Sequence[Row], exits: Sequence[str], begun: float, deadline: float, last_moment: float
+    ) -> Sequence[str]:
+        """The exits that may answer for the rows of a tiled image by the deadline: the first, and those foreseen to.
+
+        Raises:
+            DeadlineMissed: if the first is foreseen to answer after the last moment.
+        """
+        now = time.perf_counter()
+        foreseen = {name: self._foreseen_s(rows, name) for name in exits}
+        first = foreseen[exits[0]]
+        if first is not None and now + first > last_moment:
+            within, takes = 1000 * (deadline - begun), 1000 * (now + first - begun)
+            raise DeadlineMissed(
+                f"no exit can answer within {within:g} ms: the image is cut into {len(rows)} tiles, for which the "
+                f"first, {exits[0]}, takes about {takes:.0f} ms here"
+            )
+        if len(rows) <= self._rows(PIXELS_ABREAST):  # every tile comes to an exit before any goes on
+            return exits
+        fits = [name for name in exits[1:] if (s := foreseen[name]) is not None and now + s <= deadline]
+        return [exits[0], *fits]
+
+    def _foreseen_s(self, rows: Sequence[Row], exit: str) -> float | None:
+        """How long rows will take at least until an exit's answer, in seconds; None: not known.
+
+        Canvases smaller than the native size are reckoned by their pixels.
+        """
+        width, height = self.network.config.size
+        steps = [LAYING, *map(stage_step, range(self.network.stage_of(exit) + 1)), exit_step(exit)]
+        total = 0.0
+        for group in same_size_groups(rows, self._rows(PIXELS_AT_ONCE)):
+            ms: float | None = self._times.total_ms(steps, len(group), quantile=0)
+            if ms is None:
+                return None
+            canvas = group[0][0]
+            total += ms / 1000 * min(1.0, canvas.shape[0] * canvas.shape[1] / (width * height))
+        return total
 
     def _many(
         self,

@@ -51,6 +51,7 @@ from crowdexit.inference.runtimes.arrays import (
     stage_piece,
 )
 from crowdexit.inference.runtimes.engines import Engine, OnnxEngine, OpenVINOEngine, Shapes, openvino_core
+from crowdexit.paths import is_file
 
 MANIFEST = "manifest.json"
 FORMAT = "crowdexit-export-2"
@@ -186,7 +187,7 @@ def _check_taken(piece: str, ports: Sequence[Port], there: Mapping[str, Port]) -
 
 def is_export(path: str | Path) -> bool:
     """Whether there is a folder with a manifest."""
-    return (Path(path) / MANIFEST).is_file()
+    return is_file(Path(path) / MANIFEST)
 
 
 class Exported:

@@ -184,12 +184,14 @@ def count_inputs(
         advance = stack.enter_context(_bar(sources, span, left.rows, shown=progress and not file.isatty()))
         if deadline_ms is not None:
             counter.warm_up(exit)
+            _tell_too_short(counter, exit, deadline_ms)
         only_picture = single and sources[0].kind == "picture"
         lines = writer(format, file, names, single=only_picture, begun=left.rows > 0)
         job = _Job(counter, audio, how, span, lines, drawings, advance)
         rows = left.rows
         for _ in job.all_rows(sources, left) if budget_ms is None else job.rows_within(budget_ms, sources):
             rows += 1
+        job.tell_late(rows - left.rows)
         if rows == 0 and job.interrupted:
             raise _end_by(job.interrupted)
         if rows == 0:
@@ -265,6 +267,7 @@ class _Job:
     lines: Rows
     drawings: _Drawings
     advance: Callable[[str], None]
+    late: int = 0  # answers that came after the deadline
     interrupted: int = 0  # the signal that came while a live source was counted, which is how most of them end
 
     def all_rows(self, sources: Sequence[Source], left: Left) -> Iterator[None]:
@@ -302,11 +305,18 @@ class _Job:
 
     def _write(self, source: Source, result: CountResult) -> None:
         """Write the row of a picture, and tell its warnings."""
+        self.late += result.in_time is False
         self.lines.picture(source.name, result)
         for warning in result.warnings:
             _warn(f"{source.path}: {warning}")
         self._tell_unused({result.audio})
         self.advance("")
+
+    def tell_late(self, rows: int) -> None:
+        """Say how many of the rows of this run were answered after the deadline."""
+        if self.late:
+            marked = f" ({self.late} of {rows} rows)" if rows > 1 else ""
+            _warn(f"answered after the deadline of {self.how.deadline_ms:g} ms{marked}")
 
     def _tell_unused(self, statuses: set[AudioStatus]) -> None:
         """Say that the audio which the user has named was not used, and why; ``statuses`` are those of the rows."""
@@ -385,6 +395,7 @@ class _Job:
                         _warn(f"{source.name} at {frame.time_s:.1f} s: {within}; such frames have no row")
                     continue
                 rows += 1
+                self.late += result.in_time is False
                 self.lines.frame(FrameRow.of(source.name, frame, result, left.smoother))
                 statuses.add(result.audio)
                 for warning in result.warnings:  # each stands in the row of every frame that has it, but is told once
@@ -549,6 +560,17 @@ def _tellable(sources: Sequence[Source]) -> list[Source]:
     if not good:
         raise RunError("none of the files could be counted")
     return good
+
+
+def _tell_too_short(counter: CrowdCounter, exit: str, deadline_ms: float) -> None:
+    """Say before the run that a deadline is shorter than any exit takes, where it is."""
+    name, takes = counter.first_answer(exit)
+    if takes > deadline_ms:
+        width, height = counter.size
+        _warn(
+            f"no exit is as fast as {deadline_ms:g} ms here: the first, {name}, takes about {takes:.0f} ms for an "
+            f"image of {width}×{height}"
+        )
 
 
 def _pass_over(source: Source, error: CrowdExitError) -> None:

@@ -24,7 +24,7 @@ from crowdexit.data.log_mel import log_mel
 from crowdexit.data.mel import AudioError
 from crowdexit.data.picture import LEAST_SCALE, PictureError, decode_picture, tile_boxes
 from crowdexit.inference import counter as module
-from crowdexit.inference.counter import CounterError, CrowdCounter, load, served_exits
+from crowdexit.inference.counter import CounterError, CrowdCounter, DeadlineMissed, load, served_exits
 from crowdexit.inference.profile import LAYING, PREPARING
 from crowdexit.inference.runtimes.arrays import RuntimeUnavailable
 from crowdexit.inference.runtimes.eager import Eager
@@ -133,6 +133,42 @@ def test_every_tile_comes_to_an_exit_before_any_goes_on(counter, monkeypatch):
     tool, ran = watched(counter)
     assert next(tool.stream(noise(1500, 600))).exit == "V1"
     assert ran == [0] * 5  # nine tiles
+
+
+def test_a_deadline_holds_for_tiles(counter, monkeypatch):
+    """What is foreseen to be too late is refused before a stage is run; else the first exit answers, marked late."""
+    picture = noise(1100, 520)
+    tiles = len(tile_boxes(1100, 520, (128, 64)))
+    assert tiles > 3
+    monkeypatch.setattr(module, "PIXELS_ABREAST", 3 * 128 * 64)
+    run: list[int] = []
+    advance = type(counter.chain).advance
+
+    def counted(self, index, state):
+        run.append(index)
+        return advance(self, index, state)
+
+    _ = counter.profile
+    rows = prepared(picture, None, counter.network.config)[1]
+    foreseen = counter._foreseen_s(rows, "V1")
+    assert 0 < foreseen < counter._foreseen_s(rows, "final")
+    monkeypatch.setattr(type(counter.chain), "advance", counted)
+    for late, seconds in (("fail", 11), ("wait", 101)):
+        monkeypatch.setattr(counter, "_foreseen_s", lambda *_, s=seconds: s)
+        line = (
+            rf"no exit can answer within 10000 ms: the image is cut into {tiles} tiles, for which the first, V1, takes"
+        )
+        with pytest.raises(DeadlineMissed, match=line):
+            counter.count(picture, deadline_ms=10_000, late=late)
+    with pytest.raises(DeadlineMissed, match=r"no exit answered within 0\.001 ms; the image is cut into tiles"):
+        counter.count(picture, deadline_ms=0.001, late="fail")
+    assert run == []
+    monkeypatch.setattr(counter, "_foreseen_s", lambda rows, exit: 0.0 if exit == "V1" else 1.0)
+    result = counter.count(picture, deadline_ms=0.001)
+    assert (result.chosen.exit, result.in_time) == ("V1", False)
+    assert {*run} == {0}  # the stages behind the first exit are not run for an answer that is late anyhow
+    assert result.count == pytest.approx(next(iter(counter.stream(picture))).count, rel=1e-5)
+    assert counter.count(picture, deadline_ms=1e6).chosen.exit == "final"
 
 
 def test_exif_orientation(counter, tmp_path):
@@ -319,7 +355,7 @@ def test_names_too_long_for_the_system_are_no_files(counter, tmp_path):
     name = "x" * 300
     with pytest.raises(PictureError, match="no such file"):
         counter.count(tmp_path / name)
-    with pytest.raises(AudioError, match="no such file"):
+    with pytest.raises(AudioError, match="no such audio file"):
         counter.count(noise(64, 64), tmp_path / name)
     with pytest.raises(zoo.ZooError, match="neither a model's name"):
         load(tmp_path / name)

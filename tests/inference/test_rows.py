@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import struct
 import sys
@@ -500,6 +501,19 @@ def test_names_that_a_spreadsheet_would_run(counter, picture_file, tmp_path, mon
     assert named() == ["'=1+1.jpg", "'+1.jpg", "'-1.jpg", "'@x.jpg", "a=b.jpg"]
     count_inputs(counter, names[:1], format="json", out=tmp_path / "rows.json")
     assert json.loads((tmp_path / "rows.json").read_text())["source"] == names[0]
+
+
+def test_deadlines_that_no_exit_can_keep_are_told_in_words(counter, street, film, tmp_path, capsys):
+    rows = count_inputs(counter, [street, film], deadline_ms=1e-3, format="json", out=tmp_path / "rows.json")
+    first, *_, last = capsys.readouterr().err.splitlines()
+    size = "×".join(map(str, counter.size))
+    pattern = (
+        rf"warning: no exit is as fast as 0\.001 ms here: the first, V1, takes about \d+ ms for an image of {size}"
+    )
+    assert re.fullmatch(pattern, first)
+    assert last == f"warning: answered after the deadline of 0.001 ms ({rows} of {rows} rows)"
+    count_inputs(counter, [street, film], deadline_ms=1e5, format="json", out=tmp_path / "rows2.json")
+    assert "deadline" not in capsys.readouterr().err
 
 
 def test_density_of_a_picture(counter, street, tmp_path):
