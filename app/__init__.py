@@ -1,0 +1,5 @@
+"""The page: ``crowdexit app``, or ``python -m app`` in a checkout."""
+
+from crowdexit.signals import end_imports_in_one_line
+
+end_imports_in_one_line()

@@ -1,16 +1,10 @@
-"""``python -m app``: the page with the default settings; ``crowdexit app`` has the options."""
+"""``python -m app`` is ``crowdexit app``."""
 
 from __future__ import annotations
 
 import sys
 
-from app.page import launch
-from crowdexit.errors import CrowdExitError
+from crowdexit import cli, command
 
 if __name__ == "__main__":
-    try:
-        launch()
-    except CrowdExitError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(command.run(cli.app, ["app", *sys.argv[1:]]))

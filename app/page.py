@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
+import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 import crowdexit
+from app import guard
 from app.answer import WELCOME, Shown, answers, in_model_thread, problem
 from crowdexit import zoo
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference import counter as counting
 from crowdexit.inference.counter import CrowdCounter
 
-MAX_FILE_SIZE = "100mb"
+MAX_FILE_BYTES = 100 * 10**6
+MAX_UPLOADED_BYTES = 10**9  # of all files together; the oldest go for new ones
 KEPT_SECONDS = 3600  # of uploads and results
 SAMPLES = Path(crowdexit.__file__).parent / "samples"
 EXAMPLES: dict[str, list[str | None]] = {
@@ -129,6 +134,10 @@ def make_page(model: CrowdCounter | str | Path = "audiocsrnet-lite", *, runtime:
         for shown in answers(counter, _path(picture), _path(sound), use_sound):
             yield _updates(shown)
 
+    # A folder of its own for uploads and results: what is in there may be deleted, and goes with the process.
+    uploads = Path(tempfile.mkdtemp(prefix="crowdexit-page-")).resolve()
+    atexit.register(guard.delete, uploads)
+    os.environ["GRADIO_TEMP_DIR"] = str(uploads)
     gr.set_static_paths([SAMPLES])  # served where they lie: copies would be deleted with the old uploads
     with gr.Blocks(title="CrowdExit", analytics_enabled=False, delete_cache=(600, KEPT_SECONDS)) as page:
         gr.HTML(_HEADING, elem_classes="ce-heading")
@@ -209,8 +218,12 @@ def _updates(shown: Shown) -> tuple[Any, ...]:
     )
 
 
-def serve(page: gr.Blocks, host: str = "127.0.0.1", port: int = 7860) -> str:
+def serve(page: gr.Blocks, host: str = "127.0.0.1", port: int = 7860, names: Sequence[str] = ()) -> str:
     """Start serving the page in the background; ``page.close()`` ends it.
+
+    Args:
+        host: the address to listen on; requests to another host are refused (:class:`app.guard.Guard`).
+        names: further host names by which the page is reached, e.g. behind a proxy.
 
     Returns:
         The address for a browser on this machine.
@@ -225,6 +238,16 @@ def serve(page: gr.Blocks, host: str = "127.0.0.1", port: int = 7860) -> str:
         raise CrowdExitError(f"cannot serve the page on {host}:{port} ({error.strerror or error})") from None
     except OverflowError:
         raise CrowdExitError(f"{port} is not a port (1 to 65535)") from None
+    guarded = Middleware(
+        guard.Guard,
+        host=host,
+        names=names,
+        uploads=Path(page.GRADIO_CACHE),
+        others=[SAMPLES],
+        functions={number: [_kind(block) for block in fn.inputs] for number, fn in page.fns.items()},
+        most_file=MAX_FILE_BYTES,
+        most=MAX_UPLOADED_BYTES,
+    )
     with _not_through_a_proxy():
         _, address, _ = page.launch(
             server_name=f"[{host}]" if ":" in host else host,  # IPv6 as in an address line
@@ -239,11 +262,21 @@ def serve(page: gr.Blocks, host: str = "127.0.0.1", port: int = 7860) -> str:
             enable_monitoring=False,
             run_history=False,
             footer_links=[],
-            max_file_size=MAX_FILE_SIZE,
+            max_file_size=MAX_FILE_BYTES,
+            app_kwargs={"middleware": [guarded]},
             theme=_theme(),
             css=_CSS,
         )
     return address
+
+
+def _kind(component: object) -> guard.Value:
+    """What the browser sends of a component."""
+    if isinstance(component, gr.Checkbox):
+        return guard.Value.SWITCH
+    if isinstance(component, gr.Dropdown):
+        return guard.Value.TEXT
+    return guard.Value.NUMBER if isinstance(component, gr.Dataset) else guard.Value.FILE
 
 
 @contextmanager
@@ -266,6 +299,7 @@ def launch(
     host: str = "127.0.0.1",
     port: int = 7860,
     runtime: str = "auto",
+    names: Sequence[str] = (),
 ) -> None:
     """Serve the page until Ctrl-C (which is raised as KeyboardInterrupt, once the page is closed).
 
@@ -274,12 +308,13 @@ def launch(
         host: the address to listen on; 0.0.0.0 lets other machines in.
         port: 1 to 65535.
         runtime: a runtime's name.
+        names: further host names by which the page is reached.
 
     Raises:
         CrowdExitError: if the model cannot be loaded, or the host or port cannot be used.
     """
     page = make_page(model, runtime=runtime)
-    address = serve(page, host, port)
+    address = serve(page, host, port, names)
     print(f"CrowdExit is at {address} (Ctrl-C ends it)", flush=True)
     try:
         threading.Event().wait()

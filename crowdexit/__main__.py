@@ -1,6 +1,17 @@
-"""``python -m crowdexit`` is the ``crowdexit`` command."""
+"""The ``crowdexit`` command, also as ``python -m crowdexit``."""
 
-from crowdexit.cli import main
+from __future__ import annotations
+
+from crowdexit.signals import end_in_one_line
+
+
+def main() -> None:
+    """Run the command line; signals during the imports end in one line, too."""
+    end_in_one_line()
+    from crowdexit import cli
+
+    cli.main()
+
 
 if __name__ == "__main__":
     main()

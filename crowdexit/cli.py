@@ -716,13 +716,16 @@ def page(
     model: Model = DEFAULT_MODEL,
     host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
+    host_name: Annotated[
+        list[str] | None, typer.Option(help="A name by which browsers reach it, beside --host; may be repeated.")
+    ] = None,
     runtime: RuntimeName = "auto",
 ) -> None:
     """Open the page: drop a picture in, see the count at every exit."""
     # The page stands on the same floor; it is found by name so that the command line works without it.
     from importlib import import_module
 
-    import_module("app.page").launch(model, host=host, port=port, runtime=runtime)
+    import_module("app.page").launch(model, host=host, port=port, runtime=runtime, names=host_name or [])
 
 
 class _progress:

@@ -17,12 +17,13 @@ import typer
 
 from crowdexit.errors import CrowdExitError
 from crowdexit.paths import output_file_problem, output_folder_problem
+from crowdexit.signals import INTERRUPTED, TERMINATED, hand_over
 
 # typer shows the class of every misuse of a command line only as a parent of this one.
 _Misuse: type[Exception] = typer.BadParameter.__mro__[1]
 
 
-def run(app: typer.Typer, arguments: Sequence[str] | None = None, *, interrupted: str = "interrupted") -> int:
+def run(app: typer.Typer, arguments: Sequence[str] | None = None, *, interrupted: str = INTERRUPTED) -> int:
     """Run a command line and return its exit code; what a user can mend becomes one line on stderr.
 
     Args:
@@ -80,7 +81,10 @@ def _tidy_end() -> Iterator[None]:
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
+        print(TERMINATED, file=sys.stderr)
         raise SystemExit(128 + number)
+
+    hand_over()
 
     before = signal.signal(signal.SIGTERM, stop)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import socket
 import threading
 import wave
 from collections.abc import Callable, Iterator
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import cast
 
@@ -314,6 +316,103 @@ def test_serving_does_not_go_through_a_proxy(counter: CrowdCounter, host: str, m
     page.close(verbose=False)
     assert f":{port}" in address
     assert "NO_PROXY" not in os.environ
+
+
+def ask(port: int, method: str, path: str, body: object = None, **headers: str) -> tuple[int, str]:
+    """Status and text of a request to a page on this machine."""
+    connection = HTTPConnection("127.0.0.1", port, timeout=20)
+    data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+    connection.request(method, path, data, {"Content-Type": "application/json", **headers})
+    response = connection.getresponse()
+    return response.status, response.read().decode(errors="replace")
+
+
+def upload(port: int, data: bytes) -> tuple[int, str]:
+    head = b'--cut\r\nContent-Disposition: form-data; name="files"; filename="junk.jpg"\r\n\r\n'
+    body = head + data + b"\r\n--cut--\r\n"
+    return ask(port, "POST", "/gradio_api/upload", body, **{"Content-Type": "multipart/form-data; boundary=cut"})
+
+
+def test_forged_requests_are_refused_in_one_line(
+    counter: CrowdCounter, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    page = make_page(counter)
+    number = next(number for number, fn in page.fns.items() if len(fn.inputs) == 3)
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(b"secret")
+    link = Path(page.GRADIO_CACHE) / "link.png"
+    link.symlink_to(secret)
+    port = free_port()
+    serve(page, port=port)
+    file = {"path": str(secret), "meta": {"_type": "gradio.FileData"}}
+    try:
+        capfd.readouterr()
+        for call, status in [
+            ({"fn_index": 999, "data": []}, 400),
+            ({"fn_index": "0", "data": []}, 400),
+            ({"fn_index": [], "data": []}, 400),
+            ({"fn_index": number, "data": []}, 400),
+            ({"fn_index": number, "data": [1, None, True]}, 400),
+            ({"fn_index": number, "data": [None, None, 1]}, 400),
+            ({"fn_index": number, "data": [file, None, True]}, 403),
+            ({"fn_index": number, "data": [{**file, "path": str(link)}, None, True]}, 403),
+            ({"fn_index": number, "data": [{**file, "path": "x" * 5000}, None, True]}, 403),
+            ({"fn_index": number, "data": [{**file, "path": "\0"}, None, True]}, 403),
+            ([], 400),
+            (b"[" * 10_000, 400),
+        ]:
+            made = {**call, "session_hash": "forged"} if isinstance(call, dict) else call
+            assert ask(port, "POST", "/gradio_api/queue/join", made)[0] == status, call
+        for method, path in [
+            ("POST", "/gradio_api/run/predict"),
+            ("POST", "/gradio_api/call/count"),
+            ("POST", "/gradio_api/component_server"),
+            ("DELETE", "/"),
+        ]:
+            assert ask(port, method, path, {"fn_index": number, "data": []})[0] == 404
+        ask(port, "GET", "/gradio_api/queue/data?session_hash=unknown")
+        assert ask(port, "GET", f"/gradio_api/file={secret}")[0] == 403
+        assert ask(port, "POST", "/gradio_api/queue/join", b" " * (2**20 + 1))[0] == 413
+        assert "Traceback" not in capfd.readouterr().err
+        assert ask(port, "GET", "/")[0] == 200
+    finally:
+        page.close(verbose=False)
+
+
+@pytest.mark.parametrize("listens_on", ["127.0.0.1", "0.0.0.0"])
+def test_only_the_host_that_is_listened_on(counter: CrowdCounter, listens_on: str) -> None:
+    page = make_page(counter)
+    port = free_port()
+    serve(page, listens_on, port, names=["Crowd.example"])
+    statuses = {
+        host: ask(port, "GET", "/", Host=host)[0]
+        for host in ("127.0.0.1", f"localhost:{port}", "[::1]", "crowd.example:80", "evil.example", "", "192.0.2.7")
+    }
+    page.close(verbose=False)
+    refused = {"evil.example", ""} if listens_on == "0.0.0.0" else {"evil.example", "", "192.0.2.7"}
+    assert statuses == {host: 421 if host in refused else 200 for host in statuses}
+
+
+def test_uploads_are_bounded_together(counter: CrowdCounter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest files go for new ones, a file that is too large is refused before it is read."""
+    monkeypatch.setattr("app.page.MAX_FILE_BYTES", 200_000)
+    monkeypatch.setattr("app.page.MAX_UPLOADED_BYTES", 500_000)
+    page = make_page(counter)
+    port = free_port()
+    serve(page, port=port)
+    folder = Path(page.GRADIO_CACHE)
+    paths = []
+    for number in range(6):
+        status, text = upload(port, bytes([number]) * 150_000)
+        assert status == 200
+        paths.append(Path(json.loads(text)[0]))
+        os.utime(paths[-1], (number, number))
+        assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 500_000
+    assert paths[-1].is_file()
+    assert not paths[0].exists()
+    assert paths[0].is_relative_to(folder)
+    assert upload(port, bytes(300_000))[0] == 413
+    page.close(verbose=False)
 
 
 def free_port(host: str = "127.0.0.1") -> int:

@@ -163,6 +163,7 @@ def test_a_deadline_holds_for_tiles(counter, monkeypatch):
     with pytest.raises(DeadlineMissed, match=r"no exit answered within 0\.001 ms; the image is cut into tiles"):
         counter.count(picture, deadline_ms=0.001, late="fail")
     assert run == []
+    monkeypatch.setattr(module, "MOST_LATE", 1e9)
     monkeypatch.setattr(counter, "_foreseen_s", lambda rows, exit: 0.0 if exit == "V1" else 1.0)
     result = counter.count(picture, deadline_ms=0.001)
     assert (result.chosen.exit, result.in_time) == ("V1", False)
