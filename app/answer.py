@@ -22,6 +22,7 @@ from crowdexit.inference.counter import CrowdCounter, ExitResult
 from crowdexit.inference.draw import bars, overlay
 from crowdexit.inference.runtimes.call_off import CalledOff, CallOff
 from crowdexit.inference.scene import audio_input
+from crowdexit.memory import return_freed_memory
 from crowdexit.network import FINAL
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ T = TypeVar("T")
 
 _STILL_THERE_S = 1.0  # how often the framework may find out that a client has gone
 
+LARGE = 2**27  # bytes of an image's pixels from which on its memory is returned to the system
 LONGEST_SIDE = 1600  # pixels of the picture shown; more only makes the page slow
 WELCOME = '<p class="ce-hint">Choose a picture, or try one of the examples.</p>'
 _EXPLANATION = (
@@ -82,12 +84,14 @@ def answers(
     if picture is None:
         yield problem("Choose a picture first.")
         return
+    large = False
     try:
         fits = partial(tile_boxes, native=counter.size)
         image = decode_image(Path(picture).read_bytes(), "The picture file", fits)
         heard = _read_sound(sound, use_sound)
         pixels, warned = image.pixels, warning_lines((*image.warnings, *heard.warnings))
         tiled = len(tile_boxes(pixels.shape[1], pixels.shape[0], counter.size)) > 1
+        large = pixels.nbytes > LARGE
         results: list[ExitResult] = []
         shown = Shown('<p class="ce-hint" role="status">Counting…</p>' + warned, table([], counter.exits))
         yield shown
@@ -108,6 +112,10 @@ def answers(
         yield problem(str(error))
     except OSError:
         yield problem("The file is no longer there. Choose it again.")
+    finally:
+        if large:
+            image = pixels = None  # type: ignore[assignment]
+            return_freed_memory()
 
 
 def problem(message: str) -> Shown:

@@ -20,6 +20,7 @@ from crowdexit.data.mel import AudioStatus
 from crowdexit.data.picture import (
     PIXELS_ABREAST,
     PIXELS_AT_ONCE,
+    PIXELS_OF_TILES_AT_ONCE,
     DecodedImage,
     PictureError,
     decode_picture,
@@ -472,6 +473,11 @@ class CrowdCounter:
         """Those of them that go through a stage together."""
         return min(self._views, self._rows(PIXELS_AT_ONCE))
 
+    @property
+    def _tiles_at_once(self) -> int:
+        """How many rows of a tiled image go through a stage together; all of an image that is not tiled."""
+        return max(self._views_at_once, self._rows(min(PIXELS_AT_ONCE, PIXELS_OF_TILES_AT_ONCE)))
+
     @cached_property
     def _views(self) -> int:
         """How many rows a picture of the scene's shape takes."""
@@ -504,7 +510,7 @@ class CrowdCounter:
         Rows of several samples are on canvases of one size.
         """
         rows = [row for of_one in samples for row in of_one]
-        at_once = self._rows(PIXELS_AT_ONCE)
+        at_once = self._tiles_at_once if len(samples) == 1 else self._rows(PIXELS_AT_ONCE)
         batches = [Batch(partial(_laid_out, some, times), len(some)) for some in same_size_groups(rows, at_once)]
         return Part(np.arange(first, first + len(samples)), np.array([len(of_one) for of_one in samples]), batches)
 
@@ -617,7 +623,7 @@ class CrowdCounter:
         width, height = self.network.config.size
         steps = [LAYING, *map(stage_step, range(self.network.stage_of(exit) + 1)), exit_step(exit)]
         total = 0.0
-        for group in same_size_groups(rows, self._rows(PIXELS_AT_ONCE)):
+        for group in same_size_groups(rows, self._tiles_at_once):
             ms: float | None = self._times.total_ms(steps, len(group), quantile=0)
             if ms is None:
                 return None

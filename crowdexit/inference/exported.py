@@ -29,6 +29,7 @@ from crowdexit.data.picture import (
     MEAN,
     PIXELS_ABREAST,
     PIXELS_AT_ONCE,
+    PIXELS_OF_TILES_AT_ONCE,
     STD,
     Placement,
     checked_picture,
@@ -258,7 +259,11 @@ class Exported:
         sound = log_mel if len(boxes) == 1 else None
         wanted = self.chain.exit_names if exits is None else exits
         width, height = self.manifest.size
-        at_once, abreast = (max(1, most // (width * height)) for most in (PIXELS_AT_ONCE, PIXELS_ABREAST))
+        at_once, tiles, abreast = (
+            max(1, most // (width * height)) for most in (PIXELS_AT_ONCE, PIXELS_OF_TILES_AT_ONCE, PIXELS_ABREAST)
+        )
+        if len(boxes) > 1:
+            at_once = min(at_once, tiles)
         # A picture of an absurd shape has too many boxes to go through the network abreast: the last of them tell.
         counts = dict.fromkeys(wanted, 0.0)
         for start in range(0, len(seen), abreast):

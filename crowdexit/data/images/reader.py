@@ -20,6 +20,7 @@ from crowdexit.data.images import jpeg, netpbm, tiff
 from crowdexit.data.images.limits import MAX_PIXELS, PictureError, check_size
 from crowdexit.data.images.opencv import imdecode
 from crowdexit.data.images.ranges import RangeUnknown, to_8_bits
+from crowdexit.memory import return_freed_memory
 from crowdexit.paths import is_file
 
 SUFFIXES = (
@@ -35,6 +36,7 @@ RAW_SUFFIXES = (
 _RAW_MAGIC = (b"FUJIFILMCCD-RAW", b"IIU\x00", b"IIRO", b"IIRS", b"MMOR", b"\x00MRM", b"FOVb", b"II\x1a\x00\x00\x00HEAP")
 _TIFF_MAGIC = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
 _PNG_BYTES = {0: 2, 2: 6}  # of a pixel with 16 bits, by colour type; with opacity eight
+_LARGE = 2**27  # bytes of pixels; a camera's image has fewer
 _ROWS = 256  # of an image that are converted at once
 
 pillow_heif.register_heif_opener()  # it reads no thumbnails, depth maps and auxiliary images by itself
@@ -85,6 +87,8 @@ def decode_image(data: bytes, name: str = "picture", check: SizeCheck | None = N
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sizes, which are checked here, and of faults that do not matter
             pixels = _decode(data, name, notes, partial(_checked, name, check))
+        if pixels.nbytes > _LARGE:
+            return_freed_memory()  # the decoder's own copy
         return DecodedImage(pixels, tuple(notes))
     except PictureError:
         raise
