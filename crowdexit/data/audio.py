@@ -132,7 +132,9 @@ def has_float_samples(stream: Any) -> bool:
 
 
 class Converter:
-    """Brings decoded blocks to float samples in planes, at one rate; the stream may change its form on the way.
+    """Brings decoded blocks to float samples, packed, at one rate; the stream may change its form on the way.
+
+    Packed, because PyAV (seen in 18.1) looks for planes behind the last one where there are eight or more.
 
     Args:
         rate: in Hz; None: that of the first block.
@@ -152,9 +154,14 @@ class Converter:
                 converted = self._resampler.resample(None)
             self.rate = self.rate or block.sample_rate
             self._layout = self._layout or block.layout.name
-            self._resampler = av.AudioResampler(format="fltp", layout=self._layout, rate=self.rate)
+            self._resampler = av.AudioResampler(format="flt", layout=self._layout, rate=self.rate)
             self._form = form
         return [*converted, *self._resampler.resample(block)]
+
+
+def samples_of(block: Any) -> NDArray[np.float32]:
+    """Samples (channels, n) of a block that :class:`Converter` made."""
+    return np.asarray(block.to_ndarray().reshape(-1, block.layout.nb_channels).T, np.float32)
 
 
 class _Track:
@@ -193,7 +200,7 @@ class _Track:
                     damaged = True
                     continue
                 self.rate = block.sample_rate
-                samples = block.to_ndarray()
+                samples = samples_of(block)
                 self._look(samples)
                 length += samples.shape[1]
                 values += samples.size

@@ -202,6 +202,8 @@ def test_large_pictures_are_scaled_on_the_way(tmp_path, counter):
 class Block:
     """Decoded sound of a tenth of a second, at 100 Hz, with a stamp."""
 
+    layout = av.AudioLayout("mono")
+
     def __init__(self, time: float | None) -> None:
         self.time = time
 

@@ -9,7 +9,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from crowdexit.data.audio import LOUDEST, Converter, Warn, full_scale, has_float_samples, peak_of, scale_warning
+from crowdexit.data.audio import (
+    LOUDEST,
+    Converter,
+    Warn,
+    full_scale,
+    has_float_samples,
+    peak_of,
+    samples_of,
+    scale_warning,
+)
 from crowdexit.data.media import FAULTS, MOST_FAULTS, open_media
 from crowdexit.data.mel import AudioError
 from crowdexit.inference.video.container import read_only
@@ -128,8 +137,8 @@ class Places:
         self._leapt: int | None = None  # where the next one begins if the last one's leap is to be believed
 
     def __call__(self, block: Any) -> tuple[int, NDArray[np.float32]]:
-        """(number of the first sample, mono samples (n,)) of a block of float samples in planes."""
-        samples = block.to_ndarray().mean(axis=0, dtype=np.float32)
+        """(number of the first sample, mono samples (n,)) of a block that :class:`Converter` made."""
+        samples = samples_of(block).mean(axis=0, dtype=np.float32)
         if self.origin is None:
             self.origin = block.time or 0.0
         start = self.expected or 0
