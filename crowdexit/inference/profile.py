@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import sys
 import threading
 from bisect import bisect_left
@@ -24,7 +23,7 @@ from uuid import uuid4
 import torch
 
 from crowdexit.inference.runtimes.kept import gpu_name, installed_version
-from crowdexit.machine import cache_folder, processor
+from crowdexit.machine import cache_folder, processor, usable_cores
 from crowdexit.network import MultiExitNetwork
 
 KEPT = 64  # measurements of a step; the oldest goes for the newest
@@ -192,7 +191,7 @@ def machine() -> dict[str, Any]:
     """This machine in words: its processor, the cores and threads that may be used, its GPU or None."""
     return {
         "processor": processor()[0],
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "gpu": gpu_name() or None,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import resource
 import struct
 import sys
 import zlib
@@ -22,7 +23,7 @@ from tiffs import BITS, COMPRESSION, ORIENTATION, PHOTOMETRIC, PLANAR, SUBFILE, 
 from crowdexit.data.images import jpeg, reader
 from crowdexit.data.images.limits import PictureError
 from crowdexit.data.images.ranges import to_8_bits
-from crowdexit.data.images.reader import decode_image, is_image
+from crowdexit.data.images.reader import decode_image, is_image, read_image
 
 Pixels = NDArray[np.uint8]
 
@@ -542,3 +543,22 @@ def test_a_file_is_what_it_holds(tmp_path: Path) -> None:
     (tmp_path / "words").write_text("P5, P6 and other words")
     assert not is_image(tmp_path / "words")
     assert not is_image(tmp_path / "none")
+
+
+def test_a_png_chunk_that_claims_gigabytes(tmp_path):
+    """OpenCV would reserve them. Found by the fuzz's 1987th case."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((64, 96), 40_000, np.uint16)).save(buffer, "PNG")
+    data = bytearray(buffer.getvalue())
+    assert read_image(_written(tmp_path / "whole.png", data)).pixels.shape == (64, 96, 3)
+    at = data.index(b"IDAT") - 4
+    data[at : at + 4] = (2**31 - 1).to_bytes(4, "big")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(PictureError, match="its length is wrong"):
+        read_image(_written(tmp_path / "claims.png", data))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+
+
+def _written(path: Path, data: bytes | bytearray) -> Path:
+    path.write_bytes(data)
+    return path

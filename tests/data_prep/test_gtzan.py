@@ -219,7 +219,7 @@ def test_what_cannot_be_mended_is_one_line(source, tmp_path, capsys, case):
     [
         (["nowhere", "set.h5"], "no such folder"),
         (["empty", "set.h5"], "holds no folder of a genre"),
-        (["gtzan", "empty"], "a folder, not a file"),
+        (["gtzan", "empty"], "a folder; name a file"),
         (["gtzan", "set.h5", "--what"], "--what"),
         (["gtzan"], "DST"),
     ],

@@ -319,8 +319,8 @@ def test_killed_run_goes_on(plain, tmp_path, capsys):
         (["set", "set.h5", "--seconds", "nan"], "--seconds"),
         (["set", "set.h5", "--val", "0.9"], "--val"),
         (["set", "set.h5", "--what"], "--what"),
-        (["set", "empty"], "a folder, not a file"),
-        (["set", "text/set.h5"], "cannot be written"),
+        (["set", "empty"], "a folder; name a file"),
+        (["set", "text/set.h5"], "is a file, not a folder"),
         (["set"], "DST"),
     ],
 )

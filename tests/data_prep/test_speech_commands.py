@@ -280,7 +280,7 @@ def test_interrupted_run_goes_on(source, tmp_path, monkeypatch, capsys):
     [
         (["nowhere", "set.h5"], "no such folder"),
         (["empty", "set.h5"], "the folder of the word 'yes' is missing"),
-        (["speech", "empty"], "a folder, not a file"),
+        (["speech", "empty"], "a folder; name a file"),
         (["speech", "set.h5", "--what"], "--what"),
         (["speech"], "DST"),
     ],

@@ -339,6 +339,7 @@ def _is_deep_png(data: bytes) -> bool:
 def _deep_png(data: bytes, notes: _Notes) -> NDArray[np.uint8]:
     """A PNG with 16 bits. By the standard its samples fill them, whatever ``sBIT`` says; where they do not, that
     chunk tells how many bits they have."""
+    _check_png_chunks(data)
     samples = imdecode(data)
     if samples is None or samples.dtype != np.uint16:
         raise ValueError("its data cannot be decoded")
@@ -348,6 +349,22 @@ def _deep_png(data: bytes, notes: _Notes) -> NDArray[np.uint8]:
     bits = max(data[at + 4 : at + 4 + int.from_bytes(data[at - 4 : at], "big")][:3], default=16) if at > 0 else 16
     opacity = samples[..., 3:] if samples.shape[2] == 4 else None
     return _to_rgb(samples[..., 2::-1], opacity, (1 << bits) - 1 if 8 <= bits < 16 else None, notes)
+
+
+def _check_png_chunks(data: bytes) -> None:
+    """Refuse a PNG with a chunk that is longer than the file: OpenCV reserves what a chunk claims, up to 2 GB.
+
+    Raises:
+        ValueError: for such a file.
+    """
+    at = 8
+    while at + 8 <= len(data):
+        length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        at += 12 + length  # the length, the kind, the data, the checksum
+        if at > len(data):
+            raise ValueError("a part of it is cut off, or its length is wrong")
+        if kind == b"IEND":
+            return
 
 
 def _to_rgb(
