@@ -16,11 +16,6 @@ def cache_folder() -> Path | None:
     return None
 
 
-def usable_cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def processor() -> tuple[str, str]:
     """The processor's name, and its abilities: clouds give one name to several processors."""
     known: dict[str, str] = {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import sys
 import threading
 from bisect import bisect_left
@@ -23,7 +24,7 @@ from uuid import uuid4
 import torch
 
 from crowdexit.inference.runtimes.kept import gpu_name, installed_version
-from crowdexit.machine import cache_folder, processor, usable_cores
+from crowdexit.machine import cache_folder, processor
 from crowdexit.network import MultiExitNetwork
 
 KEPT = 64  # measurements of a step; the oldest goes for the newest
@@ -191,7 +192,7 @@ def machine() -> dict[str, Any]:
     """This machine in words: its processor, the cores and threads that may be used, its GPU or None."""
     return {
         "processor": processor()[0],
-        "cores": usable_cores(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": gpu_name() or None,
     }

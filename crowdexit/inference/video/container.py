@@ -12,7 +12,6 @@ from av.stream import Discard
 from crowdexit.data.media import open_media
 from crowdexit.data.picture import MAX_PIXELS
 from crowdexit.errors import CrowdExitError
-from crowdexit.machine import usable_cores
 
 
 class VideoError(CrowdExitError):
@@ -44,8 +43,6 @@ def pictures_of(container: Any, name: str, threads: str = "AUTO") -> Any:
     for stream in container.streams.video:
         if not stream.disposition & stream.disposition.attached_pic and stream.codec_context is not None:
             stream.codec_context.thread_type = threads
-            if usable_cores() == 1:  # with a single thread FFmpeg hides damage in H.264 and does not report it
-                stream.codec_context.thread_count = 2
             check_size(name, stream.width, stream.height)
             return stream
     raise VideoError(f"{name}: no moving picture in it")
