@@ -101,7 +101,7 @@ def write_moving(
     """Write a video of :func:`moving` pictures, with three pictures between two others where the codec has them."""
     with av.open(str(path), "w", format=format, options=container_options or {}) as container:
         video = container.add_stream(codec, rate=rate, options=options or {})
-        video.codec_context.thread_count = 3  # as on two cores: what damage does depends on how the frames were divided
+        video.codec_context.thread_count = 2  # as on two cores: what damage does depends on how the frames were divided
         video.width, video.height, video.pix_fmt = *size, pixels
         video.codec_context.gop_size = key_every
         if codec in ("libx264", "mpeg4", "mpeg2video"):
