@@ -466,7 +466,7 @@ def test_bad_requests(exported):
         ({"picture": PICTURE, "exits": ["V7"]}, r"no exit 'V7' in this export \(it has AV1, final\)"),
         ({"picture": PICTURE, "log_mel": np.zeros((64, 96), np.float32)}, r"\(96, 64\)"),
         ({"picture": "nowhere.jpg"}, "nowhere.jpg: no such file"),
-        ({"picture": PICTURE / 255}, "H×W×3 of bytes"),
+        ({"picture": PICTURE / 255}, r"H×W×3 \(RGB\) or H×W \(grey\) of uint8"),
         ({"picture": PICTURE[:31]}, "too small"),
     ]:
         with pytest.raises(CrowdExitError, match=line):
