@@ -6,7 +6,6 @@ import codecs
 import hashlib
 import multiprocessing
 import os
-import signal
 import sys
 import unicodedata
 from collections import Counter
@@ -244,7 +243,6 @@ def _attempt(make: Callable[[T], StoredSample], task: T) -> StoredSample | Crowd
 
 
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
     cv2.setNumThreads(1)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
@@ -262,7 +260,7 @@ def _work(
     # The server imports the script, and with it all that is slow to import, once for all workers.
     context = multiprocessing.get_context("forkserver")
     script = sys.modules["__main__"].__spec__
-    context.set_forkserver_preload([script.name] if script else [])
+    context.set_forkserver_preload(["data_prep.no_interrupts", *([script.name] if script else [])])
     pool = ProcessPoolExecutor(jobs, context, _start_worker)
     waiting: dict[Future[StoredSample | CrowdExitError], T] = {}
     left = iter(tasks)
