@@ -10,25 +10,22 @@ import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from fractions import Fraction
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import typer
 from numpy.typing import NDArray
-from scipy.signal import resample_poly
 
 from crowdexit import command
 from crowdexit.data.ambience import MODEL_VERSION, SAMPLE_RATE, VoiceBank, simulate
-from crowdexit.data.log_mel import log_mel, read_audio
-from crowdexit.data.store import SPLITS, Store, StoredSample
+from crowdexit.data.log_mel import log_mel
+from crowdexit.data.store import Store, StoredSample
+from crowdexit.data.voices import read_voices
 from crowdexit.errors import CrowdExitError
 from data_prep.ambience_report import measure, plot
 from data_prep.common import CORES, Jobs, Strict, Task, prepare, run
-
-VOICES_UP_TO = {"train": 0.7, "val": 0.85}  # shares of the recordings, by the hash of their names
 
 app = typer.Typer(add_completion=False)
 
@@ -157,51 +154,6 @@ def generator(seed: int, id: str, take: int) -> np.random.Generator:
     """The generator of one second: the same for a seed, id and take, in any order and any process."""
     key = hashlib.sha256(f"{seed}\n{id}\n{take}".encode()).digest()
     return np.random.default_rng(int.from_bytes(key, "little"))
-
-
-def find_voices(folder: Path) -> dict[str, list[Path]]:
-    """The WAV files right in a folder, those of each split.
-
-    The hashes of the names decide, so that held-out pictures are heard with held-out recordings and the
-    division does not depend on how a folder is listed.
-
-    Raises:
-        CrowdExitError: if the folder is missing or has fewer than three WAV files.
-    """
-    if not folder.is_dir():
-        raise CrowdExitError(f"{folder}: no such folder of voices")
-    paths = sorted(
-        (path for path in folder.iterdir() if path.suffix.lower() == ".wav"),
-        key=lambda path: hashlib.sha256(path.name.encode()).digest(),
-    )
-    if len(paths) < len(SPLITS):
-        raise CrowdExitError(f"{folder}: {len(paths)} WAV files; at least {len(SPLITS)} are needed, one for each split")
-    train = min(round(VOICES_UP_TO["train"] * len(paths)), len(paths) - 2)
-    val = min(max(round(VOICES_UP_TO["val"] * len(paths)), train + 1), len(paths) - 1)
-    return {"train": paths[:train], "val": paths[train:val], "test": paths[val:]}
-
-
-@cache
-def read_voices(folder: Path) -> dict[str, VoiceBank]:
-    """A bank of voices for each split, read once a process.
-
-    Raises:
-        CrowdExitError: if there are too few, one cannot be read, or all those of a split are silent.
-    """
-    banks = {}
-    for split, paths in find_voices(folder).items():
-        recordings = [_read_voice(path) for path in paths]
-        try:
-            banks[split] = VoiceBank.of(recordings)
-        except CrowdExitError as error:
-            raise CrowdExitError(f"{folder}: {error} (those for {split!r})") from error
-    return banks
-
-
-def _read_voice(path: Path) -> NDArray[np.float32]:
-    waveform, rate = read_audio(path)
-    ratio = Fraction(SAMPLE_RATE, rate).limit_denominator(1000)  # an odd rate would ask for a vast filter
-    return np.asarray(resample_poly(waveform.mean(axis=0), ratio.numerator, ratio.denominator), np.float32)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,10 @@ from PIL import Image
 
 from crowdexit import command
 from crowdexit.data.ambience import LENGTH, SAMPLE_RATE, VoiceBank, simulate
+from crowdexit.data.voices import read_voices
 from crowdexit.errors import CrowdExitError
 from crowdexit.files import write_problem
-from data_prep.ambience import generator, marks, read_voices
+from data_prep.ambience import generator, marks
 from data_prep.common import JPEG_QUALITY, run
 
 CONSTANT_RATE_FACTOR = "23"  # of H.264: smaller is better and larger

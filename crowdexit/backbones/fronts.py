@@ -51,6 +51,15 @@ class AudioEncoder(Stage):
 
     channels: int
 
+    @property
+    def trained_on_audio(self) -> nn.Module:
+        """What a recipe's stage ``hearing`` trains of it."""
+        raise NotImplementedError  # abstract
+
+    def embed(self, log_mel: Tensor) -> Tensor:
+        """Prepared log-mel B×1×96×64 → what is known of the audio, B×A."""
+        raise NotImplementedError  # abstract
+
 
 @dataclass(frozen=True)
 class FrontKind:

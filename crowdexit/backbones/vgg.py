@@ -88,8 +88,11 @@ class VGGish(AudioEncoder):
         self.channels = round(512 * width)
         self.unheard = nn.Parameter(torch.zeros(self.channels))
 
+    @property
+    def trained_on_audio(self) -> nn.Module:
+        return self.layers
+
     def embed(self, log_mel: Tensor) -> Tensor:
-        """Log-mel B×1×96×64 → B×A."""
         vector: Tensor = self.layers(log_mel).mean((2, 3))
         return vector
 

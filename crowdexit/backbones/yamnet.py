@@ -15,6 +15,8 @@ from crowdexit.backbones.same_padding import SameConv2d
 from crowdexit.stages import Features
 
 CHANNELS = 1024  # of its embedding
+BANDS = 64  # of the log-mel
+HIDDEN = 128
 # Output channels and stride of each depthwise-separable block.
 BLOCKS = (
     *((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2)),
@@ -43,10 +45,12 @@ def _block(channels: int, out: int, stride: int) -> nn.Sequential:
 
 
 class YAMNet(AudioEncoder):
-    """Log-mel B×1×96×64 → YAMNet's embedding B×1024 → a linear projection B×A; zero where there is no audio.
+    """Log-mel B×1×96×64 → YAMNet's embedding and the bands' levels B×1152 → projected B×A; zero without audio.
 
-    What is projected is the embedding less a learned embedding of missing audio, without a bias: a sample without
-    audio has the vector zero, so that what was trained without audio answers as before.
+    YAMNet was trained to name what it hears, loud or soft: of how loud a crowd is, its embedding keeps little. So each
+    band's mean and standard deviation over the second stand beside it. (Ridge regression of the log count of a
+    simulated crowd: R² 0.52 from the embedding, 0.54 from the levels, 0.60 from both; within ShanghaiTech A 0.06, 0.18
+    and 0.22.)
 
     Args:
         features: A.
@@ -61,21 +65,30 @@ class YAMNet(AudioEncoder):
         for out, stride in BLOCKS:
             self.blocks.append(_block(channels, out, stride))
             channels = out
-        self.missing = nn.Parameter(torch.zeros(CHANNELS))
-        self.project = nn.Linear(CHANNELS, features, bias=False)
+        self.project = nn.Sequential(
+            nn.BatchNorm1d(CHANNELS + 2 * BANDS), nn.Linear(CHANNELS + 2 * BANDS, HIDDEN), nn.ReLU()
+        )
+        self.project.append(nn.Linear(HIDDEN, features))
 
-    def embed(self, log_mel: Tensor) -> Tensor:
+    @property
+    def trained_on_audio(self) -> nn.Module:
+        return self.project
+
+    def embedding(self, log_mel: Tensor) -> Tensor:
         """Prepared log-mel B×1×96×64 → YAMNet's embedding B×1024."""
         mel = (torch.exp(log_mel) - _PREPARED_OFFSET).clamp(min=0)
         x = F.relu(self.bn(self.conv(torch.log(mel + _OFFSET))))
         embedding: Tensor = self.blocks(x).mean((2, 3))
         return embedding
 
+    def embed(self, log_mel: Tensor) -> Tensor:
+        std, mean = torch.std_mean(log_mel.flatten(0, 1), dim=1, unbiased=False)
+        vector: Tensor = self.project(torch.cat([self.embedding(log_mel), mean, std], 1))
+        return vector
+
     def forward(self, features: Features) -> Features:
-        embedding = self.embed(features.log_mel)
-        audio = self.project(embedding - self.missing.to(embedding.dtype))
         # Not a product with ``heard``: what stands in rows without audio may be NaN.
-        return replace(features, audio=torch.where(features.heard[:, None], audio, 0.0))
+        return replace(features, audio=torch.where(features.heard[:, None], self.embed(features.log_mel), 0.0))
 
 
 def _make(config: Any) -> YAMNet:

@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from crowdexit.data.ambience import MAX_COUNT, SAMPLE_RATE, VoiceBank, simulate
 from crowdexit.data.augment import ConditionRange, Conditions, View, keep_inside, random_view
 from crowdexit.data.density import density_map
+from crowdexit.data.log_mel import log_mel
 from crowdexit.data.negatives import Negatives, cut, is_headless, random_box
 from crowdexit.data.picture import Placement, normalise, tiles, views
 from crowdexit.data.store import Store, StoredSample, StoreError, decode_image
@@ -45,7 +47,8 @@ class Setting:
         flip: with ``view`` None, whether half of the pictures are mirrored.
         takes: whether a sample's further simulated seconds are drawn as well as its own (training).
         conditions: drawn anew for each picture in training, fixed in evaluation.
-        hear: probability that a sample with sound is heard (modality dropout).
+        hear: probability that a sample with audio is heard (modality dropout).
+        voices: with a ``view``, audio is simulated for the heads that the crop shows, in place of the sample's own.
         stride: of the density map: 8 is the network's grid, 1 the full resolution of the papers.
     """
 
@@ -57,6 +60,7 @@ class Setting:
     takes: bool = False
     conditions: ConditionRange | Conditions = field(default_factory=Conditions)
     hear: float = 1.0
+    voices: VoiceBank | None = None
     stride: int = STRIDE
     kernel: Kernel = field(default_factory=Kernel)
 
@@ -117,17 +121,19 @@ class CrowdDataset(Dataset[dict[str, Any]]):
         s = self.setting
         rng = np.random.default_rng((self.seed, index, draw))
         sample = self.store.read(self.split, self.ids[index], with_takes=s.takes)
-        log_mel, heard = self._sound(sample, np.random.default_rng((self.seed, index, draw, 1)))
+        for_audio = np.random.default_rng((self.seed, index, draw, 1))
+        mel, heard = self._sound(sample, for_audio)
         chance = np.random.default_rng((self.seed, index, draw, 2))
         if s.view is not None and self.negatives is not None and chance.random() < self.negatives.share:
-            return self._negative(self.negatives, s.view, chance, log_mel, sample.id)
+            item = self._negative(self.negatives, s.view, chance, mel, sample.id)
+            return item if s.voices is None else {**item, **self._simulated(s.voices, 0, for_audio)}
         wanted = s.conditions
         conditions = wanted.draw(rng) if isinstance(wanted, ConditionRange) else wanted
         # Before any scaling: the camera is in the dark, and its grain grows with the picture.
         picture = conditions.apply(self._decoded(sample), rng)
         common = {
             "total": torch.tensor(sample.count, dtype=torch.float32),
-            "log_mel": torch.from_numpy(log_mel)[None],
+            "log_mel": torch.from_numpy(mel)[None],
             "heard": torch.tensor(heard),
             "dark": torch.tensor(conditions.brightness < 1),
             "id": sample.id,
@@ -154,6 +160,8 @@ class CrowdDataset(Dataset[dict[str, Any]]):
             points, count = keep_inside(placement.points(points), placement), sample.count
             canvas = (picture.shape[1], picture.shape[0])
         density = self._density(points, canvas) if laid is None else lay_density(laid, placement, canvas, s.stride)
+        if s.view is not None and s.voices is not None:
+            common |= self._simulated(s.voices, count, for_audio)
         return {
             "image": torch.from_numpy(normalise(np.ascontiguousarray(picture))),
             "density": torch.from_numpy(density)[None],
@@ -163,21 +171,23 @@ class CrowdDataset(Dataset[dict[str, Any]]):
         }
 
     def _negative(
-        self, negatives: Negatives, view: View, rng: np.random.Generator, log_mel: np.ndarray, id: str
+        self, negatives: Negatives, view: View, rng: np.random.Generator, mel: np.ndarray, id: str
     ) -> dict[str, Any]:
         """An item with nobody in it."""
         width, height = view.canvas
-        image = view.degradations.apply(negatives.draw(rng, view.canvas, self._headless), rng)
-        stride = self.setting.stride
+        wanted, stride = self.setting.conditions, self.setting.stride
+        conditions = wanted.draw(rng) if isinstance(wanted, ConditionRange) else wanted
+        image = conditions.apply(negatives.draw(rng, view.canvas, self._headless), rng)
+        image = view.degradations.apply(image, rng)
         return {
             "image": torch.from_numpy(normalise(np.ascontiguousarray(image))),
             "density": torch.zeros(1, height // stride, width // stride),
             "inside": torch.ones(1, height // STRIDE, width // STRIDE),
             "count": torch.tensor(0.0),
             "total": torch.tensor(0.0),
-            "log_mel": torch.from_numpy(log_mel)[None],
+            "log_mel": torch.from_numpy(mel)[None],
             "heard": torch.tensor(False),
-            "dark": torch.tensor(False),
+            "dark": torch.tensor(conditions.brightness < 1),
             "id": id,
         }
 
@@ -200,6 +210,11 @@ class CrowdDataset(Dataset[dict[str, Any]]):
         k, stride = self.setting.kernel, self.setting.stride
         kind = cast(Any, k.kind)
         return density_map(points, canvas[1], canvas[0], kernel=kind, sigma=k.sigma, size=k.size, stride=stride)
+
+    def _simulated(self, voices: VoiceBank, count: float, rng: np.random.Generator) -> dict[str, Any]:
+        """The audio of a crop with so many heads, as parts of an item."""
+        mel = log_mel(simulate(min(count, MAX_COUNT), voices, rng), SAMPLE_RATE)
+        return {"log_mel": torch.from_numpy(mel)[None], "heard": torch.tensor(bool(rng.random() < self.setting.hear))}
 
     def _sound(self, sample: StoredSample, rng: np.random.Generator) -> tuple[np.ndarray, bool]:
         if sample.log_mel is None:

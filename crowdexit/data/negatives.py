@@ -116,7 +116,42 @@ def cells(rng: np.random.Generator, width: int, height: int) -> NDArray[Any]:
     return np.asarray(colours[label] - distance[..., None] * rng.uniform(-2, 4))
 
 
-PATTERNS: tuple[Pattern, ...] = (flat, gradient, stripes, patches, checkerboard, spots, clouds, cells)
+def fur(rng: np.random.Generator, width: int, height: int) -> NDArray[Any]:
+    """Fine strokes in one direction, often spotted, as of fur, grass and straw."""
+    length, angle = int(rng.integers(5, 31)), rng.uniform(0, np.pi)
+    reach = np.arange(-(length // 2), length // 2 + 1)
+    stroke = np.zeros((reach.size, reach.size), np.float32)
+    stroke[np.round(reach * np.sin(angle)).astype(int) + length // 2, reach + length // 2] = 1
+    if abs(np.sin(angle)) > abs(np.cos(angle)):  # or the steep ones would be dotted
+        stroke[:] = 0
+        stroke[reach + length // 2, np.round(reach * np.cos(angle)).astype(int) + length // 2] = 1
+    strokes = cv2.filter2D(_noise(rng, width, height)[..., 0], -1, stroke / stroke.sum())
+    ground = spots(rng, width, height) if rng.random() < 0.6 else gradient(rng, width, height)
+    return np.asarray(ground + (strokes / (strokes.std() + 1e-6) * rng.uniform(5, 40))[..., None])
+
+
+def dead_leaves(rng: np.random.Generator, width: int, height: int) -> NDArray[Any]:
+    """Ellipses that cover each other, their number falling with the cube of their size, as things in nature do.
+
+    The dead-leaves model (Lee, Mumford & Huang, "Occlusion models for natural images", IJCV 2001).
+    """
+    least, most = float(rng.uniform(3, 12)), float(rng.uniform(40, 200))
+    number = int(rng.integers(200, 2500))
+    # Radii of a density r^-3 between the two, by the inverse of its distribution.
+    radii = 1 / np.sqrt(rng.uniform(most**-2, least**-2, number))
+    image = np.full((height, width, 3), rng.uniform(0, 255, 3), np.uint8)
+    ground, spread = rng.uniform(40, 210, 3), rng.uniform(10, 70)
+    for radius in radii:
+        centre = int(rng.integers(width)), int(rng.integers(height))
+        axes = max(1, int(radius)), max(1, int(radius * rng.uniform(0.3, 1)))
+        colour = np.clip(ground + rng.normal(0, spread) + rng.normal(0, spread / 3, 3), 0, 255)
+        cv2.ellipse(image, centre, axes, float(rng.uniform(0, 180)), 0, 360, colour.tolist(), cv2.FILLED, cv2.LINE_AA)
+    return np.asarray(cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 1.5)), np.float32)
+
+
+PATTERNS: tuple[Pattern, ...] = (
+    *(flat, gradient, stripes, patches, checkerboard, spots, clouds, cells, fur, dead_leaves),
+)
 
 
 def pattern(rng: np.random.Generator, width: int, height: int) -> Image:

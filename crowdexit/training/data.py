@@ -17,6 +17,7 @@ from crowdexit.data.negatives import Negatives
 from crowdexit.data.picture import read_picture
 from crowdexit.data.store import Store
 from crowdexit.data.unlabelled import PictureFolder, unlabelled_folder
+from crowdexit.data.voices import read_voices
 from crowdexit.network import Config, MultiExitNetwork
 from crowdexit.training.cache import CachedDataset, collate
 from crowdexit.training.modules import TrainingError
@@ -158,6 +159,7 @@ class CrowdData(RecipeData):
             takes=True,
             conditions=ConditionRange(**data.conditions.model_dump()),
             hear=1.0 if recipe.stage == "hearing" else data.hear,
+            voices=None if data.voices is None else read_voices(data.voices)["train"],
             stride=data.stride,
             kernel=Kernel("points") if recipe.loss == "poisson" else Kernel(),
         )

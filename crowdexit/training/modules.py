@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from crowdexit import zoo
-from crowdexit.backbones.vgg import VGGish
+from crowdexit.backbones.fronts import AudioEncoder
 from crowdexit.backbones.vit import ViT
 from crowdexit.errors import CrowdExitError
 from crowdexit.network import FINAL, MultiExitNetwork
@@ -69,7 +69,7 @@ def heard_and_silent(network: MultiExitNetwork, features: Features) -> dict[str,
     """
     seen = network.stages[0](features)
     silence = torch.zeros_like(features.heard)
-    if isinstance(network.stages[0], VGGish):
+    if isinstance(network.stages[0], AudioEncoder):
         return {"sound": seen, "silent": network.stages[0](replace(features, heard=silence))}
     return {"sound": seen, "silent": replace(seen, heard=silence)}
 
@@ -177,16 +177,16 @@ def listed(one_or_more: Any) -> list[Any]:
     return one_or_more if isinstance(one_or_more, list) else [one_or_more]
 
 
-def ears(network: MultiExitNetwork) -> VGGish:
-    """The network's VGGish.
+def audio_encoder(network: MultiExitNetwork) -> AudioEncoder:
+    """The network's audio encoder.
 
     Raises:
         TrainingError: if it has none.
     """
     for stage in network.stages:
-        if isinstance(stage, VGGish):
+        if isinstance(stage, AudioEncoder):
             return stage
-    raise TrainingError("this network does not hear: there is no VGGish to train")
+    raise TrainingError("this network takes no audio: it has no audio encoder to train")
 
 
 class Validation:
@@ -393,12 +393,12 @@ class BackboneTraining(Experiment):
         self.best, self.best_epoch, self.stale = math.inf, -1, 0
         self.listener: nn.Module | None = None
         if recipe.stage == "hearing":
-            # Thrown away afterwards: VGGish has to find what the sound says, not how it is said.
-            vggish = ears(network)
-            self.listener = nn.Linear(vggish.channels, 1)
+            # Thrown away afterwards: the encoder has to find what the audio says, not how it is said.
+            encoder = audio_encoder(network)
+            self.listener = nn.Linear(encoder.channels, 1)
             nn.init.constant_(self.listener.bias, 5.0)  # about the logarithm of 150
             self.network.requires_grad_(False)
-            vggish.layers.requires_grad_(True)
+            encoder.trained_on_audio.requires_grad_(True)
         self.frozen: list[nn.Module] = []
         for pattern in recipe.frozen:
             modules = [
@@ -424,6 +424,9 @@ class BackboneTraining(Experiment):
 
     def train(self, mode: bool = True) -> BackboneTraining:
         super().train(mode)
+        if self.listener is not None:
+            self.network.eval()
+            audio_encoder(self.network).trained_on_audio.train(mode)
         for module in self.frozen:
             module.eval()
         return self
@@ -431,7 +434,8 @@ class BackboneTraining(Experiment):
     def trained(self) -> list[tuple[str, nn.Parameter]]:
         """The parameters that are trained, by name."""
         if self.listener is not None:
-            return [*ears(self.network).layers.named_parameters(), *self.listener.named_parameters()]
+            trained = audio_encoder(self.network).trained_on_audio
+            return [*trained.named_parameters(), *self.listener.named_parameters()]
         readout = self.readout.named_parameters("readout") if self.readout is not None else []
         return [*((name, p) for name, p in self.network.named_parameters() if p.requires_grad), *readout]
 
@@ -460,7 +464,7 @@ class BackboneTraining(Experiment):
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         if self.listener is not None:
-            log_count = self.listener(ears(self.network).embed(batch["log_mel"])).squeeze(1)
+            log_count = self.listener(audio_encoder(self.network).embed(batch["log_mel"])).squeeze(1)
             loss = F.smooth_l1_loss(log_count.float(), torch.log1p(batch["total"]))
         else:
             features = record(batch)
@@ -485,7 +489,7 @@ class BackboneTraining(Experiment):
     def validation_step(self, batch: Batch, _: int) -> None:
         network = self.evaluated().eval()
         if self.listener is not None:
-            counts = torch.expm1(self.listener(ears(network).embed(batch["log_mel"])).squeeze(1).float())
+            counts = torch.expm1(self.listener(audio_encoder(network).embed(batch["log_mel"])).squeeze(1).float())
             self._note("sound", batch, counts, batch["heard"])
             return
         ways = heard_and_silent(network, record(batch))

@@ -88,8 +88,9 @@ class DataPart(_Part):
     Pictures of classes know of these ``store``, ``train``, ``val``, ``draws``, ``whole`` and ``workers``: they are
     shifted by up to an eighth of their side and flipped, or, with ``whole``, left as they are.
     ``balance`` gives groups of ids (shell patterns) their share of the draws. ``hear`` is the probability that
-    a sample with sound is heard, ``stride`` the density map's (1 is the papers'). ``val_conditions`` are laid on
-    every validation picture. ``views`` is in how many ways each sample is drawn, after which they come again; None
+    a sample with audio is heard; ``voices`` is a folder of voice recordings, of which the audio of each training crop
+    is simulated for the heads that it shows, in place of the sample's own. ``stride`` is the density map's (1 is the
+    papers'). ``val_conditions`` are laid on every validation picture. ``views`` is in how many ways each sample is drawn, after which they come again; None
     draws a new one every time. ``scale``, ``wide_scale`` (of ``wide_share`` of the draws), ``aspect``, ``flip`` and
     ``jitter`` are those of :class:`crowdexit.data.augment.View`.
     """
@@ -114,6 +115,7 @@ class DataPart(_Part):
     conditions: ConditionsPart = ConditionsPart()
     val_conditions: ValConditionsPart = ValConditionsPart()
     hear: float = Field(0.5, ge=0, le=1, description="probability")
+    voices: Path | None = None
     stride: Literal[1, 8] = 8
     views: int | None = Field(None, gt=0)
     workers: int = Field(1, ge=0)
@@ -127,6 +129,8 @@ class DataPart(_Part):
             if not 0 < low <= high:
                 raise ValueError(f"{name} is a lowest and a highest factor above 0")
         degraded = self.degradations != DegradationsPart()
+        if self.whole and self.voices is not None:
+            raise ValueError("voices are for crops: a whole image has the sample's own audio")
         if self.whole and (self.negatives.share or self.wide_share or self.aspect or degraded):
             raise ValueError("whole images are only flipped: no negatives, degradations, wide_share or aspect")
         if self.balance is not None and (not self.balance or min(self.balance.values()) <= 0):
@@ -211,8 +215,8 @@ class Recipe(_Part):
     """One experiment.
 
     Attributes:
-        stage: what is trained. ``hearing``: VGGish alone, on the logarithm of the count. ``density``: stage
-            one, the whole backbone on density maps. ``count``: stage two, the backbone with its dense layer
+        stage: what is trained. ``hearing``: the audio encoder (of YAMNet, its projection) alone, on the logarithm of
+            the count. ``density``: stage one, the whole backbone on density maps. ``count``: stage two, the backbone with its dense layer
             on MAE. ``classes``: the backbone of a classifier. ``branches``: classifier-wise, all branches side by
             side on the frozen backbone. ``end-to-end``, ``layer-wise``: backbone and branches.
         model: a name of the zoo; ``changes`` its configuration's fields.

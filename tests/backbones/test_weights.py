@@ -378,7 +378,7 @@ def test_yamnet_is_itself_written_out_on_its_own_log_mel(tmp_path):
     assert filled.unused == ("classifier.weight",)
     mel = torch.exp(torch.empty(2, 1, 96, 64).uniform_(-12, 3))
     mel[0, 0, :5] = 0
-    embedding = ours.stages[2].embed(torch.log(mel + 0.01))
+    embedding = ours.stages[2].embedding(torch.log(mel + 0.01))
     wanted = yamnet(file, torch.log(mel + 0.001))
     assert wanted.std() > 0.01
     torch.testing.assert_close(embedding, wanted, rtol=1e-3, atol=1e-4)

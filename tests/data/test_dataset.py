@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -11,8 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from crowdexit.data import dataset
+from crowdexit.data.ambience import VoiceBank, simulate
 from crowdexit.data.augment import ConditionRange, Conditions, View
 from crowdexit.data.dataset import CrowdDataset, EpochPlan, Kernel, Setting
+from crowdexit.data.negatives import Negatives
 from crowdexit.data.picture import MEAN, STD, normalise, scale_down
 from crowdexit.data.store import Store, StoredSample, StoreError, open_for_writing, write_sample
 
@@ -101,6 +105,42 @@ def test_a_density_map_in_place_of_heads(tmp_path, canvas, stride):
             np.testing.assert_allclose(map_, expected, atol=1e-5)
     with pytest.raises(StoreError, match="A_1 has only a density map: it can only be shown whole"):
         items(store, Setting(canvas, View(canvas, canvas)), 1)
+
+
+def test_audio_is_simulated_for_what_a_crop_shows(store, monkeypatch):
+    """The heads in the crop, not those of the whole image; the same for the same draw; nobody in a negative."""
+    time = np.arange(4_000) / 16_000
+    voices = VoiceBank.of([np.sin(2 * np.pi * pitch * time).astype(np.float32) for pitch in (150, 220, 310)])
+    asked: list[float] = []
+
+    def simulated(count, *others):
+        asked.append(count)
+        return simulate(count, *others)
+
+    monkeypatch.setattr(dataset, "simulate", simulated)
+    setting = Setting(CANVAS, View((64, 64), (160, 96)), voices=voices, hear=0.5)
+    crops = items(store, setting, 40)
+    assert asked == [item["count"].item() for item in crops]
+    assert max(asked) >= 2
+    assert 8 < sum(bool(item["heard"]) for item in crops) < 32
+    for one, again in zip(crops, items(store, setting, 40), strict=True):
+        assert torch.equal(one["log_mel"], again["log_mel"])
+        assert one["heard"] == again["heard"]
+    asked.clear()
+    nobody = CrowdDataset(store, "train", ["A_1"], setting, negatives=Negatives(1.0))[0, 3]
+    assert asked == [nobody["count"]] == [0]
+
+
+def test_the_dark_has_images_without_people_too(store):
+    setting = Setting(CANVAS, View((64, 64), (128, 128)), conditions=ConditionRange(share=1, dark=1, covered=0))
+    data = CrowdDataset(store, "train", ["A_1"], setting, negatives=Negatives(1.0))
+    light = CrowdDataset(store, "train", ["A_1"], replace(setting, conditions=Conditions()), negatives=Negatives(1.0))
+    for draw in range(6):
+        assert data[0, draw]["dark"]
+        assert not light[0, draw]["dark"]
+    assert np.mean([pixels(data[0, n]).mean() for n in range(6)]) < 0.7 * np.mean(
+        [pixels(light[0, n]).mean() for n in range(6)]
+    )
 
 
 def test_conditions_leave_the_padding_alone(store):

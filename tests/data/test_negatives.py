@@ -47,7 +47,7 @@ def test_patterns_are_all_drawn_and_seeded():
     def one(seed: int) -> np.ndarray:
         return pattern(rng(seed), *CANVAS)
 
-    images = [one(seed) for seed in range(40)]
+    images = [one(seed) for seed in range(80)]
     assert all(image.dtype == np.uint8 and image.shape == (64, 96, 3) for image in images)
     assert all(np.array_equal(image, one(seed)) for seed, image in enumerate(images))
     spread = np.array([image.std() for image in images])

@@ -11,6 +11,7 @@ import pytest
 
 from crowdexit.data import ambience as model
 from crowdexit.data.store import Store, StoredSample, open_for_writing, write_sample
+from crowdexit.data.voices import find_voices
 from crowdexit.errors import CrowdExitError
 from data_prep import ambience, ambience_report, common
 
@@ -176,7 +177,7 @@ def test_fixed_by_seed_and_id_whatever_the_processes(silent, voices, tmp_path):
 
 
 def test_splits_have_their_own_voices(voices):
-    found = ambience.find_voices(voices)
+    found = find_voices(voices)
     assert {split: len(paths) for split, paths in found.items()} == {"train": 8, "val": 2, "test": 2}
     assert len({path for paths in found.values() for path in paths}) == 12
 
@@ -185,7 +186,7 @@ def test_splits_have_their_own_voices(voices):
 def test_few_voices_leave_no_split_without(tmp_path, number):
     for n in range(number):
         (tmp_path / f"{n}.wav").touch()
-    assert all(ambience.find_voices(tmp_path).values())
+    assert all(find_voices(tmp_path).values())
 
 
 def test_bad_input_is_one_line_and_code_2(silent, voices, tmp_path, capsys):

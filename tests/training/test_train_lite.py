@@ -23,7 +23,6 @@ from crowdexit.training.run import make_experiment, starting_network
 
 CHANGES = {"fusion_channels": [8] * 6, "audio_features": 4, "density_widths": [4, 4], "size": [160, 96]}
 GROUPS = read_recipe("audiocsrnet-lite").optimiser.groups
-LISTENING = read_recipe("audiocsrnet-lite-listening")
 
 
 def lite(store: Path, **keys: Any) -> Recipe:
@@ -92,39 +91,39 @@ def test_killed_and_resumed_is_the_same(store, trained, tmp_path, break_off):
     assert same(best(tmp_path), best(trained))
 
 
-def test_listening_leaves_every_answer_without_audio(store, trained, tmp_path):
-    own = LISTENING.model_dump()
-    recipe = lite(
+def test_hearing_trains_the_projection_alone(store, trained, tmp_path):
+    recipe = tiny(
         store,
+        "hearing",
+        model="audiocsrnet-lite",
         changes={},
         start=trained / "model.safetensors",
-        weights={},
-        exits=own["exits"],
-        lambdas=own["lambdas"],
-        detached=[],
-        detach_until=0,
-        norm_batches=0,
-        data={"canvas": [160, 96], "negatives": {}, "degradations": {}, "hear": 1.0},
-        optimiser={"groups": own["optimiser"]["groups"], "lr": 0.1},
+        data={"canvas": [64, 64], "draws": 4},
+        batch=2,
+        epochs=1,
     )
     run(recipe, tmp_path)
     before, after = best(trained), best(tmp_path)
-    moved = {k for k in before if not torch.equal(before[k], after[k])}
-    fuse = {"stages.3.blocks.0.fuse.linear.weight", *(f"stages.4.blocks.{i}.fuse.linear.weight" for i in range(5))}
-    assert moved == {"stages.2.missing", "stages.2.project.weight", *fuse}
-    network, spec = zoo.load(tmp_path)
-    assert [e.name for e in spec.exits] == ["V0", "V1", "AV1", "AV2"]
+    moved = {k for k in before if k in after and not torch.equal(before[k], after[k])}
+    assert {k for k in moved if "num_batches" not in k} == {
+        *(f"stages.2.project.0.{name}" for name in ("weight", "bias", "running_mean", "running_var")),
+        *(f"stages.2.project.{i}.{name}" for i in (1, 3) for name in ("weight", "bias")),
+    }
+
+
+def test_what_is_heard_never_reaches_an_answer_without_audio(trained):
+    network, _ = zoo.load(trained)
     torch.manual_seed(1)
     image, log_mel = torch.randn(2, 3, 64, 96), torch.randn(2, 1, 96, 64)
+    half = inputs(image, log_mel, torch.tensor([True, False]))
     with torch.inference_mode():
-        old = zoo.load(trained)[0](inputs(image))
-        silent, heard = network(inputs(image)), network(inputs(image, log_mel))
-    for name, answer in old.items():
-        assert torch.equal(silent[name].density, answer.density)
-    assert torch.equal(silent["AV1"].density, silent["V1"].density)
-    assert torch.equal(heard["V1"].density, silent["V1"].density)
-    for name in ("AV1", "AV2", "final"):
-        assert not torch.equal(heard[name].density, silent[name].density)
+        silent, heard = network(inputs(image)), network(half)
+        final = network.stages[2].project[3].weight.detach()
+    assert final.abs().max() > 0
+    torch.testing.assert_close(heard["V1"].density, silent["V1"].density)
+    for name in ("AV2", "final"):
+        assert not torch.allclose(heard[name].density[0], silent[name].density[0])
+        torch.testing.assert_close(heard[name].density[1], silent[name].density[1])
 
 
 def test_branches_are_density_exits_too(store, trained, tmp_path):
