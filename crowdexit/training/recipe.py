@@ -90,9 +90,9 @@ class DataPart(_Part):
     ``balance`` gives groups of ids (shell patterns) their share of the draws. ``hear`` is the probability that
     a sample with audio is heard; ``voices`` is a folder of voice recordings, of which the audio of each training crop
     is simulated for the heads that it shows, in place of the sample's own. ``stride`` is the density map's (1 is the
-    papers'). ``val_conditions`` are laid on every validation picture. ``views`` is in how many ways each sample is drawn, after which they come again; None
-    draws a new one every time. ``scale``, ``wide_scale`` (of ``wide_share`` of the draws), ``aspect``, ``flip`` and
-    ``jitter`` are those of :class:`crowdexit.data.augment.View`.
+    papers'). ``val_conditions`` are laid on every validation picture. ``views`` is in how many ways each sample is
+    drawn, after which they come again; None draws a new one every time. ``scale``, ``wide_scale`` (of ``wide_share``
+    of the draws), ``aspect``, ``flip`` and ``jitter`` are those of :class:`crowdexit.data.augment.View`.
     """
 
     store: Path | None = None
@@ -216,9 +216,9 @@ class Recipe(_Part):
 
     Attributes:
         stage: what is trained. ``hearing``: the audio encoder (of YAMNet, its projection) alone, on the logarithm of
-            the count. ``density``: stage one, the whole backbone on density maps. ``count``: stage two, the backbone with its dense layer
-            on MAE. ``classes``: the backbone of a classifier. ``branches``: classifier-wise, all branches side by
-            side on the frozen backbone. ``end-to-end``, ``layer-wise``: backbone and branches.
+            the count. ``density``: stage one, the whole backbone on density maps. ``count``: stage two, the backbone
+            with its dense layer on MAE. ``classes``: the backbone of a classifier. ``branches``: classifier-wise, all
+            branches side by side on the frozen backbone. ``end-to-end``, ``layer-wise``: backbone and branches.
         model: a name of the zoo; ``changes`` its configuration's fields.
         start: checkpoint whose weights are the start.
         exits: the branches to train: each with name, place and kind, or ``kinds`` and ``places`` for every pair.
