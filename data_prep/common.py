@@ -260,7 +260,7 @@ def _work(
     # The server imports the script, and with it all that is slow to import, once for all workers.
     context = multiprocessing.get_context("forkserver")
     script = sys.modules["__main__"].__spec__
-    context.set_forkserver_preload(["data_prep.no_interrupts", *([script.name] if script else [])])
+    context.set_forkserver_preload(["data_prep.worker_server", *([script.name] if script else [])])
     pool = ProcessPoolExecutor(jobs, context, _start_worker)
     waiting: dict[Future[StoredSample | CrowdExitError], T] = {}
     left = iter(tasks)

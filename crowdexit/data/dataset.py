@@ -120,28 +120,26 @@ class CrowdDataset(Dataset[dict[str, Any]]):
         index, draw = key if isinstance(key, tuple) else (key, 0)
         s = self.setting
         rng = np.random.default_rng((self.seed, index, draw))
-        sample = self.store.read(self.split, self.ids[index], with_takes=s.takes)
+        sample = self.store.read(self.split, self.ids[index], with_takes=s.takes and s.voices is None)
         for_audio = np.random.default_rng((self.seed, index, draw, 1))
-        mel, heard = self._sound(sample, for_audio)
         chance = np.random.default_rng((self.seed, index, draw, 2))
         if s.view is not None and self.negatives is not None and chance.random() < self.negatives.share:
-            item = self._negative(self.negatives, s.view, chance, mel, sample.id)
-            return item if s.voices is None else {**item, **self._simulated(s.voices, 0, for_audio)}
+            audio = self._audio(sample, 0, for_audio, own=False)
+            return {**self._negative(self.negatives, s.view, chance, sample.id), **audio}
         wanted = s.conditions
         conditions = wanted.draw(rng) if isinstance(wanted, ConditionRange) else wanted
         # Before any scaling: the camera is in the dark, and its grain grows with the picture.
         picture = conditions.apply(self._decoded(sample), rng)
         common = {
             "total": torch.tensor(sample.count, dtype=torch.float32),
-            "log_mel": torch.from_numpy(mel)[None],
-            "heard": torch.tensor(heard),
             "dark": torch.tensor(conditions.brightness < 1),
             "id": sample.id,
         }
         if s.tiles:
             seen = [torch.from_numpy(normalise(tile)) for tile in tiles(picture, s.canvas)]
             inside = torch.ones(len(seen), 1, s.canvas[1] // STRIDE, s.canvas[0] // STRIDE)
-            return {"image": torch.stack(seen), "inside": inside, "count": common["total"], **common}
+            audio = self._audio(sample, sample.count, for_audio)
+            return {"image": torch.stack(seen), "inside": inside, "count": common["total"], **common, **audio}
         laid = sample.density if only_density(sample) else None
         placement: Placement
         if s.view is not None:
@@ -160,20 +158,17 @@ class CrowdDataset(Dataset[dict[str, Any]]):
             points, count = keep_inside(placement.points(points), placement), sample.count
             canvas = (picture.shape[1], picture.shape[0])
         density = self._density(points, canvas) if laid is None else lay_density(laid, placement, canvas, s.stride)
-        if s.view is not None and s.voices is not None:
-            common |= self._simulated(s.voices, count, for_audio)
         return {
             "image": torch.from_numpy(normalise(np.ascontiguousarray(picture))),
             "density": torch.from_numpy(density)[None],
             "inside": torch.from_numpy(placement.inside(canvas))[None],
             "count": torch.tensor(count, dtype=torch.float32),
             **common,
+            **self._audio(sample, count, for_audio),
         }
 
-    def _negative(
-        self, negatives: Negatives, view: View, rng: np.random.Generator, mel: np.ndarray, id: str
-    ) -> dict[str, Any]:
-        """An item with nobody in it."""
+    def _negative(self, negatives: Negatives, view: View, rng: np.random.Generator, id: str) -> dict[str, Any]:
+        """An item with nobody in it, without its audio."""
         width, height = view.canvas
         wanted, stride = self.setting.conditions, self.setting.stride
         conditions = wanted.draw(rng) if isinstance(wanted, ConditionRange) else wanted
@@ -185,8 +180,6 @@ class CrowdDataset(Dataset[dict[str, Any]]):
             "inside": torch.ones(1, height // STRIDE, width // STRIDE),
             "count": torch.tensor(0.0),
             "total": torch.tensor(0.0),
-            "log_mel": torch.from_numpy(mel)[None],
-            "heard": torch.tensor(False),
             "dark": torch.tensor(conditions.brightness < 1),
             "id": id,
         }
@@ -211,21 +204,25 @@ class CrowdDataset(Dataset[dict[str, Any]]):
         kind = cast(Any, k.kind)
         return density_map(points, canvas[1], canvas[0], kernel=kind, sigma=k.sigma, size=k.size, stride=stride)
 
-    def _simulated(self, voices: VoiceBank, count: float, rng: np.random.Generator) -> dict[str, Any]:
-        """The audio of a crop with so many heads, as parts of an item."""
-        mel = log_mel(simulate(min(count, MAX_COUNT), voices, rng), SAMPLE_RATE)
-        return {"log_mel": torch.from_numpy(mel)[None], "heard": torch.tensor(bool(rng.random() < self.setting.hear))}
+    def _audio(
+        self, sample: StoredSample, count: float, rng: np.random.Generator, *, own: bool = True
+    ) -> dict[str, Any]:
+        """The audio parts of an item: simulated for the ``count`` heads that it shows, or the sample's.
 
-    def _sound(self, sample: StoredSample, rng: np.random.Generator) -> tuple[np.ndarray, bool]:
-        if sample.log_mel is None:
-            return np.zeros((96, 64), np.float32), False
-        heard = self.setting.hear >= 1 or bool(rng.random() < self.setting.hear)
-        # What is dropped is still handed over: a batch normalisation then only ever sees real sounds.
-        if sample.takes is not None:
-            take = int(rng.integers(len(sample.takes) + 1))
-            if take:
-                return sample.takes[take - 1].astype(np.float32), heard
-        return sample.log_mel, heard
+        What is not heard, or not the ``own`` audio of what is shown, is still handed over: a batch normalisation then
+        only ever sees real audio.
+        """
+        s = self.setting
+        heard = s.hear >= 1 or bool(rng.random() < s.hear)
+        if s.voices is not None and s.view is not None:
+            mel = log_mel(simulate(min(count, MAX_COUNT), s.voices, rng), SAMPLE_RATE)
+        elif sample.log_mel is None:
+            mel, heard = np.zeros((96, 64), np.float32), False
+        else:
+            takes = () if sample.takes is None else sample.takes
+            mel = (sample.log_mel, *takes)[int(rng.integers(len(takes) + 1))].astype(np.float32)
+            heard = heard and own
+        return {"log_mel": torch.from_numpy(mel)[None], "heard": torch.tensor(heard)}
 
 
 class EpochPlan(Sampler[tuple[int, int]]):

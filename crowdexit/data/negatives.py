@@ -118,13 +118,10 @@ def cells(rng: np.random.Generator, width: int, height: int) -> NDArray[Any]:
 
 def fur(rng: np.random.Generator, width: int, height: int) -> NDArray[Any]:
     """Fine strokes in one direction, often spotted, as of fur, grass and straw."""
-    length, angle = int(rng.integers(5, 31)), rng.uniform(0, np.pi)
-    reach = np.arange(-(length // 2), length // 2 + 1)
-    stroke = np.zeros((reach.size, reach.size), np.float32)
-    stroke[np.round(reach * np.sin(angle)).astype(int) + length // 2, reach + length // 2] = 1
-    if abs(np.sin(angle)) > abs(np.cos(angle)):  # or the steep ones would be dotted
-        stroke[:] = 0
-        stroke[reach + length // 2, np.round(reach * np.cos(angle)).astype(int) + length // 2] = 1
+    half, angle = int(rng.integers(2, 16)), rng.uniform(0, np.pi)
+    across, down = round(half * np.cos(angle)), round(half * np.sin(angle))
+    stroke = np.zeros((2 * half + 1, 2 * half + 1), np.float32)
+    cv2.line(stroke, (half - across, half - down), (half + across, half + down), (1.0,))
     strokes = cv2.filter2D(_noise(rng, width, height)[..., 0], -1, stroke / stroke.sum())
     ground = spots(rng, width, height) if rng.random() < 0.6 else gradient(rng, width, height)
     return np.asarray(ground + (strokes / (strokes.std() + 1e-6) * rng.uniform(5, 40))[..., None])

@@ -27,15 +27,14 @@ def _is_fresh(norm: _BatchNorm) -> bool:
 
 @torch.no_grad()
 def start_norms(network: MultiExitNetwork, batches: Callable[[], Iterable[Batch]]) -> int:
-    """Give the backbone's freshly initialised batch normalisations of images the mean statistics of some batches.
+    """Give the backbone's freshly initialised batch normalisations the mean statistics of some batches.
 
     Those that have statistics, from published weights or a checkpoint, keep them, and are used with them.
 
     Returns:
         How many there were to start.
     """
-    # The batches may have no audio: the one of an audio encoder's vector waits for the stage ``hearing``.
-    fresh = [m for m in network.stages.modules() if isinstance(m, nn.BatchNorm2d) and is_norm(m) and _is_fresh(m)]
+    fresh = [m for m in network.stages.modules() if isinstance(m, _BatchNorm) and is_norm(m) and _is_fresh(m)]
     if not fresh:
         return 0
     network.eval()

@@ -366,6 +366,8 @@ class Recipe(_Part):
             raise ValueError("the parts of a picture have no class of their own: no 'local'")
         if self.watch != "mean" and self.loss == "cross-entropy":
             raise ValueError("a classifier is validated without audio: no 'watch'")
+        if self.data.voices is not None and self.stage == "hearing":
+            raise ValueError("the stage 'hearing' learns from whole images and their own audio: no data.voices")
         if self.watch == "no-audio" and self.stage == "hearing":
             raise ValueError("the stage 'hearing' is validated with audio alone")
         if self.start is not None and self.weights:
