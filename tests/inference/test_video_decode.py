@@ -198,3 +198,52 @@ def test_behind_damage_nothing_piles_up(tmp_path, monkeypatch):
     assert 35 < len(taken(video)) <= 41
     assert video.gaps[-1][1] is None
     assert 0 < most < 60
+
+
+def test_a_group_of_pictures_that_a_transport_stream_has_lost(tmp_path):
+    """Whole packets of it, with nothing of them left that could look damaged."""
+    write_moving(tmp_path / "v.ts", 150, key_every=15)
+    with av.open(str(tmp_path / "v.ts")) as container:
+        keys = [packet.pos for packet in container.demux(video=0) if packet.is_keyframe]
+    data = (tmp_path / "v.ts").read_bytes()
+    (tmp_path / "v.ts").write_bytes(data[: keys[4]] + data[keys[5] :])
+    for fps, most in ((25, 135), (1, 6)):
+        video = DuePictures(tmp_path / "v.ts", Span(fps))
+        assert most - 2 <= len(taken(video)) <= most
+        assert (pytest.approx(60 / 25), pytest.approx(75 / 25)) in video.gaps
+        assert all(2.3 < begin < end == 3 for begin, end in video.gaps)
+
+
+def test_a_damaged_clock_does_not_move_what_comes_after(tmp_path):
+    """A cluster of Matroska begins a minute too late, the next one as it should."""
+    write_moving(tmp_path / "v.mkv", 80, key_every=10, container_options={"cluster_time_limit": "400"})
+    data = bytearray((tmp_path / "v.mkv").read_bytes())
+    clusters = [at for at in range(len(data)) if data[at : at + 4] == b"\x1f\x43\xb6\x75"]
+    stamp = data.index(b"\xe7\x82", clusters[4]) + 2
+    begin = int.from_bytes(data[stamp : stamp + 2], "big") / 1000
+    assert begin == 2
+    data[stamp : stamp + 2] = b"\xff\xff"
+    (tmp_path / "v.mkv").write_bytes(data)
+    video = DuePictures(tmp_path / "v.mkv", Span(25))
+    got = list(video)
+    video.close()
+    assert [shown.time for shown in got[:50]] == pytest.approx([i / 25 for i in range(50)], abs=0.01)
+    assert [shown.time for shown in got[-15:]] == pytest.approx([i / 25 for i in range(65, 80)], abs=0.01)
+    assert all(1.9 < a <= b < 2.7 for a, b in video.gaps)
+    assert any(a < 2.1 and b > 2.4 for a, b in video.gaps)
+
+
+def test_a_picture_to_be_shown_an_hour_later_is_damaged(tmp_path):
+    write_moving(tmp_path / "v.mp4", 80, key_every=10)
+    data = bytearray((tmp_path / "v.mp4").read_bytes())
+    table = data.index(b"ctts") + 12  # entries of a number of packets and their offset
+    data[table + 8 * 20 + 4 : table + 8 * 20 + 8] = (1 << 26).to_bytes(4, "big")
+    (tmp_path / "v.mp4").write_bytes(data)
+    video = DuePictures(tmp_path / "v.mp4", Span(25))
+    got = list(video)
+    video.close()
+    assert got[-1].time == pytest.approx(79 / 25)
+    missing = set(range(80)) - {round(shown.time * 25) for shown in got}
+    assert 1 <= len(missing) <= 10
+    assert all(any(a - 0.1 <= i / 25 <= b for a, b in video.gaps) for i in missing)
+    assert [shown.number for shown in got if shown.lost]

@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from crowdexit.data.media import FAULTS, MOST_FAULTS
-from crowdexit.inference.video.container import VideoError, open_file, pictures_of, read_only, usual_step
+from crowdexit.inference.video.container import (
+    VideoError,
+    open_file,
+    pictures_of,
+    read_only,
+    stated_length,
+    usual_step,
+)
 from crowdexit.inference.video.display import Display, StreamDisplay
 
 DEFAULT_FPS = 1.0
@@ -26,8 +33,11 @@ ROUNDING_S = 0.001  # time stamps in Matroska are whole milliseconds
 
 _REORDER = 32  # packets; no codec stores a picture more than sixteen packets after one that is shown later
 _MOST_HELD, _MOST_BYTES = 512, 2**26  # of packets of which it is not known yet whether they are needed
-# Where packets are missing, most formats do not tell; this long without a picture is worth a word.
-HOLE_S, _HOLE_STEPS = 3.0, 20
+# Where packets are missing, most formats do not tell; this long without a picture is worth a word. MPEG-TS is made for
+# ways on which packets get lost, and for even rates: a few pictures are enough.
+HOLE_S, _HOLE_STEPS, _HOLE_STEPS_TS = 3.0, 20, 5
+# A time stamp so far behind the one before it, and behind the end, is damaged. (Without an end: an hour.)
+_LEAP_S, _LEAP_WITHOUT_END_S = 60.0, 3600.0
 _MOST_THREADS = 16  # of FFmpeg's own choice
 # Where a picture that no other refers to is left out exactly as the standard says.
 _LEAVES_OUT = ("h264", "mpeg4", "mpeg2video", "mpeg1video")
@@ -129,7 +139,8 @@ class DuePictures:
         read_only(self.container, self.stream)
         self.lost_beginning = False
         self._lost_from: float | None = None
-        self._lost: tuple[float, float] | None = None  # where pictures are damaged since the last one shown
+        self._losses: list[tuple[float, float]] = []  # where pictures are damaged since the last one shown
+        self._before_loss: deque[int] = deque()  # the latest stamps before places where packets could not be read
         self._reached = 0.0  # the time of the last good picture that came out of the decoder
 
     def close(self) -> None:
@@ -149,6 +160,8 @@ class DuePictures:
         finally:
             if self._lost_from is not None:
                 self.gaps.append((self._lost_from, None))
+            elif self._before_loss and not self.past:
+                self.gaps.append((self.length, None))
 
     def _read(self, span: Span, *, leaping: bool) -> Iterator[Shown]:
         packets = self._packets()
@@ -158,6 +171,12 @@ class DuePictures:
         everything = chain(first, packets)
         return _Planned(self, span, leaping).pictures(everything) if timed else self._all(everything, span)
 
+    def _hole(self, fps: float) -> float:
+        """Seconds without a picture from which on pictures are taken to be missing, where ``fps`` are asked for."""
+        if "mpegts" in self.container.format.name:
+            return _HOLE_STEPS_TS * self.usual
+        return max(HOLE_S, _HOLE_STEPS * self.usual, 2 / fps)
+
     def lose(self) -> None:
         """From the last good picture on, what follows is lost."""
         if self._lost_from is None:
@@ -166,32 +185,49 @@ class DuePictures:
     def good(self, time: float) -> None:
         """A picture has come out of the decoder as it should."""
         if self._lost_from is not None:
-            self.gaps.append((self._lost_from, time))
-            self._lost = (self._lost_from if self._lost is None else self._lost[0], time)
+            self._miss(self._lost_from, time)
             self._lost_from = None
         self._reached = time
 
+    def _miss(self, begin: float, end: float) -> None:
+        self.gaps.append((begin, end))
+        self._losses.append((begin, end))
+
+    def follow(self, stamp: int, before: float, time: float, fps: float) -> None:
+        """The next picture in the order of time has that stamp; the one before it ended at ``before``."""
+        if self._before_loss and stamp > self._before_loss[0]:
+            while self._before_loss and stamp > self._before_loss[0]:
+                self._before_loss.popleft()
+            self._miss(before, time)
+        elif time - before > self._hole(fps):
+            self.gaps.append((before, time))
+
     def shown(self, number: int, time: float, image: Any) -> Shown:
         """A picture that has just come out of the decoder."""
-        lost, self._lost = self._lost, None
+        losses = [loss for loss in self._losses if loss[1] <= time]
+        self._losses = [loss for loss in self._losses if loss[1] > time]
+        lost = (min(begin for begin, _ in losses), max(end for _, end in losses)) if losses else None
         return Shown(number, time, image, self._display.of(image), lost)
 
     def _packets(self) -> Iterator[Any]:
         """The packets in the order of storing, from the first key frame on, on a clock that is never set back."""
-        demuxed, faults = self.container.demux(self.stream), 0
-        begun, before, first, offset, latest, earliest = False, 0, None, 0, None, None
+        demuxed, faults, lost = self.container.demux(self.stream), 0, False
+        begun, before, first, offset, latest, earliest, last = False, 0, None, 0, None, None, None
+        second, end = 1 / self.stream.time_base, stated_length(self.container, self.stream)
         while faults <= MOST_FAULTS:
             try:
                 packet = next(demuxed)
             except StopIteration:
-                return
+                break
             except FAULTS:
-                faults, begun, before = faults + 1, False, 0
-                self.lose()
+                faults, begun, before, lost = faults + 1, False, 0, True
                 demuxed = self.container.demux(self.stream)
                 continue
             faults = 0
             if not packet.size:  # the end, or a repetition of the picture before
+                continue
+            if packet.pts is not None and packet.dts is not None and packet.pts - packet.dts > _LEAP_S * second:
+                begun, before, lost = False, 0, True  # no picture waits so long to be shown: the stamp is damaged
                 continue
             if not begun:
                 before += 1
@@ -200,8 +236,13 @@ class DuePictures:
                     continue
                 first = packet.pts if first is None else first
             if packet.dts is not None:
-                if latest is not None and packet.dts + offset < latest - 1 / packet.time_base:
-                    offset = latest - packet.dts + round(self.usual / packet.time_base)
+                if latest is not None and earliest is not None:
+                    ahead, behind_end = packet.dts + offset - latest, packet.dts + offset - earliest - end * second
+                    leapt = min(ahead, behind_end) > _LEAP_S * second if end else ahead > _LEAP_WITHOUT_END_S * second
+                    if leapt or ahead < -second:
+                        right_again = offset != 0 and latest <= packet.dts <= latest + _LEAP_S * second
+                        lost = lost or leapt or right_again
+                        offset = 0 if right_again else latest - packet.dts + round(self.usual * second)
                 latest = packet.dts + offset
                 earliest = latest if earliest is None else earliest
                 self.stored = float((latest + (packet.duration or 0) - earliest) * packet.time_base)
@@ -209,7 +250,18 @@ class DuePictures:
                 packet.pts += offset
                 if first is not None and packet.pts < first:  # needs what stood before the beginning
                     continue
+            if lost and packet.pts is not None and last is not None:
+                self._before_loss.append(last)
+            elif lost:
+                self.lose()
+            lost = False
+            if packet.pts is not None:
+                last = packet.pts if last is None else max(packet.pts, last)
             yield packet
+        if lost and last is not None:
+            self._before_loss.append(last)
+        elif lost:
+            self.lose()
 
     def _all(self, packets: Iterable[Any], span: Span) -> Iterator[Shown]:
         """Decode everything, and count the pictures as they come."""
@@ -328,8 +380,7 @@ class _Planned:
             return
         if self.index == video.span.after:
             video.begins = time
-        if time - before > max(HOLE_S, _HOLE_STEPS * video.usual, 2 / self.due.span.fps):
-            video.gaps.append((before, time))
+        video.follow(stamp, before, time, self.due.span.fps)
         video.length = time + video.usual
         self.plan[stamp] = (self.index, time)
         if self.due(self.index, time):
