@@ -8,6 +8,7 @@ import sys
 from contextlib import suppress
 from enum import StrEnum
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,8 +33,23 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
-    help="Count a crowd from picture and sound; an answer whenever the time is up.",
+    help="Count a crowd from image and audio, with an answer whenever the time is up.",
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"crowdexit {version('crowdexit')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None: ...
+
 
 DEFAULT_MODEL = "audiocsrnet-lite"
 CONFIDENCES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)  # to tell what leaving at them is worth
@@ -44,7 +60,9 @@ Ids = Annotated[str, typer.Option(help="Only samples whose id matches this shell
 Hear = Annotated[bool, typer.Option("--audio/--no-audio", help="Hear the sound where there is some.")]
 RuntimeName = Annotated[
     str,
-    typer.Option("--runtime", help="auto, eager, compile, openvino, onnx or cuda; -bf16, -int8, -half: see README."),
+    typer.Option(
+        "--runtime", help="auto, eager, compile, openvino, onnx, cuda; -bf16, -int8, -half (docs/runtimes.md)."
+    ),
 ]
 
 
