@@ -26,3 +26,8 @@ def processor() -> tuple[str, str]:
             known[key.strip()] = value.strip()
     name = known.get("model name") or platform.processor() or platform.machine()
     return name, known.get("flags") or known.get("Features", "")  # of x86, of ARM
+
+
+def has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 in hardware; without, it is slower than float32 by far."""
+    return not {"amx_bf16", "avx512_bf16", "bf16"}.isdisjoint(processor()[1].split())

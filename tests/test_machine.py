@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from crowdexit import machine
-from crowdexit.machine import cache_folder, processor
+from crowdexit.machine import cache_folder, has_bfloat16, processor
 
 
 def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
@@ -45,3 +45,12 @@ def test_the_processor(text, expected, monkeypatch):
     monkeypatch.setattr(machine.platform, "processor", lambda: "")
     monkeypatch.setattr(machine.platform, "machine", lambda: "aarch64")
     assert processor() == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [("fpu avx2 avx512f", False), ("avx512f avx512_bf16", True), ("amx_bf16 amx_tile", True), ("asimd bf16", True)],
+)
+def test_bfloat16(flags, expected, monkeypatch):
+    monkeypatch.setattr(machine, "processor", lambda: ("any", flags))
+    assert has_bfloat16() is expected

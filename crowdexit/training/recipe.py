@@ -306,7 +306,7 @@ class Recipe(_Part):
     tied: bool = False
     local: float = Field(0.0, ge=0)
     senses: str | None = None
-    precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed"
+    precision: Literal["auto", "bf16-mixed", "32-true"] = "auto"
     seed: int = 0
 
     @model_validator(mode="after")

@@ -17,7 +17,7 @@ from functools import partial
 from io import BytesIO
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -39,6 +39,7 @@ from crowdexit.data.augment import Conditions
 from crowdexit.data.dataset import CrowdDataset
 from crowdexit.errors import CrowdExitError
 from crowdexit.files import atomic_write, checksum, sync, write_problem
+from crowdexit.machine import has_bfloat16
 from crowdexit.memory import keep_freed_memory
 from crowdexit.network import FINAL, MultiExitNetwork
 from crowdexit.training.branches import BranchTraining, add_branches, trials
@@ -367,11 +368,18 @@ def keep_features(recipe: Recipe, experiment: BranchTraining, data: RecipeData, 
         views=recipe.data.views,
         places={network.stage_of(name) for name in experiment.names},
         limit=int(recipe.cache.gigabytes * 1e9),
-        precision=recipe.precision,
+        precision=_precision(recipe),
     )
     data.train_set = CachedDataset(data.train_set, cache)
     experiment.train()
     return cache
+
+
+def _precision(recipe: Recipe) -> Literal["bf16-mixed", "32-true"]:
+    """The recipe's, or bfloat16 where there is hardware for it; emulated, it is many times slower than float32."""
+    if recipe.precision != "auto":
+        return recipe.precision
+    return "bf16-mixed" if has_bfloat16() or torch.cuda.is_available() else "32-true"
 
 
 def _processes(devices: int) -> tuple[int, int]:
@@ -486,13 +494,13 @@ def _fit(
     if last is not None and (out / "model.safetensors").exists():
         _check_best(out / "model.safetensors")
     if recipe.fit and last is None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16-mixed"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=_precision(recipe) == "bf16-mixed"):
             names = [trial.name for trial in trials(recipe)] or [FINAL]
             fit_exits(network, names, partial(some_batches, recipe, data), recipe)
         experiment.train()
     if recipe.norm_batches and last is None:
         samples = recipe.norm_batches * recipe.batch
-        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16-mixed"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=_precision(recipe) == "bf16-mixed"):
             start_norms(network, partial(_first_batches, data.train_set, recipe, data, samples))
         experiment.train()
     if recipe.cache is not None and isinstance(experiment, BranchTraining):
@@ -513,7 +521,7 @@ def _fit(
             devices=devices,
             num_nodes=machines,
             strategy=strategy,
-            precision=recipe.precision,
+            precision=_precision(recipe),
             max_epochs=recipe.epochs * (len(experiment.phases) if isinstance(experiment, JointTraining) else 1),
             gradient_clip_val=recipe.optimiser.clip if recipe.stage != "branches" else None,
             use_distributed_sampler=False,

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import TINY, best, run, same, tiny, write_store
 
+import crowdexit.training.run as runs
 from crowdexit import zoo
 from crowdexit.errors import CrowdExitError
 from crowdexit.stages import inputs
@@ -278,3 +279,13 @@ def test_of_the_dark_only_the_count_is_asked():
     )
     wanted = 0.2 * squared[1] / 3 + (errors[0] / 110 + evened[1] + errors[2] / 110) / 3
     torch.testing.assert_close(density_loss(density, count, batch, guess), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("ability", "expected"), [(True, "bf16-mixed"), (False, "32-true")])
+def test_bfloat16_only_where_the_processor_has_it(store, tmp_path, monkeypatch, ability, expected):
+    used, trainer = [], runs.L.Trainer
+    monkeypatch.setattr(runs, "has_bfloat16", lambda: ability)
+    monkeypatch.setattr(runs.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(runs.L, "Trainer", lambda **settings: used.append(settings["precision"]) or trainer(**settings))
+    run(tiny(store, "hearing", epochs=1, precision="auto", data={"canvas": [64, 64]}), tmp_path)
+    assert used == [expected]

@@ -31,7 +31,7 @@ from crowdexit.inference.runtimes.kept import (
 from crowdexit.inference.runtimes.onnx import Onnx
 from crowdexit.inference.runtimes.openvino import OpenVINO, multiplies_bf16
 from crowdexit.inference.runtimes.winograd import Winograd, filtered_layers
-from crowdexit.machine import processor
+from crowdexit.machine import has_bfloat16, processor
 from crowdexit.network import MultiExitNetwork
 from crowdexit.stages import Answer, Features
 
@@ -181,7 +181,7 @@ def candidates(network: MultiExitNetwork) -> tuple[tuple[str, ...], ...]:
     if torch.cuda.is_available():
         return (("cuda-half",), ("cuda-bf16",), ("cuda",))  # which is the quickest depends on the GPU
     rows: list[tuple[str, ...]] = []
-    if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
+    if has_bfloat16():
         rows.append(("eager-bf16",))
     elif torch.backends.nnpack.is_available() and filtered_layers(network):
         rows.append(("winograd",))

@@ -203,8 +203,7 @@ def test_candidates(cuda, bf16, wide, libraries, openvino_bf16, expected, networ
         return openvino_bf16
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bf16)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(module, "has_bfloat16", lambda: bf16)
     monkeypatch.setattr(torch.backends.nnpack, "is_available", lambda: True)
     monkeypatch.setattr(module, "installed_version", lambda name: "9" if name in libraries else None)
     monkeypatch.setattr(module, "multiplies_bf16", multiplies_bf16)
