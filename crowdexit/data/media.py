@@ -45,7 +45,12 @@ def open_media(path: Path, kind: type[CrowdExitError], what: Literal["video", "a
         )
     except (*FAULTS, OSError):
         pass
-    if _is_playlist(path):
+    head = _head(path)
+    if b"Content-Type: image/" in head and head.lstrip().startswith(b"--"):
+        raise kind(
+            f"{path}: JPEG images with headers between them (multipart) are not supported; convert it with FFmpeg"
+        )
+    if _is_playlist(head):
         raise kind(f"{path}: a list of other files, not {'a video' if what == 'video' else 'audio'}")
     raise kind(f"{path}: not a readable {what} file (damaged or cut short)")
 
@@ -56,11 +61,15 @@ def _formats() -> str:
     return ",".join(sorted(formats_available - PLAYLISTS - _OTHERS))
 
 
-def _is_playlist(path: Path) -> bool:
-    """Whether a file that FFmpeg may not open begins like a list of other files."""
+def _head(path: Path) -> bytes:
+    """A file's first bytes, without a byte-order mark and blanks; none if it cannot be read."""
     try:
         with path.open("rb") as file:
-            head = file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n")
+            return file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n")
     except OSError:
-        return False
+        return b""
+
+
+def _is_playlist(head: bytes) -> bool:
+    """Whether a file that FFmpeg may not open begins like a list of other files."""
     return head.startswith((b"#EXTM3U", b"ffconcat", b"v=0")) or b"<MPD" in head

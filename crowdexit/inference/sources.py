@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from crowdexit.data.images.reader import RAW_SUFFIXES, SUFFIXES, is_image
+from crowdexit.data.images.reader import OTHER_SUFFIXES, PREVIEW_SUFFIX, RAW_SUFFIXES, SUFFIXES, is_image
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.video.container import VideoError, open_file
 from crowdexit.inference.video.live import Address, address_of
@@ -18,7 +18,8 @@ VIDEO_SUFFIXES = (
 )
 SOUND_SUFFIX = ".wav"
 # FFmpeg would show a text as a video of its letters, and a picture as a video of one frame.
-_NOT_VIDEO = ("tty", "image2", "_pipe", "gif", "ass", "srt", "webvtt")
+_NOT_VIDEO = ("tty", "image2", "_pipe", "gif", "ico", "ass", "srt", "webvtt")
+_JPEG_STREAMS = (".mjpeg", ".mjpg")
 
 Kind = Literal["picture", "video", "live"]
 
@@ -81,10 +82,11 @@ def expand(inputs: Sequence[str | Path]) -> list[Source]:
 def kind_of(path: Path) -> Kind | None:
     """Whether a file is a picture or a video, by its suffix or else by its contents; None: neither."""
     suffix = path.suffix.lower()
-    if suffix in SUFFIXES or suffix in RAW_SUFFIXES:  # camera raw is refused when it is read, by name
+    # What is not supported is refused when it is read, by name.
+    if suffix in SUFFIXES or suffix in RAW_SUFFIXES or suffix in OTHER_SUFFIXES or suffix == PREVIEW_SUFFIX:
         return "picture"
-    if suffix in VIDEO_SUFFIXES:
-        return "video"
+    if suffix in VIDEO_SUFFIXES:  # FFmpeg would show each tile of a HEIC under such a name as a video
+        return "picture" if suffix not in _JPEG_STREAMS and is_image(path) else "video"
     if suffix == SOUND_SUFFIX:
         return None
     if is_image(path):
@@ -92,9 +94,17 @@ def kind_of(path: Path) -> Kind | None:
     try:
         with open_file(path) as container:
             moving = any(not s.disposition & s.disposition.attached_pic for s in container.streams.video)
-            return "video" if moving and not any(n in container.format.name for n in _NOT_VIDEO) else None
+            form = container.format.name
+            # In a PDF and the like FFmpeg finds a JPEG, and calls it a stream of JPEGs.
+            embedded = form == "mjpeg" and not _begins_with(path, b"\xff\xd8")
+            return "video" if moving and not embedded and not any(n in form for n in _NOT_VIDEO) else None
     except VideoError:
         return None
+
+
+def _begins_with(path: Path, magic: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(magic)) == magic
 
 
 def _named(path: Path) -> Source:

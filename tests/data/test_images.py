@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 import pillow_heif
 import pytest
+from hdr import encode_hdr
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageFile, TiffImagePlugin
 from tiffs import BITS, COMPRESSION, ORIENTATION, PHOTOMETRIC, PLANAR, SUBFILE, Page, tiff
@@ -562,3 +563,85 @@ def test_a_png_chunk_that_claims_gigabytes(tmp_path):
 def _written(path: Path, data: bytes | bytearray) -> Path:
     path.write_bytes(data)
     return path
+
+
+# What other kinds of files hold
+
+
+def ramp(most: float) -> bytes:
+    return tiff([Page((GREY * (most / 255)).astype(np.float32))])
+
+
+@pytest.mark.parametrize("most", [1023, 4095, 16383])
+def test_floats_of_a_camera_s_bits_are_guessed_and_told(most: int) -> None:
+    assert_like(ramp(most), GREY, warned=f"{most} is taken as white")
+
+
+def test_floats_up_to_a_hundred_are_told() -> None:
+    assert_like(ramp(100), np.rint(GREY * (100 / 255)).astype(np.uint8), warned="up to 100: 255 is taken as white")
+
+
+@pytest.mark.parametrize("transfer", ["pq", "hlg"])
+def test_high_dynamic_range_is_tone_mapped_and_told(transfer: str) -> None:
+    """As a 16-bit PNG, and as HEIC and AVIF by their colour description."""
+    picture = (RGB * 0.9).astype(np.uint8)  # without highlights
+    code = {"pq": 16, "hlg": 18}[transfer]
+    signal = encode_hdr(picture, transfer, 203)
+    png = with_chunk(by_opencv(".png", signal), b"cICP", bytes([9, code, 0, 1]))
+    assert_like(png, picture, off=6, warned=f"({transfer.upper()}): tone-mapped")
+    for form in ("HEIF", "AVIF"):
+        data = heif((signal >> 8).astype(np.uint8), format=form)
+        at = data.index(b"colrnclx") + 8
+        data = data[:at] + bytes([0, 9, 0, code]) + data[at + 4 :]
+        image = decode_image(data)
+        assert image.warnings == (f"high dynamic range ({transfer.upper()}): tone-mapped",)
+        assert np.abs(image.pixels.astype(int) - picture).mean() < 6
+
+
+@pytest.mark.parametrize("format", ["HEIF", "AVIF"])
+def test_a_heif_that_is_cut_short_is_refused(format: str) -> None:
+    data = heif(RGB, format=format)
+    with pytest.raises(PictureError, match="cut short"):
+        decode_image(data[: len(data) - len(data) // 10])
+
+
+def test_the_image_behind_its_preview_is_told() -> None:
+    preview = encoded(RGB[::2, ::2].copy(), "JPEG")
+    assert decode_image(preview + encoded(RGB, "JPEG")).warnings == ("2 images in the file, only the first is counted",)
+
+
+def test_a_stream_of_netpbm_images_is_told() -> None:
+    for magic, samples in (("P5", GREY), ("P6", RGB)):
+        assert_like(pnm(magic, 255, samples) * 3, samples, warned="only the first is counted")
+        assert_like(pnm(magic, 255, samples) + b"\n", samples)
+
+
+def test_a_fourth_byte_of_a_bitmap_that_nobody_wrote_is_no_opacity() -> None:
+    pixels = np.dstack([RGB[..., ::-1], np.zeros(RGB.shape[:2], np.uint8)])[::-1]
+    header = struct.pack("<IiiHHIIiiII", 124, 160, 96, 1, 32, 3, pixels.nbytes, 2835, 2835, 0, 0)
+    header += struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, 0xFF000000) + b"BGRs" + bytes(64)
+    data = b"BM" + struct.pack("<IHHI", 14 + len(header) + pixels.nbytes, 0, 0, 14 + len(header)) + header
+    assert_like(data + np.ascontiguousarray(pixels).tobytes(), RGB)
+
+
+@pytest.mark.parametrize(("at", "value"), [(4, 12), (1, 0xC3)], ids=["12 bits", "without loss"])
+def test_a_jpeg_that_no_decoder_here_knows_is_refused(at: int, value: int) -> None:
+    data = bytearray(encoded(RGB, "JPEG"))
+    data[data.index(b"\xff\xc0") + at] = value
+    with pytest.raises(PictureError, match="not supported; save it as PNG"):
+        decode_image(bytes(data))
+
+
+def test_an_orientation_that_is_a_byte() -> None:
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x01\0\x01\0\0\0\x06\0\0\0\0\0\0\0"
+    assert decode_image(encoded(RGB, "JPEG", exif=exif)).pixels.shape == (160, 96, 3)
+
+
+def test_kinds_that_are_not_supported_are_named() -> None:
+    for name, words in {
+        "x.jxl": "JPEG XL is not supported; save it as JPEG or PNG",
+        "x.PSD": "Photoshop is not supported",
+        "IMG_1.THM": "a camera's preview is not counted",
+    }.items():
+        with pytest.raises(PictureError, match=words):
+            decode_image(encoded(RGB, "JPEG") if "THM" in name else bytes(range(200)), name)

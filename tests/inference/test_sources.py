@@ -8,9 +8,11 @@ from pathlib import Path
 
 import av
 import pytest
+from PIL import Image
 from videos import make_video, tone
 
 from crowdexit.inference.sources import SourceError, expand, kind_of
+from crowdexit.inference.video.container import VideoError, open_file
 
 
 def write_wav(path: Path, samples: int = 16_000) -> Path:
@@ -116,3 +118,26 @@ def test_what_cannot_be_counted_is_said_in_one_line(tmp_path, picture_file):
         assert str(caught.value) == f"{tmp_path / name}: {line}"
     with pytest.raises(SourceError, match="nothing to count"):
         expand([])
+
+
+def test_a_file_is_what_its_contents_are_not_what_ffmpeg_finds_in_it(tmp_path, picture_file):
+    """A HEIC under a video's name, a JPEG in a PDF, a camera's preview, kinds that nothing here reads."""
+    Image.new("RGB", (160, 96), "green").save(tmp_path / "phone.heic", "HEIF")
+    (tmp_path / "phone.heic").rename(tmp_path / "phone.mov")
+    jpeg = picture_file("p.jpg").read_bytes()
+    (tmp_path / "page").write_bytes(b"%PDF-1.4\n1 0 obj\n<< /Filter /DCTDecode >>\nstream\n" + jpeg + b"\nendstream")
+    (tmp_path / "icon").write_bytes(b"\0\0\1\0\1\0\x40\x40\0\0\1\0\x20\0" + bytes(200))
+    assert kind_of(tmp_path / "phone.mov") == "picture"
+    assert kind_of(tmp_path / "page") is None
+    assert kind_of(tmp_path / "icon") is None
+    for name in ("IMG_1.THM", "scan.pdf", "x.jxl", "a.psd"):  # refused by name when they are read
+        assert kind_of(tmp_path / name) == "picture"
+    (tmp_path / "stream.mjpeg").write_bytes(jpeg * 3)
+    assert kind_of(tmp_path / "stream.mjpeg") == "video"
+
+
+def test_images_with_headers_between_them_are_refused_by_name(tmp_path):
+    part = b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: 3\r\n\r\n\xff\xd8\xff\r\n"
+    (tmp_path / "camera.mjpeg").write_bytes(part * 5)
+    with pytest.raises(VideoError, match=r"multipart.* not supported; convert it"):
+        open_file(tmp_path / "camera.mjpeg")

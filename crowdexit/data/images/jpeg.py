@@ -38,6 +38,18 @@ def sizes(data: bytes) -> Iterator[tuple[int, int]]:
         at = data.find(_BEGINS, at)
 
 
+def has_8_bits(data: bytes) -> bool:
+    """Whether a JPEG has 8 bits and is compressed with loss, as decoders here know it; True where no header says."""
+    at = 2
+    while (found := _MARKER.search(data, at)) is not None:
+        kind, at = data[found.start() + 1], found.end()
+        if kind in _FRAMES:
+            return data[at + 2 : at + 3] == b"\x08" and kind not in (0xC3, 0xC7, 0xCB, 0xCF)
+        if kind not in _ALONE:
+            at += max(2, int.from_bytes(data[at : at + 2], "big"))
+    return True
+
+
 def _walk(data: bytes, at: int) -> tuple[tuple[int, int] | None, int]:
     """The size of an image from behind its first marker, and where it ends."""
     size = None

@@ -40,6 +40,14 @@ class Netpbm:
         text = self.magic in (b"P2", b"P3")
         return self.channels * (4 if text or self.maximum is None else 1 if self.maximum < 256 else 2)
 
+    def is_followed(self, data: bytes) -> bool:
+        """Whether another image stands behind this one, as in a stream."""
+        if self.magic in (b"P2", b"P3"):
+            return False
+        kind = 4 if self.maximum is None else 1 if self.maximum < 256 else 2
+        end = self.begins + self.width * self.height * self.channels * kind
+        return data[end : end + 8].lstrip()[:2] in (*_CHANNELS, b"P4", b"P7")
+
     def samples(self, data: bytes) -> NDArray[np.generic]:
         """The samples (h, w) or (h, w, 3), the topmost row first.
 

@@ -27,8 +27,10 @@ def to_8_bits(samples: NDArray[Any], maximum: int | None = None) -> tuple[NDArra
       guess, and said, where the container has more. (16-bit samples that are all multiples of 257 are 8 bits spread
       over 16, however dark.)
     - Signed integers that are never negative are read like unsigned ones; else the type's lowest value is black.
-    - Floats up to 1 have 1 as white, up to 16 too, with highlights cut off; up to 255, 255; up to 65535, that.
-      Floats between −1 and 1 have −1 as black.
+    - Floats up to 1 have 1 as white, up to 16 too, with highlights cut off; up to 255, 255; further ones the largest
+      number of 10, 12, 14, 15 or 16 bits that none exceeds. Floats between −1 and 1 have −1 as black. All but the first
+      are guesses, and said, unless they reach at least 0.9 of
+      255 or 65535.
 
     Args:
         samples: (h, w) or (h, w, channels), integers or floats.
@@ -80,10 +82,10 @@ def _from_floats(samples: NDArray[Any]) -> tuple[NDArray[np.uint8], str | None]:
         warning = warning or "floating-point samples below 0: −1 is taken as black, 1 as white"
     elif high > 65535:
         raise RangeUnknown(f"floating-point samples up to {high:g}")
-    elif high > 255:
-        white = 65535.0
     elif high > _BRIGHTEST_OF_UNIT:
-        white = 255.0
+        white = float((1 << next(depth for depth in _DEPTHS if high <= (1 << depth) - 1)) - 1)
+        if high < 0.9 * white or white not in (255, 65535):
+            warning = warning or f"floating-point samples up to {high:g}: {white:g} is taken as white"
     elif high > 1.0001:
         warning = warning or f"floating-point samples up to {high:.3g}: 1 is taken as white, brighter ones are cut off"
 

@@ -16,7 +16,8 @@ import pillow_heif
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, ImageFile, JpegImagePlugin, UnidentifiedImageError
 
-from crowdexit.data.images import jpeg, netpbm, tiff
+from crowdexit.data.hdr import Primaries, Transfer, to_sdr
+from crowdexit.data.images import isobmff, jpeg, netpbm, tiff
 from crowdexit.data.images.limits import MAX_PIXELS, PictureError, check_size
 from crowdexit.data.images.opencv import imdecode
 from crowdexit.data.images.ranges import RangeUnknown, to_8_bits
@@ -35,6 +36,20 @@ RAW_SUFFIXES = (
 )
 _RAW_MAGIC = (b"FUJIFILMCCD-RAW", b"IIU\x00", b"IIRO", b"IIRS", b"MMOR", b"\x00MRM", b"FOVb", b"II\x1a\x00\x00\x00HEAP")
 _TIFF_MAGIC = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
+# What others read, and nothing here does: refused by name.
+OTHER_SUFFIXES = {
+    **dict.fromkeys((".jxl",), "JPEG XL"),
+    **dict.fromkeys((".jp2", ".j2k", ".jpx", ".jpf", ".j2c"), "JPEG 2000"),
+    **dict.fromkeys((".jxr", ".wdp", ".hdp"), "JPEG XR"),
+    **dict.fromkeys((".psd", ".psb"), "Photoshop"),
+    **dict.fromkeys((".exr",), "OpenEXR"),
+    **dict.fromkeys((".hdr", ".rgbe"), "Radiance HDR"),
+    **dict.fromkeys((".tga", ".icb", ".vda"), "Targa"),
+    **dict.fromkeys((".svg", ".svgz", ".eps", ".pdf", ".ai"), "a page description"),
+    **dict.fromkeys((".ico", ".cur", ".icns"), "an icon"),
+    **dict.fromkeys((".qoi", ".dds", ".ktx", ".ktx2", ".xcf", ".fits", ".fit", ".dcm"), "this format"),
+}
+PREVIEW_SUFFIX = ".thm"  # which cameras write beside a raw image or a video
 _PNG_BYTES = {0: 2, 2: 6}  # of a pixel with 16 bits, by colour type; with opacity eight
 _LARGE = 2**27  # bytes of pixels; a camera's image has fewer
 _ROWS = 256  # of an image that are converted at once
@@ -93,6 +108,9 @@ def decode_image(data: bytes, name: str = "picture", check: SizeCheck | None = N
     except PictureError:
         raise
     except UnidentifiedImageError:
+        other = OTHER_SUFFIXES.get(PurePath(name).suffix.lower())
+        if other is not None:
+            raise PictureError(f"{name}: {other} is not supported; save it as JPEG or PNG") from None
         raise PictureError(f"{name}: not a picture") from None
     except Image.DecompressionBombError:
         raise PictureError(f"{name}: too large ({MAX_PIXELS // 10**6} megapixels at most)") from None
@@ -178,11 +196,16 @@ def _decode(data: bytes, name: str, notes: _Notes, check: SizeCheck) -> NDArray[
     raw = PictureError(f"{name}: camera raw is not supported; export it as JPEG or TIFF")
     if _is_raw(data[:64], name):
         raise raw
+    suffix = PurePath(name).suffix.lower()
+    if suffix == PREVIEW_SUFFIX:
+        raise PictureError(f"{name}: a camera's preview is not counted; count the image or video itself")
     header = netpbm.read_header(data)
     if header is not None:
         check_size(name, header.width, header.height, header.bytes_per_pixel)
         check(header.width, header.height)
         samples = header.samples(data)
+        if header.is_followed(data):
+            notes.add("several images in the file, only the first is counted")
         return _to_rgb(samples.reshape(*samples.shape[:2], -1), None, header.maximum, notes)
     if data.startswith(_TIFF_MAGIC):
         pages = tiff.pages_of(data)
@@ -194,20 +217,39 @@ def _decode(data: bytes, name: str, notes: _Notes, check: SizeCheck) -> NDArray[
         notes.add(_left_out(others + 1, "first" if page is pages[0] else "largest", "pages"))
         return _upright(_tiff_page(page, notes), page.orientation)
     is_jpeg = data.startswith(b"\xff\xd8\xff")
+    if is_jpeg and not jpeg.has_8_bits(data):
+        raise PictureError(f"{name}: a JPEG with more than 8 bits or without loss is not supported; save it as PNG")
     # Of a JPEG with several images Pillow would make an MPO, by a table that need not be right.
     with _opened(data) if not is_jpeg else JpegImagePlugin.JpegImageFile(io.BytesIO(data)) as picture:
-        deep = _is_deep_png(data)
-        check_size(name, *picture.size, _PNG_BYTES.get(data[25], 8) if deep else 4)
+        deep, hdr = _is_deep_png(data), _hdr_of(data)
+        check_size(name, *picture.size, (_PNG_BYTES.get(data[25], 8) if deep else 4) + (6 if hdr else 0))
         orientation = orientation_of(picture)
         check(*upright_size(picture.size, orientation))
         if is_jpeg:
             _note_jpeg(data, notes)
         else:
             _note_others(picture, data, notes)
+        if picture.format in ("HEIF", "AVIF") and isobmff.is_cut_short(data):
+            raise ValueError("the file is cut short")
+        if hdr is not None:
+            notes.add(f"high dynamic range ({hdr[0].upper()}): tone-mapped")
         if deep:
-            return _upright(_deep_png(data, notes), orientation)
+            return _upright(_deep_png(data, hdr, notes), orientation)
         picture.load()
-        return _upright(_rgb_of(picture, notes), orientation)
+        pixels = _rgb_of(picture, notes)
+        return _upright(pixels if hdr is None else to_sdr(pixels.astype(np.uint16) * 257, *hdr), orientation)
+
+
+def _hdr_of(data: bytes) -> tuple[Transfer, Primaries] | None:
+    """How a PNG, HEIF or AVIF of high dynamic range encodes light and colours; None of another image."""
+    if data.startswith(b"\x89PNG"):
+        at = data.find(b"cICP", 8, data.find(b"IDAT"))
+        code = (data[at + 4], data[at + 5]) if at > 0 and len(data) > at + 5 else None
+    else:
+        code = isobmff.nclx(data) if isobmff.is_image(data[:16]) else None
+    if code is None or code[1] not in isobmff.TRANSFERS:
+        return None
+    return isobmff.TRANSFERS[code[1]], isobmff.PRIMARIES.get(code[0], "bt2020")
 
 
 def _opened(data: bytes) -> ImageFile.ImageFile:
@@ -217,12 +259,13 @@ def _opened(data: bytes) -> ImageFile.ImageFile:
 def _note_jpeg(data: bytes, notes: _Notes) -> None:
     """Say what libjpeg has to say, and how many images of the same size follow the first.
 
-    Smaller ones are previews, or maps of depth and brightness that belong to the first.
+    Smaller ones are previews, or maps of depth and brightness that belong to the first. A larger one is what the
+    first is a preview of.
     """
     damage = jpeg.damage(data)
     notes.add(damage and f"the JPEG data is damaged ({damage}): the count may be wrong")
     first, *others = jpeg.sizes(data)
-    notes.add(_left_out(1 + others.count(first), "first"))
+    notes.add(_left_out(1 + sum(w * h >= first[0] * first[1] for w, h in others), "first"))
 
 
 def _note_others(picture: ImageFile.ImageFile, data: bytes, notes: _Notes) -> None:
@@ -247,6 +290,8 @@ def orientation_of(picture: Image.Image) -> int:
         turned = picture.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # of all that a camera may have written, only this is needed
         return 1
+    if isinstance(turned, bytes) and len(turned) == 1:  # written as a byte
+        turned = turned[0]
     return turned if isinstance(turned, int) and 1 <= turned <= 8 else 1
 
 
@@ -269,6 +314,8 @@ def _rgb_of(picture: Image.Image, notes: _Notes) -> NDArray[np.uint8]:
     width, height = picture.size
     convert = _conversion(picture)
     transparent = picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info
+    if picture.format == "BMP" and transparent and picture.getextrema()[-1] == (0, 0):
+        transparent = False  # the fourth byte is there, and nobody has written to it
     out = np.empty((height, width, 3), np.uint8)
     hidden = False
     for top in range(0, height, _ROWS):
@@ -336,7 +383,7 @@ def _is_deep_png(data: bytes) -> bool:
     return data.startswith(b"\x89PNG\r\n\x1a\n") and data[24:25] == b"\x10"
 
 
-def _deep_png(data: bytes, notes: _Notes) -> NDArray[np.uint8]:
+def _deep_png(data: bytes, hdr: tuple[Transfer, Primaries] | None, notes: _Notes) -> NDArray[np.uint8]:
     """A PNG with 16 bits. By the standard its samples fill them, whatever ``sBIT`` says; where they do not, that
     chunk tells how many bits they have."""
     _check_png_chunks(data)
@@ -345,6 +392,8 @@ def _deep_png(data: bytes, notes: _Notes) -> NDArray[np.uint8]:
         raise ValueError("its data cannot be decoded")
     if samples.ndim == 2:
         samples = samples[..., None]
+    if hdr is not None and samples.shape[2] >= 3:
+        return to_sdr(samples[..., 2::-1], *hdr)
     at = data.find(b"sBIT", 8, data.find(b"IDAT"))
     bits = max(data[at + 4 : at + 4 + int.from_bytes(data[at - 4 : at], "big")][:3], default=16) if at > 0 else 16
     opacity = samples[..., 3:] if samples.shape[2] == 4 else None
