@@ -636,7 +636,8 @@ def calibrate(
 ) -> None:
     """Write into a checkpoint or an export how sure its exits are, measured on held-out pictures.
 
-    Of counts the intervals: how far each exit was from the truth. Of classes the temperatures, and what comes of
+    Of counts the intervals: how far each exit was from the truth; and, where the file has training images, statistics
+    of these, by which a count tells whether its image is familiar. Of classes the temperatures, and what comes of
     leaving when sure.
     """
     from crowdexit.inference.models import open_model
@@ -656,21 +657,38 @@ def _calibrate_counts(
     from crowdexit.data.store import Store
     from crowdexit.inference.counter import CrowdCounter
     from crowdexit.inference.evaluate import calibrate as run_calibration
+    from crowdexit.inference.evaluate import measure_familiarity
     from crowdexit.inference.models import keep_calibration
 
     with Store(data) as store:
         wanted = store.ids(split, ids)
+        trained_on = store.ids("train") if "train" in store.splits() else []
         counter = CrowdCounter(network, spec.model, runtime=runtime, exits=network.exit_names)
         with _progress("calibrating", 2 * len(wanted)) as advance:
             intervals = run_calibration(counter, store, split, wanted, level, progress=advance)
-    path = keep_calibration(model, intervals)
+        familiarity = None
+        if trained_on:
+            with _progress("describing training images", len(trained_on)) as advance:
+                familiarity = measure_familiarity(counter, store, "train", trained_on, progress=advance)
+    path = keep_calibration(model, intervals=intervals, familiarity=familiarity)
     table = Table(title=f"{path}: {level:.0%} of {len(wanted)} pictures within ± w · (count + 10)")
-    for name in ("exit", "w without sound", "w with sound"):
+    for name in ("exit", "w without sound", "for small, middle, large counts", "w with sound", "small, middle, large"):
         table.add_column(name, justify="left" if name == "exit" else "right")
     for name in counter.exits:
-        heard = intervals.heard.get(name)
-        table.add_row(name, f"{intervals.silent[name]:.3f}", "" if heard is None else f"{heard:.3f}")
+        cells = []
+        for widths, by_size in (
+            (intervals.silent, intervals.silent_thirds),
+            (intervals.heard, intervals.heard_thirds),
+        ):
+            thirds = by_size.get(name)
+            cells.append(f"{widths[name]:.3f}" if name in widths else "")
+            cells.append("" if thirds is None else " ".join(f"{w:.3f}" for w in thirds.widths))
+        table.add_row(name, *cells)
     Console().print(table)
+    if familiarity is not None:
+        print(
+            f"familiar: a distance of {familiarity.threshold:.0f} at most, from {familiarity.samples} training images"
+        )
 
 
 def _calibrate_classes(
@@ -689,7 +707,7 @@ def _calibrate_classes(
             chain = runtime.ready(network)
             scores, labels = classify.scores_of(chain, store, split, wanted, progress=advance)
     temperatures = classify.calibrate(scores, labels)
-    path = keep_calibration(model, temperatures)
+    path = keep_calibration(model, temperatures=temperatures)
     table = Table(title=f"{path}: temperatures from {len(wanted)} pictures")
     for name in ("exit", "temperature", "surprise before, nats", "after"):
         table.add_column(name, justify="left" if name == "exit" else "right")
