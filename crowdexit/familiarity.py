@@ -21,6 +21,7 @@ from crowdexit.errors import CrowdExitError
 
 SHARE = 0.975  # of the training images that are below the threshold
 SHRINKAGE = 0.02  # of the covariance, towards its diagonal
+_LEAST = 1e-4  # of the mean variance: a feature that is hardly ever there varies by that
 
 
 class FamiliarityError(CrowdExitError):
@@ -99,7 +100,7 @@ def fit(sums: Sequence[NDArray[np.float64]]) -> Familiarity:
     to the statistics of all the others: those to the statistics that they are part of are too small.
 
     Raises:
-        FamiliarityError: for fewer than 4C images, or features that do not vary.
+        FamiliarityError: for fewer than 4C images, or features that are the same in all images.
     """
     described = np.array([describe(of_one) for of_one in sums])
     samples, numbers = described.shape
@@ -110,8 +111,9 @@ def fit(sums: Sequence[NDArray[np.float64]]) -> Familiarity:
     mean = described.mean(0)
     covariance = np.cov(described.T)
     variances = np.diag(covariance)
-    if not variances.min() > 0:
-        raise FamiliarityError("some features are the same in all images")
+    if not variances.mean() > 1e-12:
+        raise FamiliarityError("the features are the same in all images")
+    variances = np.maximum(variances, _LEAST * variances.mean())
     precision = np.linalg.inv((1 - SHRINKAGE) * covariance + SHRINKAGE * np.diag(variances))
     off = described - mean
     scores = np.einsum("ni,ij,nj->n", off, precision, off)

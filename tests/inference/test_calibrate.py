@@ -198,7 +198,7 @@ def test_count_from_the_command_line(prepared, checkpoint, picture_file, tmp_pat
 
 
 def test_how_many_truths_the_intervals_hold(prepared, checkpoint, capsys):
-    """Of the pictures that calibrated them as many as the rank says: in each third the third of four for 0.6 · 5 = 3."""
+    """Of the pictures that calibrated them as many as the rank says: of each third three of four, for 0.6 · 5 = 3."""
     arguments = ["--data", str(prepared), "--split", "val", "--no-audio", "--runtime", "eager", "--format", "json"]
 
     def rows() -> dict:

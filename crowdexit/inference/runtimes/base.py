@@ -74,14 +74,14 @@ class ReadyChain(ABC):
     def feature_sums(self, state: Any) -> NDArray[np.float64] | None:
         """What tells how familiar images are (:mod:`crowdexit.familiarity`), from what the first stage handed over.
 
-        Every fourth row of a large map is enough, and takes a quarter of the time.
+        Of a large map every fourth row is enough, and takes a quarter of the time.
 
         Returns:
             B×(2C + 1): of each channel of the feature map the sum and the sum of squares over the cells that are
-            image, and the number of these. None of tokens.
+            image, and the number of these. None where the stage makes no map on the grid of 1/8 (of tokens).
         """
         visual, valid = self.visual_of(state)
-        if visual.dim() != 4:
+        if visual.dim() != 4 or visual.shape[2:] != valid.shape[2:]:
             return None
         step = max(1, visual.shape[2] // _ROWS)
         with torch.inference_mode():
