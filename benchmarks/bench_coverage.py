@@ -2,12 +2,13 @@
 
 Every validation image is counted once. Then each of them in turn is left out, the others calibrate each exit, and it
 tells whether the truth lies in its interval. Promised is the level over all images; it is told for groups of them
-(``--groups 'A_*,B_*'``) too. ``--cross-fitted counts.csv`` gives the widths their shape, as of ``crowdexit calibrate``.
+(``--groups 'A_*,B_*'``) too. ``--held-out counts.csv`` gives the widths their shape, as of ``crowdexit calibrate``.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -16,20 +17,26 @@ import numpy as np
 from benchmarks.machine import describe, in_a_line, keep
 from crowdexit.data.store import Store
 from crowdexit.inference.counter import load
+from crowdexit.inference.cross_fit import read_counts
 from crowdexit.inference.evaluate import count_samples
 from crowdexit.intervals import Intervals, thirds, width
 
 
-def covered(counts: list[float], truths: list[float], level: float) -> tuple[list[bool], list[float]]:
+def covered(
+    counts: list[float],
+    truths: list[float],
+    level: float,
+    cross_fitted: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> tuple[list[bool], list[float]]:
     """Whether each truth lies in the interval that the other images calibrate, and that interval's half-width.
 
     Args:
-        counts, truths: of one exit.
+        counts, truths: of one exit. cross_fitted: as of :func:`crowdexit.intervals.thirds`.
     """
     inside, halves = [], []
     for left_out, (count, truth) in enumerate(zip(counts, truths, strict=True)):
         others = [[v for i, v in enumerate(values) if i != left_out] for values in (counts, truths)]
-        by_size = thirds(others[0], others[1], level)
+        by_size = thirds(others[0], others[1], level, cross_fitted)
         made = Intervals(
             level, {"": width(others[0], others[1], level)}, silent_thirds={} if by_size is None else {"": by_size}
         )
@@ -48,9 +55,11 @@ def main() -> None:
     parser.add_argument("--groups", default="*", help="shell patterns of ids, with commas between")
     parser.add_argument("--no-audio", action="store_true")
     parser.add_argument("--level", type=float, default=0.9)
+    parser.add_argument("--held-out", type=Path, help="what crowdexit cross-fit wrote")
     parser.add_argument("--runtime", default="auto")
     parser.add_argument("--json", type=Path, help="write the figures there")
     args = parser.parse_args()
+    cross_fitted = {} if args.held_out is None else read_counts(args.held_out)
     counter = load(args.model, runtime=args.runtime)
     counter.exits = counter.network.exit_names
     with Store(args.data) as store:
@@ -61,7 +70,8 @@ def main() -> None:
     print(f"{args.model}, {len(ids)} images of {args.split}, each left out in turn, level {args.level:.0%}")
     print(in_a_line(describe()))
     for at, name in enumerate(counter.exits):
-        inside, halves = map(np.array, covered([sample.results[at].count for sample in counted], truths, args.level))
+        counts = [sample.results[at].count for sample in counted]
+        inside, halves = map(np.array, covered(counts, truths, args.level, cross_fitted.get(name)))
         told[name] = {}
         for group in args.groups.split(","):
             chosen = [fnmatchcase(id, group) for id in ids]
