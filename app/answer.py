@@ -20,6 +20,7 @@ from crowdexit.data.picture import decode_image, tile_boxes
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.counter import CrowdCounter, ExitResult
 from crowdexit.inference.draw import bars, overlay
+from crowdexit.inference.rows import UNFAMILIAR
 from crowdexit.inference.runtimes.call_off import CalledOff, CallOff
 from crowdexit.inference.scene import audio_input
 from crowdexit.memory import return_freed_memory
@@ -129,12 +130,14 @@ def warning_lines(warnings: Sequence[str]) -> str:
 
 
 def headline(result: ExitResult, remark: str) -> str:
-    """The count as a sentence (HTML), and below it, small, its interval and how it came about."""
+    """The count as a sentence (HTML), below it, small, how it came about, and whether it may be far off."""
     name = "final exit" if result.exit == FINAL else f"exit {result.exit}"
+    unfamiliar = f'<p class="ce-warning" role="alert">{UNFAMILIAR}</p>' if result.familiar is False else ""
     interval = f"likely {result.interval[0]:,.0f} to {result.interval[1]:,.0f} · " if result.interval else ""
     return (
         f'<p class="ce-count" role="status">{_people(result.count)}</p>'
         f'<p class="ce-note">{interval}{_text(name)} after {_time(result.latency_ms)} · {_text(remark)}</p>'
+        f"{unfamiliar}"
     )
 
 

@@ -1,74 +1,84 @@
 """Whether the intervals hold what they promise: ``python -m benchmarks.bench_coverage --data heard.h5``.
 
-Every validation picture is counted once. Then, many times, a random half of them calibrates each exit, and the other,
-which that calibration has not seen, tells how often the truth lies in the interval, and how wide that is. Promised is
-the level on average over all such halves; a single half of a few dozen pictures strays by several per cent, and the
-spread is told, too.
+Every validation image is counted once. Then each of them in turn is left out, the others calibrate each exit, and it
+tells whether the truth lies in its interval. Promised is the level over all images; it is told for groups of them
+(``--groups 'A_*,B_*'``) too. ``--held-out counts.csv`` gives the widths their shape, as of ``crowdexit calibrate``.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from benchmarks.machine import describe, in_a_line, keep
 from crowdexit.data.store import Store
 from crowdexit.inference.counter import load
+from crowdexit.inference.cross_fit import read_counts
 from crowdexit.inference.evaluate import count_samples
-from crowdexit.intervals import ROOM, width
-
-HALVES = 500
+from crowdexit.intervals import Intervals, thirds, width
 
 
-def coverage(counts: Any, truths: Any, level: float) -> dict[str, float]:
-    """Per cent of truths inside, over random halves: mean and standard deviation; and the median half-width's share.
+def covered(
+    counts: list[float],
+    truths: list[float],
+    level: float,
+    cross_fitted: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> tuple[list[bool], list[float]]:
+    """Whether each truth lies in the interval that the other images calibrate, and that interval's half-width.
 
     Args:
-        counts, truths: (n,) of one exit.
+        counts, truths: of one exit. cross_fitted: as of :func:`crowdexit.intervals.thirds`.
     """
-    random = np.random.default_rng(0)
-    inside, widths = [], []
-    for _ in range(HALVES):
-        order = random.permutation(len(counts))
-        held_out, unseen = order[: len(order) // 2], order[len(order) // 2 :]
-        w = width(counts[held_out].tolist(), truths[held_out].tolist(), level)
-        inside.append(np.mean(np.abs(counts[unseen] - truths[unseen]) <= w * (np.maximum(counts[unseen], 0) + ROOM)))
-        widths.append(w)
-    return {
-        "covered": 100 * float(np.mean(inside)),
-        "spread": 100 * float(np.std(inside)),
-        "width": float(np.median(widths)),
-    }
+    inside, halves = [], []
+    for left_out, (count, truth) in enumerate(zip(counts, truths, strict=True)):
+        others = [[v for i, v in enumerate(values) if i != left_out] for values in (counts, truths)]
+        by_size = thirds(others[0], others[1], level, cross_fitted)
+        made = Intervals(
+            level, {"": width(others[0], others[1], level)}, silent_thirds={} if by_size is None else {"": by_size}
+        )
+        half = made.half_width("", count, heard=False)
+        assert half is not None
+        inside.append(abs(count - truth) <= half)
+        halves.append(half)
+    return inside, halves
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default="audiocsrnet-s")
+    parser.add_argument("--model", default="audiocsrnet-lite")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--split", default="val")
-    parser.add_argument("--ids", default="*")
+    parser.add_argument("--groups", default="*", help="shell patterns of ids, with commas between")
     parser.add_argument("--no-audio", action="store_true")
     parser.add_argument("--level", type=float, default=0.9)
+    parser.add_argument("--held-out", type=Path, help="what crowdexit cross-fit wrote")
     parser.add_argument("--runtime", default="auto")
     parser.add_argument("--json", type=Path, help="write the figures there")
     args = parser.parse_args()
+    cross_fitted = {} if args.held_out is None else read_counts(args.held_out)
     counter = load(args.model, runtime=args.runtime)
     counter.exits = counter.network.exit_names
     with Store(args.data) as store:
-        ids = store.ids(args.split, args.ids)
+        ids = store.ids(args.split)
         counted = list(count_samples(counter, store, args.split, ids, audio=not args.no_audio))
-    truths = np.array([sample.truth for sample in counted])
-    told = {}
-    print(f"{args.model}, {len(ids)} pictures of {args.split}, {HALVES} random halves, level {args.level:.0%}")
+    truths = [sample.truth for sample in counted]
+    told: dict[str, dict[str, dict[str, float]]] = {}
+    print(f"{args.model}, {len(ids)} images of {args.split}, each left out in turn, level {args.level:.0%}")
     print(in_a_line(describe()))
     for at, name in enumerate(counter.exits):
-        told[name] = coverage(np.array([sample.results[at].count for sample in counted]), truths, args.level)
-        t = told[name]
-        print(f"{name:8} {t['covered']:5.1f} % inside (± {t['spread']:.1f} a half), ± {t['width']:.2f} · (count + 10)")
-    keep({"machine": describe(), "level": args.level, "pictures": len(ids), "exits": told}, args.json)
+        counts = [sample.results[at].count for sample in counted]
+        inside, halves = map(np.array, covered(counts, truths, args.level, cross_fitted.get(name)))
+        told[name] = {}
+        for group in args.groups.split(","):
+            chosen = [fnmatchcase(id, group) for id in ids]
+            one = {"covered": 100 * float(np.mean(inside[chosen])), "half_width": float(np.median(halves[chosen]))}
+            told[name][group] = one
+            print(f"{name:8} {group:6} {one['covered']:5.1f} % inside, ± {one['half_width']:.1f} people (median)")
+    keep({"machine": describe(), "level": args.level, "images": len(ids), "exits": told}, args.json)
 
 
 if __name__ == "__main__":

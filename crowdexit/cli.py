@@ -623,6 +623,20 @@ def export(
     print(f"note: {there}; `crowdexit calibrate {path} --data …` measures its own", file=sys.stderr)
 
 
+@app.command("cross-fit", epilog="Example: `crowdexit cross-fit runs/fold-* --data crowd.h5 --out counts.csv`")
+def cross_fit(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Runs that left a fold out, one for each.")],
+    data: Annotated[Path, typer.Option(help="The prepared HDF5 file that they were trained on.")],
+    out: Annotated[Path, typer.Option(help="The table to write.", callback=command.output_file)] = Path("counts.csv"),
+    runtime: RuntimeName = "auto",
+) -> None:
+    """Count training images with networks that were trained without them, for `crowdexit calibrate --held-out`."""
+    from crowdexit.inference.cross_fit import cross_fit as run_cross_fit
+
+    images = run_cross_fit(runs, data, out, runtime=runtime, progress=partial(_progress, "counting"))
+    print(f"{out}: {images} images")
+
+
 @app.command(epilog="Example: `crowdexit calibrate runs/audiocsrnet-s-branches --data crowd.h5 --split val`")
 def calibrate(
     model: Annotated[
@@ -632,11 +646,16 @@ def calibrate(
     split: Annotated[str, typer.Option()] = "val",
     ids: Ids = "*",
     level: Annotated[float, typer.Option(help="Of counts: how often the interval is to hold the truth.")] = 0.9,
+    held_out: Annotated[
+        Path | None,
+        typer.Option(help="What `crowdexit cross-fit` wrote: how errors of small and large counts compare."),
+    ] = None,
     runtime: RuntimeName = "auto",
 ) -> None:
     """Write into a checkpoint or an export how sure its exits are, measured on held-out pictures.
 
-    Of counts the intervals: how far each exit was from the truth. Of classes the temperatures, and what comes of
+    Of counts the intervals: how far each exit was from the truth; and, where the file has training images, statistics
+    of these, by which a count tells whether its image is familiar. Of classes the temperatures, and what comes of
     leaving when sure.
     """
     from crowdexit.inference.models import open_model
@@ -647,30 +666,59 @@ def calibrate(
     if network.classifies:
         _calibrate_classes(model, network, spec, data, split, ids, picked)
     else:
-        _calibrate_counts(model, network, spec, data, split, ids, level, picked)
+        _calibrate_counts(model, network, spec, data, split, ids, level, held_out, picked)
 
 
 def _calibrate_counts(
-    model: str, network: MultiExitNetwork, spec: Spec, data: Path, split: str, ids: str, level: float, runtime: Runtime
+    model: str,
+    network: MultiExitNetwork,
+    spec: Spec,
+    data: Path,
+    split: str,
+    ids: str,
+    level: float,
+    held_out: Path | None,
+    runtime: Runtime,
 ) -> None:
     from crowdexit.data.store import Store
     from crowdexit.inference.counter import CrowdCounter
+    from crowdexit.inference.cross_fit import read_counts
     from crowdexit.inference.evaluate import calibrate as run_calibration
+    from crowdexit.inference.evaluate import measure_familiarity
     from crowdexit.inference.models import keep_calibration
 
+    cross_fitted = None if held_out is None else read_counts(held_out)
     with Store(data) as store:
         wanted = store.ids(split, ids)
+        trained_on = store.ids("train") if "train" in store.splits() else []
         counter = CrowdCounter(network, spec.model, runtime=runtime, exits=network.exit_names)
         with _progress("calibrating", 2 * len(wanted)) as advance:
-            intervals = run_calibration(counter, store, split, wanted, level, progress=advance)
-    path = keep_calibration(model, intervals)
+            intervals = run_calibration(
+                counter, store, split, wanted, level, cross_fitted=cross_fitted, progress=advance
+            )
+        familiarity = None
+        if trained_on:
+            with _progress("describing training images", len(trained_on)) as advance:
+                familiarity = measure_familiarity(counter, store, "train", trained_on, progress=advance)
+    path = keep_calibration(model, intervals=intervals, familiarity=familiarity)
     table = Table(title=f"{path}: {level:.0%} of {len(wanted)} pictures within ± w · (count + 10)")
-    for name in ("exit", "w without sound", "w with sound"):
+    for name in ("exit", "w without sound", "for small, middle, large counts", "w with sound", "small, middle, large"):
         table.add_column(name, justify="left" if name == "exit" else "right")
     for name in counter.exits:
-        heard = intervals.heard.get(name)
-        table.add_row(name, f"{intervals.silent[name]:.3f}", "" if heard is None else f"{heard:.3f}")
+        cells = []
+        for widths, by_size in (
+            (intervals.silent, intervals.silent_thirds),
+            (intervals.heard, intervals.heard_thirds),
+        ):
+            thirds = by_size.get(name)
+            cells.append(f"{widths[name]:.3f}" if name in widths else "")
+            cells.append("" if thirds is None else " ".join(f"{w:.3f}" for w in thirds.widths))
+        table.add_row(name, *cells)
     Console().print(table)
+    if familiarity is not None:
+        print(
+            f"familiar: a distance of {familiarity.threshold:.0f} at most, from {familiarity.samples} training images"
+        )
 
 
 def _calibrate_classes(
@@ -689,7 +737,7 @@ def _calibrate_classes(
             chain = runtime.ready(network)
             scores, labels = classify.scores_of(chain, store, split, wanted, progress=advance)
     temperatures = classify.calibrate(scores, labels)
-    path = keep_calibration(model, temperatures)
+    path = keep_calibration(model, temperatures=temperatures)
     table = Table(title=f"{path}: temperatures from {len(wanted)} pictures")
     for name in ("exit", "temperature", "surprise before, nats", "after"):
         table.add_column(name, justify="left" if name == "exit" else "right")

@@ -6,18 +6,25 @@ for which [ŷ − w(ŷ + 10), ŷ + w(ŷ + 10)] holds the truth of a further pict
 ``level`` at least (Papadopoulos et al. 2002; Lei et al. 2018), whatever the network. Of pictures of another kind
 nothing is promised.
 
+Relative errors are not the same for small and large counts, so that each third of the counts has a width of its own
+(Vovk et al. 2003), where there are enough pictures. A few dozen held-out pictures tell little of a third: with counts
+of many more, by networks that were trained without them (cross-fitted, Barber et al. 2021), these give the shape of the
+widths, the thirds and how their widths compare, and the held-out pictures one factor.
+
 The mean of the same scores, times (ŷ + 10), is the error to expect of an exit: what a budget weighs against time.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from crowdexit.errors import CrowdExitError
 
+_UNFAMILIAR = 2.0  # least width w for an image that is not familiar: from 0 to 3 times the count + 20
 ROOM = 10.0  # heads that keep the relative error of an empty scene finite
 _ROUNDING = 1e-9  # 0.9 / (1 - 0.9) is a hair above nine
 
@@ -27,14 +34,32 @@ class IntervalError(CrowdExitError):
 
 
 @dataclass(frozen=True)
+class Thirds:
+    """Widths by the size of the count.
+
+    Attributes:
+        bounds: the counts where the second and the last third begin.
+        widths: w of each third.
+    """
+
+    bounds: tuple[float, float]
+    widths: tuple[float, float, float]
+
+    def at(self, count: float) -> float:
+        """The width for a count."""
+        return self.widths[bisect_right(self.bounds, count)]
+
+
+@dataclass(frozen=True)
 class Intervals:
     """A network's calibration.
 
     Attributes:
         level: the probability that the interval holds the truth.
-        silent, heard: width w by exit, for counts without and with sound.
+        silent, heard: width w by exit, for counts without and with sound, over all counts.
         samples, heard_samples: how many held-out pictures each was made of.
         silent_errors, heard_errors: mean score by exit; empty where a checkpoint was calibrated without.
+        silent_thirds, heard_thirds: widths by the size of the count, by exit, which go before the others.
     """
 
     level: float = 0.9
@@ -44,16 +69,28 @@ class Intervals:
     silent_errors: Mapping[str, float] = field(default_factory=dict)
     heard_errors: Mapping[str, float] = field(default_factory=dict)
     heard_samples: int = 0
+    silent_thirds: Mapping[str, Thirds] = field(default_factory=dict)
+    heard_thirds: Mapping[str, Thirds] = field(default_factory=dict)
 
-    def around(self, exit: str, count: float, *, heard: bool) -> tuple[float, float] | None:
-        """(low, high) for a count of this exit; None where it was not calibrated in that state."""
-        half = self.half_width(exit, count, heard=heard)
+    def around(
+        self, exit: str, count: float, *, heard: bool, familiar: bool | None = None
+    ) -> tuple[float, float] | None:
+        """(low, high) for a count of this exit; None where it was not calibrated in that state.
+
+        Args:
+            familiar: False widens it to 0 and to 3 times the count + 20 at least.
+        """
+        half = self.half_width(exit, count, heard=heard, familiar=familiar)
         return None if half is None else (max(0.0, count - half), count + half)
 
-    def half_width(self, exit: str, count: float, *, heard: bool) -> float | None:
+    def half_width(self, exit: str, count: float, *, heard: bool, familiar: bool | None = None) -> float | None:
         """How far the interval reaches from a count of this exit, in people; None as of :meth:`around`."""
         width = (self.heard if heard else self.silent).get(exit)
-        return None if width is None else width * (count + ROOM)
+        if width is None:
+            return None
+        thirds = (self.heard_thirds if heard else self.silent_thirds).get(exit)
+        half = (width if thirds is None else thirds.at(count)) * (count + ROOM)
+        return half if familiar is not False else max(half, _UNFAMILIAR * (count + ROOM))
 
     def errors(self, *, heard: bool) -> Mapping[str, float]:
         """Each exit's expected error over (count + 10), or its width, which is in proportion: of all exits the same.
@@ -76,6 +113,8 @@ class Intervals:
             "silent_errors": dict(self.silent_errors),
             "heard_errors": dict(self.heard_errors),
             "heard_samples": self.heard_samples,
+            "silent_thirds": {name: asdict(thirds) for name, thirds in self.silent_thirds.items()},
+            "heard_thirds": {name: asdict(thirds) for name, thirds in self.heard_thirds.items()},
         }
 
     @classmethod
@@ -88,13 +127,16 @@ class Intervals:
         if data is None:
             return cls()
         try:
-            tables = {"silent": data["silent"], "heard": data["heard"]}
+            tables: dict[str, Any] = {"silent": data["silent"], "heard": data["heard"]}
             tables |= {key: data.get(key, {}) for key in ("silent_errors", "heard_errors")}
             scores = {key: {str(k): float(v) for k, v in table.items()} for key, table in tables.items()}
             if any(not 0 <= score < math.inf for table in scores.values() for score in table.values()):
                 raise ValueError
+            thirds = {key: _read_thirds(data.get(key, {})) for key in ("silent_thirds", "heard_thirds")}
             heard_samples = int(data.get("heard_samples", 0))
-            return cls(float(data["level"]), samples=int(data["samples"]), heard_samples=heard_samples, **scores)
+            samples = int(data["samples"])
+            fields: dict[str, Any] = {**scores, **thirds, "samples": samples, "heard_samples": heard_samples}
+            return cls(float(data["level"]), **fields)
         except (KeyError, TypeError, ValueError, AttributeError):
             raise IntervalError("the checkpoint's intervals are damaged") from None
 
@@ -106,6 +148,36 @@ def width(counts: Sequence[float], truths: Sequence[float], level: float) -> flo
         IntervalError: for a level outside 0 to 1, or too few pictures to promise it.
     """
     return sorted(_scores(counts, truths))[rank(len(counts), level) - 1]
+
+
+def thirds(
+    counts: Sequence[float],
+    truths: Sequence[float],
+    level: float,
+    cross_fitted: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> Thirds | None:
+    """The conformal widths of an exit by thirds of its counts of held-out pictures.
+
+    Args:
+        counts, truths: of the held-out pictures. cross_fitted: counts of other pictures by networks that were trained
+            without them, and the true ones: what gives the widths their shape.
+
+    Returns:
+        None where a third has too few pictures for the level.
+    """
+    if cross_fitted is not None and (shape := thirds(*cross_fitted, level)) is not None:
+        factors = [s / max(shape.at(c), 1e-6) for s, c in zip(_scores(counts, truths), counts, strict=True)]
+        factor = sorted(factors)[rank(len(factors), level) - 1]
+        low, middle, high = shape.widths
+        return Thirds(shape.bounds, (factor * low, factor * middle, factor * high))
+    order = sorted(range(len(counts)), key=lambda i: counts[i])
+    first, second = len(order) // 3, 2 * len(order) // 3
+    parts = order[:first], order[first:second], order[second:]
+    try:
+        low, middle, high = (width([counts[i] for i in part], [truths[i] for i in part], level) for part in parts)
+    except IntervalError:
+        return None
+    return Thirds((max(0.0, counts[order[first]]), max(0.0, counts[order[second]])), (low, middle, high))
 
 
 def rank(samples: int, level: float) -> int:
@@ -126,6 +198,21 @@ def rank(samples: int, level: float) -> int:
 def expected_error(counts: Sequence[float], truths: Sequence[float]) -> float:
     """The mean score of an exit, from its counts of held-out pictures and the true ones; one picture at least."""
     return math.fsum(_scores(counts, truths)) / len(counts)
+
+
+def _read_thirds(data: Any) -> dict[str, Thirds]:
+    """Each exit's thirds, as they stand in a checkpoint's header.
+
+    Raises:
+        ValueError, TypeError, KeyError: if they are damaged.
+    """
+    read = {}
+    for name, of_exit in data.items():
+        (first, second), (low, middle, high) = map(float, of_exit["bounds"]), map(float, of_exit["widths"])
+        if not 0 <= first <= second < math.inf or not all(0 <= width < math.inf for width in (low, middle, high)):
+            raise ValueError
+        read[str(name)] = Thirds((first, second), (low, middle, high))
+    return read
 
 
 def _scores(counts: Sequence[float], truths: Sequence[float]) -> list[float]:

@@ -28,6 +28,7 @@ from crowdexit.paths import is_file
 
 FORMAT = "crowdexit-2"
 MAX_SIDE = 16_384
+CALIBRATION = ("intervals", "temperatures", "familiarity")  # what `crowdexit calibrate` measures, in `Spec.meta`
 _FROM_NOTHING = {"front_norm": True, "density_activation": "relu", "density_scale": 100.0, "count_scale": 100.0}
 
 AUDIOCSRNETS: Mapping[str, AudioCSRNetConfig] = {
@@ -212,7 +213,7 @@ def at_size(network: MultiExitNetwork, spec: Spec, size: tuple[int, int]) -> tup
     other_spec = replace(
         spec,
         changes={**spec.changes, "size": list(size)},
-        meta={key: value for key, value in spec.meta.items() if key not in ("intervals", "temperatures")},
+        meta={key: value for key, value in spec.meta.items() if key not in CALIBRATION},
     )
     other, there = build(other_spec), network.state_dict()
     bound = [key for key, tensor in other.state_dict().items() if tensor.shape != there[key].shape]

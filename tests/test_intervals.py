@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crowdexit import zoo
-from crowdexit.intervals import IntervalError, Intervals, width
+from crowdexit.intervals import IntervalError, Intervals, thirds, width
 
 
 @pytest.mark.parametrize("level", [0.5, 0.9])
@@ -85,3 +85,47 @@ def test_annotate_moves_no_weight(tmp_path):
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert abs(path.stat().st_size - size) < 500  # still half precision
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_thirds():
+    """Small counts that are far off widen the intervals of small counts alone."""
+    random = np.random.default_rng(0)
+    truths = np.concatenate([random.uniform(5, 50, 40), random.uniform(100, 300, 40), random.uniform(500, 900, 40)])
+    counts = truths * (1 + np.repeat([0.8, 0.1, 0.3], 40) * random.uniform(-1, 1, 120))
+    made = thirds(counts.tolist(), truths.tolist(), 0.9)
+    low, middle, high = made.widths
+    assert low > high > middle
+    intervals = Intervals(0.9, {"V1": 0.5}, silent_thirds={"V1": made}, samples=120)
+    first, second = made.bounds
+    assert intervals.half_width("V1", first - 1, heard=False) == pytest.approx(low * (first + 9))
+    assert intervals.half_width("V1", first, heard=False) == pytest.approx(middle * (first + 10))
+    assert intervals.half_width("V1", second, heard=False) == pytest.approx(high * (second + 10))
+    inside = [
+        a <= t <= b for c, t in zip(counts, truths, strict=True) for a, b in [intervals.around("V1", c, heard=False)]
+    ]
+    for part in np.split(np.array(inside)[np.argsort(counts)], 3):
+        assert 0.9 <= part.mean() <= 0.98
+    assert Intervals.from_dict(intervals.to_dict()) == intervals
+    assert thirds(counts[:20].tolist(), truths[:20].tolist(), 0.9) is None
+    damaged = {**intervals.to_dict(), "silent_thirds": {"V1": {"bounds": [3, 2], "widths": [1, 1, 1]}}}
+    with pytest.raises(IntervalError, match="the checkpoint's intervals are damaged"):
+        Intervals.from_dict(damaged)
+
+
+def test_the_shape_of_many_and_the_scale_of_few():
+    """Networks that were trained less are twice as far off: their widths are halved, not how they compare."""
+    random = np.random.default_rng(0)
+
+    def drawn(number: int, by: float) -> tuple[list[float], list[float]]:
+        truths = random.uniform(5, 900, number)
+        spread = np.where(truths < 300, 0.4, 0.1)
+        return (truths * (1 + by * spread * random.uniform(-1, 1, number))).tolist(), truths.tolist()
+
+    many, few = drawn(3000, 1.0), drawn(300, 0.5)
+    wide, made = thirds(*many, 0.9), thirds(*few, 0.9, many)
+    assert made.bounds == wide.bounds
+    assert np.array(made.widths) / wide.widths == pytest.approx([0.5] * 3, abs=0.06)
+    further_counts, further = drawn(3000, 0.5)
+    assert np.mean(
+        [abs(c - t) <= made.at(c) * (c + 10) for c, t in zip(further_counts, further, strict=True)]
+    ) == pytest.approx(0.9, abs=0.04)

@@ -31,10 +31,11 @@ from crowdexit.data.picture import (
     views,
 )
 from crowdexit.errors import CrowdExitError
+from crowdexit.familiarity import Familiarity
 from crowdexit.inference.anytime import DeadlineMissed, answers_by
 from crowdexit.inference.batch import batch_of
 from crowdexit.inference.budget import TOLERANCE, Budget, BudgetTooSmall, Costs, check_budget
-from crowdexit.inference.models import open_model
+from crowdexit.inference.models import calibration_of, open_model
 from crowdexit.inference.policies import ANYTIME, Confident, DeepestThatFits
 from crowdexit.inference.profile import LAYING, PREPARING, Profile, exit_step, profile_of, stage_step
 from crowdexit.inference.runtimes.base import Runtime
@@ -74,6 +75,8 @@ class ExitResult:
         warnings: what the reader of the input had to say, e.g. of damage; the same of every exit.
         audio: whether this exit was given audio, or why not: ``none`` was there, it was ``unreadable``, the image is
             ``tiled`` (audio belongs to all of it), or it is ``switched off`` (also where this exit uses none).
+        familiar: whether the image is like those that the network was trained on; False: the count may be far off.
+            None: the checkpoint has no statistics of them. The same of every exit.
     """
 
     exit: str
@@ -83,6 +86,7 @@ class ExitResult:
     density: NDArray[np.float32] | None = None
     warnings: tuple[str, ...] = ()
     audio: AudioStatus = "none"
+    familiar: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,11 @@ class CountResult:
         """Whether the chosen exit was given audio, or why not: see :class:`ExitResult`."""
         return self.chosen.audio
 
+    @property
+    def familiar(self) -> bool | None:
+        """Whether the image is like those that the network was trained on: see :class:`ExitResult`."""
+        return self.chosen.familiar
+
     def to_dict(self, source: str) -> dict[str, Any]:
         """The JSON form; with a deadline also ``in_time``."""
         return {
@@ -122,6 +131,7 @@ class CountResult:
                 for e in self.exits
             ],
             "audio": self.audio,
+            "familiar": self.familiar,
             "warnings": list(self.warnings),
             **({} if self.in_time is None else {"in_time": self.in_time}),
         }
@@ -154,6 +164,7 @@ class CrowdCounter:
         runtime: how stages and exits are run.
         exits: names to serve; default: one a place, and the final exit (:func:`served_exits`).
         intervals: the checkpoint's calibration.
+        familiarity: its statistics of the training images, or None.
 
     Raises:
         CounterError: for an exit that the network does not have.
@@ -167,6 +178,7 @@ class CrowdCounter:
         runtime: Runtime | None = None,
         exits: Sequence[str] | None = None,
         intervals: Intervals | None = None,
+        familiarity: Familiarity | None = None,
     ) -> None:
         if network.classifies:
             raise CounterError(f"{model} tells classes apart; it does not count")
@@ -174,6 +186,7 @@ class CrowdCounter:
         self.model = model
         self.exits = served_exits(network) if exits is None else self._known(exits)
         self.intervals = intervals or Intervals()
+        self.familiarity = familiarity
         self.chain = (runtime or pick("auto")).ready(network)
         self._prepared: set[str] = set()
         self._turn = Turn()
@@ -390,8 +403,25 @@ class CrowdCounter:
         walk = self._walk(wanted[-1:] if policy is ANYTIME else wanted, ready.scenes, len(ready.scenes))
         said: list[list[ExitResult]] = [[] for _ in ready.scenes]
         for told in walk.run(ready.to_walk(), policy):
-            self._write_down(told, said, ready.scenes, begun)
+            self._write_down(told, said, ready.scenes, walk, begun)
         return [self._last_chosen(of_one) for of_one in said]
+
+    def feature_sums(self, image: Picture) -> NDArray[np.float64] | None:
+        """What tells how familiar an image is, (2C + 1,), by the first stage alone; None of a network of tokens.
+
+        Raises:
+            CrowdExitError: for an image that cannot be used.
+        """
+        _, rows = prepared(image, None, self.network.config)
+        total: NDArray[np.float64] | None = None
+        for batch in self._part(0, [rows], self._times).batches:
+            with self._turn:
+                state = self.chain.advance(0, self.chain.begin(batch.state()))
+                sums = self.chain.feature_sums(state)
+            if sums is None:
+                return None
+            total = sums.sum(0) if total is None else total + sums.sum(0)
+        return total
 
     @cached_property
     def profile(self) -> Profile:
@@ -521,13 +551,24 @@ class CrowdCounter:
         size: int,
         deadline: float = math.inf,
         earlier: Mapping[str, float] | None = None,
+        feature_sums: dict[int, NDArray[np.float64]] | None = None,
     ) -> Walk:
-        """A walk of up to ``size`` samples, of which ``scenes`` tells by their number."""
+        """A walk of up to ``size`` samples, of which ``scenes`` tells by their number.
+
+        Args:
+            earlier, feature_sums: as of :class:`Walk`, from the rows of a sample that went another walk before.
+        """
+        sums: dict[int, NDArray[np.float64]] = {} if feature_sums is None else feature_sums
 
         def half_widths(told: Told) -> NDArray[np.float64]:
             halves = [
-                self.intervals.half_width(told.exit, max(0.0, float(count)), heard=scenes[number].heard)
-                for number, count in zip(told.samples, told.values, strict=True)
+                self.intervals.half_width(
+                    told.exit,
+                    max(0.0, float(count)),
+                    heard=scenes[number].heard,
+                    familiar=self._is_familiar(sums.get(number)),
+                )
+                for number, count in zip(told.samples.tolist(), told.values, strict=True)
             ]
             return np.array([math.inf if half is None else half for half in halves])
 
@@ -535,7 +576,12 @@ class CrowdCounter:
             return 1000 * (deadline - time.perf_counter())
 
         earlier = {} if earlier is None else earlier
-        return Walk(self.chain, size, exits, self._times, left_ms, half_widths, self._turn, earlier)
+        wanted = None if self.familiarity is None else sums
+        return Walk(self.chain, size, exits, self._times, left_ms, half_widths, self._turn, earlier, wanted)
+
+    def _is_familiar(self, sums: NDArray[np.float64] | None) -> bool | None:
+        """Whether an image is familiar, from its features' sums; None where that is not known."""
+        return None if self.familiarity is None or sums is None else self.familiarity.is_familiar(sums)
 
     def _steps(
         self,
@@ -565,18 +611,20 @@ class CrowdCounter:
         if len(rows) > self._views and deadline < math.inf:
             exits = self._exits_in_time(rows, exits, begun, deadline, last_moment)
         counts = dict.fromkeys(exits, 0.0)  # of the rows so far
+        sums: dict[int, NDArray[np.float64]] = {}
         maps: dict[str, list[NDArray[np.float32]]] = {name: [] for name in exits}
         for start in range(0, len(rows), abreast):
             last = start + abreast >= len(rows)
-            walk = self._walk(exits, [scene], 1, deadline if last else math.inf, counts)
+            walk = self._walk(exits, [scene], 1, deadline if last else math.inf, counts, sums)
             part = self._part(0, [rows[start : start + abreast]], self._times)
             for told in walk.run([part], policy if last else ANYTIME):
                 if told is not None:
                     counts[told.exit] = float(told.values[0])
                     maps[told.exit] += [] if told.density is None else list(told.density[0])
-                yield (
-                    self._result(told.exit, counts[told.exit], maps[told.exit], scene, begun) if told and last else None
-                )
+                if told is None or not last:
+                    yield None
+                    continue
+                yield self._result(told.exit, counts[told.exit], maps[told.exit], scene, sums.get(0), begun)
 
     def _is_tiled(self, image: Picture) -> bool:
         """Whether an image will be cut into tiles, by its header alone; False of what cannot be read."""
@@ -650,7 +698,7 @@ class CrowdCounter:
             walk = self._walk(exits, scenes, abreast)
             try:
                 for told in walk.run(self._parts(samples, scenes, order, budget, abreast), policy):
-                    self._write_down(told, said, scenes, begun)
+                    self._write_down(told, said, scenes, walk, begun)
             except BudgetTooSmall:  # what had been answered by then is not lost
                 yield from self._answered(order, said)
                 raise
@@ -672,14 +720,15 @@ class CrowdCounter:
         return CountResult(self.model, results[-1], tuple(results), warnings=results[-1].warnings)
 
     def _write_down(
-        self, told: Told | None, said: Sequence[list[ExitResult]], scenes: Sequence[Scene], begun: float
+        self, told: Told | None, said: Sequence[list[ExitResult]], scenes: Sequence[Scene], walk: Walk, begun: float
     ) -> None:
         """Add what an exit has told of some samples, if it has, to what was said of each."""
         if told is None:
             return
         for at, number in enumerate(told.samples.tolist()):
             maps = [] if told.density is None else list(told.density[at])
-            said[number].append(self._result(told.exit, float(told.values[at]), maps, scenes[number], begun))
+            sums = (walk.feature_sums or {}).get(number)
+            said[number].append(self._result(told.exit, float(told.values[at]), maps, scenes[number], sums, begun))
 
     def _within(
         self,
@@ -765,23 +814,31 @@ class CrowdCounter:
             yield self._part(len(scenes) - len(together), together, self._times)
 
     def _result(
-        self, name: str, count: float, maps: Sequence[NDArray[np.float32]], scene: Scene, begun: float
+        self,
+        name: str,
+        count: float,
+        maps: Sequence[NDArray[np.float32]],
+        scene: Scene,
+        sums: NDArray[np.float64] | None,
+        begun: float,
     ) -> ExitResult:
         """An exit's answer to a scene.
 
         Args:
             count: as the network gives it. maps: of each of its rows, on their canvases; none of an exit without.
+            sums: of its features, or None.
             begun: the time of the request.
         """
         if not math.isfinite(count):
             raise CounterError(f"{self.model}: the exit {name} did not give a number")
         # A regressor may undershoot zero; a crowd does not.
         count = max(0.0, count)
-        interval = self.intervals.around(name, count, heard=scene.heard)
+        familiar = self._is_familiar(sums)
+        interval = self.intervals.around(name, count, heard=scene.heard, familiar=familiar)
         density = scene.density(maps) if maps else None
         audio: AudioStatus = scene.audio if not scene.heard or self.network.uses_audio(name) else "switched off"
         latency = 1000 * (time.perf_counter() - begun)
-        return ExitResult(name, count, interval, latency, density, scene.warnings, audio)
+        return ExitResult(name, count, interval, latency, density, scene.warnings, audio, familiar)
 
 
 def check_deadline(deadline_ms: float | None) -> None:
@@ -813,9 +870,7 @@ def load(name: str | Path, *, runtime: str = "auto", exits: Sequence[str] | None
     """
     keep_freed_memory()
     network, spec, picked = open_model(name, runtime)
-    return CrowdCounter(
-        network, spec.model, runtime=picked, exits=exits, intervals=Intervals.from_dict(spec.meta.get("intervals"))
-    )
+    return CrowdCounter(network, spec.model, runtime=picked, exits=exits, **calibration_of(spec))
 
 
 def _laid_out(rows: Sequence[Row], times: Profile) -> Features:

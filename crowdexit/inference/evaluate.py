@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,11 @@ from crowdexit.data.classes import ClassStore
 from crowdexit.data.picture import decode_picture
 from crowdexit.data.store import Store
 from crowdexit.errors import CrowdExitError
+from crowdexit.familiarity import Familiarity, FamiliarityError, fit
 from crowdexit.inference import classify
 from crowdexit.inference.counter import CrowdCounter, ExitResult
-from crowdexit.inference.models import open_model
-from crowdexit.intervals import IntervalError, Intervals, expected_error, rank, width
+from crowdexit.inference.models import calibration_of, open_model
+from crowdexit.intervals import IntervalError, Intervals, Thirds, expected_error, rank, thirds, width
 from crowdexit.memory import keep_freed_memory
 from crowdexit.temperatures import Measure, Temperatures
 
@@ -138,7 +139,14 @@ def _of(sample: Counted, name: str) -> ExitResult:
 
 
 def calibrate(
-    counter: CrowdCounter, store: Store, split: str, ids: Sequence[str], level: float, *, progress: Any = None
+    counter: CrowdCounter,
+    store: Store,
+    split: str,
+    ids: Sequence[str],
+    level: float,
+    *,
+    cross_fitted: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
+    progress: Any = None,
 ) -> Intervals:
     """Split-conformal intervals and expected errors of every exit that the counter serves, from held-out samples.
 
@@ -146,29 +154,67 @@ def calibrate(
     and there are none with sound.
 
     Args:
+        cross_fitted: counts and true counts by exit (:func:`crowdexit.intervals.thirds`).
         progress: called twice a sample: counted or passed over without sound, and with it.
 
     Raises:
         IntervalError: for a level that is no probability, or too few samples for it.
     """
 
-    def tables(counted: Sequence[Counted]) -> tuple[dict[str, float], dict[str, float]]:
+    def tables(counted: Sequence[Counted]) -> tuple[dict[str, float], dict[str, float], dict[str, Thirds]]:
         truths = [sample.truth for sample in counted]
         counts = {name: [_of(sample, name).count for sample in counted] for name in counter.exits}
         widths = {name: width(of_exit, truths, level) for name, of_exit in counts.items()}
-        return widths, {name: expected_error(of_exit, truths) for name, of_exit in counts.items()}
+        by_size = {name: thirds(of_exit, truths, level, others.get(name)) for name, of_exit in counts.items()}
+        known = {name: of_exit for name, of_exit in by_size.items() if of_exit is not None}
+        return widths, {name: expected_error(of_exit, truths) for name, of_exit in counts.items()}, known
 
+    others = cross_fitted or {}
     rank(len(ids), level)  # refuses before anything is counted
-    silent, silent_errors = tables(list(count_samples(counter, store, split, ids, audio=False, progress=progress)))
-    heard, heard_errors = dict[str, float](), dict[str, float]()
+    without_sound = list(count_samples(counter, store, split, ids, audio=False, progress=progress))
+    silent, silent_errors, silent_thirds = tables(without_sound)
+    heard, heard_errors, heard_thirds = dict[str, float](), dict[str, float](), dict[str, Thirds]()
     with_sound = list(count_samples(counter, store, split, ids, heard_alone=True, progress=progress))
     if with_sound:
         try:
-            heard, heard_errors = tables(with_sound)
+            heard, heard_errors, heard_thirds = tables(with_sound)
         except IntervalError as error:
             log.warning("not calibrated with sound: %s; what is heard has no interval and is never confident", error)
             with_sound = []
-    return Intervals(level, silent, heard, len(ids), silent_errors, heard_errors, len(with_sound))
+    return Intervals(
+        level,
+        silent,
+        heard,
+        samples=len(ids),
+        silent_errors=silent_errors,
+        heard_errors=heard_errors,
+        heard_samples=len(with_sound),
+        silent_thirds=silent_thirds,
+        heard_thirds=heard_thirds,
+    )
+
+
+def measure_familiarity(
+    counter: CrowdCounter, store: Store, split: str, ids: Sequence[str], *, progress: Any = None
+) -> Familiarity | None:
+    """Statistics of the training images; None, with a warning, where these are too few or the network has no maps.
+
+    Args:
+        progress: called after each image.
+    """
+    sums = []
+    for id in ids:
+        of_one = counter.feature_sums(decode_picture(store.read(split, id).image.tobytes(), f"{split}/{id}"))
+        if of_one is None:
+            return None
+        sums.append(of_one)
+        if progress is not None:
+            progress()
+    try:
+        return fit(sums)
+    except FamiliarityError as error:
+        log.warning("whether images are familiar will not be known: %s", error)
+        return None
 
 
 def evaluate_file(
@@ -208,8 +254,7 @@ def evaluate_file(
                 )
     if leave is not None:
         raise CrowdExitError("confidence and entropy are of classes; a counter is confident by its intervals")
-    intervals = Intervals.from_dict(spec.meta.get("intervals"))
-    counter = CrowdCounter(network, spec.model, runtime=picked, exits=network.exit_names, intervals=intervals)
+    counter = CrowdCounter(network, spec.model, runtime=picked, exits=network.exit_names, **calibration_of(spec))
     with Store(data) as store:
         samples = store.ids(split, pattern)
         with progress(len(samples)) as advance:

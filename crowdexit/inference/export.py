@@ -158,6 +158,7 @@ def _manifest(
         exits={name: network.stage_of(name) for name in network.exit_names},
         intervals=spec.meta.get("intervals"),
         temperatures=spec.meta.get("temperatures"),
+        familiarity=spec.meta.get("familiarity"),
         pieces=pieces,
         files=files,
         made_with={name: version(name) for name in ("crowdexit", "torch", *_NEEDED[library])},

@@ -55,7 +55,7 @@ from crowdexit.inference.runtimes.engines import Engine, OnnxEngine, OpenVINOEng
 from crowdexit.paths import is_file
 
 MANIFEST = "manifest.json"
-FORMAT = "crowdexit-export-2"
+FORMAT = "crowdexit-export-3"
 _MOST_TEXT = 2**22
 _MOST_BYTES = 2**32  # of all models together
 _Side = Annotated[int, Field(gt=0, le=16_384)]
@@ -112,12 +112,13 @@ class Manifest(_Part):
         exits: the index of the stage after which each stands, by name, in the order in which they answer.
         intervals: of the counts (:class:`crowdexit.intervals.Intervals`), or None.
         temperatures: of the classes (:class:`crowdexit.temperatures.Temperatures`), or None.
+        familiarity: statistics of the training images (:class:`crowdexit.familiarity.Familiarity`), or None.
         pieces: ``stage-0`` …, ``exit-NAME`` ….
         made_with: versions of the libraries that made it.
         checksum: of all the others (:meth:`own_checksum`); written with the file.
     """
 
-    format: Literal["crowdexit-export-2"]
+    format: Literal["crowdexit-export-3"]
     library: Library
     precision: Precision
     network: NetworkPart
@@ -131,6 +132,7 @@ class Manifest(_Part):
     exits: dict[str, Annotated[int, Field(ge=0, lt=1000)]] = Field(min_length=1)
     intervals: dict[str, Any] | None
     temperatures: dict[str, Any] | None
+    familiarity: dict[str, Any] | None
     pieces: dict[str, PiecePart]
     files: dict[_FileName, FilePart]
     made_with: dict[str, str]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 
 from crowdexit import zoo
+from crowdexit.familiarity import Familiarity
 from crowdexit.files import write_problem
 from crowdexit.inference.exported import Exported, ExportError, is_export, read_manifest, write_manifest
 from crowdexit.inference.runtimes.base import ArrayReady, ReadyChain, Runtime
@@ -61,7 +63,7 @@ def open_model(name: str | Path, runtime: str = "auto") -> tuple[MultiExitNetwor
         exits = tuple(zoo.ExitSpec(**one) for one in manifest.network.exits)
     except TypeError:
         raise ExportError(f"{name}: the manifest's exits are damaged") from None
-    meta = {"intervals": manifest.intervals, "temperatures": manifest.temperatures}
+    meta = {key: getattr(manifest, key) for key in zoo.CALIBRATION}
     spec = zoo.Spec(manifest.network.model, exits, manifest.network.changes, meta)
     with torch.device("meta"):
         network = zoo.build(spec).eval()
@@ -76,8 +78,34 @@ def open_model(name: str | Path, runtime: str = "auto") -> tuple[MultiExitNetwor
     return network, spec, _ExportedRuntime(exported)
 
 
-def keep_calibration(name: str | Path, calibration: Intervals | Temperatures) -> Path:
-    """Write a calibration into a checkpoint or an exported folder, in place of any there: whole, or not at all.
+class Calibration(TypedDict):
+    """What a counter takes of a checkpoint's calibration."""
+
+    intervals: Intervals
+    familiarity: Familiarity | None
+
+
+def calibration_of(spec: zoo.Spec) -> Calibration:
+    """The calibration of a counting network.
+
+    Raises:
+        CrowdExitError: if it is damaged.
+    """
+    intervals = Intervals.from_dict(spec.meta.get("intervals"))
+    return Calibration(intervals=intervals, familiarity=Familiarity.from_dict(spec.meta.get("familiarity")))
+
+
+def keep_calibration(
+    name: str | Path,
+    *,
+    intervals: Intervals | None = None,
+    temperatures: Temperatures | None = None,
+    familiarity: Familiarity | None = None,
+) -> Path:
+    """Write a calibration into a checkpoint or an exported folder, in place of the one there: whole, or not at all.
+
+    Args:
+        intervals, temperatures, familiarity: None leaves what is there.
 
     Returns:
         The checkpoint or the folder.
@@ -85,8 +113,8 @@ def keep_calibration(name: str | Path, calibration: Intervals | Temperatures) ->
     Raises:
         CrowdExitError: if there is no such model, or it cannot be written.
     """
-    key = "intervals" if isinstance(calibration, Intervals) else "temperatures"
-    kept = {key: calibration.to_dict()}
+    made = {"intervals": intervals, "temperatures": temperatures, "familiarity": familiarity}
+    kept = {key: calibration.to_dict() for key, calibration in made.items() if calibration is not None}
     if not _is_export(name):
         path = zoo.checkpoint_path(name)
         zoo.annotate(path, **kept)

@@ -54,8 +54,9 @@ def recipe(counter: CrowdCounter, sources: Sequence[Source], audio: Path | None,
     one run and the next than between the first frame of a run and its last.
     """
     network = counter.network.config
+    familiarity = None if counter.familiarity is None else counter.familiarity.to_dict()
     made = {
-        "model": [counter.chain.fingerprint(), str(network), counter.exits, counter.intervals.to_dict()],
+        "model": [counter.chain.fingerprint(), str(network), counter.exits, counter.intervals.to_dict(), familiarity],
         "runtime": counter.chain.runtime,
         "columns": COLUMNS,
         "inputs": [[*_size_of(source.path), *_size_of(source.sound)] for source in sources],

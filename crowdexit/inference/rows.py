@@ -29,8 +29,9 @@ Format = Literal["table", "json", "csv", "parquet"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 COLUMNS = (
     *("source", "frame", "time_s", "count", "low", "high", "smoothed", "chosen_exit", "latency_ms"),
-    *("audio", "warnings"),
+    *("audio", "familiar", "warnings"),
 )
+UNFAMILIAR = "This image is unlike those the network was trained on: the count may be far off."
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for the beginning of a formula
 _ROW_GROUP = 50_000  # rows of a Parquet file that are in memory at once
 
@@ -44,8 +45,9 @@ class FrameRow:
     """A counted frame and its smoothed count: a line of JSON, a row of the other formats.
 
     The interval is the count's, not the smoothed one's; None where the checkpoint is not calibrated. Audio says whether
-    it was used, or why not (:class:`crowdexit.inference.counter.ExitResult`). Warnings are
-    what the reader of the input had to say, one line each.
+    it was used, or why not; familiar, whether the image is like the training images, None where that is not known
+    (:class:`crowdexit.inference.counter.ExitResult`). Warnings are what the reader of the input had to say, one line
+    each.
     """
 
     source: str
@@ -57,6 +59,7 @@ class FrameRow:
     chosen_exit: str
     latency_ms: float
     audio: AudioStatus = "none"
+    familiar: bool | None = None
     warnings: tuple[str, ...] = ()
 
     @classmethod
@@ -69,7 +72,7 @@ class FrameRow:
         smoothed = round(smoother.add(time, count), 2)
         interval = None if chosen.interval is None else (round(chosen.interval[0], 2), round(chosen.interval[1], 2))
         latency = round(chosen.latency_ms, 2)
-        told = (result.audio, result.warnings)
+        told = (result.audio, result.familiar, result.warnings)
         return cls(source, frame.index, time, count, interval, smoothed, chosen.exit, latency, *told)
 
 
@@ -220,7 +223,11 @@ def write_parquet(lines: Path, out: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    kinds = {"frame": pa.int64(), **dict.fromkeys(("source", "chosen_exit", "audio", "warnings"), pa.string())}
+    kinds = {
+        "frame": pa.int64(),
+        "familiar": pa.bool_(),
+        **dict.fromkeys(("source", "chosen_exit", "audio", "warnings"), pa.string()),
+    }
     schema = pa.schema([(name, kinds.get(name, pa.float64())) for name in COLUMNS])
     with whole(out) as new, lines.open(encoding="utf-8") as file, pq.ParquetWriter(new, schema) as writer:
         while group := [_columns(json.loads(line)) for line in islice(file, _ROW_GROUP)]:
@@ -286,7 +293,9 @@ class CSVRows:
             self.csv.writeheader()
             self._begun = True
         cells = _columns(row)
-        self.csv.writerow({**cells, "source": csv_text(cells["source"]), "warnings": csv_text(cells["warnings"])})
+        familiar = {True: "true", False: "false"}.get(cells["familiar"])
+        texts = {name: csv_text(cells[name]) for name in ("source", "warnings")}
+        self.csv.writerow({**cells, **texts, "familiar": familiar})
         self.file.flush()
 
 
@@ -299,12 +308,13 @@ class TableRows:
 
     def picture(self, source: str, result: CountResult) -> None:
         chosen = result.chosen
-        self._write(source, "", "", result.count, chosen.interval, "", chosen.exit, chosen.latency_ms)
+        ends = (chosen.exit, chosen.latency_ms, chosen.familiar)
+        self._write(source, "", "", result.count, chosen.interval, "", *ends)
 
     def frame(self, row: FrameRow) -> None:
         time, smoothed = f"{row.time_s:.2f}", f"{row.smoothed:.1f}"
-        exit, latency = row.chosen_exit, row.latency_ms
-        self._write(row.source, str(row.frame), time, row.count, row.interval, smoothed, exit, latency)
+        ends = (row.chosen_exit, row.latency_ms, row.familiar)
+        self._write(row.source, str(row.frame), time, row.count, row.interval, smoothed, *ends)
 
     def _write(
         self,
@@ -316,16 +326,18 @@ class TableRows:
         smoothed: str,
         exit: str,
         latency: float,
+        familiar: bool | None,
     ) -> None:
         if not self._begun:
-            self._line("source", "frame", "time s", "count", "interval", "smoothed", "exit", "ms")
+            self._line("source", "frame", "time s", "count", "interval", "smoothed", "exit", "ms", "")
             self._begun = True
-        self._line(source, frame, time, f"{count:.1f}", _from_to(interval), smoothed, exit, f"{latency:.0f}")
+        note = "unfamiliar" if familiar is False else ""
+        self._line(source, frame, time, f"{count:.1f}", _from_to(interval), smoothed, exit, f"{latency:.0f}", note)
 
     def _line(self, source: str, *cells: str) -> None:
-        frame, time, count, interval, smoothed, exit, latency = cells
+        frame, time, count, interval, smoothed, exit, latency, note = cells
         line = f"{source:<{self.width}}  {frame:>7}  {time:>9}  {count:>9}  {interval:>14}  {smoothed:>9}"
-        print(f"{line}  {exit:<8}  {latency:>7}", file=self.file, flush=True)
+        print(f"{line}  {exit:<8}  {latency:>7}  {note}".rstrip(), file=self.file, flush=True)
 
 
 def _from_to(interval: tuple[float, float] | None) -> str:
@@ -359,6 +371,8 @@ class ExitTable:
             table.add_row(*cells, style="bold" if chosen else None)
         print(f"{source}: {result.count:.1f} people", file=self.file)
         Console(file=self.file).print(table)
+        if result.familiar is False:
+            print(UNFAMILIAR, file=self.file)
 
     def frame(self, row: FrameRow) -> None:
         raise AssertionError("a single picture has no frames")

@@ -100,6 +100,8 @@ class Walk:
         doubt: how unsure an exit's answers are (n,), in the unit that the policy compares; default: not known, inf.
         turn: held during every step: one step at a time on a chain, whichever threads walk it.
         earlier: what each exit has said of the samples' rows that went another walk before; it is added.
+        feature_sums: of each sample by its number, added to by each of its rows after the first stage
+            (:meth:`ReadyChain.feature_sums`); None: they are not wanted.
         clock: seconds.
         answered: which samples have an answer (size,).
         counts: their latest counts (size,); zero for classes.
@@ -114,6 +116,7 @@ class Walk:
     doubt: Callable[[Told], NDArray[np.float64]] = lambda told: np.full(len(told.samples), math.inf)
     turn: Turn = field(default_factory=Turn)
     earlier: Mapping[str, float] = field(default_factory=dict)
+    feature_sums: dict[int, NDArray[np.float64]] | None = None
     clock: Callable[[], float] = time.perf_counter
 
     def __post_init__(self) -> None:
@@ -155,6 +158,8 @@ class Walk:
             if index == 0:
                 batch.state = self.chain.begin(batch.state())
             self._advance(index, batch)
+            if index == 0:
+                self._add_feature_sums(part, batch)
             yield None
         answered = False
         for name in here:
@@ -204,6 +209,14 @@ class Walk:
 
     def _advance(self, index: int, batch: Batch) -> None:
         batch.state = self._timed(stage_step(index), batch, lambda: self.chain.advance(index, batch.state))
+
+    def _add_feature_sums(self, part: Part, batch: Batch) -> None:
+        if self.feature_sums is None or (sums := self.chain.feature_sums(batch.state)) is None:
+            return
+        # Several batches are all of one sample.
+        numbers = np.repeat(part.samples, part.views)[: batch.rows].tolist()
+        for number, of_row in zip(numbers, sums, strict=True):
+            self.feature_sums[number] = self.feature_sums.get(number, 0) + of_row
 
     def _ask(self, name: str, part: Part) -> Told:
         answers = [self._answer(name, batch) for batch in part.batches]

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Subset
 from crowdexit.data.augment import ConditionRange, Conditions, Degradations, View
 from crowdexit.data.classes import ClassDataset, ClassStore
 from crowdexit.data.dataset import CrowdDataset, EpochPlan, Kernel, MixedDataset, MixedPlan, Setting
+from crowdexit.data.folds import in_fold
 from crowdexit.data.negatives import Negatives
 from crowdexit.data.picture import read_picture
 from crowdexit.data.store import Store
@@ -164,7 +165,10 @@ class CrowdData(RecipeData):
             kernel=Kernel("points") if recipe.loss == "poisson" else Kernel(),
         )
         with Store(self.path) as store:
-            ids = store.ids(data.train, data.train_ids)
+            fold = data.leave_out
+            ids = [id for id in store.ids(data.train, data.train_ids) if fold is None or not in_fold(id, fold)]
+            if not ids:
+                raise TrainingError(f"leave_out {fold}: no sample of {data.train} is left")
             known = {id: store.info(data.train, id) for id in ids}
             val_ids = store.ids(data.val, data.val_ids)
             needs_audio = recipe.stage == "hearing" or recipe.watch == "audio"

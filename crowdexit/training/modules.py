@@ -336,7 +336,7 @@ class Experiment(L.LightningModule):
         """
         if not self.trainer.is_global_zero:
             return
-        known = dict(self.spec.meta)
+        known = {key: value for key, value in self.spec.meta.items() if key not in zoo.CALIBRATION}
         earlier = [*known.pop("before", [])]
         if "recipe" in known:
             earlier.append({key: known.get(key) for key in ("recipe", "validation")})

@@ -87,7 +87,9 @@ class DataPart(_Part):
     sees (None: the model's native size). ``whole`` shows each picture whole and at most flips it (the papers).
     Pictures of classes know of these ``store``, ``train``, ``val``, ``draws``, ``whole`` and ``workers``: they are
     shifted by up to an eighth of their side and flipped, or, with ``whole``, left as they are.
-    ``balance`` gives groups of ids (shell patterns) their share of the draws. ``hear`` is the probability that
+    ``leave_out`` is a fold of the training samples to leave out, ``0/3`` the first of three
+    (:mod:`crowdexit.inference.cross_fit`). ``balance`` gives groups of ids (shell patterns) their share of the draws.
+    ``hear`` is the probability that
     a sample with audio is heard; ``voices`` is a folder of voice recordings, of which the audio of each training crop
     is simulated for the heads that it shows, in place of the sample's own. ``stride`` is the density map's (1 is the
     papers'). ``val_conditions`` are laid on every validation picture. ``views`` is in how many ways each sample is
@@ -99,6 +101,7 @@ class DataPart(_Part):
     train: str = "train"
     val: str = "val"
     train_ids: str = "*"
+    leave_out: str | None = Field(None, pattern=r"^\d+/[1-9]\d*$")
     val_ids: str = "*"
     balance: dict[str, float] | None = None
     draws: int | None = Field(None, gt=0, description="draws an epoch; default: each sample once")

@@ -86,6 +86,15 @@ def test_warnings_of_the_reader_are_shown(counter: CrowdCounter, tmp_path: Path)
         assert "2 pages in the file, only the first is counted" in moment.headline
 
 
+@pytest.mark.parametrize("familiar", [True, False, None])
+def test_the_page_tells_what_is_unlike_the_training_images(
+    counter: CrowdCounter, picture: Path, monkeypatch: pytest.MonkeyPatch, familiar: bool | None
+) -> None:
+    monkeypatch.setattr(counter, "_is_familiar", lambda sums: familiar)
+    told = ["unlike those the network was trained on" in moment.headline for moment in answers(counter, picture, None)]
+    assert told == [False, *[familiar is False] * 4]
+
+
 def test_the_first_answer_is_there_before_the_last_is_computed(counter: CrowdCounter, picture: Path) -> None:
     moments = answers(counter, picture, None)
     next(moments)

@@ -44,6 +44,9 @@ class SlowChain(ReadyChain):
     def select(self, state, keep):
         return self.inner.select(state, keep)
 
+    def visual_of(self, state):
+        return self.inner.visual_of(state)
+
 
 class Slow:
     name = "slow"

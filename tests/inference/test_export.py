@@ -210,7 +210,7 @@ def test_a_classifier_keeps_its_temperatures(checkpoints, tmp_path):
     out = export(path, tmp_path / "classes")
     _, spec, _ = open_model(out)
     assert Temperatures.from_dict(spec.meta["temperatures"]).by_exit == {"final": 2.5}
-    assert keep_calibration(out, Temperatures({"final": 3.5}, 20)) == out
+    assert keep_calibration(out, temperatures=Temperatures({"final": 3.5}, 20)) == out
     _, spec, _ = open_model(out)
     assert Temperatures.from_dict(spec.meta["temperatures"]).by_exit == {"final": 3.5}
 

@@ -277,6 +277,7 @@ def test_parquet_is_made_in_groups(counter, inputs, tmp_path, monkeypatch):
         ("chosen_exit", "string"),
         ("latency_ms", "double"),
         ("audio", "string"),
+        ("familiar", "bool"),
         ("warnings", "string"),
     ]
     lines = read(tmp_path / "rows.json", "json")

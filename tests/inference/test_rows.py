@@ -66,7 +66,17 @@ def test_json_of_a_picture(counter, street, capsys):
     out, err = capsys.readouterr()
     assert err == ""
     row = json.loads(out)
-    assert list(row) == ["source", "model", "count", "chosen_exit", "latency_ms", "exits", "audio", "warnings"]
+    assert list(row) == [
+        "source",
+        "model",
+        "count",
+        "chosen_exit",
+        "latency_ms",
+        "exits",
+        "audio",
+        "familiar",
+        "warnings",
+    ]
     assert (row["source"], row["model"], row["chosen_exit"]) == (str(street), "tiny", "final")
     assert [list(e) for e in row["exits"]] == [["exit", "count", "interval", "latency_ms"]] * 4
     assert [e["exit"] for e in row["exits"]] == ["V1", "AV1", "AV2", "final"]
@@ -81,7 +91,19 @@ def test_json_of_mixed_inputs(counter, street, film, capsys):
     assert count_inputs(counter, [film, street], format="json", fps=2) == 5
     *frames, picture = json_lines(capsys.readouterr().out)
     assert [list(f) for f in frames] == [
-        ["source", "frame", "time_s", "count", "interval", "smoothed", "chosen_exit", "latency_ms", "audio", "warnings"]
+        [
+            "source",
+            "frame",
+            "time_s",
+            "count",
+            "interval",
+            "smoothed",
+            "chosen_exit",
+            "latency_ms",
+            "audio",
+            "familiar",
+            "warnings",
+        ]
     ] * 4
     assert [(f["source"], f["frame"], f["time_s"]) for f in frames] == [
         (str(film), 0, 0.0),
@@ -110,6 +132,7 @@ def test_csv(counter, street, film, tmp_path):
             "chosen_exit",
             "latency_ms",
             "audio",
+            "familiar",
             "warnings",
         ]
     ] * 3

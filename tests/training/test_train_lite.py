@@ -314,3 +314,16 @@ def test_recipes_that_mean_nothing(keys, says):
     exits = [{"name": "V1", "place": "V1", "kind": "density"}]
     with pytest.raises(ValueError, match=says):
         Recipe.model_validate({"stage": "end-to-end", "model": "audiocsrnet-lite", "exits": exits, **keys})
+
+
+def test_a_fold_is_left_out(store):
+    """Of the samples that are drawn it has none; a fold that is everything is refused."""
+    whole = make_data(lite(store), zoo.build(zoo.Spec("audiocsrnet-lite", (), CHANGES))).train_set.ids
+    kept = [
+        make_data(lite(store, data={"leave_out": f"{number}/2"}), zoo.build(zoo.Spec("audiocsrnet-lite", (), CHANGES)))
+        for number in range(2)
+    ]
+    assert sorted(id for data in kept for id in data.train_set.ids) == sorted(whole)
+    assert all(data.train_set.ids for data in kept)
+    with pytest.raises(CrowdExitError, match="no sample of train is left"):
+        make_data(lite(store, data={"leave_out": "0/1"}), zoo.build(zoo.Spec("audiocsrnet-lite", (), CHANGES)))

@@ -117,3 +117,6 @@ class EagerChain(ReadyChain):
     def select(self, state: Features, keep: Tensor) -> Features:
         with self._mode():
             return state.select(keep.to(self.device))
+
+    def visual_of(self, state: Features) -> tuple[Tensor, Tensor]:
+        return state.visual, state.inside

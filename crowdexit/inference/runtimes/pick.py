@@ -159,6 +159,9 @@ class _Picked(ReadyChain):
         except _FAILURES as error:
             return self._again(state, error)
 
+    def visual_of(self, state: _State) -> tuple[Tensor, Tensor]:
+        return state.chain.visual_of(state.own)
+
     def _give_up(self, failed: ReadyChain, error: Exception) -> None:
         """Have eager float32 go on, unless it does already."""
         if failed is self._chain:

@@ -62,6 +62,9 @@ class FakeChain(ReadyChain):
         self._step("select")
         return self._own(state, self.inner.select(state[1], keep))
 
+    def visual_of(self, state):
+        return self.inner.visual_of(state[1])
+
     def _own(self, state, inner):
         """A state goes on on the runtime that began it."""
         assert state[0] is self.fake
