@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +22,8 @@ Warn = Callable[[str], object]
 LOUDEST = 4.0  # floats reach this much over ±1 by mixing and by lossy compression, and are left as they are
 _QUIETEST_INTEGERS = 128.0
 _FULL_SCALES = {16: 2.0**15, 24: 2.0**23, 32: 2.0**31}
+
+_EXTENSIBLE = 0xFFFE  # WAVE_FORMAT_EXTENSIBLE
 
 _MOST_VALUES = 2**28  # that are decoded: 46 minutes of stereo at 48 kHz
 _MOST_HELD = 2**27  # float32 that are in memory at once
@@ -186,6 +189,8 @@ class _Track:
         if is_file(path) and path.stat().st_size == 0:
             raise AudioError(f"{path}: an empty file")
         cut = is_file(path) and _wav_cut_short(path)
+        if is_file(path) and (kind := _misread_wav(path)):
+            raise AudioError(f"{path}: {kind} is not supported; save it as WAV with 16 bits")
         with open_media(path, AudioError, "audio") as container:
             if not container.streams.audio:
                 raise AudioError(f"{path}: no sound track")
@@ -264,6 +269,19 @@ def peak_of(path: Path) -> float:
         for _ in track:
             pass
     return track.peak
+
+
+def _misread_wav(path: Path) -> str | None:
+    """What a WAV file is, if it is of a kind that FFmpeg takes for another and makes noise of."""
+    with path.open("rb") as file:
+        head = file.read(4096)
+    if head[:4] == b"RIFX":
+        return "a big-endian WAV (RIFX)"
+    at = head.find(b"fmt ") + 8
+    tag, _, _, _, _, bits, _, valid = struct.unpack_from("<HHIIHHHH", head.ljust(at + 20), at) if at > 8 else (0,) * 8
+    if head[:4] == b"RIFF" and tag == _EXTENSIBLE and 0 < valid < bits and valid % 8 == 0:
+        return f"a WAV with {valid} bits in samples of {bits}"
+    return None
 
 
 def _wav_cut_short(path: Path) -> bool:

@@ -227,3 +227,21 @@ def test_eight_channels_are_averaged(tmp_path, suffix):
         assert 0.5 < samples.std() / channels.std() < 1.5
     else:
         assert off.max() < 1e-3
+
+
+def test_wav_files_that_ffmpeg_misreads_are_refused(tmp_path):
+    """Big-endian ones, and 24 bits in 32 as some recorders write them."""
+    plain = write_wav(tmp_path / "a.wav", tone()).read_bytes()
+    (tmp_path / "rifx.wav").write_bytes(b"RIFX" + plain[4:])
+    with pytest.raises(AudioError, match=r"a big-endian WAV \(RIFX\) is not supported; save it as WAV"):
+        read_audio(tmp_path / "rifx.wav")
+    samples = (tone() * 2**31).astype("<i4")
+    for valid in (24, 32):
+        extra = struct.pack("<HHI", 22, valid, 4) + struct.pack("<H", 1) + bytes.fromhex("000000001000800000aa00389b71")
+        form = struct.pack("<HHIIHH", 0xFFFE, 1, 16_000, 64_000, 4, 32) + extra
+        body = b"WAVEfmt " + struct.pack("<I", len(form)) + form + b"data" + struct.pack("<I", samples.nbytes)
+        path = tmp_path / f"{valid}.wav"
+        path.write_bytes(b"RIFF" + struct.pack("<I", len(body) + samples.nbytes) + body + samples.tobytes())
+    with pytest.raises(AudioError, match="a WAV with 24 bits in samples of 32 is not supported"):
+        read_audio(tmp_path / "24.wav")
+    np.testing.assert_allclose(read_audio(tmp_path / "32.wav")[0][0], tone(), atol=1e-6)

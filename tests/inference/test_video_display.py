@@ -242,3 +242,12 @@ def test_sound_in_place_that_no_frame_hears(tmp_path, counter, capsys):
     sound = write_pictures(tmp_path / "s.mkv", [WIDE], sound=tone(1), sound_codec="pcm_s16le")
     count_inputs(counter, [video], fps=10, start=1.9, audio=sound)
     assert f"--audio {sound}: not used" in capsys.readouterr().err
+
+
+def test_what_is_enlarged_is_not_blurred(tmp_path):
+    """A column in three is bright: as a player enlarges it, by cubic interpolation."""
+    stripes = np.zeros((144, 96, 3), np.uint8)
+    stripes[:, ::3] = 255
+    path = write_pictures(tmp_path / "v.mkv", [stripes] * 2, codec="ffv1", aspect=Fraction(2), pixels="yuv444p")
+    expected = np.asarray(cv2.resize(stripes, (192, 144), interpolation=cv2.INTER_CUBIC), np.uint8)
+    assert np.abs(frames(path)[0].picture[:, 4:-4].astype(int) - expected[:, 4:-4]).mean() < 8
