@@ -102,10 +102,9 @@ class Frame:
         width, height = reversed(size) if turns % 2 else size
         # FFmpeg scales into planes faster than into pixels, and keeps every pixel's colour rather than every other's.
         form = "rgb24" if (width, height) == (self.image.width, self.image.height) else "gbrp"
-        how = (
-            "AREA" if width <= self.image.width and height <= self.image.height else "BICUBIC"
-        )  # AREA blurs what grows
-        to: dict[str, Any] = {"width": width, "height": height, "format": form, "interpolation": how}
+        shrinks = width <= self.image.width and height <= self.image.height
+        to: dict[str, Any] = {"width": width, "height": height, "format": form}
+        to["interpolation"] = "AREA" if shrinks else "BICUBIC"  # AREA blurs what grows
         if transfer is not None:
             to["format"] = "gbrp16le"
             if self.image.colorspace == _UNSPECIFIED:  # FFmpeg would take the matrix of SDR
