@@ -51,7 +51,7 @@ class LitePyramid(FrontStage):
         self.lateral_8, self.lateral_16, self.lateral_32 = (
             nn.Conv2d(channels, width, 1, bias=False) for channels in _CHANNELS.values()
         )
-        self.norm = nn.BatchNorm2d(width)
+        self.norm: nn.Module = nn.BatchNorm2d(width)
 
     def forward(self, features: Features) -> Features:
         at_8 = features.visual

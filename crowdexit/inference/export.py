@@ -29,6 +29,7 @@ from crowdexit.inference.exported import (
     Precision,
     write_manifest,
 )
+from crowdexit.inference.folding import fold_norms
 from crowdexit.inference.runtimes import onnx, openvino
 from crowdexit.inference.runtimes.calibration import bundled, of_file
 from crowdexit.inference.runtimes.engines import bears_half, installed, one_line
@@ -81,6 +82,7 @@ def export(
         network, spec = zoo.with_exits(network, spec, [name for name in exits if name != FINAL])
     if size is not None:
         network, spec = zoo.at_size(network, spec, zoo.parse_size(size, zoo.step_of(network)))
+    fold_norms(network)
     part = out.with_name(f".{out.name}.part-{os.getpid()}")
     # The weights alone, at the least: some pieces keep more bits than the others.
     size_of = {"fp32": 4, "bf16": 2, "int8": 1}[precision]

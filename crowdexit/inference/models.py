@@ -12,6 +12,7 @@ from crowdexit import zoo
 from crowdexit.familiarity import Familiarity
 from crowdexit.files import write_problem
 from crowdexit.inference.exported import Exported, ExportError, is_export, read_manifest, write_manifest
+from crowdexit.inference.folding import fold_norms
 from crowdexit.inference.runtimes.base import ArrayReady, ReadyChain, Runtime
 from crowdexit.inference.runtimes.pick import pick
 from crowdexit.intervals import Intervals
@@ -43,7 +44,8 @@ class _ExportedChain(ArrayReady):
 def open_model(name: str | Path, runtime: str = "auto") -> tuple[MultiExitNetwork, zoo.Spec, Runtime]:
     """A network, its description, and what is to run it.
 
-    The network of an exported folder has shapes and no numbers; only its runtime can run it.
+    A checkpoint's batch normalisations are folded into its convolutions. The network of an exported folder has shapes
+    and no numbers; only its runtime can run it.
 
     Args:
         name: of a shipped model, or the path of a checkpoint or of an exported folder.
@@ -54,7 +56,9 @@ def open_model(name: str | Path, runtime: str = "auto") -> tuple[MultiExitNetwor
     """
     if not _is_export(name):
         picked = pick(runtime)
-        return *zoo.load(name), picked
+        network, spec = zoo.load(name)
+        fold_norms(network)
+        return network, spec, picked
     if runtime != "auto":
         raise ExportError(f"{name} runs on what it was exported for; --runtime {runtime} is for checkpoints")
     exported = Exported(name)
