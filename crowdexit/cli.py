@@ -594,7 +594,7 @@ def export(
         str | None, typer.Option(help="Early exits to take along, with commas between; final: none. Default: all.")
     ] = None,
     calibrate: Annotated[
-        Path | None, typer.Option(help="A prepared HDF5 file to measure int8's ranges on; default: the samples.")
+        Path | None, typer.Option(help="A prepared HDF5 file to measure int8's ranges on; default: the model's own.")
     ] = None,
     split: Annotated[str | None, typer.Option(help="Of that file; default: train.")] = None,
 ) -> None:
@@ -760,6 +760,26 @@ def _calibrate_classes(
         shares = (f"{100 * point.shares[name]:.0f}" for name in exits)
         table.add_row(f"{1 - point.bound:.2f}", f"{100 * (1 - point.error):.2f}", f"{point.cost / 1e9:.3g}", *shares)
     Console().print(table)
+
+
+@app.command(epilog="Example: `crowdexit calibrate-int8 runs/audiocsrnet-lite --data crowd.h5`")
+def calibrate_int8(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A trained run's folder, or a checkpoint.")],
+    data: Annotated[Path, typer.Option(help="A prepared HDF5 file with training images.")],
+    split: Annotated[str, typer.Option()] = "train",
+) -> None:
+    """Measure the ranges of a checkpoint's activations and write them into it, so that it can run in int8."""
+    from crowdexit import zoo
+    from crowdexit.inference.models import open_model
+    from crowdexit.inference.runtimes.calibration import MOST, of_file
+    from crowdexit.inference.runtimes.int8 import measure_ranges
+
+    path = zoo.checkpoint_path(model)
+    network, _, _ = open_model(path, "eager")
+    with _progress("measuring", MOST) as advance:
+        ranges = measure_ranges(network, of_file(data, split, network), advance)
+    zoo.annotate(path, **{zoo.RANGES: ranges})
+    print(f"{path}: the ranges of {len(ranges)} layers")
 
 
 @app.command(epilog="Example: `crowdexit demo`")

@@ -59,6 +59,7 @@ class MultiExitNetwork(nn.Module):
         hears: whether sound reaches the final exit.
         classifies: whether the exits tell classes apart rather than count.
         branch_options: of each early exit that was made here, the options of its own.
+        activation_ranges: (lowest, highest) of what layers take, by name, for int8; empty where not measured.
     """
 
     hears = False
@@ -73,6 +74,7 @@ class MultiExitNetwork(nn.Module):
         self.branches = nn.ModuleDict()
         self._stage_of: dict[str, int] = {}
         self.branch_options: dict[str, dict[str, Any]] = {}
+        self.activation_ranges: dict[str, tuple[float, float]] = {}
 
     def branch_kinds(self, place: str) -> tuple[str, ...]:
         """The kinds of branches that this backbone can have at a place."""

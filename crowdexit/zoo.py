@@ -7,6 +7,7 @@ and how it came about, and has checksums of itself and of the weights; nothing i
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,7 @@ from crowdexit.network import MultiExitNetwork
 from crowdexit.paths import is_file
 
 FORMAT = "crowdexit-2"
+RANGES = "activation_ranges"  # in a checkpoint's meta: of the weights that it has
 MAX_SIDE = 16_384
 CALIBRATION = ("intervals", "temperatures", "familiarity")  # what `crowdexit calibrate` measures, in `Spec.meta`
 _FROM_NOTHING = {"front_norm": True, "density_activation": "relu", "density_scale": 100.0, "count_scale": 100.0}
@@ -197,6 +199,7 @@ def with_exits(network: MultiExitNetwork, spec: Spec, names: Sequence[str]) -> t
     chosen = build(fewer)
     own = chosen.state_dict()
     fill(chosen, {key: tensor for key, tensor in network.state_dict().items() if key in own}, spec.model)
+    chosen.activation_ranges = dict(network.activation_ranges)
     return chosen.eval(), fewer
 
 
@@ -223,6 +226,7 @@ def at_size(network: MultiExitNetwork, spec: Spec, size: tuple[int, int]) -> tup
         hint = " (leave early exits out: --exits final)" if exits else ""
         raise ZooError(f"{spec.model} at {size[0]}x{size[1]}: {what}{hint}")
     fill(other, there, spec.model)
+    other.activation_ranges = dict(network.activation_ranges)
     return other.eval(), other_spec
 
 
@@ -338,7 +342,27 @@ def load(name: str | Path) -> tuple[MultiExitNetwork, Spec]:
     spec = read_spec(path)
     network = build(spec)
     fill(network, read_tensors(path), str(path))
+    network.activation_ranges = _activation_ranges(network, spec, str(path))
     return network.eval(), spec
+
+
+def _activation_ranges(network: MultiExitNetwork, spec: Spec, source: str) -> dict[str, tuple[float, float]]:
+    """The ranges for int8 that a checkpoint has, or none.
+
+    Raises:
+        ZooError: if they are damaged, or of another network.
+    """
+    layers = {name for name, _ in network.named_modules()}
+    try:
+        ranges = {str(n): (float(low), float(high)) for n, (low, high) in spec.meta.get(RANGES, {}).items()}
+    except (AttributeError, TypeError, ValueError):
+        raise ZooError(f"{source}: its activation ranges are damaged") from None
+    for name, (low, high) in ranges.items():
+        if name not in layers:
+            raise ZooError(f"{source}: an activation range of a layer that the network does not have: {name!r}")
+        if not -math.inf < low <= 0 < high < math.inf:
+            raise ZooError(f"{source}: the activation range of {name!r} is damaged")
+    return ranges
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

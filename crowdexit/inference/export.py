@@ -6,10 +6,9 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,8 +30,9 @@ from crowdexit.inference.exported import (
 )
 from crowdexit.inference.folding import fold_norms
 from crowdexit.inference.runtimes import onnx, openvino
-from crowdexit.inference.runtimes.calibration import bundled, of_file
+from crowdexit.inference.runtimes.calibration import of_file
 from crowdexit.inference.runtimes.engines import bears_half, installed, one_line
+from crowdexit.inference.runtimes.int8 import measure_ranges, quantised
 from crowdexit.inference.runtimes.pieces import Piece, take_apart
 from crowdexit.network import FINAL, MultiExitNetwork
 
@@ -57,10 +57,11 @@ def export(
         out: the folder; must not be there yet.
         library: what is to run it.
         precision: ``bf16`` and ``int8`` are for OpenVINO alone. bf16 computes in bfloat16 where the CPU does; int8
-            quantises the stages that see, and leaves the ear in bf16. Exits on tokens always compute in float32.
+            quantises the stages that see, and leaves the audio encoder in bf16. Exits on tokens always compute in
+            float32.
         size: another picture size, ``WIDTHxHEIGHT``.
         exits: names of early exits to take along; default: all. The final one always comes.
-        calibrate: a prepared file with pictures for int8; default: those that come with the project.
+        calibrate: a prepared file with images to measure int8's ranges on; default: the checkpoint's own ranges.
         split: of that file; default: ``train``.
 
     Raises:
@@ -75,7 +76,7 @@ def export(
         raise ExportError(f"--split {split}: of which file? Name it with --calibrate")
     if out.exists():
         raise ExportError(f"{out}: there already")
-    for module in (*_NEEDED[library], *(("nncf",) if precision == "int8" else ())):
+    for module in _NEEDED[library]:
         installed(module)
     network, spec = zoo.load(model)
     if exits is not None:
@@ -88,14 +89,11 @@ def export(
     size_of = {"fp32": 4, "bf16": 2, "int8": 1}[precision]
     needed = size_of * sum(tensor.numel() for tensor in network.state_dict().values())
     try:
-        made: Mapping[str, Any] = {}
-        pieces = take_apart(network)
-        if precision == "int8":
-            pictures = bundled(network.config) if calibrate is None else of_file(calibrate, split or "train", network)
-            made = openvino.quantise(pieces, network, pictures)
+        run = _quantised(network, calibrate, split or "train") if precision == "int8" else network
+        pieces = take_apart(run)
         part.mkdir(parents=True)
         parts = {
-            name: _save(part, number, name, piece, library, precision, made.get(name))
+            name: _save(part, number, name, piece, library, precision)
             for number, (name, piece) in enumerate(pieces.items())
         }
         write_manifest(part, _manifest(network, spec, library, precision, parts, part))
@@ -114,9 +112,16 @@ def export(
     return out
 
 
-def _save(
-    folder: Path, number: int, name: str, piece: Piece, library: Library, precision: Precision, quantised: Any
-) -> PiecePart:
+def _quantised(network: MultiExitNetwork, calibrate: Path | None, split: str) -> MultiExitNetwork:
+    ranges = network.activation_ranges
+    if calibrate is not None:
+        ranges = measure_ranges(network, of_file(calibrate, split, network))
+    if not ranges:
+        raise ExportError("the checkpoint has no activation ranges for int8; name images for them with --calibrate")
+    return quantised(network, ranges)
+
+
+def _save(folder: Path, number: int, name: str, piece: Piece, library: Library, precision: Precision) -> PiecePart:
     """Write a piece's model."""
     # Whoever named an exit did not think of files.
     stem = name if re.fullmatch(r"[A-Za-z0-9._-]+", name) else f"{number}-{re.sub('[^A-Za-z0-9._-]', '_', name)}"
@@ -125,7 +130,7 @@ def _save(
         (folder / files[0]).write_bytes(onnx.convert(piece))
     else:
         files = (f"{stem}.xml", f"{stem}.bin")
-        model = openvino.convert(piece) if quantised is None else quantised
+        model = openvino.convert(piece)
         # What computes in bfloat16 loses nothing by weights in float16, which are half the size.
         half = precision != "fp32" and bears_half(name, tuple(port.shape for port in piece.ports.takes))
         installed("openvino").save_model(model, folder / files[0], compress_to_fp16=half)

@@ -336,7 +336,8 @@ class Experiment(L.LightningModule):
         """
         if not self.trainer.is_global_zero:
             return
-        known = {key: value for key, value in self.spec.meta.items() if key not in zoo.CALIBRATION}
+        of_weights = (*zoo.CALIBRATION, zoo.RANGES)
+        known = {key: value for key, value in self.spec.meta.items() if key not in of_weights}
         earlier = [*known.pop("before", [])]
         if "recipe" in known:
             earlier.append({key: known.get(key) for key in ("recipe", "validation")})

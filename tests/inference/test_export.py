@@ -271,6 +271,7 @@ def test_exits_with_strange_names(tmp_path):
         (["--format", "onnx", "--precision", "int8"], "ONNX is written in fp32; int8 is for OpenVINO"),
         (["--calibrate", "crowd.h5"], "--calibrate crowd.h5: only int8 is calibrated"),
         (["--precision", "int8", "--calibrate", "crowd.h5"], "crowd.h5: no such prepared file"),
+        (["--precision", "int8"], "the checkpoint has no activation ranges for int8"),
         (["--precision", "int8", "--split", "val"], "--split val: of which file? Name it with --calibrate"),
         (["--exits", "V9"], "no early exit 'V9' in audiocsrnet-s"),
         (["--size", "big"], "size 'big': give width and height like 1024x576"),
@@ -297,10 +298,9 @@ def test_an_existing_folder_stays(exported, checkpoints):
     [
         ({"library": "openvino"}, openvino, "convert"),
         ({"library": "onnx"}, torch.onnx, "export"),
-        ({"precision": "int8"}, openvino, "quantise"),
         ({}, openvino_library, "save_model"),
     ],
-    ids=["conversion", "torch.onnx", "NNCF", "saving"],
+    ids=["conversion", "torch.onnx", "saving"],
 )
 def test_an_export_that_fails_is_one_line_and_leaves_nothing(options, where, what, checkpoints, tmp_path, monkeypatch):
     def fails(*arguments, **_):

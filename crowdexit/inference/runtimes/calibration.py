@@ -1,4 +1,4 @@
-"""Pictures on which the ranges of a network's values are measured before it is quantised."""
+"""Images for runtimes: those that they are compared on, and those on which int8's ranges are measured."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from crowdexit.data.log_mel import log_mel, read_audio
 from crowdexit.data.picture import decode_picture, read_picture
 from crowdexit.data.store import Store
 from crowdexit.inference.batch import look
-from crowdexit.network import Config, MultiExitNetwork
+from crowdexit.network import MultiExitNetwork
 from crowdexit.stages import Features, inputs
 
-MOST = 32  # pictures: more change no range by much, and all their features are in memory at once
+MOST = 32  # images: more change no range by much
 SAMPLES = Path(__file__).parents[2] / "samples"
 
 
@@ -25,18 +25,9 @@ def sample() -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     return read_picture(SAMPLES / "street.jpg"), log_mel(*read_audio(SAMPLES / "street-simulated.wav"))
 
 
-def bundled(config: Config) -> Iterator[Features]:
-    """The street and the made-up crowd that come with the project, whole and in quarters; every other one has audio.
-
-    The ranges need both: in the last convolution of audiocsrnet-s the largest value is 38 on the street, 94 on dense
-    crowds of ShanghaiTech, 91 on the made-up crowd.
-    """
-    street, sound = sample()
-    for picture in (street, read_picture(SAMPLES / "crowd.jpg")):
-        half = picture.shape[0] // 2, picture.shape[1] // 2
-        quarters = [picture[y : y + half[0], x : x + half[1]] for y in (0, half[0]) for x in (0, half[1])]
-        for number, part in enumerate([picture, *quarters]):
-            yield look(np.ascontiguousarray(part), None if number % 2 else sound, config)
+def made_up_crowd() -> NDArray[np.uint8]:
+    """The crowd that comes with the project, H×W×3."""
+    return read_picture(SAMPLES / "crowd.jpg")
 
 
 def of_file(data: Path, split: str, network: MultiExitNetwork) -> Iterator[Features]:

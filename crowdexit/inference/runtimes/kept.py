@@ -26,7 +26,7 @@ from crowdexit.network import MultiExitNetwork
 MOST_NETWORKS = 8
 MOST_CHOICES = 100
 _CHOICES = "runtimes.json"
-_LIBRARIES = ("crowdexit", "torch", "openvino", "nncf", "onnx", "onnxscript", "onnxruntime")
+_LIBRARIES = ("crowdexit", "torch", "openvino", "onnx", "onnxscript", "onnxruntime")
 _PACKAGE = Path(__file__).parents[2]
 # What a network's graph is made of, and what makes models of it.
 _SOURCES = ("backbones/*.py", "exits/*.py", "inference/runtimes/*.py", "network.py", "stages.py")
@@ -59,7 +59,8 @@ def fingerprint(network: MultiExitNetwork, *more: object) -> str:
         (name, network.stage_of(name), network.exit_module(name).kind, network.branch_options.get(name))
         for name in network.exit_names
     ]
-    digest.update(repr((libraries, _code(_PACKAGE), str(network), network.config, exits, more)).encode())
+    told = libraries, _code(_PACKAGE), str(network), network.config, exits, network.activation_ranges, more
+    digest.update(repr(told).encode())
     for name, tensor in network.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

@@ -16,7 +16,7 @@ from torch import Tensor
 from crowdexit.inference.batch import look
 from crowdexit.inference.runtimes.arrays import RuntimeUnavailable
 from crowdexit.inference.runtimes.base import ReadyChain, Runtime
-from crowdexit.inference.runtimes.calibration import sample
+from crowdexit.inference.runtimes.calibration import made_up_crowd, sample
 from crowdexit.inference.runtimes.compiled import Compiled
 from crowdexit.inference.runtimes.eager import Eager
 from crowdexit.inference.runtimes.engines import one_line
@@ -39,9 +39,11 @@ log = logging.getLogger(__name__)
 
 KINDS: tuple[Any, ...] = (Eager, Winograd, Compiled, OpenVINO, Onnx)
 # Of all that there is, what needs no preparing of its own: what auto may try.
-READY_MADE = (*Eager.NAMES, *Winograd.NAMES, "openvino", "openvino-bf16", *Onnx.NAMES)
+READY_MADE = (*Eager.NAMES, *Winograd.NAMES, *OpenVINO.NAMES, *Onnx.NAMES)
+INT8 = "openvino-int8"
 # An exit's answer may differ from that of eager float32 by this share of it, and of one head or one class score.
 TOLERANCE = 0.02
+INT8_TOLERANCE = 0.03  # of int8, by this share of it alone, at every exit
 PROBES, LONG_S = 5, 3.0  # so often is each timed, or until they have had so much time each
 PATIENCE_S = 60.0  # then no further candidate is tried
 _FAILURES = (RuntimeUnavailable, RuntimeError)  # the latter PyTorch's own, where it runs out of memory or cannot at all
@@ -72,9 +74,9 @@ def pick(name: str) -> Runtime:
 class Auto(Runtime):
     """The fastest runtime that agrees with eager float32 on a picture: tried once for a machine and a network.
 
-    Tried are those that need no preparing of their own: neither torch.compile, which wants a C++ compiler and a
-    minute, nor int8, which wants pictures. What was picked is told once, as a warning of the log, and remembered in
-    the user's cache. Where there is nothing to choose from, nothing is told.
+    Tried are those that need no preparing of their own: not torch.compile, which wants a C++ compiler and a minute;
+    int8 where the network has activation ranges. What was picked is told once, as a warning of the log, and remembered
+    in the user's cache. Where there is nothing to choose from, nothing is told.
 
     Nobody has named what is picked, so nothing that goes wrong with it is the caller's: eager float32 takes over.
     """
@@ -181,6 +183,7 @@ class _Picked(ReadyChain):
 
 def candidates(network: MultiExitNetwork) -> tuple[tuple[str, ...], ...]:
     """What to try here beside eager float32: of each row, the quickest first, the first that agrees."""
+    int8 = ((INT8,),) if network.activation_ranges else ()
     if torch.cuda.is_available():
         return (("cuda-half",), ("cuda-bf16",), ("cuda",))  # which is the quickest depends on the GPU
     rows: list[tuple[str, ...]] = []
@@ -191,8 +194,8 @@ def candidates(network: MultiExitNetwork) -> tuple[tuple[str, ...], ...]:
     if installed_version("openvino"):
         try:
             if multiplies_bf16():
-                return (*rows, ("openvino-bf16", "openvino"))
-            rows.append(("openvino",))
+                return (*rows, ("openvino-bf16", "openvino"), *int8)
+            rows += [("openvino",), *int8]
         except Exception as error:  # it is there, and cannot be used
             _leave_out("openvino", one_line(error))
     if installed_version("onnxruntime"):
@@ -219,11 +222,15 @@ def _fastest(network: MultiExitNetwork) -> tuple[str, ReadyChain, bool]:
                 continue
             try:
                 chain = pick(name).ready(network)
-                answers = _answers(chain, features)
+                agrees = (
+                    _int8_agrees(chain, agreeing["eager"], features)
+                    if name == INT8
+                    else _agree(_answers(chain, features), expected)
+                )
             except Exception as error:  # whatever it is, the next may do
                 _leave_out(name, one_line(error))
                 continue
-            if _agree(answers, expected):
+            if agrees:
                 agreeing[name] = chain
                 break
     least = _in_turn(network, agreeing, features)
@@ -281,6 +288,19 @@ def _agree(answers: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
         float((answers[name] - value).abs().max()) <= TOLERANCE * (float(value.abs().max()) + 1)
         for name, value in expected.items()
     )
+
+
+def _int8_agrees(chain: ReadyChain, eager: ReadyChain, street: Features) -> bool:
+    """Whether every exit agrees on the street and on a crowd."""
+    for features in (street, look(made_up_crowd(), None, chain.network.config)):
+        expected = dict(eager.stream(features))
+        for name, answer in chain.stream(features):
+            value = expected[name].value
+            worst = float((answer.value - value).abs().max() / value.abs().max())
+            if not worst <= INT8_TOLERANCE:
+                log.warning("runtime auto leaves out %s: exit %s differs by %.1f %%", INT8, name, 100 * worst)
+                return False
+    return True
 
 
 def _key(network: MultiExitNetwork) -> str:

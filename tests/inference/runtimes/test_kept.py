@@ -14,6 +14,7 @@ from crowdexit import zoo
 from crowdexit.inference.counter import CrowdCounter
 from crowdexit.inference.runtimes import kept, openvino
 from crowdexit.inference.runtimes.eager import Eager
+from crowdexit.inference.runtimes.int8 import measure_ranges
 from crowdexit.inference.runtimes.kept import KeptModels, fingerprint
 from crowdexit.inference.runtimes.openvino import OpenVINO
 from crowdexit.machine import cache_folder
@@ -67,14 +68,19 @@ def test_a_counter_is_ready_before_its_first_picture(converted):
     assert len(converted) == 4
 
 
-def test_int8_on_the_bundled_pictures_is_kept(monkeypatch):
-    network = networks.made("transcrowd-fit")
+def test_int8_is_kept_by_its_ranges(converted):
+    network = networks.made("audiocsrnet")
     features = networks.batch(network, 1)
+    network.activation_ranges = measure_ranges(network, [features])
     first = dict(OpenVINO("openvino-int8").ready(network).stream(features))
-    monkeypatch.setattr(openvino, "quantise", lambda *_: 1 / 0)
+    pieces = len(converted)
     again = dict(OpenVINO("openvino-int8").ready(network).stream(features))
+    assert len(converted) == pieces
     for name, answer in first.items():
         torch.testing.assert_close(again[name].value, answer.value)
+    network.activation_ranges = {name: (low, 2 * high) for name, (low, high) in network.activation_ranges.items()}
+    dict(OpenVINO("openvino-int8").ready(network).stream(features))
+    assert len(converted) == 2 * pieces
 
 
 def test_a_cache_that_cannot_be_written_is_no_matter(monkeypatch, tmp_path, converted):

@@ -20,6 +20,7 @@ from crowdexit.inference.runtimes import compiled, engines, openvino
 from crowdexit.inference.runtimes.arrays import ANSWER, RECORD, ArrayChain, RuntimeUnavailable
 from crowdexit.inference.runtimes.base import ReadyChain
 from crowdexit.inference.runtimes.eager import Eager, _on
+from crowdexit.inference.runtimes.int8 import measure_ranges, quantised
 from crowdexit.inference.runtimes.onnx import Onnx
 from crowdexit.inference.runtimes.openvino import OpenVINO
 from crowdexit.inference.runtimes.pick import names, pick
@@ -101,26 +102,44 @@ def test_bfloat16_is_near(name):
 
 
 @pytest.mark.parametrize("kind", ["audiocsrnet", "transcrowd-tiles"])
-def test_int8_is_near(kind, capfd, monkeypatch):
-    """Quantised on such batches as are counted; the stages that see are, the ear and the exits are not."""
+def test_int8_is_near(kind):
+    """By ranges measured on other batches; the stages that see are quantised, audio encoders and exits are not."""
     network = networks.made(kind)
-    seen = [networks.batch(network, 2, seed=seed) for seed in range(4)]
-    monkeypatch.setattr(openvino, "bundled", lambda config: seen)
+    network.activation_ranges = measure_ranges(network, [networks.batch(network, 2, seed=seed) for seed in range(4)])
     chain = OpenVINO("openvino-int8").ready(network)
     features = networks.batch(network, 2, seed=9)
     near(chain, features, on_eager(network, features), 0.05)
-    assert capfd.readouterr().out == ""
-    models = openvino.quantise(take_apart(network), network, seen[:1])
-    kinds = {name: {node.get_type_name() for node in model.get_ops()} for name, model in models.items()}
+    pieces = take_apart(quantised(network, network.activation_ranges))
+    kinds = {
+        name: {node.get_type_name() for node in openvino.convert(piece).get_ops()} for name, piece in pieces.items()
+    }
     sees = {"audiocsrnet": ("stage-0", "stage-2", "stage-3"), "transcrowd-tiles": ("stage-1", "stage-2", "stage-3")}
     assert {name for name, types in kinds.items() if "FakeQuantize" in types} == set(sees[kind])
 
 
-def test_int8_without_pictures_of_ones_own_says_so(caplog):
+def test_without_ranges_there_is_no_int8():
+    with pytest.raises(RuntimeUnavailable, match=r"^openvino-int8: the checkpoint has no activation ranges"):
+        OpenVINO("openvino-int8").ready(networks.made("audiocsrnet"))
+
+
+def test_quantised_values_are_on_their_levels():
+    """Both sides of zero, and from zero up; what lies outside of the range is at its end."""
     network = networks.made("audiocsrnet")
-    with caplog.at_level(logging.WARNING):
-        OpenVINO("openvino-int8").ready(network)
-    assert "pictures that come with the project" in caplog.text
+    name = next(name for name, layer in network.stages[0].named_modules() if isinstance(layer, torch.nn.Conv2d))
+    seen: list[torch.Tensor] = []
+    for low, high, levels in ((-1.0, 2.0, (-128, 127)), (0.0, 2.0, (0, 255))):
+        copied = quantised(network, {f"stages.0.{name}": (low, high)})
+        layer = copied.stages[0].get_submodule(name)
+        layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        with torch.no_grad():
+            layer(torch.linspace(-3, 3, 3 * 64 * 64).reshape(1, 3, 64, 64))
+        step = 2.0 / levels[1]
+        of_input = seen[-1] / step
+        torch.testing.assert_close(of_input, of_input.round())
+        assert (round(float(of_input.min())), round(float(of_input.max()))) == levels
+        plain = network.stages[0].get_submodule(name).weight.detach()
+        apart = (layer.weight.detach() - plain).abs().amax((1, 2, 3)) / plain.abs().amax((1, 2, 3))
+        assert 0 < float(apart.max()) <= 0.5 / 127 + 1e-6
 
 
 @pytest.mark.parametrize("make", [Eager, OpenVINO], ids=["eager", "openvino"])
@@ -309,7 +328,7 @@ def test_another_size_of_picture():
 
 @pytest.mark.parametrize(
     ("name", "module"),
-    [("openvino", "openvino"), ("openvino-int8", "nncf"), ("onnx", "onnxruntime"), ("onnx", "onnxscript")],
+    [("openvino", "openvino"), ("openvino-int8", "openvino"), ("onnx", "onnxruntime"), ("onnx", "onnxscript")],
 )
 def test_what_is_not_installed_is_said_with_how_to_install_it(name, module, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
@@ -403,12 +422,6 @@ def test_a_compiled_network_is_ready_before_its_first_picture(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=missing))
     with pytest.raises(RuntimeUnavailable, match="no C"):
         CrowdCounter(network, "tiny", runtime=compiled.Compiled())
-
-
-def test_what_cannot_be_quantised_is_one_line(monkeypatch):
-    monkeypatch.setattr(openvino, "convert", lambda piece: 1 / 0)
-    with pytest.raises(RuntimeUnavailable, match=r"^openvino-int8: NNCF cannot quantise it \(division by zero\)$"):
-        OpenVINO("openvino-int8").ready(networks.made("transcrowd-fit"))
 
 
 def test_ports_are_named_like_the_fields_of_records():
