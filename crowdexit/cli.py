@@ -777,8 +777,8 @@ def calibrate_int8(
     path = zoo.checkpoint_path(model)
     network, _, _ = open_model(path, "eager")
     with _progress("measuring", MOST) as advance:
-        ranges = measure_ranges(network, of_file(data, split, network), advance)
-    zoo.annotate(path, **{zoo.RANGES: ranges})
+        ranges = measure_ranges(network, [*of_file(data, split, network)], advance)
+    zoo.write_ranges(path, ranges)
     print(f"{path}: the ranges of {len(ranges)} layers")
 
 

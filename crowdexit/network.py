@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, cast
 
 from torch import nn
@@ -46,6 +46,20 @@ class Config(Protocol):
         """Plain data, for a checkpoint's header."""
 
 
+@dataclass(frozen=True)
+class ActivationRange:
+    """What quantising a layer to int8 needs, measured on training images.
+
+    Attributes:
+        low, high: of what it takes.
+        shifts: to add to what it gives, by output channel, for rounded weights move its mean; empty: nothing.
+    """
+
+    low: float
+    high: float
+    shifts: tuple[float, ...] = ()
+
+
 class MultiExitNetwork(nn.Module):
     """A chain of stages with any number of early exits at the end of each, and the final exit after the last.
 
@@ -59,7 +73,7 @@ class MultiExitNetwork(nn.Module):
         hears: whether sound reaches the final exit.
         classifies: whether the exits tell classes apart rather than count.
         branch_options: of each early exit that was made here, the options of its own.
-        activation_ranges: (lowest, highest) of what layers take, by name, for int8; empty where not measured.
+        activation_ranges: what int8 needs of layers, by name; empty where not measured.
     """
 
     hears = False
@@ -74,7 +88,7 @@ class MultiExitNetwork(nn.Module):
         self.branches = nn.ModuleDict()
         self._stage_of: dict[str, int] = {}
         self.branch_options: dict[str, dict[str, Any]] = {}
-        self.activation_ranges: dict[str, tuple[float, float]] = {}
+        self.activation_ranges: dict[str, ActivationRange] = {}
 
     def branch_kinds(self, place: str) -> tuple[str, ...]:
         """The kinds of branches that this backbone can have at a place."""

@@ -24,7 +24,7 @@ from crowdexit.backbones.convnets import ConvNet, ConvNetConfig
 from crowdexit.backbones.vit import ViT, ViTConfig
 from crowdexit.errors import CrowdExitError
 from crowdexit.files import atomic_write, checksum, write_problem
-from crowdexit.network import MultiExitNetwork
+from crowdexit.network import ActivationRange, MultiExitNetwork
 from crowdexit.paths import is_file
 
 FORMAT = "crowdexit-2"
@@ -346,23 +346,35 @@ def load(name: str | Path) -> tuple[MultiExitNetwork, Spec]:
     return network.eval(), spec
 
 
-def _activation_ranges(network: MultiExitNetwork, spec: Spec, source: str) -> dict[str, tuple[float, float]]:
-    """The ranges for int8 that a checkpoint has, or none.
+def _activation_ranges(network: MultiExitNetwork, spec: Spec, source: str) -> dict[str, ActivationRange]:
+    """What a checkpoint has for int8, or nothing.
 
     Raises:
-        ZooError: if they are damaged, or of another network.
+        ZooError: if it is damaged, or of another network.
     """
-    layers = {name for name, _ in network.named_modules()}
+    layers = dict(network.named_modules())
+    ranges: dict[str, ActivationRange] = {}
     try:
-        ranges = {str(n): (float(low), float(high)) for n, (low, high) in spec.meta.get(RANGES, {}).items()}
+        for name, (low, high, shifts) in spec.meta.get(RANGES, {}).items():
+            ranges[name] = ActivationRange(float(low), float(high), tuple(map(float, shifts)))
     except (AttributeError, TypeError, ValueError):
         raise ZooError(f"{source}: its activation ranges are damaged") from None
-    for name, (low, high) in ranges.items():
-        if name not in layers:
-            raise ZooError(f"{source}: an activation range of a layer that the network does not have: {name!r}")
-        if not -math.inf < low <= 0 < high < math.inf:
+    for name, found in ranges.items():
+        weight = getattr(layers.get(name), "weight", None)
+        if weight is None or len(weight) != len(found.shifts):
+            raise ZooError(f"{source}: the activation range of {name!r} is of another network")
+        if not (-math.inf < found.low <= 0 < found.high < math.inf and all(map(math.isfinite, found.shifts))):
             raise ZooError(f"{source}: the activation range of {name!r} is damaged")
     return ranges
+
+
+def write_ranges(path: Path, ranges: Mapping[str, ActivationRange]) -> None:
+    """Write activation ranges into a checkpoint, in place of any there.
+
+    Raises:
+        ZooError: if it is no checkpoint, damaged, or cannot be written.
+    """
+    annotate(path, **{RANGES: {name: (found.low, found.high, found.shifts) for name, found in ranges.items()}})
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -115,7 +115,7 @@ def export(
 def _quantised(network: MultiExitNetwork, calibrate: Path | None, split: str) -> MultiExitNetwork:
     ranges = network.activation_ranges
     if calibrate is not None:
-        ranges = measure_ranges(network, of_file(calibrate, split, network))
+        ranges = measure_ranges(network, [*of_file(calibrate, split, network)])
     if not ranges:
         raise ExportError("the checkpoint has no activation ranges for int8; name images for them with --calibrate")
     return quantised(network, ranges)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 
 import cv2
 import numpy as np
 import pytest
+import torch
 from branches import both_kinds
 from tiny import TINY
 
@@ -15,6 +17,7 @@ from crowdexit.cli import app
 from crowdexit.data.store import Store, StoredSample, open_for_writing, write_sample
 from crowdexit.inference.counter import load
 from crowdexit.inference.evaluate import calibrate, evaluate
+from crowdexit.inference.export import export
 from crowdexit.inference.exported import read_manifest
 from crowdexit.intervals import IntervalError, Intervals, expected_error
 
@@ -215,3 +218,40 @@ def test_how_many_truths_the_intervals_hold(prepared, checkpoint, capsys):
         assert row["covered"] == pytest.approx(100 * 9 / 12)
     assert command.run(app, ["evaluate", "--model", str(checkpoint), *arguments[:-2]]) == 0
     assert "75.0" in capsys.readouterr().out
+
+
+def test_ranges_for_int8(prepared, checkpoint, tmp_path, capsys):
+    """Measured into the checkpoint; with them it runs in int8 and is exported without images, and counts the same."""
+    before = zoo.read_tensors(checkpoint)
+    arguments = ["calibrate-int8", str(checkpoint), "--data", str(prepared), "--split", "val"]
+    assert command.run(app, arguments) == 0
+    assert "the ranges of 16 layers" in capsys.readouterr().out
+    after = zoo.read_tensors(checkpoint)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    network, spec = zoo.load(checkpoint)
+    assert len(network.activation_ranges) == 16
+    fewer, _ = zoo.with_exits(network, spec, ["V1"])
+    assert fewer.activation_ranges == network.activation_ranges
+    picture = np.random.default_rng(0).integers(0, 255, (64, 128, 3), np.uint8)
+    expected = load(checkpoint, runtime="eager").count(picture).count
+    assert load(checkpoint, runtime="openvino-int8").count(picture).count == pytest.approx(expected, rel=0.05)
+    out = export(checkpoint, tmp_path / "int8", precision="int8", exits=[])
+    assert load(out).count(picture).count == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("ranges", "line"),
+    [
+        ({"stages.0.layers.0": [0, 1, [0.0]]}, "is of another network"),
+        ({"stages.9": [0, 1, []]}, "'stages.9' is of another network"),
+        ({"final.conv": [1, 2, [0.0]]}, "'final.conv' is damaged"),
+        ({"final.conv": [0, math.inf, [0.0]]}, "'final.conv' is damaged"),
+        ({"final.conv": [0, 1, [math.nan]]}, "'final.conv' is damaged"),
+        ({"final.conv": 3}, "its activation ranges are damaged"),
+        (["final.conv"], "its activation ranges are damaged"),
+    ],
+)
+def test_damaged_ranges_are_one_line(ranges, line, checkpoint):
+    zoo.annotate(checkpoint, **{zoo.RANGES: ranges})
+    with pytest.raises(zoo.ZooError, match=line):
+        zoo.load(checkpoint)

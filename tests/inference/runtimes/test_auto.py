@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from dataclasses import replace
 
 import networks
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 
 from crowdexit import zoo
 from crowdexit.inference.counter import CrowdCounter
+from crowdexit.inference.models import open_model
 from crowdexit.inference.runtimes import pick as module
 from crowdexit.inference.runtimes.arrays import RuntimeUnavailable
 from crowdexit.inference.runtimes.base import ReadyChain, Runtime
@@ -20,6 +22,7 @@ from crowdexit.inference.runtimes.eager import Eager
 from crowdexit.inference.runtimes.kept import keep_choice
 from crowdexit.inference.runtimes.pick import Auto, candidates, names
 from crowdexit.machine import cache_folder
+from crowdexit.network import ActivationRange
 
 
 class Fake(Runtime):
@@ -381,3 +384,34 @@ def test_for_real(network, monkeypatch):
     for answers in said:
         for name, answer in answers.items():
             torch.testing.assert_close(answer.value, expected[name].value, rtol=0.02, atol=0.5)
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    """The default network as it is opened, with its own ranges."""
+    network, _, _ = open_model("audiocsrnet-lite", "eager")
+    return network
+
+
+def test_auto_takes_int8_that_agrees(shipped, monkeypatch):
+    """The shipped ranges, by the samples that auto compares on, at every exit."""
+    monkeypatch.setattr(module, "candidates", lambda _: (("openvino-int8",),))
+    seconds = {"eager": 1.0, "openvino-int8": 0.5}
+    monkeypatch.setattr(module, "_seconds", lambda chain, _: seconds[chain.runtime])
+    assert Auto().ready(shipped).runtime == "openvino-int8"
+    assert Auto().ready(shipped).runtime == "openvino-int8"  # remembered
+
+
+def test_auto_refuses_int8_that_disagrees(shipped, monkeypatch, caplog):
+    broken = {name: replace(found, high=0.3 * found.high) for name, found in shipped.activation_ranges.items()}
+    monkeypatch.setattr(shipped, "activation_ranges", broken)
+    monkeypatch.setattr(module, "candidates", lambda _: (("openvino-int8",),))
+    with caplog.at_level(logging.WARNING):
+        assert Auto().ready(shipped).runtime == "eager"
+    assert caplog.messages[0].startswith("runtime auto leaves out openvino-int8: exit V0 differs by ")
+
+
+def test_int8_is_tried_where_there_are_ranges(network):
+    assert ("openvino-int8",) not in candidates(network)
+    network.activation_ranges = {"stages.0": ActivationRange(0.0, 1.0)}
+    assert (("openvino-int8",) in candidates(network)) != torch.cuda.is_available()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import networks
@@ -78,7 +79,8 @@ def test_int8_is_kept_by_its_ranges(converted):
     assert len(converted) == pieces
     for name, answer in first.items():
         torch.testing.assert_close(again[name].value, answer.value)
-    network.activation_ranges = {name: (low, 2 * high) for name, (low, high) in network.activation_ranges.items()}
+    ranges = network.activation_ranges
+    network.activation_ranges = {name: replace(found, high=2 * found.high) for name, found in ranges.items()}
     dict(OpenVINO("openvino-int8").ready(network).stream(features))
     assert len(converted) == 2 * pieces
 
