@@ -9,9 +9,10 @@ import tempfile
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from math import nan
 from pathlib import Path
 from random import Random
-from statistics import median
+from statistics import median, quantiles
 from time import perf_counter
 from typing import Any
 
@@ -106,8 +107,16 @@ class Times:
 
     def ratio(self, work: Hashable, other: Hashable) -> float:
         """How many times as long as another one took, the median of the rounds: what slowed one slowed both."""
+        return median(self._ratios(work, other))
+
+    def quartiles(self, work: Hashable, other: Hashable) -> tuple[float, float]:
+        """Between which a half of the rounds' ratios lies."""
+        low, _, high = quantiles(self._ratios(work, other), n=4) if len(self._seconds[work]) > 1 else [nan] * 3
+        return low, high
+
+    def _ratios(self, work: Hashable, other: Hashable) -> list[float]:
         pairs = zip(self._seconds[work], self._seconds[other], strict=True)
-        return median(mine / others for mine, others in pairs)
+        return [mine / others for mine, others in pairs]
 
 
 def in_turn(works: Mapping[Any, Callable[[], object]], rounds: int, least_s: float = 0.0) -> Times:
