@@ -20,7 +20,7 @@ import torch
 
 from crowdexit.analysis.files import write_files
 
-PACKAGES = ("torch", "openvino", "onnxruntime", "nncf")
+PACKAGES = ("torch", "openvino", "onnxruntime")
 _INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 
 

@@ -52,11 +52,13 @@ class ActivationRange:
 
     Attributes:
         low, high: of what it takes.
+        steps: of the way from zero to ``high``, where nothing is below zero: 255, or 127.
         shifts: to add to what it gives, by output channel, for rounded weights move its mean; empty: nothing.
     """
 
     low: float
     high: float
+    steps: int = 255
     shifts: tuple[float, ...] = ()
 
 

@@ -355,15 +355,17 @@ def _activation_ranges(network: MultiExitNetwork, spec: Spec, source: str) -> di
     layers = dict(network.named_modules())
     ranges: dict[str, ActivationRange] = {}
     try:
-        for name, (low, high, shifts) in spec.meta.get(RANGES, {}).items():
-            ranges[name] = ActivationRange(float(low), float(high), tuple(map(float, shifts)))
+        for name, (low, high, steps, shifts) in spec.meta.get(RANGES, {}).items():
+            ranges[name] = ActivationRange(float(low), float(high), int(steps), tuple(map(float, shifts)))
     except (AttributeError, TypeError, ValueError):
         raise ZooError(f"{source}: its activation ranges are damaged") from None
     for name, found in ranges.items():
         weight = getattr(layers.get(name), "weight", None)
         if weight is None or len(weight) != len(found.shifts):
             raise ZooError(f"{source}: the activation range of {name!r} is of another network")
-        if not (-math.inf < found.low <= 0 < found.high < math.inf and all(map(math.isfinite, found.shifts))):
+        if found.steps not in (127, 255) or not (
+            -math.inf < found.low <= 0 < found.high < math.inf and all(map(math.isfinite, found.shifts))
+        ):
             raise ZooError(f"{source}: the activation range of {name!r} is damaged")
     return ranges
 
@@ -374,7 +376,7 @@ def write_ranges(path: Path, ranges: Mapping[str, ActivationRange]) -> None:
     Raises:
         ZooError: if it is no checkpoint, damaged, or cannot be written.
     """
-    annotate(path, **{RANGES: {name: (found.low, found.high, found.shifts) for name, found in ranges.items()}})
+    annotate(path, **{RANGES: {name: (f.low, f.high, f.steps, f.shifts) for name, f in ranges.items()}})
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

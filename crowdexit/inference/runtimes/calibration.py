@@ -16,7 +16,7 @@ from crowdexit.inference.batch import look
 from crowdexit.network import MultiExitNetwork
 from crowdexit.stages import Features, inputs
 
-MOST = 16  # images: more change no range by much, and all of them are in memory at once
+MOST = 12  # images: more change no range by much, and all of them are in memory at once
 SAMPLES = Path(__file__).parents[2] / "samples"
 
 

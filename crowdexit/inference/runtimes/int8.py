@@ -1,19 +1,23 @@
 """int8 by what was measured once on training images and is kept with the weights: ranges and shifts, no images.
 
-A quantised layer takes its input rounded to 256 levels of its range, and its weights rounded to 127 levels of each
-output channel's own largest (255 of a depthwise kernel). Where a processor has no VNNI, two products of 8-bit numbers
-are added in 16 bits, which overflow with weights of more levels. Rounded weights move what a layer gives on average;
-a shift for each output channel takes that back.
+A quantised layer takes its input rounded to levels of its range, and its weights rounded to levels of each output
+channel's own largest. Where a processor has no VNNI, products of 8-bit numbers are added in pairs in 16 bits, which may
+overflow: one of both has to do with half of the levels. That is the input where every image fills its range (behind a
+ReLU6), the weights elsewhere; neither in depthwise convolutions, which add no pairs. Rounded weights move what a layer
+gives on average; a shift for each output channel takes that back.
 
 What is written here rounds in float32 ("fake quantisation"); OpenVINO makes products of integers of it.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -24,7 +28,10 @@ from crowdexit.backbones.fronts import AudioEncoder
 from crowdexit.network import ActivationRange, MultiExitNetwork
 from crowdexit.stages import Features
 
-LEVELS, DEPTHWISE_LEVELS = 63, 127  # of weights, on each side of zero
+HALF, FULL = 63, 127  # levels of weights, on each side of zero
+# The highest value over the median of the images': a range is filled up to the first; beyond the second nearly all of
+# the values lie on few levels, and the layer stays as it is.
+FILLED, SPREAD = 1.1, 4.0
 _Hook = Callable[[str, nn.Module, Tensor, Tensor], Tensor | None]
 
 
@@ -35,6 +42,7 @@ def measure_ranges(
     """What quantising needs of each layer that can be quantised: convolutions of maps, linear layers of tokens.
 
     Layers of audio encoders and of exits are not among them: they are small, and an exit's layers decide its count.
+    Neither are those that take the image itself, or whose largest values are rare.
 
     Args:
         network: its batch normalisations folded, as it will be quantised.
@@ -46,36 +54,41 @@ def measure_ranges(
     """
     names = _layers(network)
     lows: dict[str, float] = {}
-    highs: dict[str, float] = {}
+    highs: dict[str, list[float]] = defaultdict(list)
     means: list[dict[str, Tensor]] = []
-    shifts: dict[str, Tensor] = {}
+    shifts: dict[str, list[Tensor]] = defaultdict(list)
 
     def note(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
         if x.dim() == _dimensions(layer):
             lows[name] = min(lows.get(name, 0.0), float(x.min()))
-            highs[name] = max(highs.get(name, 0.0), float(x.max()))
+            highs[name].append(max(0.0, float(x.max())))
             means[-1][name] = _mean(layer, y)
 
     def correct(of_batch: Mapping[str, Tensor], name: str, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         shift = of_batch[name] - _mean(layer, y)
-        shifts[name] = shifts.get(name, torch.zeros_like(shift)) + shift / len(batches)
+        shifts[name].append(shift)
         return y + (shift[:, None, None] if isinstance(layer, nn.Conv2d) else shift)
 
     with _hooked(network, names, note):
         for batch in batches:
             means.append({})
             _see(network, batch)
-    ranges = {name: ActivationRange(low, highs[name]) for name, low in lows.items() if highs[name] > 0}
+    ranges: dict[str, ActivationRange] = {}
+    for name, low in lows.items():
+        high, usual = max(highs[name]), median(highs[name])
+        if 0 < high <= SPREAD * usual:
+            ranges[name] = ActivationRange(low, high, 127 if low >= 0 and high <= FILLED * usual else 255)
     rounded = quantised(network, ranges)
     for batch, of_batch in zip(batches, means, strict=True):
         # Each layer is corrected before the next sees what it gives.
-        with _hooked(rounded, list(ranges), partial(correct, of_batch)):
+        with _hooked(rounded, list(ranges), partial(correct, of_batch)), parametrize.cached():
             _see(rounded, batch)
         progress()
-    return {
-        name: ActivationRange(found.low, found.high, tuple(float(f"{value:.5g}") for value in shifts[name].tolist()))
-        for name, found in ranges.items()
-    }
+    return {name: replace(found, shifts=_median(shifts[name])) for name, found in ranges.items()}
+
+
+def _median(shifts: Sequence[Tensor]) -> tuple[float, ...]:
+    return tuple(float(f"{value:.5g}") for value in torch.stack(list(shifts)).quantile(0.5, dim=0).tolist())
 
 
 def _layers(network: MultiExitNetwork) -> list[str]:
@@ -85,8 +98,12 @@ def _layers(network: MultiExitNetwork) -> list[str]:
         for index, stage in enumerate(network.stages)
         if not isinstance(stage, AudioEncoder)
         for name, layer in stage.named_modules()
-        if isinstance(layer, (nn.Conv2d, nn.Linear))
+        if isinstance(layer, (nn.Conv2d, nn.Linear)) and not _takes_image(layer)
     ]
+
+
+def _takes_image(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Conv2d) and layer.in_channels == 3
 
 
 def _dimensions(layer: nn.Module) -> int:
@@ -125,14 +142,18 @@ def quantised(network: MultiExitNetwork, ranges: Mapping[str, ActivationRange]) 
     copied = deepcopy(network)
     for name, found in ranges.items():
         layer: Any = copied.get_submodule(name)
-        depthwise = isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1
-        levels = DEPTHWISE_LEVELS if depthwise else LEVELS
-        parametrize.register_parametrization(layer, "weight", _RoundedWeights(layer.weight, levels))
-        layer.register_forward_pre_hook(_RoundedInput(found))
+        depthwise = _is_depthwise(layer)
+        weights = _RoundedWeights(layer.weight, FULL if depthwise or found.steps == 127 else HALF)
+        parametrize.register_parametrization(layer, "weight", weights)
+        layer.register_forward_pre_hook(_RoundedInput(replace(found, steps=255) if depthwise else found))
         if found.shifts:
             shift = torch.tensor(found.shifts)
             layer.bias = nn.Parameter(shift if layer.bias is None else layer.bias + shift, requires_grad=False)
     return copied
+
+
+def _is_depthwise(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1
 
 
 class _RoundedWeights(nn.Module):
@@ -156,11 +177,14 @@ class _RoundedWeights(nn.Module):
 
 
 class _RoundedInput:
-    """What a layer takes, on 256 levels: from zero up where nothing is below it, else symmetric about zero."""
+    """What a layer takes, rounded: from zero up where nothing is below it, else symmetric about zero.
+
+    OpenVINO knows 256 levels alone, of which 127 steps use the lower half.
+    """
 
     def __init__(self, found: ActivationRange) -> None:
         if found.low >= 0:
-            self.scale, self.levels = found.high / 255, (0, 255)
+            self.scale, self.levels = found.high / found.steps, (0, 255)
         else:
             self.scale, self.levels = max(-found.low / 128, found.high / 127), (-128, 127)
 
