@@ -361,7 +361,7 @@ def _activation_ranges(network: MultiExitNetwork, spec: Spec, source: str) -> di
         raise ZooError(f"{source}: its activation ranges are damaged") from None
     for name, found in ranges.items():
         weight = getattr(layers.get(name), "weight", None)
-        if weight is None or len(weight) != len(found.shifts):
+        if weight is None or len(found.shifts) not in (0, len(weight)):
             raise ZooError(f"{source}: the activation range of {name!r} is of another network")
         if found.steps not in (127, 255) or not (
             -math.inf < found.low <= 0 < found.high < math.inf and all(map(math.isfinite, found.shifts))

@@ -242,7 +242,7 @@ def test_ranges_for_int8(prepared, checkpoint, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("ranges", "line"),
     [
-        ({"stages.0.layers.0": [0, 1, 255, [0.0]]}, "is of another network"),
+        ({"stages.0.layers.0": [0, 1, 255, [0.0] * 99]}, "is of another network"),
         ({"stages.9": [0, 1, 255, []]}, "'stages.9' is of another network"),
         ({"final.conv": [1, 2, 255, [0.0]]}, "'final.conv' is damaged"),
         ({"final.conv": [0, math.inf, 255, [0.0]]}, "'final.conv' is damaged"),

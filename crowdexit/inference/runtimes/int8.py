@@ -4,7 +4,8 @@ A quantised layer takes its input rounded to levels of its range, and its weight
 channel's own largest. Where a processor has no VNNI, products of 8-bit numbers are added in pairs in 16 bits, which may
 overflow: one of both has to do with half of the levels. That is the input where every image fills its range (behind a
 ReLU6), the weights elsewhere; neither in depthwise convolutions, which add no pairs. Rounded weights move what a layer
-gives on average; a shift for each output channel takes that back.
+gives on average; a shift for each output channel takes that back. (Not where the audio is fused: there the mean is that
+of a few cells, and the shift would be added to all the empty ones.)
 
 What is written here rounds in float32 ("fake quantisation"); OpenVINO makes products of integers of it.
 """
@@ -31,7 +32,7 @@ from crowdexit.stages import Features
 HALF, FULL = 63, 127  # levels of weights, on each side of zero
 # The highest value over the median of the images': a range is filled up to the first; beyond the second nearly all of
 # the values lie on few levels, and the layer stays as it is.
-FILLED, SPREAD = 1.1, 4.0
+FILLED, SPREAD = 1.1, 2.5
 _Hook = Callable[[str, nn.Module, Tensor, Tensor], Tensor | None]
 
 
@@ -79,15 +80,19 @@ def measure_ranges(
         if 0 < high <= SPREAD * usual:
             ranges[name] = ActivationRange(low, high, 127 if low >= 0 and high <= FILLED * usual else 255)
     rounded = quantised(network, ranges)
+    fusing = tuple(f"stages.{index}." for index, stage in enumerate(network.stages) if stage.fuses_audio)
+    shifted = [name for name in ranges if not name.startswith(fusing)]
     for batch, of_batch in zip(batches, means, strict=True):
         # Each layer is corrected before the next sees what it gives.
-        with _hooked(rounded, list(ranges), partial(correct, of_batch)), parametrize.cached():
+        with _hooked(rounded, shifted, partial(correct, of_batch)), parametrize.cached():
             _see(rounded, batch)
         progress()
-    return {name: replace(found, shifts=_median(shifts[name])) for name, found in ranges.items()}
+    return {name: replace(found, shifts=_medians(shifts[name])) for name, found in ranges.items()}
 
 
-def _median(shifts: Sequence[Tensor]) -> tuple[float, ...]:
+def _medians(shifts: Sequence[Tensor]) -> tuple[float, ...]:
+    if not shifts:
+        return ()
     return tuple(float(f"{value:.5g}") for value in torch.stack(list(shifts)).quantile(0.5, dim=0).tolist())
 
 
