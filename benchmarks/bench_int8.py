@@ -34,6 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default=MODEL, help="a checkpoint with activation ranges")
     parser.add_argument("--rounds", type=int, default=15, help="at least")
+    parser.add_argument("--runtimes", nargs="+", default=RUNTIMES)
     parser.add_argument("--unfolded", action="store_true")
     parser.add_argument("--json", type=Path, help="write the figures there")
     args = parser.parse_args()
@@ -47,7 +48,7 @@ def main() -> None:
         counts[name] = float(dict(chain.stream(features, [FINAL]))[FINAL].value)
 
     with cache_of_its_own():
-        for runtime in RUNTIMES:
+        for runtime in args.runtimes:
             add(runtime, open_model(args.model, runtime)[0], runtime)
             if args.unfolded and runtime != "openvino-int8":
                 add(f"{runtime}, unfolded", zoo.load(args.model)[0], runtime)
@@ -69,7 +70,7 @@ def main() -> None:
             f"  count {counts[name]:.2f}"
         )
     if args.unfolded:
-        for runtime in RUNTIMES[:-1]:
+        for runtime in [name for name in args.runtimes if name != "openvino-int8"]:
             told[runtime]["faster_folded"] = times.ratio(f"{runtime}, unfolded", runtime)
             print(f"{runtime}: folded {told[runtime]['faster_folded']:.3f} times as fast as unfolded")
     keep({"machine": machine, "model": args.model, "runtimes": told}, args.json)
