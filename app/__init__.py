@@ -1,5 +1,5 @@
 """The page: ``crowdexit app``, or ``python -m app`` in a checkout."""
 
-from crowdexit.signals import end_imports_in_one_line
+from crowdexit.utils.signals import end_imports_in_one_line
 
 end_imports_in_one_line()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from crowdexit import cli, command
+from crowdexit.cli import commands as cli
+from crowdexit.utils import command
 
 if __name__ == "__main__":
     sys.exit(command.run(cli.app, ["app", *sys.argv[1:]]))

@@ -19,12 +19,12 @@ from crowdexit.data.mel import AudioInput, AudioStatus
 from crowdexit.data.picture import decode_image, tile_boxes
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.counter import CrowdCounter, ExitResult
-from crowdexit.inference.draw import bars, overlay
-from crowdexit.inference.rows import UNFAMILIAR
-from crowdexit.inference.runtimes.call_off import CalledOff, CallOff
 from crowdexit.inference.scene import audio_input
-from crowdexit.memory import return_freed_memory
-from crowdexit.network import FINAL
+from crowdexit.jobs.rows import UNFAMILIAR
+from crowdexit.models.network import FINAL
+from crowdexit.reports.draw import bars, overlay
+from crowdexit.runtimes.call_off import CalledOff, CallOff
+from crowdexit.utils.memory import return_freed_memory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

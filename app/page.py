@@ -19,10 +19,10 @@ from starlette.middleware import Middleware
 import crowdexit
 from app import guard
 from app.answer import WELCOME, Shown, answers, in_model_thread, problem
-from crowdexit import zoo
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference import counter as counting
 from crowdexit.inference.counter import CrowdCounter
+from crowdexit.models import zoo
 
 MAX_FILE_BYTES = 100 * 10**6
 MAX_UPLOADED_BYTES = 10**9  # of all files together; the oldest go for new ones

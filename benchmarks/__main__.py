@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.bench_deadlines import STATES
 from benchmarks.machine import describe, in_a_line
-from crowdexit.analysis.files import blank, markdown_table, write_files
+from crowdexit.evaluation.files import blank, markdown_table, write_files
 
 Figures = Mapping[str, Any]
 

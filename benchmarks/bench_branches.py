@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from crowdexit import zoo
 from crowdexit.data.store import StoredSample, open_for_writing, write_sample
+from crowdexit.models import zoo
 from crowdexit.training.branches import BranchTraining
 from crowdexit.training.recipe import Recipe
 from crowdexit.training.run import train

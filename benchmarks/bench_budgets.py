@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.machine import describe, in_a_line
-from crowdexit.analysis.files import blank, csv_text, write_files
 from crowdexit.data.store import Store
+from crowdexit.evaluation.evaluate import read_for_counting
+from crowdexit.evaluation.files import blank, csv_text, write_files
 from crowdexit.inference.budget import BudgetError
 from crowdexit.inference.counter import CountResult, CrowdCounter, load
-from crowdexit.inference.evaluate import read_for_counting
 
 SHARES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.machine import describe, in_a_line, keep
+from crowdexit.calibration.intervals import Intervals, thirds, width
 from crowdexit.data.store import Store
+from crowdexit.evaluation.cross_fit import read_counts
+from crowdexit.evaluation.evaluate import count_samples
 from crowdexit.inference.counter import load
-from crowdexit.inference.cross_fit import read_counts
-from crowdexit.inference.evaluate import count_samples
-from crowdexit.intervals import Intervals, thirds, width
 
 
 def covered(
@@ -31,7 +31,7 @@ def covered(
     """Whether each truth lies in the interval that the other images calibrate, and that interval's half-width.
 
     Args:
-        counts, truths: of one exit. cross_fitted: as of :func:`crowdexit.intervals.thirds`.
+        counts, truths: of one exit. cross_fitted: as of :func:`crowdexit.calibration.intervals.thirds`.
     """
     inside, halves = [], []
     for left_out, (count, truth) in enumerate(zip(counts, truths, strict=True)):

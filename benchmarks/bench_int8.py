@@ -18,12 +18,12 @@ import numpy as np
 
 from benchmarks.bench_runtimes import ask
 from benchmarks.machine import cache_of_its_own, describe, in_a_line, in_turn, keep
-from crowdexit import zoo
-from crowdexit.inference.batch import look
 from crowdexit.inference.models import open_model
-from crowdexit.inference.runtimes.calibration import sample
-from crowdexit.inference.runtimes.pick import pick
-from crowdexit.network import FINAL
+from crowdexit.models import zoo
+from crowdexit.models.network import FINAL
+from crowdexit.runtimes.batch import look
+from crowdexit.runtimes.calibration import sample
+from crowdexit.runtimes.pick import pick
 
 MODEL, BEFORE, SIZE = "audiocsrnet-lite", "audiocsrnet-s", (1024, 768)
 RUNTIMES = ("eager", "openvino", "onnx", "openvino-int8")

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import Multiplier, cache_of_its_own, describe, finish, in_a_line, in_turn, keep
-from crowdexit import zoo
-from crowdexit.analysis.cost import CostTable, cost_of
-from crowdexit.inference.runtimes.arrays import RuntimeUnavailable
-from crowdexit.inference.runtimes.base import ReadyChain
-from crowdexit.inference.runtimes.openvino import multiplies_bf16
-from crowdexit.inference.runtimes.pick import pick
-from crowdexit.network import FINAL, MultiExitNetwork
-from crowdexit.stages import Features, Stage, inputs
+from crowdexit.evaluation.cost import CostTable, cost_of
+from crowdexit.models import zoo
+from crowdexit.models.network import FINAL, MultiExitNetwork
+from crowdexit.models.stages import Features, Stage, inputs
+from crowdexit.runtimes.arrays import RuntimeUnavailable
+from crowdexit.runtimes.base import ReadyChain
+from crowdexit.runtimes.openvino import multiplies_bf16
+from crowdexit.runtimes.pick import pick
 
 RUNTIMES = (
     *("eager", "eager-bf16", "winograd", "compile", "compile-bf16"),

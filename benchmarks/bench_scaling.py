@@ -19,11 +19,11 @@ import torch
 
 from benchmarks.bench_runtimes import ask
 from benchmarks.machine import Times, cache_of_its_own, describe, in_a_line, in_turn, keep
-from crowdexit import zoo
-from crowdexit.analysis.files import blank
-from crowdexit.inference.runtimes.pick import pick
-from crowdexit.network import FINAL
-from crowdexit.stages import Features, inputs
+from crowdexit.evaluation.files import blank
+from crowdexit.models import zoo
+from crowdexit.models.network import FINAL
+from crowdexit.models.stages import Features, inputs
+from crowdexit.runtimes.pick import pick
 
 SIZES = ((256, 128), (384, 192), (512, 256), (768, 384), (1024, 512))
 MIDDLE = SIZES[1]

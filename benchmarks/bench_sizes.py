@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 
 from benchmarks.machine import cache_of_its_own, describe, in_a_line, in_turn, keep
-from crowdexit import zoo
-from crowdexit.analysis.cost import cost_of
-from crowdexit.analysis.files import blank, csv_text, write_files
 from crowdexit.data.store import Store
+from crowdexit.evaluation.cost import cost_of
+from crowdexit.evaluation.evaluate import count_samples
+from crowdexit.evaluation.files import blank, csv_text, write_files
 from crowdexit.inference.counter import CrowdCounter
-from crowdexit.inference.evaluate import count_samples
-from crowdexit.inference.runtimes.pick import pick
-from crowdexit.inference.video.pipeline import BATCH
-from crowdexit.network import FINAL
+from crowdexit.jobs.pipeline import BATCH
+from crowdexit.models import zoo
+from crowdexit.models.network import FINAL
+from crowdexit.runtimes.pick import pick
 
 SIZES = ("768x576", "512x384", "384x288", "320x240", "256x192")
 

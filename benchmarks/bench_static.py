@@ -28,15 +28,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.machine import describe, in_a_line
-from crowdexit import zoo
-from crowdexit.analysis.files import blank, csv_text, write_files
-from crowdexit.analysis.leaving import costs_on_the_way, leaving
-from crowdexit.analysis.tradeoff import Point, costs, points
+from crowdexit.calibration.temperatures import Measure
 from crowdexit.data.classes import ClassStore
-from crowdexit.inference import classify
+from crowdexit.evaluation import classify
+from crowdexit.evaluation.files import blank, csv_text, write_files
+from crowdexit.evaluation.leaving import costs_on_the_way, leaving
+from crowdexit.evaluation.tradeoff import Point, costs, points
 from crowdexit.inference.models import open_model
-from crowdexit.network import FINAL
-from crowdexit.temperatures import Measure
+from crowdexit.models import zoo
+from crowdexit.models.network import FINAL
 
 MEASURES: tuple[Measure, ...] = ("confidence", "entropy")
 BOUNDS = np.linspace(0.0, 1.0, 41)[1:]

@@ -23,9 +23,9 @@ import numpy as np
 from benchmarks.machine import describe, in_a_line, keep
 from crowdexit.inference.counter import CrowdCounter, Prepared, load
 from crowdexit.inference.scene import hear
-from crowdexit.inference.video.decode import DuePictures, Span
-from crowdexit.inference.video.frames import read_frames
-from crowdexit.inference.video.pipeline import BATCH, How, count_frames
+from crowdexit.jobs.pipeline import BATCH, How, count_frames
+from crowdexit.video.decode import DuePictures, Span
+from crowdexit.video.frames import read_frames
 
 EVERY = Span(fps=1000.0)  # all frames that there are
 

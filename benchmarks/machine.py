@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from crowdexit.analysis.files import write_files
+from crowdexit.evaluation.files import write_files
 
 PACKAGES = ("torch", "openvino", "onnxruntime")
 _INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from crowdexit.signals import end_in_one_line
+from crowdexit.utils.signals import end_in_one_line
 
 
 def main() -> None:
     """Run the command line; signals during the imports end in one line, too."""
     end_in_one_line()
-    from crowdexit import cli
+    from crowdexit.cli import commands as cli
 
     cli.main()
 

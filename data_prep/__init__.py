@@ -1,5 +1,5 @@
 """Scripts that turn public data sets into prepared files: ``python -m data_prep.shanghaitech --help``."""
 
-from crowdexit.signals import end_imports_in_one_line
+from crowdexit.utils.signals import end_imports_in_one_line
 
 end_imports_in_one_line()

@@ -18,12 +18,12 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from crowdexit import command
 from crowdexit.data.ambience import MODEL_VERSION, SAMPLE_RATE, VoiceBank, simulate
 from crowdexit.data.log_mel import log_mel
 from crowdexit.data.store import Store, StoredSample
 from crowdexit.data.voices import read_voices
 from crowdexit.errors import CrowdExitError
+from crowdexit.utils import command
 from data_prep.ambience_report import measure, plot
 from data_prep.common import CORES, Jobs, Strict, Task, prepare, run
 

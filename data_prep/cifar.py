@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from crowdexit import command
 from crowdexit.data.classes import ClassStore, stratified, write_classes
 from crowdexit.errors import CrowdExitError
+from crowdexit.utils import command
 
 SIDE = 32
 TRAIN_PER_VAL = 5  # of 50,000 training pictures one in five is for validation
@@ -324,7 +324,7 @@ _ADMITTED = {
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """Run the command; see :func:`crowdexit.command.run`."""
+    """Run the command; see :func:`crowdexit.utils.command.run`."""
     return command.run(app, arguments, interrupted="interrupted; nothing was written")
 
 

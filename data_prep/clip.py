@@ -23,11 +23,11 @@ import typer
 from numpy.typing import NDArray
 from PIL import Image
 
-from crowdexit import command
 from crowdexit.data.ambience import LENGTH, SAMPLE_RATE, VoiceBank, simulate
 from crowdexit.data.voices import read_voices
 from crowdexit.errors import CrowdExitError
-from crowdexit.files import write_problem
+from crowdexit.utils import command
+from crowdexit.utils.files import write_problem
 from data_prep.ambience import generator, marks
 from data_prep.common import JPEG_QUALITY, run
 

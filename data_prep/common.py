@@ -28,12 +28,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from scipy.io import loadmat
 
-from crowdexit import command
 from crowdexit.data.density import split_inside
 from crowdexit.data.picture import ImageHeader, PictureError, decode_picture, read_header
 from crowdexit.data.store import CHECKSUMS, FORMAT, StoredSample, open_for_writing, write_sample
 from crowdexit.errors import CrowdExitError
-from crowdexit.files import write_problem
+from crowdexit.utils import command
+from crowdexit.utils.files import write_problem
 
 JPEG_QUALITY = 95
 DENSITY_STRIDE = 8  # stored density maps have the grid that the networks answer on
@@ -316,7 +316,7 @@ def divided(names: Iterable[str], val: float, *, test: bool = True) -> dict[str,
 
 
 def run(app: typer.Typer, arguments: Sequence[str] | None = None) -> int:
-    """Run a script's command; see :func:`crowdexit.command.run`."""
+    """Run a script's command; see :func:`crowdexit.utils.command.run`."""
     return command.run(app, arguments, interrupted="interrupted; the same command goes on where it was")
 
 

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from crowdexit import command
 from crowdexit.data.classes import ClassStore, stratified, write_classes
 from crowdexit.errors import CrowdExitError
+from crowdexit.utils import command
 
 CLASSES = (
     "T-shirt/top",
@@ -131,7 +131,7 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """Run the command; see :func:`crowdexit.command.run`."""
+    """Run the command; see :func:`crowdexit.utils.command.run`."""
     return command.run(app, arguments, interrupted="interrupted; nothing was written")
 
 

@@ -1,6 +1,6 @@
 """Branches for tests."""
 
-from crowdexit import zoo
+from crowdexit.models import zoo
 
 PLACES = ("V1", "AV1", "AV2")
 

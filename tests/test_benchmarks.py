@@ -17,7 +17,7 @@ from benchmarks.bench_deadlines import STATES
 from benchmarks.bench_scaling import growth, steepest
 from benchmarks.bench_static import worth_asking
 from benchmarks.machine import Times, in_turn
-from crowdexit.analysis.tradeoff import Point
+from crowdexit.evaluation.tradeoff import Point
 
 ROOT = Path(__file__).parents[1]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from crowdexit.familiarity import SHARE, Familiarity, FamiliarityError, describe, fit
+from crowdexit.calibration.familiarity import SHARE, Familiarity, FamiliarityError, describe, fit
 
 
 def sums_of(features: np.ndarray) -> np.ndarray:

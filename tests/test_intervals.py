@@ -11,8 +11,8 @@ from branches import both_kinds
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crowdexit import zoo
-from crowdexit.intervals import IntervalError, Intervals, thirds, width
+from crowdexit.calibration.intervals import IntervalError, Intervals, thirds, width
+from crowdexit.models import zoo
 
 
 @pytest.mark.parametrize("level", [0.5, 0.9])

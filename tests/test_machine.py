@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from crowdexit import machine
-from crowdexit.machine import cache_folder, has_bfloat16, processor
+from crowdexit.utils import machine
+from crowdexit.utils.machine import cache_folder, has_bfloat16, processor
 
 
 def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from crowdexit.backbones.audiocsrnet import AudioCSRNetConfig
-from crowdexit.network import FINAL, MultiExitNetwork
-from crowdexit.stages import Answer, Exit, Features, Stage, inputs
+from crowdexit.models.backbones.audiocsrnet import AudioCSRNetConfig
+from crowdexit.models.network import FINAL, MultiExitNetwork
+from crowdexit.models.stages import Answer, Exit, Features, Stage, inputs
 
 
 class Counting(Stage):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from crowdexit.stages import Features, inputs
+from crowdexit.models.stages import Features, inputs
 
 
 def record(visual: torch.Tensor, grid: tuple[int, int] | None = None) -> Features:

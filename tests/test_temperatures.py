@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
-from crowdexit.temperatures import TemperatureError, Temperatures, surprise, temperature
+from crowdexit.calibration.temperatures import TemperatureError, Temperatures, surprise, temperature
 
 
 def drawn(number: int, classes: int = 5, seed: int = 0):

@@ -13,8 +13,8 @@ import torch
 from branches import both_kinds
 from safetensors.torch import load_file, save_file
 
-from crowdexit import zoo
-from crowdexit.stages import inputs
+from crowdexit.models import zoo
+from crowdexit.models.stages import inputs
 
 TINY = {
     "size": [128, 64],

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from crowdexit.data.media import FAULTS, MOST_FAULTS, open_media
 from crowdexit.data.mel import AudioError
-from crowdexit.paths import is_file
+from crowdexit.utils.paths import is_file
 
 Warn = Callable[[str], object]
 

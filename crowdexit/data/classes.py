@@ -34,7 +34,7 @@ from crowdexit.data.spectrogram import Spectrogram
 from crowdexit.data.store import SPLITS, PreparedFile, StoreError, open_for_writing, reserve
 from crowdexit.data.unlabelled import PictureFolder, SoundFolder
 from crowdexit.errors import CrowdExitError
-from crowdexit.files import DiskFullError, checksum, write_problem
+from crowdexit.utils.files import DiskFullError, checksum, write_problem
 
 FORMAT = "crowdexit-classes-2"
 _CHUNK_BYTES = 2**17  # small pictures share a chunk, of large ones each has its own

@@ -10,7 +10,7 @@ import av
 from av.format import formats_available
 
 from crowdexit.errors import CrowdExitError
-from crowdexit.paths import is_file
+from crowdexit.utils.paths import is_file
 
 # What FFmpeg may raise for a damaged file; PyAV adds two of Python's own.
 FAULTS = (av.FFmpegError, ValueError, IndexError)

@@ -39,8 +39,8 @@ from numpy.typing import NDArray
 
 from crowdexit.data.picture import PictureError, decode_picture, read_header
 from crowdexit.errors import CrowdExitError
-from crowdexit.files import DiskFullError, checksum, sync, sync_folder
-from crowdexit.paths import is_file
+from crowdexit.utils.files import DiskFullError, checksum, sync, sync_folder
+from crowdexit.utils.paths import is_file
 
 AudioSource = Literal["recorded", "simulated", "none"]
 SPLITS = ("train", "val", "test")

@@ -19,7 +19,7 @@ from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
 from crowdexit.errors import CrowdExitError
-from crowdexit.inference.runtimes.call_off import CallOff
+from crowdexit.runtimes.call_off import CallOff
 
 # A wait ends late where every core is busy, by up to two ticks of the scheduler: 8 ms at 250 a second.
 _MOST_EARLY_S = 0.005

@@ -1,8 +1,8 @@
 """Many pictures and one total time: who leaves where, so that the expected error is least.
 
 An exit's expected error on a picture is its mean relative error on held-out pictures times (count + 10), with the
-count that is known so far (:mod:`crowdexit.intervals`): a dense crowd has more to gain from a deeper exit than an
-empty street. Choosing one exit for each picture, least error in all within a total time, is the multiple-choice
+count that is known so far (:mod:`crowdexit.calibration.intervals`): a dense crowd has more to gain from a deeper exit
+than an empty street. Choosing one exit for each picture, least error in all within a total time, is the multiple-choice
 knapsack problem (Sinha and Zoltners 1979; Kellerer, Pferschy and Pisinger 2004, chapter 11). Of each picture's exits
 only those on the lower convex hull of error over time are rungs of its *ladder*; from rung to rung the error falls by
 less and less for each millisecond, so taking steps greedily, the most error for a millisecond first over all
@@ -28,9 +28,9 @@ from typing import Protocol
 
 import numpy as np
 
+from crowdexit.calibration.intervals import ROOM
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.walk import Mask, Part, Walk
-from crowdexit.intervals import ROOM
 
 TOLERANCE = 0.05  # of the budget, to either side
 _REMEMBERED = 64  # pictures already seen that stand for those to come

@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from crowdexit.calibration.familiarity import Familiarity
+from crowdexit.calibration.intervals import Intervals
 from crowdexit.data.mel import AudioStatus
 from crowdexit.data.picture import (
     PIXELS_ABREAST,
@@ -31,22 +33,20 @@ from crowdexit.data.picture import (
     views,
 )
 from crowdexit.errors import CrowdExitError
-from crowdexit.familiarity import Familiarity
 from crowdexit.inference.anytime import DeadlineMissed, answers_by
-from crowdexit.inference.batch import batch_of
 from crowdexit.inference.budget import TOLERANCE, Budget, BudgetTooSmall, Costs, check_budget
 from crowdexit.inference.models import calibration_of, open_model
 from crowdexit.inference.policies import ANYTIME, Confident, DeepestThatFits
 from crowdexit.inference.profile import LAYING, PREPARING, Profile, exit_step, profile_of, stage_step
-from crowdexit.inference.runtimes.base import Runtime
-from crowdexit.inference.runtimes.pick import pick
 from crowdexit.inference.scene import Picture, Row, Scene, Sound, photo, prepared
 from crowdexit.inference.turn import Turn
 from crowdexit.inference.walk import Batch, Part, Policy, Told, Walk
-from crowdexit.intervals import Intervals
-from crowdexit.memory import keep_freed_memory
-from crowdexit.network import FINAL, MultiExitNetwork
-from crowdexit.stages import Features
+from crowdexit.models.network import FINAL, MultiExitNetwork
+from crowdexit.models.stages import Features
+from crowdexit.runtimes.base import Runtime
+from crowdexit.runtimes.batch import batch_of
+from crowdexit.runtimes.pick import pick
+from crowdexit.utils.memory import keep_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -862,7 +862,7 @@ def load(name: str | Path, *, runtime: str = "auto", exits: Sequence[str] | None
 
     Args:
         name: of a shipped model, or the path of a checkpoint or of an exported folder.
-        runtime: ``auto``, or a name of :func:`crowdexit.inference.runtimes.pick.names`.
+        runtime: ``auto``, or a name of :func:`crowdexit.runtimes.pick.names`.
         exits: names to serve; default: one a place, and the final exit.
 
     Raises:

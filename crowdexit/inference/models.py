@@ -8,16 +8,16 @@ from typing import TypedDict
 
 import torch
 
-from crowdexit import zoo
-from crowdexit.familiarity import Familiarity
-from crowdexit.files import write_problem
-from crowdexit.inference.exported import Exported, ExportError, is_export, read_manifest, write_manifest
-from crowdexit.inference.folding import fold_norms
-from crowdexit.inference.runtimes.base import ArrayReady, ReadyChain, Runtime
-from crowdexit.inference.runtimes.pick import pick
-from crowdexit.intervals import Intervals
-from crowdexit.network import MultiExitNetwork
-from crowdexit.temperatures import Temperatures
+from crowdexit.calibration.familiarity import Familiarity
+from crowdexit.calibration.intervals import Intervals
+from crowdexit.calibration.temperatures import Temperatures
+from crowdexit.export.runner import Exported, ExportError, is_export, read_manifest, write_manifest
+from crowdexit.models import zoo
+from crowdexit.models.folding import fold_norms
+from crowdexit.models.network import MultiExitNetwork
+from crowdexit.runtimes.base import ArrayReady, ReadyChain, Runtime
+from crowdexit.runtimes.pick import pick
+from crowdexit.utils.files import write_problem
 
 
 class _ExportedRuntime(Runtime):
@@ -49,7 +49,7 @@ def open_model(name: str | Path, runtime: str = "auto") -> tuple[MultiExitNetwor
 
     Args:
         name: of a shipped model, or the path of a checkpoint or of an exported folder.
-        runtime: ``auto``, or a name of :func:`crowdexit.inference.runtimes.pick.names`; for checkpoints only.
+        runtime: ``auto``, or a name of :func:`crowdexit.runtimes.pick.names`; for checkpoints only.
 
     Raises:
         CrowdExitError: if there is no such model or runtime, or it is damaged.

@@ -23,9 +23,9 @@ from uuid import uuid4
 
 import torch
 
-from crowdexit.inference.runtimes.kept import gpu_name, installed_version
-from crowdexit.machine import cache_folder, processor
-from crowdexit.network import MultiExitNetwork
+from crowdexit.models.network import MultiExitNetwork
+from crowdexit.runtimes.kept import gpu_name, installed_version
+from crowdexit.utils.machine import cache_folder, processor
 
 KEPT = 64  # measurements of a step; the oldest goes for the newest
 MOST_PROFILES = 100  # files of them; the one written longest ago goes

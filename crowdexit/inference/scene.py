@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from crowdexit.backbones.audiocsrnet import STRIDE
 from crowdexit.data.audio import Warn, read_middle_second, refuse
 from crowdexit.data.log_mel import log_mel
 from crowdexit.data.mel import AudioError, AudioInput, AudioStatus, checked_log_mel
 from crowdexit.data.picture import DecodedImage, Placement, checked_picture, from_pil, read_image, tile_boxes, views
-from crowdexit.network import Config
+from crowdexit.models.backbones.audiocsrnet import STRIDE
+from crowdexit.models.network import Config
 
 Picture = NDArray[np.uint8] | Image.Image | DecodedImage | str | Path
 Sound = tuple[Any, Any] | NDArray[np.float32] | AudioInput | str | Path

@@ -19,9 +19,9 @@ import torch
 from numpy.typing import NDArray
 
 from crowdexit.inference.profile import FIRST, Profile, exit_step, stage_step
-from crowdexit.inference.runtimes.base import ReadyChain
 from crowdexit.inference.turn import Turn
-from crowdexit.stages import Answer
+from crowdexit.models.stages import Answer
+from crowdexit.runtimes.base import ReadyChain
 
 T = TypeVar("T")
 Mask = NDArray[np.bool_]

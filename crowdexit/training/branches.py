@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
-from crowdexit import zoo
-from crowdexit.exits import Branch
-from crowdexit.network import FINAL, MultiExitNetwork
-from crowdexit.stages import Exit
+from crowdexit.models import zoo
+from crowdexit.models.exits import Branch
+from crowdexit.models.network import FINAL, MultiExitNetwork
+from crowdexit.models.stages import Exit
 from crowdexit.training.cache import FeatureCache, walk
 from crowdexit.training.losses import Batch, exit_loss, local_error
 from crowdexit.training.modules import (

@@ -18,8 +18,8 @@ from torch.utils.data import Dataset, default_collate
 
 from crowdexit.data.classes import ClassDataset
 from crowdexit.data.dataset import CrowdDataset
-from crowdexit.network import MultiExitNetwork
-from crowdexit.stages import Features
+from crowdexit.models.network import MultiExitNetwork
+from crowdexit.models.stages import Features
 from crowdexit.training.losses import Batch
 from crowdexit.training.modules import TrainingError, record
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from crowdexit import zoo
+from crowdexit.models import zoo
 from crowdexit.training.modules import TrainingError
 from crowdexit.training.recipe import Recipe, checked
 

@@ -19,7 +19,7 @@ from crowdexit.data.picture import read_picture
 from crowdexit.data.store import Store
 from crowdexit.data.unlabelled import PictureFolder, unlabelled_folder
 from crowdexit.data.voices import read_voices
-from crowdexit.network import Config, MultiExitNetwork
+from crowdexit.models.network import Config, MultiExitNetwork
 from crowdexit.training.cache import CachedDataset, collate
 from crowdexit.training.modules import TrainingError
 from crowdexit.training.recipe import NegativesPart, Recipe

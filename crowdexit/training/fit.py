@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crowdexit.exits import Branch
-from crowdexit.network import MultiExitNetwork
+from crowdexit.models.exits import Branch
+from crowdexit.models.network import MultiExitNetwork
 from crowdexit.training.cache import walk
 from crowdexit.training.losses import Batch, evened
 from crowdexit.training.recipe import Recipe

@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from crowdexit import zoo
-from crowdexit.network import FINAL, MultiExitNetwork
-from crowdexit.stages import Answer
+from crowdexit.models import zoo
+from crowdexit.models.network import FINAL, MultiExitNetwork
+from crowdexit.models.stages import Answer
 from crowdexit.training.losses import Batch, exit_loss
 from crowdexit.training.modules import (
     Diverged,

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from crowdexit.backbones.audiocsrnet import STRIDE, upsample_sum
-from crowdexit.stages import Answer
+from crowdexit.models.backbones.audiocsrnet import STRIDE, upsample_sum
+from crowdexit.models.stages import Answer
 from crowdexit.training.recipe import Recipe
 
 Batch = dict[str, Any]

@@ -20,12 +20,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from crowdexit import zoo
-from crowdexit.backbones.fronts import AudioEncoder
-from crowdexit.backbones.vit import ViT
 from crowdexit.errors import CrowdExitError
-from crowdexit.network import FINAL, MultiExitNetwork
-from crowdexit.stages import Exit, Features, inputs
+from crowdexit.models import zoo
+from crowdexit.models.backbones.fronts import AudioEncoder
+from crowdexit.models.backbones.vit import ViT
+from crowdexit.models.network import FINAL, MultiExitNetwork
+from crowdexit.models.stages import Exit, Features, inputs
 from crowdexit.training.depthwise import QuickFrozenDepthwise, is_depthwise
 from crowdexit.training.losses import Batch, density_loss, exit_loss, value_loss
 from crowdexit.training.recipe import OptimiserPart, Recipe

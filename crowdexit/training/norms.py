@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from crowdexit.network import MultiExitNetwork
+from crowdexit.models.network import MultiExitNetwork
 from crowdexit.training.losses import Batch
 from crowdexit.training.modules import record
 

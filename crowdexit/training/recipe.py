@@ -88,7 +88,7 @@ class DataPart(_Part):
     Pictures of classes know of these ``store``, ``train``, ``val``, ``draws``, ``whole`` and ``workers``: they are
     shifted by up to an eighth of their side and flipped, or, with ``whole``, left as they are.
     ``leave_out`` is a fold of the training samples to leave out, ``0/3`` the first of three
-    (:mod:`crowdexit.inference.cross_fit`). ``balance`` gives groups of ids (shell patterns) their share of the draws.
+    (:mod:`crowdexit.evaluation.cross_fit`). ``balance`` gives groups of ids (shell patterns) their share of the draws.
     ``hear`` is the probability that
     a sample with audio is heard; ``voices`` is a folder of voice recordings, of which the audio of each training crop
     is simulated for the heads that it shows, in place of the sample's own. ``stride`` is the density map's (1 is the

@@ -31,17 +31,14 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from crowdexit import zoo
-from crowdexit.backbones.audiocsrnet import AudioCSRNet
-from crowdexit.backbones.vit import ViT
-from crowdexit.backbones.weights import apply_weights
 from crowdexit.data.augment import Conditions
 from crowdexit.data.dataset import CrowdDataset
 from crowdexit.errors import CrowdExitError
-from crowdexit.files import atomic_write, checksum, sync, write_problem
-from crowdexit.machine import has_bfloat16
-from crowdexit.memory import keep_freed_memory
-from crowdexit.network import FINAL, MultiExitNetwork
+from crowdexit.models import zoo
+from crowdexit.models.backbones.audiocsrnet import AudioCSRNet
+from crowdexit.models.backbones.vit import ViT
+from crowdexit.models.backbones.weights import apply_weights
+from crowdexit.models.network import FINAL, MultiExitNetwork
 from crowdexit.training.branches import BranchTraining, add_branches, trials
 from crowdexit.training.cache import CachedDataset, FeatureCache
 from crowdexit.training.data import RecipeData, class_names, make_data
@@ -51,6 +48,9 @@ from crowdexit.training.losses import Batch
 from crowdexit.training.modules import BackboneTraining, Diverged, Experiment, TrainingError
 from crowdexit.training.norms import start_norms
 from crowdexit.training.recipe import Recipe
+from crowdexit.utils.files import atomic_write, checksum, sync, write_problem
+from crowdexit.utils.machine import has_bfloat16
+from crowdexit.utils.memory import keep_freed_memory
 
 LAST, BEFORE = "last.ckpt", "before-last.ckpt"  # checkpoints of the last two epochs
 _TRAILER = b"crowdexit crc32 "  # behind a checkpoint's data, then its checksum in 8 hex digits

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from crowdexit import zoo
+from crowdexit.models import zoo
 from crowdexit.training.modules import TrainingError
 from crowdexit.training.recipe import Recipe, checked
 

@@ -20,9 +20,9 @@ from typing import Any, cast
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from crowdexit import zoo
 from crowdexit.errors import CrowdExitError
-from crowdexit.scenarios import CLASSES, branch_options
+from crowdexit.models import zoo
+from crowdexit.models.scenarios import CLASSES, branch_options
 from crowdexit.training.recipe import checked, first_problem
 
 BUNDLED = Path(__file__).parent / "suites"

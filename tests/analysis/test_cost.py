@@ -7,12 +7,12 @@ import itertools
 import pytest
 import torch
 
-from crowdexit import zoo
-from crowdexit.analysis.cost import CostTable, cost, cost_of, measure
-from crowdexit.analysis.tradeoff import costs
-from crowdexit.backbones.audiocsrnet import AudioCSRNet, AudioCSRNetConfig
 from crowdexit.errors import CrowdExitError
-from crowdexit.stages import inputs
+from crowdexit.evaluation.cost import CostTable, cost, cost_of, measure
+from crowdexit.evaluation.tradeoff import costs
+from crowdexit.models import zoo
+from crowdexit.models.backbones.audiocsrnet import AudioCSRNet, AudioCSRNetConfig
+from crowdexit.models.stages import inputs
 
 # place: parameters CNN, SL-ViT as printed; FLOPS CNN, SL-ViT in 10⁹; speedup
 TABLE_VIII = {
@@ -133,7 +133,7 @@ def test_another_size(paper):
 
 
 def test_checkpoint_with_changes(tmp_path):
-    from crowdexit import zoo
+    from crowdexit.models import zoo
 
     spec = zoo.Spec("audiocsrnet-s", (), {"size": [128, 64], "width": 1 / 16, "audio_width": 1 / 16})
     zoo.save(zoo.build(spec), spec, tmp_path / "model.safetensors")

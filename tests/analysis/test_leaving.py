@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from crowdexit import zoo
-from crowdexit.analysis import tradeoff
-from crowdexit.analysis.leaving import costs_on_the_way, leaving
+from crowdexit.evaluation import tradeoff
+from crowdexit.evaluation.leaving import costs_on_the_way, leaving
+from crowdexit.models import zoo
 
 EXITS = tuple(zoo.ExitSpec(str(layer), str(layer), "mlp") for layer in (1, 6))
 

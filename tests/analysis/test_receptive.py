@@ -8,11 +8,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from crowdexit import zoo
-from crowdexit.analysis.receptive import look
-from crowdexit.backbones.audiocsrnet import AudioCSRNet, AudioCSRNetConfig
-from crowdexit.cli import app
+from crowdexit.cli.commands import app
 from crowdexit.errors import CrowdExitError
+from crowdexit.evaluation.receptive import look
+from crowdexit.models import zoo
+from crowdexit.models.backbones.audiocsrnet import AudioCSRNet, AudioCSRNetConfig
 
 CHANGES = {"size": [256, 128], "width": 1 / 16, "audio_width": 1 / 16, "patch": 4, "dim": 8, "heads": 2, "hidden": 8}
 EXITS = (zoo.ExitSpec("V1", "V1", "slvit"), zoo.ExitSpec("V1-cnn", "V1", "cnn"), zoo.ExitSpec("AV1", "AV1", "slvit"))

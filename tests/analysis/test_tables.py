@@ -7,9 +7,9 @@ import csv
 import cv2
 import pytest
 
-from crowdexit import zoo
-from crowdexit.analysis.tables import as_markdown, data_of, figures, write
 from crowdexit.errors import CrowdExitError
+from crowdexit.evaluation.tables import as_markdown, data_of, figures, write
+from crowdexit.models import zoo
 
 
 def spec_of(stage, exits, store="crowd.h5", others=()):

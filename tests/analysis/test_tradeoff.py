@@ -7,10 +7,10 @@ import csv
 import cv2
 import pytest
 
-from crowdexit import zoo
-from crowdexit.analysis.cost import cost
-from crowdexit.analysis.tradeoff import Point, TradeoffError, costs, points, recommend, write
 from crowdexit.errors import CrowdExitError
+from crowdexit.evaluation.cost import cost
+from crowdexit.evaluation.tradeoff import Point, TradeoffError, costs, points, recommend, write
+from crowdexit.models import zoo
 
 KINDS = ("mlp", "cnn-ignore", "vit")
 SPEC = zoo.Spec(

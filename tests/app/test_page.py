@@ -25,13 +25,13 @@ from PIL import Image
 from app import answer
 from app.answer import answers, problem, table
 from app.page import SAMPLES, make_page, serve
-from crowdexit import zoo
+from crowdexit.calibration.intervals import Intervals
 from crowdexit.data.mel import AudioInput
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference import counter as counting
 from crowdexit.inference.counter import CrowdCounter, ExitResult
-from crowdexit.inference.runtimes.call_off import CalledOff, check
-from crowdexit.intervals import Intervals
+from crowdexit.models import zoo
+from crowdexit.runtimes.call_off import CalledOff, check
 
 TINY = {"width": 0.0625, "audio_width": 0.0625, "size": [128, 64], "dim": 4, "heads": 2, "hidden": 8, "filters": 2}
 EXITS = ["V1", "AV1", "AV2", "final"]

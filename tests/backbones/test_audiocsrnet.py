@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from crowdexit.backbones.audiocsrnet import (
+from crowdexit.models.backbones.audiocsrnet import (
     AudioCSRNet,
     AudioCSRNetConfig,
     DensityExit,
     FusionBlock,
     upsample_sum,
 )
-from crowdexit.stages import Features, inputs
+from crowdexit.models.stages import Features, inputs
 
 SMALL = {"size": (128, 64), "width": 1 / 16, "audio_width": 1 / 16, "dim": 4, "heads": 2, "filters": 4, "hidden": 16}
 PLACES = ("V1", "AV1", "AV2")

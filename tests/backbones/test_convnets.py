@@ -9,9 +9,9 @@ from torch import nn
 from torchvision.models import get_model
 from torchvision.models.resnet import Bottleneck
 
-from crowdexit.backbones.convnets import KINDS, ConvNet, ConvNetConfig
-from crowdexit.backbones.weights import WeightsError, load_published
-from crowdexit.stages import inputs
+from crowdexit.models.backbones.convnets import KINDS, ConvNet, ConvNetConfig
+from crowdexit.models.backbones.weights import WeightsError, load_published
+from crowdexit.models.stages import inputs
 
 SMALL = {"resnet18": 64, "resnet50": 64, "densenet121": 64, "inception_v3": 107}
 

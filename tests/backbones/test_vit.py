@@ -12,11 +12,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn import functional as F
 
-from crowdexit.backbones.audiocsrnet import AudioCSRNet, AudioCSRNetConfig
-from crowdexit.backbones.vit import KINDS, ViT, ViTConfig
-from crowdexit.backbones.weights import WeightsError, load_published
 from crowdexit.data.picture import normalise
-from crowdexit.stages import inputs
+from crowdexit.models.backbones.audiocsrnet import AudioCSRNet, AudioCSRNetConfig
+from crowdexit.models.backbones.vit import KINDS, ViT, ViTConfig
+from crowdexit.models.backbones.weights import WeightsError, load_published
+from crowdexit.models.stages import inputs
 
 SMALL = {"size": (96, 96), "dim": 48, "depth": 4, "heads": 3, "hidden": 8, "slvit_dim": 4, "slvit_heads": 2}
 

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.vgg import cfgs, make_layers
 
-from crowdexit.backbones.audiocsrnet import FUSION_CHANNELS, AudioCSRNet, AudioCSRNetConfig
-from crowdexit.backbones.vgg import VGG_FRONT, VGGISH, VGGish
-from crowdexit.backbones.weights import WeightsError, apply_weights, load_published, read_published
-from crowdexit.backbones.yamnet import BLOCKS
 from crowdexit.data.picture import MEAN, STD
-from crowdexit.stages import inputs
+from crowdexit.models.backbones.audiocsrnet import FUSION_CHANNELS, AudioCSRNet, AudioCSRNetConfig
+from crowdexit.models.backbones.vgg import VGG_FRONT, VGGISH, VGGish
+from crowdexit.models.backbones.weights import WeightsError, apply_weights, load_published, read_published
+from crowdexit.models.backbones.yamnet import BLOCKS
+from crowdexit.models.stages import inputs
 
 WIDTH = 16  # the small networks are as wide as the published ones / 16
 

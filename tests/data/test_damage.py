@@ -13,10 +13,10 @@ import h5py
 import numpy as np
 import pytest
 
-from crowdexit import command
-from crowdexit.cli import app
+from crowdexit.cli.commands import app
 from crowdexit.data.classes import ClassStore, write_classes
 from crowdexit.data.store import CHECKSUMS, Store, StoredSample, StoreError, open_for_writing, write_sample
+from crowdexit.utils import command
 
 NOTHING = np.zeros((0, 2), np.float32)
 

@@ -14,9 +14,9 @@ import h5py
 import numpy as np
 import pytest
 
-from crowdexit import command
 from crowdexit.data.store import Store, StoredSample
 from crowdexit.errors import CrowdExitError
+from crowdexit.utils import command
 from data_prep.common import Task, divided, prepare
 
 TASKS = [Task(f"id_{n:03}", "train") for n in range(40)]

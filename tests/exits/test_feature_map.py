@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from crowdexit.exits import CNNExit, GammaBeta, SLViTExit, patch_size
-from crowdexit.exits.feature_map import EncoderLayer, WideAttention
-from crowdexit.stages import Features
+from crowdexit.models.exits import CNNExit, GammaBeta, SLViTExit, patch_size
+from crowdexit.models.exits.feature_map import EncoderLayer, WideAttention
+from crowdexit.models.stages import Features
 
 
 def record(batch=2, channels=6, height=8, width=16, audio=6) -> Features:

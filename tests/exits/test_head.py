@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from crowdexit.exits.head import MLPHead, as_answer
+from crowdexit.models.exits.head import MLPHead, as_answer
 
 
 def test_widths():

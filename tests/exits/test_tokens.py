@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from crowdexit.exits import CNNTokenExit, MixingExit, MLPTokenExit, PerceiverExit, ViTExit
-from crowdexit.stages import Features
+from crowdexit.models.exits import CNNTokenExit, MixingExit, MLPTokenExit, PerceiverExit, ViTExit
+from crowdexit.models.stages import Features
 
 DIM, GRID = 12, (4, 6)
 LENGTH = 1 + GRID[0] * GRID[1]

@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from crowdexit import zoo
 from crowdexit.data.audio import read_audio, read_middle_second
 from crowdexit.data.picture import read_image
 from crowdexit.data.store import Store
 from crowdexit.errors import CrowdExitError
-from crowdexit.inference.video.frames import Span, read_frames
+from crowdexit.models import zoo
+from crowdexit.video.frames import Span, read_frames
 
 # What a damaged length or size is most often.
 NUMBERS = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF]

@@ -21,8 +21,8 @@ import pytest
 import torch
 from PIL import Image
 
-from crowdexit import zoo
 from crowdexit.data.store import StoredSample, open_for_writing, write_sample
+from crowdexit.models import zoo
 
 READING = Path(__file__).with_name("reading.py")
 FEW, MANY = 60, 2000  # cases of each kind

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tiny import tiny_counter
 
-from crowdexit.inference.run import count_inputs
+from crowdexit.jobs.count import count_inputs
 
 if __name__ == "__main__":
     pause, out, format, *inputs = sys.argv[1:]

@@ -7,10 +7,10 @@ from branches import both_kinds
 from tiny import TINY
 from torch import nn
 
-from crowdexit import zoo
-from crowdexit.backbones.vit import KINDS
-from crowdexit.network import MultiExitNetwork
-from crowdexit.stages import Features, inputs
+from crowdexit.models import zoo
+from crowdexit.models.backbones.vit import KINDS
+from crowdexit.models.network import MultiExitNetwork
+from crowdexit.models.stages import Features, inputs
 
 VIT = {
     "size": [64, 64],

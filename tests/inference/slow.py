@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from copy import deepcopy
 
+from crowdexit.calibration.intervals import Intervals
 from crowdexit.inference.counter import CrowdCounter
-from crowdexit.inference.runtimes.base import ReadyChain
-from crowdexit.inference.runtimes.eager import Eager
-from crowdexit.intervals import Intervals
-from crowdexit.network import MultiExitNetwork
+from crowdexit.models.network import MultiExitNetwork
+from crowdexit.runtimes.base import ReadyChain
+from crowdexit.runtimes.eager import Eager
 
 
 class SlowChain(ReadyChain):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from crowdexit.inference.budget import Budget, BudgetError, Costs, climb, ladder
 from crowdexit.inference.walk import Batch, Part, Walk
-from crowdexit.stages import Answer
+from crowdexit.models.stages import Answer
 
 EXITS = ["a", "b", "c", "final"]
 STAGE_OF = dict(zip(EXITS, range(4), strict=True))

@@ -12,14 +12,15 @@ import torch
 from branches import both_kinds
 from tiny import TINY
 
-from crowdexit import command, zoo
-from crowdexit.cli import app
+from crowdexit.calibration.intervals import IntervalError, Intervals, expected_error
+from crowdexit.cli.commands import app
 from crowdexit.data.store import Store, StoredSample, open_for_writing, write_sample
+from crowdexit.evaluation.evaluate import calibrate, evaluate
+from crowdexit.export.runner import read_manifest
+from crowdexit.export.writer import export
 from crowdexit.inference.counter import load
-from crowdexit.inference.evaluate import calibrate, evaluate
-from crowdexit.inference.export import export
-from crowdexit.inference.exported import read_manifest
-from crowdexit.intervals import IntervalError, Intervals, expected_error
+from crowdexit.models import zoo
+from crowdexit.utils import command
 
 
 @pytest.fixture

@@ -9,16 +9,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from crowdexit import zoo
-from crowdexit.analysis.leaving import leaving
-from crowdexit.cli import app
+from crowdexit.calibration.temperatures import Temperatures
+from crowdexit.cli.commands import app
 from crowdexit.data.classes import ClassStore, write_classes
 from crowdexit.errors import CrowdExitError
-from crowdexit.inference import classify
-from crowdexit.inference.classify import Leaving
-from crowdexit.inference.evaluate import evaluate_file
-from crowdexit.inference.runtimes.eager import Eager
-from crowdexit.temperatures import Temperatures
+from crowdexit.evaluation import classify
+from crowdexit.evaluation.classify import Leaving
+from crowdexit.evaluation.evaluate import evaluate_file
+from crowdexit.evaluation.leaving import leaving
+from crowdexit.models import zoo
+from crowdexit.runtimes.eager import Eager
 
 TINY = {"size": [16, 16], "patch": 4, "dim": 24, "depth": 3, "heads": 3, "outputs": 3}
 EXITS = (zoo.ExitSpec("1", "1", "mlp"), zoo.ExitSpec("2", "2", "mlp"))

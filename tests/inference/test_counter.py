@@ -19,17 +19,17 @@ from PIL import Image
 from tiny import TINY
 from videos import tone
 
-from crowdexit import zoo
+from crowdexit.calibration.intervals import Intervals
 from crowdexit.data.log_mel import log_mel
 from crowdexit.data.mel import AudioError
 from crowdexit.data.picture import LEAST_SCALE, PictureError, decode_picture, tile_boxes
 from crowdexit.inference import counter as module
 from crowdexit.inference.counter import CounterError, CrowdCounter, DeadlineMissed, load, served_exits
 from crowdexit.inference.profile import LAYING, PREPARING
-from crowdexit.inference.runtimes.arrays import RuntimeUnavailable
-from crowdexit.inference.runtimes.eager import Eager
 from crowdexit.inference.scene import hear, prepared
-from crowdexit.intervals import Intervals
+from crowdexit.models import zoo
+from crowdexit.runtimes.arrays import RuntimeUnavailable
+from crowdexit.runtimes.eager import Eager
 
 
 def noise(width: int, height: int, seed: int = 0) -> np.ndarray:

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from tiny import TINY
 
-from crowdexit import command, zoo
-from crowdexit.cli import app
+from crowdexit.calibration.intervals import Intervals
+from crowdexit.cli.commands import app
 from crowdexit.data.folds import in_fold
 from crowdexit.data.store import StoredSample, open_for_writing, write_sample
+from crowdexit.evaluation.cross_fit import CrossFitError, read_counts
 from crowdexit.inference.counter import load
-from crowdexit.inference.cross_fit import CrossFitError, read_counts
-from crowdexit.intervals import Intervals
+from crowdexit.models import zoo
+from crowdexit.utils import command
 
 TRAIN = [f"A_{number}" for number in range(60)]
 

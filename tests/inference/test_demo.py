@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console
 
 from crowdexit.data.log_mel import read_audio
-from crowdexit.inference import demo
-from crowdexit.inference.demo import SAMPLES, DemoError, run_demo, true_counts
-from crowdexit.inference.video.decode import Span
-from crowdexit.inference.video.frames import read_frames
+from crowdexit.jobs import demo
+from crowdexit.jobs.demo import SAMPLES, DemoError, run_demo, true_counts
+from crowdexit.video.decode import Span
+from crowdexit.video.frames import read_frames
 
 
 def test_demo(counter, tmp_path):

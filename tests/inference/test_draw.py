@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from crowdexit.inference.counter import ExitResult
-from crowdexit.inference.draw import banner, bars, overlay
+from crowdexit.reports.draw import banner, bars, overlay
 
 Picture = NDArray[np.uint8]
 

@@ -16,21 +16,22 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from crowdexit import command, zoo
-from crowdexit.cli import app
+from crowdexit.calibration.intervals import Intervals
+from crowdexit.calibration.temperatures import Temperatures
+from crowdexit.cli.commands import app
 from crowdexit.errors import CrowdExitError
-from crowdexit.files import checksum
-from crowdexit.inference import exported as reading
-from crowdexit.inference.batch import look
+from crowdexit.export import runner as reading
+from crowdexit.export.runner import Exported, ExportError
+from crowdexit.export.writer import export
 from crowdexit.inference.counter import CrowdCounter, load
-from crowdexit.inference.export import export
-from crowdexit.inference.exported import Exported, ExportError
 from crowdexit.inference.models import keep_calibration, open_model
-from crowdexit.inference.runtimes import openvino
-from crowdexit.inference.runtimes.eager import Eager
-from crowdexit.inference.runtimes.engines import Engine
-from crowdexit.intervals import Intervals
-from crowdexit.temperatures import Temperatures
+from crowdexit.models import zoo
+from crowdexit.runtimes import openvino
+from crowdexit.runtimes.batch import look
+from crowdexit.runtimes.eager import Eager
+from crowdexit.runtimes.engines import Engine
+from crowdexit.utils import command
+from crowdexit.utils.files import checksum
 
 RANDOM = np.random.default_rng(0)
 PICTURE = RANDOM.integers(0, 255, (90, 140, 3), np.uint8)
@@ -69,7 +70,7 @@ def test_the_same_counts_without_torch(kind, checkpoints, tmp_path):
     script = f"""
 import json, sys
 import numpy as np
-from crowdexit.inference.exported import Exported
+from crowdexit.export.runner import Exported
 seen = np.load({str(tmp_path / "seen.npz")!r})
 exported = Exported({str(out)!r})
 said = [exported.count(seen["picture"]), exported.count(seen["picture"], seen["sound"]), exported.count(seen["huge"])]
@@ -152,7 +153,7 @@ def test_onnx_runs_without_torch_and_openvino(tmp_path):
     script = f"""
 import sys
 import numpy as np
-from crowdexit.inference.exported import Exported
+from crowdexit.export.runner import Exported
 print(Exported({str(out)!r}).count(np.load({str(tmp_path / "seen.npy")!r}))["final"])
 assert "torch" not in sys.modules
 assert "openvino" not in sys.modules
@@ -350,10 +351,10 @@ def test_another_number_in_the_manifest_is_damage(exported, tmp_path, capsys, pi
 
 def test_a_full_disk_is_one_line_whatever_the_library_says(checkpoints, tmp_path, monkeypatch):
     def full(*_: object) -> None:
-        monkeypatch.setattr("crowdexit.files.free_bytes", lambda _: 0)
+        monkeypatch.setattr("crowdexit.utils.files.free_bytes", lambda _: 0)
         raise RuntimeError("basic_ios::clear: iostream error")
 
-    monkeypatch.setattr("crowdexit.inference.export._save", full)
+    monkeypatch.setattr("crowdexit.export.writer._save", full)
     with pytest.raises(ExportError) as error:
         export(checkpoints / "audiocsrnet", tmp_path / "out")
     assert str(error.value).startswith(f"{tmp_path / 'out'}: the disk is full (")

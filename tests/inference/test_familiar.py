@@ -14,17 +14,18 @@ import torch
 from branches import both_kinds
 from tiny import TINY
 
-from crowdexit import command, zoo
-from crowdexit.cli import app
+from crowdexit.calibration.familiarity import Familiarity, FamiliarityError
+from crowdexit.calibration.intervals import Intervals
+from crowdexit.cli.commands import app
 from crowdexit.data.store import StoredSample, open_for_writing, write_sample
-from crowdexit.familiarity import Familiarity, FamiliarityError
 from crowdexit.inference.counter import CrowdCounter, load
 from crowdexit.inference.policies import Confident
-from crowdexit.inference.run import count_inputs
-from crowdexit.inference.runtimes.eager import Eager
-from crowdexit.inference.runtimes.pick import pick
-from crowdexit.intervals import Intervals
-from crowdexit.stages import inputs
+from crowdexit.jobs.count import count_inputs
+from crowdexit.models import zoo
+from crowdexit.models.stages import inputs
+from crowdexit.runtimes.eager import Eager
+from crowdexit.runtimes.pick import pick
+from crowdexit.utils import command
 
 WIDTHS = dict.fromkeys(("V1", "AV1", "AV2", "final"), 0.25)
 

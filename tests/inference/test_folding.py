@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from crowdexit import zoo
-from crowdexit.inference.folding import fold_norms
 from crowdexit.inference.models import open_model
-from crowdexit.network import MultiExitNetwork
+from crowdexit.models import zoo
+from crowdexit.models.folding import fold_norms
+from crowdexit.models.network import MultiExitNetwork
 
 SMALL = {"size": [64, 64], "outputs": 3, "top": 0}
 LITE = zoo.Spec(

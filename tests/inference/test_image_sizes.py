@@ -7,16 +7,16 @@ import pytest
 import torch
 from networks import settled
 
-from crowdexit import zoo
 from crowdexit.data.picture import scale_down, scaled_size, views
-from crowdexit.inference.batch import batch_of
+from crowdexit.export.runner import Exported
+from crowdexit.export.writer import export
 from crowdexit.inference.counter import CrowdCounter
-from crowdexit.inference.export import export
-from crowdexit.inference.exported import Exported
-from crowdexit.inference.runtimes import openvino
-from crowdexit.inference.runtimes.eager import Eager
-from crowdexit.inference.runtimes.openvino import OpenVINO
-from crowdexit.network import MultiExitNetwork
+from crowdexit.models import zoo
+from crowdexit.models.network import MultiExitNetwork
+from crowdexit.runtimes import openvino
+from crowdexit.runtimes.batch import batch_of
+from crowdexit.runtimes.eager import Eager
+from crowdexit.runtimes.openvino import OpenVINO
 
 SIZE = (128, 96)  # of no more than so many pixels is an image
 SPEC = zoo.Spec(
@@ -78,7 +78,7 @@ def test_openvino_is_converted_once_for_all_sizes(network, images, monkeypatch):
     converted = []
     convert = openvino.convert
     monkeypatch.setattr(openvino, "convert", lambda piece, *of: converted.append(piece) or convert(piece, *of))
-    monkeypatch.setattr("crowdexit.inference.runtimes.kept.cache_folder", lambda: None)
+    monkeypatch.setattr("crowdexit.runtimes.kept.cache_folder", lambda: None)
     chain, eager = OpenVINO().ready(network), Eager().ready(network)
     before = 0
     for image in images[1:4]:

@@ -21,15 +21,15 @@ import numpy as np
 import pytest
 from videos import Wrapped, index_of, make_video, moving, tone, write_moving
 
-from crowdexit.inference.run import RunError, count_inputs
-from crowdexit.inference.sources import SourceError, expand
-from crowdexit.inference.video import container as container_module
-from crowdexit.inference.video import live
-from crowdexit.inference.video.container import TooLarge, VideoError
-from crowdexit.inference.video.decode import Span
-from crowdexit.inference.video.frames import read_frames
-from crowdexit.inference.video.live import Address, LiveFrames, address_of
-from crowdexit.inference.video.pipeline import How, count_frames
+from crowdexit.jobs.count import RunError, count_inputs
+from crowdexit.jobs.pipeline import How, count_frames
+from crowdexit.jobs.sources import SourceError, expand
+from crowdexit.video import container as container_module
+from crowdexit.video import live
+from crowdexit.video.container import TooLarge, VideoError
+from crowdexit.video.decode import Span
+from crowdexit.video.frames import read_frames
+from crowdexit.video.live import Address, LiveFrames, address_of
 
 TENTHS = [i / 10 for i in range(25)]
 

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from slow import slow
 
+from crowdexit.calibration.intervals import Intervals
 from crowdexit.data.picture import tile_boxes
 from crowdexit.inference import counter as module
 from crowdexit.inference.budget import BudgetError, BudgetTooSmall
 from crowdexit.inference.counter import CounterError, CrowdCounter
 from crowdexit.inference.policies import ANYTIME, Confident, DeepestThatFits, PolicyError, policy_named
 from crowdexit.inference.profile import FIRST, LAYING, PREPARING, Profile, exit_step, stage_step
-from crowdexit.inference.run import RunError, count_inputs
-from crowdexit.inference.runtimes.eager import Eager
-from crowdexit.intervals import Intervals
+from crowdexit.jobs.count import RunError, count_inputs
+from crowdexit.runtimes.eager import Eager
 
 SERVED = ["V1", "AV1", "AV2", "final"]
 WIDTHS = {"V1": 0.4, "AV1": 0.3, "AV2": 0.2, "final": 0.1}

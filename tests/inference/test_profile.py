@@ -12,9 +12,9 @@ from branches import both_kinds
 from networks import VIT
 from tiny import TINY
 
-from crowdexit import zoo
 from crowdexit.inference import profile as module
 from crowdexit.inference.profile import FIRST, KEPT, Profile, exit_step, profile_of, stage_step
+from crowdexit.models import zoo
 
 
 def made(path=None, key=None) -> Profile:

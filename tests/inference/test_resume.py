@@ -16,14 +16,14 @@ import pytest
 from PIL import Image
 from videos import make_video, tone
 
-from crowdexit import command
-from crowdexit.cli import app
-from crowdexit.inference import rows as rows_module
+from crowdexit.calibration.intervals import Intervals
+from crowdexit.cli.commands import app
 from crowdexit.inference.policies import Confident, DeepestThatFits
-from crowdexit.inference.resume import ResumeError, note_of
-from crowdexit.inference.rows import RowError, part_of
-from crowdexit.inference.run import RunError, count_inputs
-from crowdexit.intervals import Intervals
+from crowdexit.jobs import rows as rows_module
+from crowdexit.jobs.count import RunError, count_inputs
+from crowdexit.jobs.resume import ResumeError, note_of
+from crowdexit.jobs.rows import RowError, part_of
+from crowdexit.utils import command
 
 OPTIONS = {"fps": 10, "batch": 4}
 

@@ -22,20 +22,21 @@ from PIL import Image
 from sounds import write_wav
 from videos import make_video, tone
 
-from crowdexit import cli, command
+from crowdexit.calibration.intervals import Intervals
+from crowdexit.cli import commands as cli
 from crowdexit.data.mel import AudioError, AudioInput
 from crowdexit.data.picture import PictureError, read_image
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.anytime import DeadlineMissed
 from crowdexit.inference.counter import CrowdCounter
-from crowdexit.inference.resume import ResumeError
-from crowdexit.inference.rows import RowError, alone, opened
-from crowdexit.inference.run import RunError, count_inputs
-from crowdexit.inference.runtimes.eager import Eager
-from crowdexit.inference.video.container import VideoError
-from crowdexit.inference.video.decode import Span
-from crowdexit.inference.video.frames import read_frames
-from crowdexit.intervals import Intervals
+from crowdexit.jobs.count import RunError, count_inputs
+from crowdexit.jobs.resume import ResumeError
+from crowdexit.jobs.rows import RowError, alone, opened
+from crowdexit.runtimes.eager import Eager
+from crowdexit.utils import command
+from crowdexit.video.container import VideoError
+from crowdexit.video.decode import Span
+from crowdexit.video.frames import read_frames
 
 
 @pytest.fixture

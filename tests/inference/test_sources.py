@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 from videos import make_video, tone
 
-from crowdexit.inference.sources import SourceError, expand, kind_of
-from crowdexit.inference.video.container import VideoError, open_file
+from crowdexit.jobs.sources import SourceError, expand, kind_of
+from crowdexit.video.container import VideoError, open_file
 
 
 def write_wav(path: Path, samples: int = 16_000) -> Path:

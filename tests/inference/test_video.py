@@ -15,19 +15,19 @@ import numpy as np
 import pytest
 from videos import Wrapped, grey, index_of, make_video, tone, write_sound_alone
 
+from crowdexit.calibration.intervals import Intervals
 from crowdexit.data.log_mel import read_audio
 from crowdexit.data.mel import AudioError
 from crowdexit.inference.counter import CounterError
 from crowdexit.inference.policies import Confident, DeepestThatFits
-from crowdexit.inference.video import container as container_module
-from crowdexit.inference.video import sound as sound_module
-from crowdexit.inference.video.annotate import AnnotatedVideo, VideoWriteError
-from crowdexit.inference.video.container import VideoError
-from crowdexit.inference.video.decode import Span
-from crowdexit.inference.video.frames import expected_rows, read_frames
-from crowdexit.inference.video.pipeline import How, count_frames
-from crowdexit.inference.video.sound import Places, SoundTrack
-from crowdexit.intervals import Intervals
+from crowdexit.jobs.pipeline import How, count_frames
+from crowdexit.video import container as container_module
+from crowdexit.video import sound as sound_module
+from crowdexit.video.annotate import AnnotatedVideo, VideoWriteError
+from crowdexit.video.container import VideoError
+from crowdexit.video.decode import Span
+from crowdexit.video.frames import expected_rows, read_frames
+from crowdexit.video.sound import Places, SoundTrack
 
 TENTHS = [i / 10 for i in range(30)]
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from videos import write_moving
 
-from crowdexit.inference.video import decode
-from crowdexit.inference.video.container import VideoError, open_file
-from crowdexit.inference.video.decode import Due, DuePictures, Span
+from crowdexit.video import decode
+from crowdexit.video.container import VideoError, open_file
+from crowdexit.video.decode import Due, DuePictures, Span
 
 KINDS = {
     "h264.mp4": {},

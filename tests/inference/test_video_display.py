@@ -14,9 +14,9 @@ import pytest
 from hdr import encode_hdr
 from videos import moving, tone, write_moving
 
-from crowdexit.inference.run import count_inputs
-from crowdexit.inference.video.decode import Span
-from crowdexit.inference.video.frames import read_frames
+from crowdexit.jobs.count import count_inputs
+from crowdexit.video.decode import Span
+from crowdexit.video.frames import read_frames
 
 
 def write_pictures(

@@ -11,11 +11,11 @@ import pytest
 from videos import make_video, tone, write_moving
 
 from crowdexit.errors import CrowdExitError
-from crowdexit.inference.smooth import Smoother, SmoothError
-from crowdexit.inference.video.container import VideoError
-from crowdexit.inference.video.decode import Span
-from crowdexit.inference.video.frames import parse_time, read_frames
-from crowdexit.inference.video.pipeline import How, Threads, count_frames
+from crowdexit.jobs.pipeline import How, Threads, count_frames
+from crowdexit.jobs.smooth import Smoother, SmoothError
+from crowdexit.video.container import VideoError
+from crowdexit.video.decode import Span
+from crowdexit.video.frames import parse_time, read_frames
 
 
 @pytest.fixture(autouse=True)

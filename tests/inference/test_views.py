@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from crowdexit import zoo
 from crowdexit.data.picture import tiles, views
 from crowdexit.errors import CrowdExitError
-from crowdexit.inference.batch import batch_of
 from crowdexit.inference.counter import CrowdCounter
-from crowdexit.inference.run import count_inputs
-from crowdexit.inference.runtimes.eager import Eager
+from crowdexit.jobs.count import count_inputs
+from crowdexit.models import zoo
+from crowdexit.runtimes.batch import batch_of
+from crowdexit.runtimes.eager import Eager
 
 VIT = {"size": [64, 64], "dim": 12, "depth": 3, "heads": 2, "hidden": 8, "slvit_dim": 4, "audio_width": 0.0625}
 EXITS = (zoo.ExitSpec("1-mlp", "1", "mlp"), zoo.ExitSpec("2-heard", "2", "slvit-audio"))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from branches import both_kinds
 
-from crowdexit import zoo
 from crowdexit.inference.counter import CrowdCounter
-from crowdexit.inference.runtimes.eager import Eager
+from crowdexit.models import zoo
+from crowdexit.runtimes.eager import Eager
 
 TINY = {
     "width": 0.0625,

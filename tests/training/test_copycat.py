@@ -14,9 +14,7 @@ from tiny_runs import best, run, tiny
 from torch.utils.data import default_collate
 from typer.testing import CliRunner
 
-from crowdexit import zoo
-from crowdexit.backbones.convnets import ConvNetConfig
-from crowdexit.cli import app
+from crowdexit.cli.commands import app
 from crowdexit.data.classes import write_classes
 from crowdexit.data.dataset import EpochPlan, MixedPlan
 from crowdexit.data.log_mel import read_audio
@@ -25,7 +23,9 @@ from crowdexit.data.spectrogram import Spectrogram
 from crowdexit.data.store import Store, open_for_writing, write_sample
 from crowdexit.data.unlabelled import PictureFolder
 from crowdexit.errors import CrowdExitError
-from crowdexit.network import FINAL
+from crowdexit.models import zoo
+from crowdexit.models.backbones.convnets import ConvNetConfig
+from crowdexit.models.network import FINAL
 from crowdexit.training.branches import load_teacher, taught
 from crowdexit.training.copycat import copycat_recipe
 from crowdexit.training.data import ClassData, make_data

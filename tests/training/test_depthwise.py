@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from crowdexit.backbones.same_padding import SameConv2d, fix_same_padding
+from crowdexit.models.backbones.same_padding import SameConv2d, fix_same_padding
 from crowdexit.training.depthwise import QuickFrozenDepthwise, _FrozenDepthwise, is_depthwise
 
 

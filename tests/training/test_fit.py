@@ -11,11 +11,11 @@ from tiny_runs import best, run, tiny
 from torch import nn
 from torch.nn import functional as F
 
-from crowdexit.backbones.vit import TokenHead, ViTConfig
-from crowdexit.exits import Branch, CNNExit, SLViTExit
-from crowdexit.exits.head import MLPHead
-from crowdexit.network import MultiExitNetwork
-from crowdexit.stages import Exit, Features, Stage, inputs
+from crowdexit.models.backbones.vit import TokenHead, ViTConfig
+from crowdexit.models.exits import Branch, CNNExit, SLViTExit
+from crowdexit.models.exits.head import MLPHead
+from crowdexit.models.network import MultiExitNetwork
+from crowdexit.models.stages import Exit, Features, Stage, inputs
 from crowdexit.training.fit import _fit_log, fit_exits
 from crowdexit.training.recipe import Recipe
 

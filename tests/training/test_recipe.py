@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from crowdexit import zoo
+from crowdexit.models import zoo
 from crowdexit.training.recipe import RecipeError, bundled, read_recipe
 from crowdexit.training.suite import read_suite
 

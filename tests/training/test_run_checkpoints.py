@@ -13,10 +13,10 @@ import yaml
 from rich.console import Console
 from tiny_runs import run, tiny
 
-from crowdexit import command
-from crowdexit.cli import app
+from crowdexit.cli.commands import app
 from crowdexit.training.modules import TrainingError
 from crowdexit.training.run import BEFORE, LAST, RunCheckpoints, checkpoint_to_resume
+from crowdexit.utils import command
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import pytest
 from tiny_runs import run, tiny
 from typer.testing import CliRunner
 
-from crowdexit import zoo
-from crowdexit.analysis.grid import Candidate, Grid, as_markdown, read_grid
-from crowdexit.cli import app
+from crowdexit.cli.commands import app
 from crowdexit.errors import CrowdExitError
+from crowdexit.evaluation.grid import Candidate, Grid, as_markdown, read_grid
+from crowdexit.models import zoo
 from crowdexit.training.search import search_recipe
 
 EXITS = [{"name": "V1", "place": "V1", "kind": "slvit"}]

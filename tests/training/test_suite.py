@@ -17,10 +17,10 @@ from filelock import FileLock
 from tiny_runs import TINY
 from typer.testing import CliRunner
 
-from crowdexit import zoo
-from crowdexit.cli import app
+from crowdexit.cli.commands import app
 from crowdexit.data.classes import write_classes
 from crowdexit.errors import CrowdExitError
+from crowdexit.models import zoo
 from crowdexit.training.recipe import Recipe
 from crowdexit.training.suite import bundled, described, merged, read_suite, run_all, runs_of
 
@@ -120,7 +120,7 @@ def test_what_a_table_costs_is_known_before_anything_is_trained(tmp_path, store,
     def fails(*_):
         raise RuntimeError("no such cost")
 
-    monkeypatch.setattr("crowdexit.analysis.cost.cost_of", fails)
+    monkeypatch.setattr("crowdexit.evaluation.cost.cost_of", fails)
     arguments = ["suite", str(counting_suite(tmp_path)), "--data", str(store), "--split", "val", "--seeds", "1"]
     result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "out")])
     assert str(result.exception) == "no such cost"

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny_runs import EXITS, TINY, best, last, run, same, tiny
 
-from crowdexit import zoo
-from crowdexit.backbones.vgg import VGGFront
+from crowdexit.models import zoo
+from crowdexit.models.backbones.vgg import VGGFront
 from crowdexit.training.branches import BranchTraining, add_branches
 from crowdexit.training.losses import local_error
 from crowdexit.training.modules import TrainingError

@@ -9,9 +9,9 @@ import torch
 from test_train_vit import EXITS, SMALL
 from tiny_runs import best, run, tiny
 
-from crowdexit import zoo
 from crowdexit.data.dataset import EpochPlan
 from crowdexit.errors import CrowdExitError
+from crowdexit.models import zoo
 from crowdexit.training.cache import MANIFEST
 
 VIEWS = {"views": 2}

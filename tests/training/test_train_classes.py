@@ -12,12 +12,12 @@ import torch
 from tiny_runs import run
 from typer.testing import CliRunner
 
-from crowdexit import zoo
-from crowdexit.cli import app
+from crowdexit.cli.commands import app
 from crowdexit.data.classes import write_classes
 from crowdexit.errors import CrowdExitError
+from crowdexit.evaluation.evaluate import evaluate_file
 from crowdexit.inference.counter import load
-from crowdexit.inference.evaluate import evaluate_file
+from crowdexit.models import zoo
 from crowdexit.training.modules import ClassValidation, TrainingError
 from crowdexit.training.recipe import Recipe
 

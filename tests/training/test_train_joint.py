@@ -9,10 +9,10 @@ import pytest
 import torch
 from tiny_runs import EXITS, TINY, best, last, run, same, tiny
 
-from crowdexit import zoo
 from crowdexit.data.dataset import CrowdDataset, Setting
 from crowdexit.data.store import Store
 from crowdexit.errors import CrowdExitError
+from crowdexit.models import zoo
 from crowdexit.training.joint import JointTraining, Phase, phases
 from crowdexit.training.losses import exit_loss
 from crowdexit.training.modules import record

@@ -11,9 +11,9 @@ from sounds import tone, write_wav
 from tiny_runs import best, last, run, same, tiny
 from torch import nn
 
-from crowdexit import zoo
 from crowdexit.errors import CrowdExitError
-from crowdexit.stages import inputs
+from crowdexit.models import zoo
+from crowdexit.models.stages import inputs
 from crowdexit.training.data import make_data
 from crowdexit.training.joint import JointTraining
 from crowdexit.training.losses import exit_loss

@@ -15,10 +15,10 @@ import torch
 import yaml
 from tiny_runs import EXITS, last, run, same, tiny
 
-from crowdexit import zoo
-from crowdexit.backbones.audiocsrnet import AudioCSRNetConfig
 from crowdexit.data.dataset import CrowdDataset, Setting
 from crowdexit.data.store import Store
+from crowdexit.models import zoo
+from crowdexit.models.backbones.audiocsrnet import AudioCSRNetConfig
 from crowdexit.training.data import CrowdData
 from crowdexit.training.modules import TrainingError, record
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_runs import EXITS, best, run, tiny
 
-from crowdexit import zoo
+from crowdexit.models import zoo
 from crowdexit.training.branches import BranchTraining
 from crowdexit.training.modules import BackboneTraining, Diverged, TrainingError, listed
 from crowdexit.training.run import train

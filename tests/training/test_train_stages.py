@@ -13,9 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_runs import TINY, best, run, same, tiny, write_store
 
 import crowdexit.training.run as runs
-from crowdexit import zoo
 from crowdexit.errors import CrowdExitError
-from crowdexit.stages import inputs
+from crowdexit.models import zoo
+from crowdexit.models.stages import inputs
 from crowdexit.training.data import make_data
 from crowdexit.training.losses import density_loss
 from crowdexit.training.modules import TrainingError, record, validated

@@ -9,9 +9,9 @@ import torch
 from tiny_runs import TINY, best, run, tiny
 from typer.testing import CliRunner
 
-from crowdexit import zoo
-from crowdexit.cli import app
+from crowdexit.cli.commands import app
 from crowdexit.errors import CrowdExitError
+from crowdexit.models import zoo
 from crowdexit.training.run import train
 
 VIT = {"size": [64, 64], "dim": 12, "depth": 3, "heads": 2, "hidden": 8, "slvit_dim": 4, "slvit_heads": 2}

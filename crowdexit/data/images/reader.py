@@ -21,8 +21,8 @@ from crowdexit.data.images import isobmff, jpeg, netpbm, tiff
 from crowdexit.data.images.limits import MAX_PIXELS, PictureError, check_size
 from crowdexit.data.images.opencv import imdecode
 from crowdexit.data.images.ranges import RangeUnknown, to_8_bits
-from crowdexit.memory import return_freed_memory
-from crowdexit.paths import is_file
+from crowdexit.utils.memory import return_freed_memory
+from crowdexit.utils.paths import is_file
 
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".webp", ".tif", ".tiff", ".gif"),

@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-from crowdexit import zoo
 from crowdexit.inference.counter import CrowdCounter
 from crowdexit.inference.models import open_model
-from crowdexit.inference.runtimes import pick as module
-from crowdexit.inference.runtimes.arrays import RuntimeUnavailable
-from crowdexit.inference.runtimes.base import ReadyChain, Runtime
-from crowdexit.inference.runtimes.eager import Eager
-from crowdexit.inference.runtimes.kept import keep_choice
-from crowdexit.inference.runtimes.pick import Auto, candidates, names
-from crowdexit.machine import cache_folder
-from crowdexit.network import ActivationRange
+from crowdexit.models import zoo
+from crowdexit.models.network import ActivationRange
+from crowdexit.runtimes import pick as module
+from crowdexit.runtimes.arrays import RuntimeUnavailable
+from crowdexit.runtimes.base import ReadyChain, Runtime
+from crowdexit.runtimes.eager import Eager
+from crowdexit.runtimes.kept import keep_choice
+from crowdexit.runtimes.pick import Auto, candidates, names
+from crowdexit.utils.machine import cache_folder
 
 
 class Fake(Runtime):

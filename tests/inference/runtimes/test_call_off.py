@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import nn
 
-from crowdexit.inference.runtimes import onnx, openvino
-from crowdexit.inference.runtimes.arrays import Port, Ports
-from crowdexit.inference.runtimes.call_off import CalledOff, CallOff, broken_off_by, check, may_be_called_off
-from crowdexit.inference.runtimes.eager import EagerChain
-from crowdexit.inference.runtimes.engines import Engine, OnnxEngine, OpenVINOEngine
-from crowdexit.inference.runtimes.pieces import Piece
-from crowdexit.network import MultiExitNetwork
-from crowdexit.stages import Answer, Exit, Features, Stage, inputs
+from crowdexit.models.network import MultiExitNetwork
+from crowdexit.models.stages import Answer, Exit, Features, Stage, inputs
+from crowdexit.runtimes import onnx, openvino
+from crowdexit.runtimes.arrays import Port, Ports
+from crowdexit.runtimes.call_off import CalledOff, CallOff, broken_off_by, check, may_be_called_off
+from crowdexit.runtimes.eager import EagerChain
+from crowdexit.runtimes.engines import Engine, OnnxEngine, OpenVINOEngine
+from crowdexit.runtimes.pieces import Piece
 
 LAYERS, SIDE = 24, 128  # a good part of a second of work, of which a layer is some ten milliseconds
 

@@ -11,15 +11,15 @@ import networks
 import pytest
 import torch
 
-from crowdexit import zoo
 from crowdexit.inference.counter import CrowdCounter
-from crowdexit.inference.runtimes import kept, openvino
-from crowdexit.inference.runtimes.eager import Eager
-from crowdexit.inference.runtimes.int8 import measure_ranges
-from crowdexit.inference.runtimes.kept import KeptModels, fingerprint
-from crowdexit.inference.runtimes.openvino import OpenVINO
-from crowdexit.machine import cache_folder
-from crowdexit.network import MultiExitNetwork
+from crowdexit.models import zoo
+from crowdexit.models.network import MultiExitNetwork
+from crowdexit.runtimes import kept, openvino
+from crowdexit.runtimes.eager import Eager
+from crowdexit.runtimes.int8 import measure_ranges
+from crowdexit.runtimes.kept import KeptModels, fingerprint
+from crowdexit.runtimes.openvino import OpenVINO
+from crowdexit.utils.machine import cache_folder
 
 
 @pytest.fixture

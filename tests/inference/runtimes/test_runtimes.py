@@ -16,17 +16,17 @@ import pytest
 import torch
 
 from crowdexit.inference.counter import CrowdCounter
-from crowdexit.inference.runtimes import compiled, engines, openvino
-from crowdexit.inference.runtimes.arrays import ANSWER, RECORD, ArrayChain, RuntimeUnavailable
-from crowdexit.inference.runtimes.base import ReadyChain
-from crowdexit.inference.runtimes.eager import Eager, _on
-from crowdexit.inference.runtimes.int8 import measure_ranges, quantised
-from crowdexit.inference.runtimes.onnx import Onnx
-from crowdexit.inference.runtimes.openvino import OpenVINO
-from crowdexit.inference.runtimes.pick import names, pick
-from crowdexit.inference.runtimes.pieces import take_apart
-from crowdexit.network import ActivationRange, MultiExitNetwork
-from crowdexit.stages import Answer, Features, inputs
+from crowdexit.models.network import ActivationRange, MultiExitNetwork
+from crowdexit.models.stages import Answer, Features, inputs
+from crowdexit.runtimes import compiled, engines, openvino
+from crowdexit.runtimes.arrays import ANSWER, RECORD, ArrayChain, RuntimeUnavailable
+from crowdexit.runtimes.base import ReadyChain
+from crowdexit.runtimes.eager import Eager, _on
+from crowdexit.runtimes.int8 import measure_ranges, quantised
+from crowdexit.runtimes.onnx import Onnx
+from crowdexit.runtimes.openvino import OpenVINO
+from crowdexit.runtimes.pick import names, pick
+from crowdexit.runtimes.pieces import take_apart
 
 CUDA = torch.device("cuda")
 EXACT = {"rtol": 1e-5, "atol": 1e-4}
@@ -280,7 +280,7 @@ import numpy as np
 import openvino
 from openvino import opset13
 
-from crowdexit.inference.runtimes.engines import OpenVINOEngine
+from crowdexit.runtimes.engines import OpenVINOEngine
 
 taken = opset13.parameter([-1, 3], np.float32)
 engines = [OpenVINOEngine(lambda piece, shapes: openvino.Model([opset13.relu(taken)], [taken]))]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from crowdexit import zoo
-from crowdexit.inference.runtimes import winograd as module
-from crowdexit.inference.runtimes.arrays import RuntimeUnavailable
-from crowdexit.inference.runtimes.eager import Eager
-from crowdexit.inference.runtimes.pick import pick
-from crowdexit.inference.runtimes.winograd import Winograd, convolved, is_filtered
-from crowdexit.stages import inputs
+from crowdexit.models import zoo
+from crowdexit.models.stages import inputs
+from crowdexit.runtimes import winograd as module
+from crowdexit.runtimes.arrays import RuntimeUnavailable
+from crowdexit.runtimes.eager import Eager
+from crowdexit.runtimes.pick import pick
+from crowdexit.runtimes.winograd import Winograd, convolved, is_filtered
 
 pytestmark = pytest.mark.skipif(not torch.backends.nnpack.is_available(), reason="NNPACK does not know this processor")
 

@@ -1,0 +1,261 @@
+"""Every exit's error on a prepared set: of counts with or without sound, under chosen conditions, or of classes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crowdexit.calibration.familiarity import Familiarity, FamiliarityError, fit
+from crowdexit.calibration.intervals import IntervalError, Intervals, Thirds, expected_error, rank, thirds, width
+from crowdexit.calibration.temperatures import Measure, Temperatures
+from crowdexit.data.augment import Conditions
+from crowdexit.data.classes import ClassStore
+from crowdexit.data.picture import decode_picture
+from crowdexit.data.store import Store
+from crowdexit.errors import CrowdExitError
+from crowdexit.evaluation import classify
+from crowdexit.inference.counter import CrowdCounter, ExitResult
+from crowdexit.inference.models import calibration_of, open_model
+from crowdexit.utils.memory import keep_freed_memory
+
+log = logging.getLogger(__name__)
+
+
+def read_for_counting(
+    store: Store, split: str, id: str, *, audio: bool = True, conditions: Conditions = Conditions()
+) -> tuple[NDArray[np.uint8], NDArray[np.float32] | None, float, str]:
+    """(picture, log-mel or None, count, audio source) of a stored sample under conditions fixed by its id."""
+    sample = store.read(split, id)
+    picture = decode_picture(sample.image.tobytes(), f"{split}/{id}")
+    seed = np.frombuffer(id.encode(), np.uint8)
+    picture = conditions.apply(picture, np.random.default_rng(seed))
+    return picture, sample.log_mel if audio else None, sample.count, sample.audio_source
+
+
+@dataclass(frozen=True)
+class Counted:
+    """One sample counted: its id, the true count, where its sound came from, and what each exit said."""
+
+    id: str
+    truth: float
+    sound: str
+    results: tuple[ExitResult, ...]
+
+
+def count_samples(
+    counter: CrowdCounter,
+    store: Store,
+    split: str,
+    ids: Sequence[str],
+    *,
+    audio: bool = True,
+    heard_alone: bool = False,
+    conditions: Conditions = Conditions(),
+    progress: Any = None,
+) -> Iterator[Counted]:
+    """Count the samples of a split with every exit that the counter serves.
+
+    The first sample is run once beforehand, so that no latency counts the warm-up.
+
+    Args:
+        ids: of the samples.
+        audio: False counts without sound even where there is some.
+        heard_alone: passes over those that are not heard: they have no sound, or are cut into tiles.
+        progress: called after each sample.
+    """
+    warm = False
+    for id in ids:
+        picture, mel, count, source = read_for_counting(store, split, id, audio=audio, conditions=conditions)
+        heard = mel is not None and counter.size_for(picture.shape[1], picture.shape[0]) is not None
+        if heard or not heard_alone:
+            if not warm:
+                for _ in counter.stream(picture, mel):
+                    pass
+                warm = True
+            yield Counted(id, count, source if heard else "none", tuple(counter.stream(picture, mel)))
+        if progress is not None:
+            progress()
+
+
+def evaluate(
+    counter: CrowdCounter,
+    store: Store,
+    split: str,
+    ids: Sequence[str],
+    *,
+    audio: bool = True,
+    conditions: Conditions = Conditions(),
+    progress: Any = None,
+) -> dict[str, Any]:
+    """MAE, RMSE and mean latency of each exit, of the samples that :func:`count_samples` counts.
+
+    Returns:
+        ``{"split", "audio", "samples", "exits": [{"exit", "mae", "rmse", "latency_ms"}]}``; ``audio`` is where
+        the sound came from (``recorded``, ``simulated``, ``none``, or ``mixed``). Where all exits are
+        calibrated, also ``level``, how many per cent of the truths their intervals should hold, and in each row
+        ``covered``, how many they do; of the very pictures that calibrated them that many do by construction.
+    """
+    counted = list(count_samples(counter, store, split, ids, audio=audio, conditions=conditions, progress=progress))
+    sources = {sample.sound for sample in counted}
+    errors = {name: np.array([_of(s, name).count - s.truth for s in counted]) for name in counter.exits}
+    result: dict[str, Any] = {
+        "split": split,
+        "audio": sources.pop() if len(sources) == 1 else "mixed",
+        "samples": len(ids),
+        "exits": [
+            {
+                "exit": name,
+                "mae": float(np.mean(np.abs(errors[name]))),
+                "rmse": float(np.sqrt(np.mean(np.square(errors[name])))),
+                "latency_ms": float(np.mean([_of(s, name).latency_ms for s in counted])),
+            }
+            for name in counter.exits
+        ],
+    }
+    covered = {name: _covered(counted, name) for name in counter.exits}
+    if None not in covered.values():
+        result["level"] = 100 * counter.intervals.level
+        for row in result["exits"]:
+            row["covered"] = covered[row["exit"]]
+    return result
+
+
+def _covered(counted: Sequence[Counted], name: str) -> float | None:
+    """How many per cent of the truths lie in an exit's intervals; None where one has no interval."""
+    pairs = [(_of(sample, name).interval, sample.truth) for sample in counted]
+    inside = [interval[0] <= truth <= interval[1] for interval, truth in pairs if interval is not None]
+    return 100 * float(np.mean(inside)) if len(inside) == len(pairs) else None
+
+
+def _of(sample: Counted, name: str) -> ExitResult:
+    return next(result for result in sample.results if result.exit == name)
+
+
+def calibrate(
+    counter: CrowdCounter,
+    store: Store,
+    split: str,
+    ids: Sequence[str],
+    level: float,
+    *,
+    cross_fitted: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
+    progress: Any = None,
+) -> Intervals:
+    """Split-conformal intervals and expected errors of every exit that the counter serves, from held-out samples.
+
+    Without sound from all of them, with sound from those that have some; where these are too few, a warning says so,
+    and there are none with sound.
+
+    Args:
+        cross_fitted: counts and true counts by exit (:func:`crowdexit.calibration.intervals.thirds`).
+        progress: called twice a sample: counted or passed over without sound, and with it.
+
+    Raises:
+        IntervalError: for a level that is no probability, or too few samples for it.
+    """
+
+    def tables(counted: Sequence[Counted]) -> tuple[dict[str, float], dict[str, float], dict[str, Thirds]]:
+        truths = [sample.truth for sample in counted]
+        counts = {name: [_of(sample, name).count for sample in counted] for name in counter.exits}
+        widths = {name: width(of_exit, truths, level) for name, of_exit in counts.items()}
+        by_size = {name: thirds(of_exit, truths, level, others.get(name)) for name, of_exit in counts.items()}
+        known = {name: of_exit for name, of_exit in by_size.items() if of_exit is not None}
+        return widths, {name: expected_error(of_exit, truths) for name, of_exit in counts.items()}, known
+
+    others = cross_fitted or {}
+    rank(len(ids), level)  # refuses before anything is counted
+    without_sound = list(count_samples(counter, store, split, ids, audio=False, progress=progress))
+    silent, silent_errors, silent_thirds = tables(without_sound)
+    heard, heard_errors, heard_thirds = dict[str, float](), dict[str, float](), dict[str, Thirds]()
+    with_sound = list(count_samples(counter, store, split, ids, heard_alone=True, progress=progress))
+    if with_sound:
+        try:
+            heard, heard_errors, heard_thirds = tables(with_sound)
+        except IntervalError as error:
+            log.warning("not calibrated with sound: %s; what is heard has no interval and is never confident", error)
+            with_sound = []
+    return Intervals(
+        level,
+        silent,
+        heard,
+        samples=len(ids),
+        silent_errors=silent_errors,
+        heard_errors=heard_errors,
+        heard_samples=len(with_sound),
+        silent_thirds=silent_thirds,
+        heard_thirds=heard_thirds,
+    )
+
+
+def measure_familiarity(
+    counter: CrowdCounter, store: Store, split: str, ids: Sequence[str], *, progress: Any = None
+) -> Familiarity | None:
+    """Statistics of the training images; None, with a warning, where these are too few or the network has no maps.
+
+    Args:
+        progress: called after each image.
+    """
+    sums = []
+    for id in ids:
+        of_one = counter.feature_sums(decode_picture(store.read(split, id).image.tobytes(), f"{split}/{id}"))
+        if of_one is None:
+            return None
+        sums.append(of_one)
+        if progress is not None:
+            progress()
+    try:
+        return fit(sums)
+    except FamiliarityError as error:
+        log.warning("whether images are familiar will not be known: %s", error)
+        return None
+
+
+def evaluate_file(
+    model: str | Path,
+    data: Path,
+    split: str,
+    pattern: str = "*",
+    *,
+    audio: bool = True,
+    conditions: Conditions = Conditions(),
+    leave: tuple[Measure, float] | None = None,
+    runtime: str = "auto",
+    progress: Callable[[int], AbstractContextManager[Any]] = lambda total: nullcontext(),
+) -> dict[str, Any]:
+    """Every exit of a model on a prepared file: :func:`evaluate` of a counter, ``classify.evaluate`` of a classifier.
+
+    Args:
+        model: name of a shipped model, a checkpoint, or an exported folder.
+        pattern: shell pattern of the ids to use.
+        leave: of a classifier: the measure of doubt, and the bound of it at which samples leave.
+        progress: given the number of pictures, a context whose value is called after each.
+
+    Raises:
+        CrowdExitError: if model, file, split or conditions are of no use, or no id matches.
+    """
+    keep_freed_memory()
+    network, spec, picked = open_model(model, runtime)
+    if network.classifies:
+        if conditions != Conditions():
+            raise CrowdExitError("brightness, noise and black areas are for counting; classes are told as they are")
+        leaving = leave and classify.Leaving(*leave, Temperatures.from_dict(spec.meta.get("temperatures")))
+        with ClassStore(data) as classes:
+            wanted = classify.matching(classes, split, pattern)
+            with progress(len(wanted)) as advance:
+                return classify.evaluate(
+                    picked.ready(network), classes, split, wanted, leaving=leaving, progress=advance
+                )
+    if leave is not None:
+        raise CrowdExitError("confidence and entropy are of classes; a counter is confident by its intervals")
+    counter = CrowdCounter(network, spec.model, runtime=picked, exits=network.exit_names, **calibration_of(spec))
+    with Store(data) as store:
+        samples = store.ids(split, pattern)
+        with progress(len(samples)) as advance:
+            return evaluate(counter, store, split, samples, audio=audio, conditions=conditions, progress=advance)

@@ -1,0 +1,68 @@
+"""What a bound of doubt is worth: the error and the cost on average when each sample leaves as soon as it is sure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crowdexit.evaluation.cost import at_one_picture, measure
+from crowdexit.models import zoo
+
+
+@dataclass(frozen=True)
+class LeavingPoint:
+    """What comes of a bound.
+
+    Attributes:
+        bound: of the doubt; a sample leaves with the first answer at or below it, at the latest with the last.
+        error: mean over the samples (the share of wrong answers, or the absolute error of counts).
+        cost: mean over the samples, in the unit of the costs.
+        shares: of the samples that leave at each exit, by name.
+    """
+
+    bound: float
+    error: float
+    cost: float
+    shares: Mapping[str, float]
+
+
+def costs_on_the_way(spec: zoo.Spec, exits: Sequence[str]) -> dict[str, float]:
+    """Multiply-adds of one view up to and including each of these exits, when all of them before it are asked, too."""
+    network, features = at_one_picture(spec)
+    stages, own = measure(network, features)
+    asked, costs = 0, {}
+    for name in exits:
+        asked += own[name]
+        costs[name] = (sum(stages[: network.stage_of(name) + 1]) + asked) / 2
+    return costs
+
+
+def leaving(
+    doubts: Mapping[str, NDArray[np.float64]],
+    errors: Mapping[str, NDArray[np.float64]],
+    costs: Mapping[str, float],
+    bounds: Sequence[float],
+) -> list[LeavingPoint]:
+    """For each bound the mean error and cost over samples that are known at every exit.
+
+    Args:
+        doubts, errors: of each sample (n,) by exit, in the order in which the exits answer.
+        costs: of a sample that leaves at an exit, by name.
+    """
+    names = list(doubts)
+    unsure, wrong = np.stack([doubts[name] for name in names]), np.stack([errors[name] for name in names])
+    price = np.array([costs[name] for name in names])
+    points = []
+    for bound in bounds:
+        sure = unsure <= bound
+        sure[-1] = True
+        left = sure.argmax(0)  # the first exit that is sure, of each sample
+        error = wrong[left, np.arange(len(left))].mean()
+        shares = np.bincount(left, minlength=len(names)) / len(left)
+        points.append(
+            LeavingPoint(bound, float(error), float(price[left].mean()), dict(zip(names, shares.tolist(), strict=True)))
+        )
+    return points

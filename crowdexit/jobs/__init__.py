@@ -1,0 +1,1 @@
+"""The job of `crowdexit count`: sources, frames, rows, resuming."""

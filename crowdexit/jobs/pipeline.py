@@ -1,0 +1,209 @@
+"""Reading, preparing and counting at the same time: each part in a thread, joined by short queues."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+from crowdexit.data.mel import AudioInput
+from crowdexit.data.picture import DecodedImage, PictureError
+from crowdexit.inference.anytime import DeadlineMissed
+from crowdexit.inference.counter import CountResult, CrowdCounter, Late
+from crowdexit.inference.policies import ANYTIME
+from crowdexit.inference.walk import Policy
+from crowdexit.video.container import VideoError
+from crowdexit.video.frames import Frame
+
+BATCH = 4
+MOST_AT_ONCE = 64
+_PATIENCE_S = 5.0  # for a thread to end what it is at
+
+T = TypeVar("T")
+
+
+@runtime_checkable
+class Stoppable(Protocol):
+    """What may wait for long before it gives its next item."""
+
+    def stop(self) -> None:
+        """Give no more; called from another thread."""
+
+
+class Threads:
+    """Iterators that run ahead of whoever asks, each in a thread of its own; leaving the context ends them all."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._stopped = False
+        self._threads: list[threading.Thread] = []
+
+    def __enter__(self) -> Threads:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join(_PATIENCE_S)
+
+    def ahead(self, items: Iterable[T], depth: int) -> Iterator[T]:
+        """The same items; up to ``depth`` are held before they are asked for, while one more is made.
+
+        Raises:
+            BaseException: what ``items`` raises, after the items before it.
+        """
+        held: deque[T] = deque()
+        ended = False
+        fault: BaseException | None = None
+
+        def run() -> None:
+            nonlocal ended, fault
+            try:
+                for item in items:
+                    with self._changed:
+                        self._changed.wait_for(lambda: self._stopped or len(held) < depth)
+                        if self._stopped:
+                            break
+                        held.append(item)
+                        self._changed.notify_all()
+            except BaseException as error:
+                fault = error
+            finally:
+                close = getattr(items, "close", None)  # of a generator, in the thread that it runs in
+                if close is not None:
+                    close()
+                with self._changed:
+                    ended = True
+                    self._changed.notify_all()
+
+        def taken() -> Iterator[T]:
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: held or ended or self._stopped)
+                    if not held or self._stopped:
+                        break
+                    item = held.popleft()
+                    self._changed.notify_all()
+                yield item
+            if fault is not None:
+                raise fault
+
+        thread = threading.Thread(target=run, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+        return taken()
+
+
+class _Ready(NamedTuple):
+    """Frames, and what counts them."""
+
+    frames: Sequence[Frame]
+    counting: Callable[[], list[CountResult]]
+
+
+@dataclass(frozen=True)
+class How:
+    """How frames are counted.
+
+    Attributes:
+        exit, deadline_ms, late, policy: of each frame, as of :meth:`CrowdCounter.count`. Without a deadline only the
+            exits that the answer needs are asked.
+        batch: frames to count at once, which does not change their counts; default: four, with a deadline one.
+
+    Raises:
+        VideoError: for a batch that is none, or has to keep a deadline.
+    """
+
+    exit: str = "auto"
+    deadline_ms: float | None = None
+    late: Late = "wait"
+    policy: Policy = ANYTIME
+    batch: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch is not None and not 1 <= self.batch <= MOST_AT_ONCE:
+            raise VideoError(f"a batch of {self.batch} frames (there are 1 to {MOST_AT_ONCE})")
+        if self.at_once > 1 and self.deadline_ms is not None:
+            raise VideoError(f"a batch of {self.batch} frames cannot keep a deadline")
+
+    @property
+    def at_once(self) -> int:
+        """How many frames are counted at once."""
+        return self.batch or (BATCH if self.deadline_ms is None else 1)
+
+
+def count_frames(
+    counter: CrowdCounter, frames: Iterable[Frame], name: str, how: How | None = None
+) -> Generator[tuple[Frame, CountResult | None], None, None]:
+    """Count frames as they come, in their order; the next ones are read and prepared meanwhile.
+
+    With None of a frame that no exit answered in time, where that fails (:attr:`How.late`).
+
+    Args:
+        frames: with their sound; a generator is closed at the end. What can be stopped is live: nothing of it is
+            taken before it can be counted, for it would be old by then; at the end it is stopped.
+        name: of the video, for what is said of it.
+
+    Raises:
+        CrowdExitError: as reading and counting do.
+    """
+    how = how or How()
+    if how.deadline_ms is not None:
+        counter.make_ready_for(how.policy)  # before anything else keeps the machine busy
+    with ExitStack() as stack:
+        if isinstance(frames, Stoppable):
+            stack.callback(frames.stop)
+            ready = _prepared(counter, frames, how)
+        else:
+            threads = stack.enter_context(Threads())
+            ready = threads.ahead(_prepared(counter, threads.ahead(frames, how.at_once + 1), how), 1)
+        try:
+            for group, counting in ready:
+                counted: Sequence[CountResult | None]
+                try:
+                    counted = counting()
+                except DeadlineMissed:  # with a deadline each frame is a group of its own
+                    counted = [None]
+                yield from zip(group, counted, strict=True)
+        except PictureError as error:  # too small: it knows no name
+            raise VideoError(f"{name}: {error}") from None
+
+
+def _prepared(counter: CrowdCounter, frames: Iterable[Frame], how: How) -> Iterator[_Ready]:
+    """Frames in groups, all but the counting done."""
+    group: list[tuple[Frame, DecodedImage, AudioInput]] = []
+
+    def ready() -> _Ready:
+        batch = counter.prepare([(picture, sound) for _, picture, sound in group])
+        of_frames = [frame for frame, *_ in group]
+        group.clear()
+        return _Ready(of_frames, partial(counter.answers, batch, exit=how.exit, policy=how.policy))
+
+    for frame in frames:
+        size = counter.size_for(*frame.size)
+        picture, sound = DecodedImage(frame.scaled(size or frame.size), frame.warnings), frame.audio
+        if size is not None and how.deadline_ms is None:
+            group.append((frame, picture, sound))
+            if len(group) == how.at_once:
+                yield ready()
+            continue
+        if group:
+            yield ready()
+        # To be cut into tiles, or to be counted exit by exit until the time is up.
+        yield _Ready([frame], partial(_alone, counter, picture, sound, how))
+    if group:
+        yield ready()
+
+
+def _alone(counter: CrowdCounter, picture: DecodedImage, sound: AudioInput, how: How) -> list[CountResult]:
+    by: dict[str, Any] = {"exit": how.exit, "deadline_ms": how.deadline_ms, "late": how.late}
+    return [counter.count(picture, sound, **by, policy=how.policy)]

@@ -1,0 +1,183 @@
+"""Going on where a run was stopped: from the rows that it left, and a note of what it was."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from crowdexit.errors import CrowdExitError
+from crowdexit.inference.counter import CrowdCounter
+from crowdexit.jobs.rows import COLUMNS, Format, csv_text, opened, part_of, whole
+from crowdexit.jobs.smooth import Smoother
+from crowdexit.jobs.sources import Source
+from crowdexit.runtimes import pick
+
+
+class ResumeError(CrowdExitError):
+    """A run that cannot go on, or would not be the same one."""
+
+
+@dataclass
+class Left:
+    """What a stopped run has left.
+
+    Attributes:
+        rows: written, in all.
+        source: which of the sources was last written of; -1: none.
+        frames: rows of that one.
+        after: the index of the last frame of its last whole batch. Counting begins again behind it, so that the batches
+            are the same as if nothing had happened.
+        again: rows behind that frame, which are counted again but not written.
+        smoother: as it stood after the last row.
+    """
+
+    smoother: Smoother
+    rows: int = 0
+    source: int = -1
+    frames: int = 0
+    after: int = -1
+    again: int = 0
+
+
+def recipe(counter: CrowdCounter, sources: Sequence[Source], audio: Path | None, **options: object) -> dict[str, Any]:
+    """All that the rows depend on, as plain data: the network, what runs it, the files by name and size, the options.
+
+    With a deadline rows depend on how fast the machine is at the time as well. That can no more be compared between
+    one run and the next than between the first frame of a run and its last.
+    """
+    network = counter.network.config
+    familiarity = None if counter.familiarity is None else counter.familiarity.to_dict()
+    made = {
+        "model": [counter.chain.fingerprint(), str(network), counter.exits, counter.intervals.to_dict(), familiarity],
+        "runtime": counter.chain.runtime,
+        "columns": COLUMNS,
+        "inputs": [[*_size_of(source.path), *_size_of(source.sound)] for source in sources],
+        "audio": _size_of(audio),
+        **options,
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(made, default=str))
+    return plain
+
+
+def _size_of(path: Path | None) -> list[object]:
+    return [] if path is None else [str(path), path.stat().st_size if path.is_file() else None]
+
+
+def note_of(out: Path) -> Path:
+    """Where a run that writes into ``out`` notes what it is, until it has ended."""
+    return out.with_name(part_of(out).name + ".json")
+
+
+def was_stopped(out: Path) -> bool:
+    """Whether there are rows of a run that did not end."""
+    return part_of(out).is_file() and part_of(out).stat().st_size > 0
+
+
+def noted_runtime(out: Path) -> str | None:
+    """The runtime by whose name a stopped run goes on: ``auto`` may choose another by now. None: by no name."""
+    try:
+        name = json.loads(note_of(out.resolve()).read_text("utf-8"))["runtime"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return name if isinstance(name, str) and name in pick.names() else None
+
+
+def take_up(out: Path, wanted: Mapping[str, Any], format: Format, names: Sequence[str], batch: int) -> Left:
+    """Find out where to go on; a last line that was not written to its end is cut off.
+
+    Args:
+        wanted: the recipe of the run that is to go on.
+        names: of the sources. batch: frames that are counted at once.
+
+    Raises:
+        ResumeError: if the rows are of another run, or none that can go on.
+    """
+    part = part_of(out)
+    try:
+        there = json.loads(note_of(out).read_text("utf-8"))
+        other = sorted(key for key in {*there, *wanted} if there.get(key) != wanted.get(key))
+    except (OSError, ValueError, TypeError, AttributeError):
+        raise ResumeError(f"{part}: what it was made with is not known; delete it to begin anew") from None
+    if other:
+        told = [_told(key, there.get(key)) for key in other]
+        raise ResumeError(f"{part}: made with other {', '.join(told)}; delete it to begin anew")
+    if format == "csv":
+        names = [csv_text(name) for name in names]
+    half_life, end, last = float(wanted["smooth"]), 0, -1
+    left, recent = Left(Smoother(half_life)), deque[int](maxlen=batch + 1)
+    try:
+        for end, row in _rows(part, format):  # noqa: B007 - the last one is where the file is cut
+            if row is None:
+                continue
+            frame = row["frame"]
+            if left.source < 0 or row["source"] != names[left.source] or frame is None or frame <= last:
+                left.source = names.index(row["source"], left.source + 1)
+                left.frames, last, left.smoother = 0, -1, Smoother(half_life)
+                recent.clear()
+            if frame is not None:
+                left.smoother.add(row["time_s"], row["count"])
+                left.frames += 1
+                recent.append(frame)
+                last = frame
+            left.rows += 1
+    except (ValueError, KeyError, TypeError, csv.Error):
+        raise ResumeError(f"{part}: not the rows of these inputs; delete it to begin anew") from None
+    os.truncate(part, end)
+    left.again = left.frames % batch
+    left.after = recent[-1 - left.again] if left.frames > left.again else -1
+    return left
+
+
+def _told(key: str, value: object) -> str:
+    """An option of the stopped run, as it was where that fits into a line."""
+    return f"{key} ({value})" if isinstance(value, (str, int, float)) else key
+
+
+def _rows(part: Path, format: Format) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """(where it ends, a row) of all that were written to their ends; None for the names of the columns."""
+    end, text = 0, b""
+    with part.open("rb") as file:
+        for line in file:
+            text += line
+            if not line.endswith(b"\n"):
+                return
+            if format == "csv" and text.count(b'"') % 2:  # a name with a line break in it
+                continue
+            row: dict[str, Any] | None
+            if format == "csv":
+                (cells,) = csv.reader(io.StringIO(text.decode("utf-8"), newline=""))
+                row = None if end == 0 else dict(zip(COLUMNS, cells, strict=True))
+                if row is None and tuple(cells) != COLUMNS:
+                    raise ValueError
+                if row is not None:
+                    row |= {"frame": int(row["frame"]) if row["frame"] else None}
+                    row |= {key: float(row[key]) if row[key] else None for key in ("time_s", "count")}
+            else:
+                row = {"frame": None, **json.loads(text)}
+            end, text = end + len(text), b""
+            yield end, row
+
+
+@contextmanager
+def resumable(
+    out: Path, wanted: Mapping[str, Any], *, going_on: bool, finish: Callable[[Path, Path], object] = Path.replace
+) -> Iterator[TextIO]:
+    """As :func:`crowdexit.jobs.rows.opened`, with a note of the recipe as long as the run has not ended."""
+    note = note_of(out)
+    try:
+        with opened(out, going_on=going_on, finish=finish) as file:
+            if not going_on:  # else it is there, and a full disk must not take it
+                with whole(note) as new:
+                    new.write_text(json.dumps(wanted), "utf-8")
+            yield file
+    finally:
+        if not part_of(out).exists():
+            note.unlink(missing_ok=True)

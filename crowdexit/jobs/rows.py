@@ -1,0 +1,378 @@
+"""Counts written down as they come: a table, JSON lines, CSV or Parquet; a file takes its name when it is whole."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, Protocol, TextIO, get_args
+
+from rich.console import Console
+from rich.table import Table
+
+from crowdexit.data.mel import AudioStatus
+from crowdexit.errors import CrowdExitError
+from crowdexit.inference.counter import CountResult
+from crowdexit.jobs.smooth import Smoother
+from crowdexit.video.frames import Frame
+
+if sys.platform != "win32":
+    import fcntl
+
+Format = Literal["table", "json", "csv", "parquet"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+COLUMNS = (
+    *("source", "frame", "time_s", "count", "low", "high", "smoothed", "chosen_exit", "latency_ms"),
+    *("audio", "familiar", "warnings"),
+)
+UNFAMILIAR = "This image is unlike those the network was trained on: the count may be far off."
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for the beginning of a formula
+_ROW_GROUP = 50_000  # rows of a Parquet file that are in memory at once
+
+
+class RowError(CrowdExitError):
+    """Rows that cannot be written."""
+
+
+@dataclass(frozen=True)
+class FrameRow:
+    """A counted frame and its smoothed count: a line of JSON, a row of the other formats.
+
+    The interval is the count's, not the smoothed one's; None where the checkpoint is not calibrated. Audio says whether
+    it was used, or why not; familiar, whether the image is like the training images, None where that is not known
+    (:class:`crowdexit.inference.counter.ExitResult`). Warnings are what the reader of the input had to say, one line
+    each.
+    """
+
+    source: str
+    frame: int
+    time_s: float
+    count: float
+    interval: tuple[float, float] | None
+    smoothed: float
+    chosen_exit: str
+    latency_ms: float
+    audio: AudioStatus = "none"
+    familiar: bool | None = None
+    warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, source: str, frame: Frame, result: CountResult, smoother: Smoother) -> FrameRow:
+        """The row of a frame. Times are rounded to a millisecond, counts and latencies to a hundredth.
+
+        What is rounded is smoothed, so that the smoothed count follows from the rows before.
+        """
+        time, count, chosen = round(frame.time_s, 3), round(result.count, 2), result.chosen
+        smoothed = round(smoother.add(time, count), 2)
+        interval = None if chosen.interval is None else (round(chosen.interval[0], 2), round(chosen.interval[1], 2))
+        latency = round(chosen.latency_ms, 2)
+        told = (result.audio, result.familiar, result.warnings)
+        return cls(source, frame.index, time, count, interval, smoothed, chosen.exit, latency, *told)
+
+
+class Rows(Protocol):
+    """Takes counted pictures and frames, and writes each at once."""
+
+    def picture(self, source: str, result: CountResult) -> None: ...
+
+    def frame(self, row: FrameRow) -> None: ...
+
+
+def checked_format(format: str) -> Format:
+    """The name itself.
+
+    Raises:
+        RowError: if it is none of :data:`FORMATS`.
+    """
+    for known in FORMATS:
+        if format == known:
+            return known
+    raise RowError(f"no format {format!r} (there are {', '.join(FORMATS)})")
+
+
+def writer(format: Format, file: TextIO, sources: Sequence[str], *, single: bool, begun: bool = False) -> Rows:
+    """A writer of that format.
+
+    A Parquet file cannot be read before its end is written: it is made of JSON lines by :func:`write_parquet`.
+
+    Args:
+        sources: the names that will come (a table is as wide as they are).
+        single: one picture is all that comes; a table then shows every exit.
+        begun: there are rows already.
+    """
+    if format in ("json", "parquet"):
+        return JSONRows(file)
+    if format == "csv":
+        return CSVRows(file, begun=begun)
+    return ExitTable(file) if single else TableRows(file, max(map(len, sources), default=0))
+
+
+def part_of(out: Path) -> Path:
+    """Where the rows are until all went well."""
+    return out.with_name(out.name + ".part")
+
+
+def beside(path: Path) -> set[Path]:
+    """All files that are written on the way to one of that name, itself among them; resolved."""
+    part = part_of(path).name
+    return {path.with_name(name).resolve() for name in (path.name, part, f"{part}.json", f"{path.name}.new")}
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write a file that takes the name ``path`` when all went well; else nothing of it is left."""
+    new = path.with_name(path.name + ".new")
+    try:
+        yield new
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Keep other runs from writing rows for ``out`` meanwhile, where the system can.
+
+    Raises:
+        RowError: if one is at it, or there can be no rows.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    part = part_of(out)
+    try:
+        file = part.open("ab")
+    except OSError as error:
+        raise RowError(f"{out}: cannot be written ({error.strerror})") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RowError(f"{out}: another run is writing there") from None
+        except OSError:  # a file system without locks
+            pass
+        try:
+            yield
+        finally:
+            if part.is_file() and part.stat().st_size == 0:
+                part.unlink()
+
+
+@contextmanager
+def opened(
+    out: Path | None, *, going_on: bool = False, finish: Callable[[Path, Path], object] = Path.replace
+) -> Iterator[TextIO]:
+    """A file to write rows into: the standard output, or one that takes the name ``out`` when all went well.
+
+    After a failure the rows until then stand in :func:`part_of` it; without any, nothing does.
+
+    Args:
+        going_on: write behind the rows that stand there.
+        finish: makes ``out`` of that file: (from, to).
+
+    Raises:
+        RowError: if it cannot be written.
+    """
+    if out is None:
+        with _standard_output() as file:
+            yield file
+        return
+    part = part_of(out)
+    if out.exists() and not out.is_file():
+        raise RowError(f"{out}: {'a folder' if out.is_dir() else 'a device or a pipe'}, not a file to write to")
+    try:
+        with part.open("a" if going_on else "w", encoding="utf-8", newline="") as file:
+            yield file
+        finish(part, out)
+    except BaseException as error:
+        kept = part.is_file() and part.stat().st_size > 0
+        if part.is_file() and not kept:
+            part.unlink()
+        note = f" (the rows until then are in {part})" if kept else ""
+        if isinstance(error, OSError):
+            raise RowError(f"{out}: cannot be written ({error.strerror}){note}") from None
+        if isinstance(error, CrowdExitError):
+            raise type(error)(f"{error}{note}") from error
+        if kept:
+            print(note.strip(" ()"), file=sys.stderr)
+        raise
+
+
+@contextmanager
+def _standard_output() -> Iterator[TextIO]:
+    """The standard output; if whoever reads it has seen enough (``| head``), that ends the run as SIGPIPE would."""
+    try:
+        yield sys.stdout
+        sys.stdout.flush()
+    except BrokenPipeError:
+        with suppress(OSError, ValueError):  # what is still to be written at the very end has nowhere to go
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+    except OSError as error:
+        raise RowError(f"the standard output cannot be written ({error.strerror})") from None
+
+
+def write_parquet(lines: Path, out: Path) -> None:
+    """Make a Parquet file of JSON lines, a group of rows at a time, and remove these."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kinds = {
+        "frame": pa.int64(),
+        "familiar": pa.bool_(),
+        **dict.fromkeys(("source", "chosen_exit", "audio", "warnings"), pa.string()),
+    }
+    schema = pa.schema([(name, kinds.get(name, pa.float64())) for name in COLUMNS])
+    with whole(out) as new, lines.open(encoding="utf-8") as file, pq.ParquetWriter(new, schema) as writer:
+        while group := [_columns(json.loads(line)) for line in islice(file, _ROW_GROUP)]:
+            columns = [pa.array([row[f.name] for row in group], f.type) for f in schema]
+            writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+    lines.unlink()
+
+
+def _columns(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of JSON as a row of columns.
+
+    A picture's has no frame, time or smoothed count; of its exits only the chosen one is kept. Several warnings
+    become one text.
+    """
+    exits = {e["exit"]: e["interval"] for e in row.get("exits", ())}
+    low, high = (exits[row["chosen_exit"]] if exits else row["interval"]) or (None, None)
+    cells = {**row, "low": low, "high": high, "warnings": "; ".join(row["warnings"])}
+    return {name: cells.get(name) for name in COLUMNS}
+
+
+class JSONRows:
+    """One JSON object a line."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file = file
+
+    def picture(self, source: str, result: CountResult) -> None:
+        self._write(result.to_dict(source))
+
+    def frame(self, row: FrameRow) -> None:
+        self._write(asdict(row))
+
+    def _write(self, row: dict[str, object]) -> None:
+        print(json.dumps(row, ensure_ascii=False), file=self.file, flush=True)
+
+
+def csv_text(text: str) -> str:
+    """A text as a CSV cell: with an apostrophe before what a spreadsheet would run as a formula.
+
+    Example:
+        >>> csv_text("=1+1.jpg")
+        "'=1+1.jpg"
+    """
+    return f"'{text}" if text.startswith(_FORMULA) else text
+
+
+class CSVRows:
+    """One line a picture or frame under the names of the columns; names as of :func:`csv_text`."""
+
+    def __init__(self, file: TextIO, *, begun: bool = False) -> None:
+        self.file = file
+        self.csv = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        self._begun = begun
+
+    def picture(self, source: str, result: CountResult) -> None:
+        self._write(result.to_dict(source))
+
+    def frame(self, row: FrameRow) -> None:
+        self._write(asdict(row))
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        if not self._begun:
+            self.csv.writeheader()
+            self._begun = True
+        cells = _columns(row)
+        familiar = {True: "true", False: "false"}.get(cells["familiar"])
+        texts = {name: csv_text(cells[name]) for name in ("source", "warnings")}
+        self.csv.writerow({**cells, **texts, "familiar": familiar})
+        self.file.flush()
+
+
+class TableRows:
+    """Aligned lines, written one by one: a table that had to be complete would keep a long video waiting."""
+
+    def __init__(self, file: TextIO, width: int) -> None:
+        self.file, self.width = file, max(6, width)
+        self._begun = False
+
+    def picture(self, source: str, result: CountResult) -> None:
+        chosen = result.chosen
+        ends = (chosen.exit, chosen.latency_ms, chosen.familiar)
+        self._write(source, "", "", result.count, chosen.interval, "", *ends)
+
+    def frame(self, row: FrameRow) -> None:
+        time, smoothed = f"{row.time_s:.2f}", f"{row.smoothed:.1f}"
+        ends = (row.chosen_exit, row.latency_ms, row.familiar)
+        self._write(row.source, str(row.frame), time, row.count, row.interval, smoothed, *ends)
+
+    def _write(
+        self,
+        source: str,
+        frame: str,
+        time: str,
+        count: float,
+        interval: tuple[float, float] | None,
+        smoothed: str,
+        exit: str,
+        latency: float,
+        familiar: bool | None,
+    ) -> None:
+        if not self._begun:
+            self._line("source", "frame", "time s", "count", "interval", "smoothed", "exit", "ms", "")
+            self._begun = True
+        note = "unfamiliar" if familiar is False else ""
+        self._line(source, frame, time, f"{count:.1f}", _from_to(interval), smoothed, exit, f"{latency:.0f}", note)
+
+    def _line(self, source: str, *cells: str) -> None:
+        frame, time, count, interval, smoothed, exit, latency, note = cells
+        line = f"{source:<{self.width}}  {frame:>7}  {time:>9}  {count:>9}  {interval:>14}  {smoothed:>9}"
+        print(f"{line}  {exit:<8}  {latency:>7}  {note}".rstrip(), file=self.file, flush=True)
+
+
+def _from_to(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f"{interval[0]:.0f} to {interval[1]:.0f}"
+
+
+class ExitTable:
+    """What every exit says of one picture, the chosen one marked."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file = file
+
+    def picture(self, source: str, result: CountResult) -> None:
+        with_interval = any(e.interval for e in result.exits)
+        table = Table()
+        table.add_column("exit")
+        table.add_column("count", justify="right")
+        if with_interval:
+            table.add_column("interval", justify="right")
+        table.add_column("ms", justify="right")
+        table.add_column("")
+        for e in result.exits:
+            chosen = e is result.chosen
+            cells = [e.exit, f"{e.count:.1f}"]
+            if with_interval:
+                cells.append(_from_to(e.interval))
+            cells += [
+                f"{e.latency_ms:.0f}",
+                ("◀ chosen, late" if result.in_time is False else "◀ chosen") if chosen else "",
+            ]
+            table.add_row(*cells, style="bold" if chosen else None)
+        print(f"{source}: {result.count:.1f} people", file=self.file)
+        Console(file=self.file).print(table)
+        if result.familiar is False:
+            print(UNFAMILIAR, file=self.file)
+
+    def frame(self, row: FrameRow) -> None:
+        raise AssertionError("a single picture has no frames")

@@ -1,0 +1,154 @@
+"""What a user names, as pictures, videos and live sources: by names or contents, folders by what stands in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from crowdexit.data.images.reader import OTHER_SUFFIXES, PREVIEW_SUFFIX, RAW_SUFFIXES, SUFFIXES, is_image
+from crowdexit.errors import CrowdExitError
+from crowdexit.video.container import VideoError, open_file
+from crowdexit.video.live import Address, address_of
+
+VIDEO_SUFFIXES = (
+    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts"),
+    *(".wmv", ".flv", ".ogv", ".3gp", ".mjpeg", ".mjpg"),
+)
+SOUND_SUFFIX = ".wav"
+# FFmpeg would show a text as a video of its letters, and a picture as a video of one frame.
+_NOT_VIDEO = ("tty", "image2", "_pipe", "gif", "ico", "ass", "srt", "webvtt")
+_JPEG_STREAMS = (".mjpeg", ".mjpg")
+
+Kind = Literal["picture", "video", "live"]
+
+
+class SourceError(CrowdExitError):
+    """An input that is not there or cannot be counted."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One picture, video or live source to count.
+
+    Attributes:
+        path: of the file; of a live source its name.
+        kind: which of the three.
+        sound: of a picture ``x.jpg``, the file ``x.wav`` (or ``x.WAV``) beside it, if there is one.
+        named: the user named the file itself, not just its folder.
+        address: of a live source.
+    """
+
+    path: Path
+    kind: Kind
+    sound: Path | None = None
+    named: bool = True
+    address: Address | None = None
+
+    @property
+    def name(self) -> str:
+        """As it stands in rows."""
+        return str(self.path) if self.address is None else self.address.name
+
+
+def expand(inputs: Sequence[str | Path]) -> list[Source]:
+    """Pictures, videos and folders as a list of sources, in the order given and each folder by name.
+
+    A file is what its suffix says; one without a known suffix is looked into. Of a folder, what stands in it
+    is taken, not what stands in its folders; other kinds of files in it and hidden ones are passed over.
+
+    A live source (see :func:`crowdexit.video.live.address_of`) is what the user has named so.
+
+    Raises:
+        SourceError: for an input that is missing, neither picture nor video, or a folder without any; for a live
+            source among others, which would never have their turn.
+        VideoError: for an address of a kind that cannot be read.
+    """
+    if not inputs:
+        raise SourceError("nothing to count: name a picture, a video or a folder")
+    sources: list[Source] = []
+    for name in inputs:
+        path = Path(name)
+        if (address := address_of(str(name))) is not None:
+            sources.append(Source(Path(address.name), "live", address=address))
+        else:
+            sources += _folder(path) if path.is_dir() else [_named(path)]
+    if len(sources) > 1 and (live := next((s for s in sources if s.kind == "live"), None)):
+        raise SourceError(f"{live.name}: a live source is counted alone, it has no end")
+    return sources
+
+
+def kind_of(path: Path) -> Kind | None:
+    """Whether a file is a picture or a video, by its suffix or else by its contents; None: neither."""
+    suffix = path.suffix.lower()
+    # What is not supported is refused when it is read, by name.
+    if suffix in SUFFIXES or suffix in RAW_SUFFIXES or suffix in OTHER_SUFFIXES or suffix == PREVIEW_SUFFIX:
+        return "picture"
+    if suffix in VIDEO_SUFFIXES:  # FFmpeg would show each tile of a HEIC under such a name as a video
+        return "picture" if suffix not in _JPEG_STREAMS and is_image(path) else "video"
+    if suffix == SOUND_SUFFIX:
+        return None
+    if is_image(path):
+        return "picture"
+    try:
+        with open_file(path) as container:
+            moving = any(not s.disposition & s.disposition.attached_pic for s in container.streams.video)
+            form = container.format.name
+            # In a PDF and the like FFmpeg finds a JPEG, and calls it a stream of JPEGs.
+            embedded = form == "mjpeg" and not _begins_with(path, b"\xff\xd8")
+            return "video" if moving and not embedded and not any(n in form for n in _NOT_VIDEO) else None
+    except VideoError:
+        return None
+
+
+def _begins_with(path: Path, magic: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(magic)) == magic
+
+
+def _named(path: Path) -> Source:
+    if not path.exists():
+        raise SourceError(f"{path}: no such file or folder")
+    if not path.is_file():
+        raise SourceError(f"{path}: not a file")
+    if path.stat().st_size == 0:
+        raise SourceError(f"{path}: the file is empty")
+    kind = kind_of(path)
+    if kind is None:
+        raise SourceError(f"{path}: neither a picture nor a video")
+    return Source(path, kind, _sound_of(path, kind, None))
+
+
+def _folder(folder: Path) -> list[Source]:
+    try:
+        files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    except OSError as error:
+        raise SourceError(f"{folder}: the folder cannot be read ({error.strerror})") from None
+    kinds = [(path, kind_of(path)) for path in files]
+    sources = [
+        Source(path, kind, _sound_of(path, kind, files), named=False) for path, kind in kinds if kind is not None
+    ]
+    if not sources:
+        raise SourceError(f"{folder}: no picture or video in this folder")
+    return sources
+
+
+def _sound_of(path: Path, kind: Kind, beside: Sequence[Path] | None) -> Path | None:
+    """The sound of a picture, whatever the case of its suffix.
+
+    Args:
+        beside: the files of the picture's folder; None: they are looked up.
+    """
+    if kind != "picture":
+        return None
+    usual = path.with_suffix(SOUND_SUFFIX)
+    if usual.is_file():
+        return usual
+    if beside is None:
+        try:
+            beside = sorted(path.parent.iterdir())
+        except OSError:
+            return None
+    fits = (p for p in beside if p.stem == path.stem and p.suffix.lower() == SOUND_SUFFIX and p.is_file())
+    return next(fits, None)

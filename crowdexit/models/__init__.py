@@ -1,0 +1,1 @@
+"""Networks: stages and exits, backbones, the registry of models, checkpoints."""

@@ -1,0 +1,431 @@
+"""Names to networks: the configurations by name, and the weights that come with them.
+
+A checkpoint is one safetensors file. Its header says which network it belongs to, which exits stand on it
+and how it came about, and has checksums of itself and of the weights; nothing in it is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save as serialised
+from torch import Tensor
+
+from crowdexit.errors import CrowdExitError
+from crowdexit.models.backbones.audiocsrnet import AudioCSRNet, AudioCSRNetConfig
+from crowdexit.models.backbones.convnets import ConvNet, ConvNetConfig
+from crowdexit.models.backbones.vit import ViT, ViTConfig
+from crowdexit.models.network import ActivationRange, MultiExitNetwork
+from crowdexit.utils.files import atomic_write, checksum, write_problem
+from crowdexit.utils.paths import PACKAGE, is_file
+
+FORMAT = "crowdexit-2"
+RANGES = "activation_ranges"  # in a checkpoint's meta: of the weights that it has
+MAX_SIDE = 16_384
+CALIBRATION = ("intervals", "temperatures", "familiarity")  # what `crowdexit calibrate` measures, in `Spec.meta`
+_FROM_NOTHING = {"front_norm": True, "density_activation": "relu", "density_scale": 100.0, "count_scale": 100.0}
+
+AUDIOCSRNETS: Mapping[str, AudioCSRNetConfig] = {
+    "audiocsrnet": AudioCSRNetConfig(),
+    "audiocsrnet-m": AudioCSRNetConfig(
+        size=(1024, 768),
+        width=0.75,
+        audio_width=0.5,
+        filters=16,
+        hidden=128,
+        **_FROM_NOTHING,  # type: ignore[arg-type]
+    ),
+    "audiocsrnet-s": AudioCSRNetConfig(
+        size=(1024, 768),
+        width=0.5,
+        audio_width=0.25,
+        dim=16,
+        filters=8,
+        hidden=64,
+        **_FROM_NOTHING,  # type: ignore[arg-type]
+    ),
+}
+# What is shipped: a pretrained front and a pretrained audio encoder, and images of any size and shape.
+AUDIOCSRNETS = {
+    **AUDIOCSRNETS,
+    "audiocsrnet-lite": AudioCSRNetConfig(
+        size=(1024, 768),
+        view="scale",
+        front="efficientnet-lite0",
+        audio_encoder="yamnet",
+        fusion_channels=(96, 96, 96, 64, 48, 32),
+        density_activation="softplus",
+    ),
+}
+# ViT-B, ViT-S and ViT-Ti of timm; what trains from nothing has a stem of convolutions, and ears. The smallest sees with
+# the convolutions of audiocsrnet-s.
+_M: Mapping[str, Any] = {"dim": 384, "heads": 6, "stem": "conv", "audio_width": 0.25, "count_scale": 100.0}
+_S: Mapping[str, Any] = {"dim": 192, "heads": 3, "stem": "vgg", "audio_width": 0.25, "count_scale": 100.0}
+VITS: Mapping[str, ViTConfig] = {
+    "transcrowd-token": ViTConfig(),
+    "transcrowd-token-m": ViTConfig(**_M),
+    "transcrowd-token-s": ViTConfig(**_S, hidden=64, slvit_dim=16, filters=8),
+    "transcrowd-gap": ViTConfig(task="gap"),
+    "transcrowd-gap-m": ViTConfig(task="gap", **_M),
+    "transcrowd-gap-s": ViTConfig(task="gap", **_S, hidden=64, slvit_dim=16, filters=8),
+    "vit-b16": ViTConfig(task="class", outputs=10),
+    "vit-s16": ViTConfig(task="class", outputs=10, dim=384, heads=6),
+    "vit-ti16": ViTConfig(task="class", outputs=10, dim=192, heads=3),
+}
+# The SL-ViT paper's three, and siblings of the first two that train from a few thousand pictures.
+CONVNETS: Mapping[str, ConvNetConfig] = {
+    "resnet152": ConvNetConfig("resnet152"),
+    "densenet201": ConvNetConfig("densenet201"),
+    "inceptionv3": ConvNetConfig("inception_v3"),
+    "resnet18": ConvNetConfig("resnet18"),
+    "densenet121": ConvNetConfig("densenet121"),
+}
+MODELS: Mapping[str, AudioCSRNetConfig | ViTConfig | ConvNetConfig] = {**AUDIOCSRNETS, **VITS, **CONVNETS}
+
+
+class ZooError(CrowdExitError):
+    """A name that is not in the zoo, or a checkpoint that cannot be used."""
+
+
+@dataclass(frozen=True)
+class ExitSpec:
+    """An early exit on a network: its name, the place it stands at, its kind, and what is its own in shape."""
+
+    name: str
+    place: str
+    kind: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A network by description: enough to build it without its weights.
+
+    Attributes:
+        model: a name of the zoo.
+        exits: early exits on it.
+        changes: fields of the configuration that differ from the zoo's.
+        meta: what else the checkpoint says of itself (recipe, data, calibration …).
+    """
+
+    model: str
+    exits: tuple[ExitSpec, ...] = ()
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+def build(spec: Spec) -> MultiExitNetwork:
+    """A network with fresh weights.
+
+    Raises:
+        ZooError: for an unknown model, field of its configuration, place or kind.
+    """
+    if spec.model not in MODELS:
+        raise ZooError(f"no model {spec.model!r} (there are {', '.join(names())})")
+    try:
+        changes = dict(spec.changes)
+        changes = {key: tuple(value) if isinstance(value, list) else value for key, value in changes.items()}
+        config = replace(MODELS[spec.model], **changes)
+        network = _network(config)
+        for e in spec.exits:
+            network.add_branch(e.name, e.place, e.kind, e.options)
+    except (TypeError, ValueError, KeyError, ArithmeticError, RuntimeError) as error:
+        raise ZooError(f"{spec.model}: {str(error).partition(chr(10))[0]}") from None
+    return network
+
+
+def _network(config: AudioCSRNetConfig | ViTConfig | ConvNetConfig) -> MultiExitNetwork:
+    if isinstance(config, ViTConfig):
+        return ViT(config)
+    return AudioCSRNet(config) if isinstance(config, AudioCSRNetConfig) else ConvNet(config)
+
+
+def names() -> list[str]:
+    """All model names."""
+    return list(MODELS)
+
+
+def checkpoints_folder() -> Path:
+    """Where the shipped weights lie: beside the package in a checkout, inside it in an installed wheel."""
+    inside = PACKAGE / "checkpoints"
+    return inside if inside.is_dir() else PACKAGE.parent / "checkpoints"
+
+
+def shipped() -> list[str]:
+    """The names whose weights come with the project."""
+    return [name for name in names() if (checkpoints_folder() / name / "model.safetensors").is_file()]
+
+
+def checkpoint_path(name: str | Path) -> Path:
+    """The checkpoint of a shipped model's name, or of a path to a file or to a folder with one.
+
+    Raises:
+        ZooError: if there is none.
+    """
+    if str(name) in names():
+        path = checkpoints_folder() / str(name) / "model.safetensors"
+        if not path.is_file():
+            raise ZooError(f"{name}: no weights are shipped for it (there are some for {', '.join(shipped())})")
+        return path
+    path = Path(name)
+    if is_file(path / "model.safetensors"):
+        path = path / "model.safetensors"
+    if not is_file(path):
+        raise ZooError(f"{name}: neither a model's name ({', '.join(names())}) nor a checkpoint")
+    return path
+
+
+def with_exits(network: MultiExitNetwork, spec: Spec, names: Sequence[str]) -> tuple[MultiExitNetwork, Spec]:
+    """The same network with some of its early exits alone, in the order of the names.
+
+    Raises:
+        ZooError: for a name that is none of them, or comes twice.
+    """
+    there = {e.name: e for e in spec.exits}
+    for name in names:
+        if name not in there:
+            raise ZooError(f"no early exit {name!r} in {spec.model} (it has {', '.join(there) or 'none'})")
+    if len(set(names)) < len(names):
+        raise ZooError("an exit is named twice")
+    fewer = replace(spec, exits=tuple(there[name] for name in names))
+    chosen = build(fewer)
+    own = chosen.state_dict()
+    fill(chosen, {key: tensor for key, tensor in network.state_dict().items() if key in own}, spec.model)
+    chosen.activation_ranges = dict(network.activation_ranges)
+    return chosen.eval(), fewer
+
+
+def at_size(network: MultiExitNetwork, spec: Spec, size: tuple[int, int]) -> tuple[MultiExitNetwork, Spec]:
+    """The same weights for pictures of another (width, height); its calibration is not of that size, and goes.
+
+    At the size that the network has it stays as it is.
+
+    Raises:
+        ZooError: if some weights belong to the size that the network has.
+    """
+    if size == network.config.size:
+        return network, spec
+    other_spec = replace(
+        spec,
+        changes={**spec.changes, "size": list(size)},
+        meta={key: value for key, value in spec.meta.items() if key not in CALIBRATION},
+    )
+    other, there = build(other_spec), network.state_dict()
+    bound = [key for key, tensor in other.state_dict().items() if tensor.shape != there[key].shape]
+    if bound:
+        exits = dict.fromkeys(key.split(".")[1] for key in bound if key.startswith("branches."))
+        what = f"only at its own size there is {', '.join(exits) or bound[0]}"
+        hint = " (leave early exits out: --exits final)" if exits else ""
+        raise ZooError(f"{spec.model} at {size[0]}x{size[1]}: {what}{hint}")
+    fill(other, there, spec.model)
+    other.activation_ranges = dict(network.activation_ranges)
+    return other.eval(), other_spec
+
+
+def step_of(network: MultiExitNetwork) -> int:
+    """What the sides of its pictures have to be multiples of, at another size than its own."""
+    return network.config.step if len(network.exit_names) > 1 else network.config.bare_step
+
+
+def parse_size(text: str, step: int) -> tuple[int, int]:
+    """``1024x576`` → (1024, 576).
+
+    Raises:
+        ZooError: if it is not two numbers, or they are not multiples of ``step`` up to 16,384.
+    """
+    match = re.fullmatch(r"([0-9]{1,6})[x×]([0-9]{1,6})", text.strip())
+    if match is None:
+        raise ZooError(f"size {text!r}: give width and height like 1024x576")
+    width, height = int(match[1]), int(match[2])
+    if any(side % step or not 0 < side <= MAX_SIDE for side in (width, height)):
+        raise ZooError(f"size {text!r}: width and height have to be multiples of {step}, {MAX_SIDE} at most")
+    return width, height
+
+
+def save(network: MultiExitNetwork, spec: Spec, path: Path, *, half: bool = False) -> None:
+    """Write a checkpoint whole (beside, then renamed).
+
+    Args:
+        half: matrices and kernels as float16; vectors (biases, norms, running statistics) stay float32.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in network.state_dict().items():
+        tensor = tensor.detach().cpu().contiguous()
+        tensors[name] = tensor.half() if half and tensor.dim() > 1 and tensor.is_floating_point() else tensor
+    _write(tensors, spec, path)
+
+
+def _write(tensors: dict[str, Tensor], spec: Spec, path: Path) -> None:
+    header = {
+        "format": FORMAT,
+        "model": spec.model,
+        "exits": json.dumps([vars(e) for e in spec.exits]),
+        "changes": json.dumps(dict(spec.changes)),
+        "meta": json.dumps(dict(spec.meta)),
+        "weights_checksum": _weights_checksum(tensors),
+    }
+    data = serialised(tensors, metadata={**header, "checksum": _header_checksum(header)})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path, len(data)) as part:
+            part.write_bytes(data)
+    except OSError as error:
+        kept = "the file that is there stays as it is" if path.is_file() else "nothing is written"
+        raise ZooError(write_problem(path, error, needed=len(data), kept=kept)) from None
+
+
+def _weights_checksum(tensors: Mapping[str, Tensor]) -> str:
+    """The checksum of tensors by their names, in the order of these: names, types, shapes and bytes."""
+    parts: list[bytes | memoryview] = []
+    for name, tensor in sorted(tensors.items()):
+        parts.append(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        parts.append(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return checksum(*parts)
+
+
+def _header_checksum(header: Mapping[str, str]) -> str:
+    return checksum(*(f"{key} {value}".encode() for key, value in sorted(header.items()) if key != "checksum"))
+
+
+def annotate(path: Path, **meta: Any) -> None:
+    """Change what a checkpoint says of itself, to the bit the same weights; whole, or not at all.
+
+    Raises:
+        ZooError: if it is no checkpoint, damaged, or cannot be written.
+    """
+    spec = read_spec(path)
+    _write(_read_weights(path), replace(spec, meta={**spec.meta, **meta}), path)
+
+
+def read_spec(path: Path) -> Spec:
+    """The description in a checkpoint's header.
+
+    Raises:
+        ZooError: if the file is no checkpoint of this project, or its header is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+    except Exception as error:  # whatever the library makes of a damaged file
+        raise ZooError(f"{path}: not a checkpoint, or damaged ({str(error).partition(chr(10))[0]})") from None
+    if header.get("format") != FORMAT:
+        raise ZooError(f"{path}: a safetensors file, but not a CrowdExit checkpoint of this version ({FORMAT})")
+    if header.get("checksum") != _header_checksum(header):
+        raise ZooError(f"{path}: the checkpoint's header is damaged (its checksum does not match)")
+    try:
+        exits, changes, meta = (json.loads(header[key]) for key in ("exits", "changes", "meta"))
+        specs = tuple(ExitSpec(**e) for e in exits)
+        texts = all(isinstance(text, str) for e in specs for text in (e.name, e.place, e.kind))
+        texts = texts and all(isinstance(e.options, dict) for e in specs)
+        if not (texts and isinstance(exits, list) and isinstance(changes, dict) and isinstance(meta, dict)):
+            raise TypeError
+        return Spec(header["model"], specs, changes, meta)
+    except (KeyError, TypeError, ValueError, RecursionError):
+        raise ZooError(f"{path}: the checkpoint's header is damaged") from None
+
+
+def load(name: str | Path) -> tuple[MultiExitNetwork, Spec]:
+    """A network with its weights, in evaluation mode.
+
+    Raises:
+        ZooError: if there is no such checkpoint, or it does not fit the network that it names.
+    """
+    path = checkpoint_path(name)
+    spec = read_spec(path)
+    network = build(spec)
+    fill(network, read_tensors(path), str(path))
+    network.activation_ranges = _activation_ranges(network, spec, str(path))
+    return network.eval(), spec
+
+
+def _activation_ranges(network: MultiExitNetwork, spec: Spec, source: str) -> dict[str, ActivationRange]:
+    """What a checkpoint has for int8, or nothing.
+
+    Raises:
+        ZooError: if it is damaged, or of another network.
+    """
+    layers = dict(network.named_modules())
+    ranges: dict[str, ActivationRange] = {}
+    try:
+        for name, (low, high, steps, shifts) in spec.meta.get(RANGES, {}).items():
+            ranges[name] = ActivationRange(float(low), float(high), int(steps), tuple(map(float, shifts)))
+    except (AttributeError, TypeError, ValueError):
+        raise ZooError(f"{source}: its activation ranges are damaged") from None
+    for name, found in ranges.items():
+        weight = getattr(layers.get(name), "weight", None)
+        if weight is None or len(found.shifts) not in (0, len(weight)):
+            raise ZooError(f"{source}: the activation range of {name!r} is of another network")
+        if found.steps not in (127, 255) or not (
+            -math.inf < found.low <= 0 < found.high < math.inf and all(map(math.isfinite, found.shifts))
+        ):
+            raise ZooError(f"{source}: the activation range of {name!r} is damaged")
+    return ranges
+
+
+def write_ranges(path: Path, ranges: Mapping[str, ActivationRange]) -> None:
+    """Write activation ranges into a checkpoint, in place of any there.
+
+    Raises:
+        ZooError: if it is no checkpoint, damaged, or cannot be written.
+    """
+    annotate(path, **{RANGES: {name: (f.low, f.high, f.steps, f.shifts) for name, f in ranges.items()}})
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, floats as float32.
+
+    Raises:
+        ZooError: if it is none, or damaged: its checksum does not match.
+    """
+    return {key: t.float() if t.is_floating_point() else t for key, t in _read_weights(path).items()}
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint as they are stored, verified."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            told = (file.metadata() or {}).get("weights_checksum")
+            keys = file.keys()  # the file itself is not iterable
+            tensors = {key: file.get_tensor(key) for key in keys}
+    except Exception as error:  # whatever the library makes of a damaged file
+        raise ZooError(f"{path}: not a checkpoint, or damaged ({str(error).partition(chr(10))[0]})") from None
+    if told != _weights_checksum(tensors):
+        raise ZooError(f"{path}: the weights are damaged (their checksum does not match)")
+    return tensors
+
+
+def fill(
+    network: torch.nn.Module,
+    tensors: Mapping[str, Tensor],
+    source: str,
+    *,
+    optional: Callable[[str], bool] = lambda key: False,
+) -> None:
+    """Load tensors that have to fit; keys that ``optional`` accepts may be missing from the file.
+
+    Raises:
+        ZooError: naming the first key that is missing, left over, of another shape or not finite.
+    """
+    own = network.state_dict()
+    missing: Sequence[str] = [k for k in own if k not in tensors and not optional(k)]
+    extra = [k for k in tensors if k not in own]
+    shapes = [k for k in own if k in tensors and own[k].shape != tensors[k].shape]
+    for keys, what in (
+        (missing, "it lacks"),
+        (extra, "the network has no place for"),
+        (shapes, "it has another shape of"),
+    ):
+        if keys:
+            raise ZooError(f"{source}: a checkpoint of another architecture: {what} {keys[0]!r}")
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ZooError(f"{source}: {key!r} is not finite")
+    network.load_state_dict({k: tensors.get(k, own[k]) for k in own})

@@ -1,0 +1,141 @@
+"""The small interface that every way of running a network has."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from crowdexit.models.chain import walk
+from crowdexit.models.network import MultiExitNetwork
+from crowdexit.models.stages import Answer, Features
+from crowdexit.runtimes.arrays import ArrayChain, Record
+from crowdexit.runtimes.pieces import record_of
+
+_ROWS = 24  # of a feature map are enough to describe an image
+
+
+class ReadyChain(ABC):
+    """A network made ready on one runtime: a chain (:class:`crowdexit.models.chain.Chain`) of :class:`Features`.
+
+    What stands between two stages belongs to the runtime: only ``begin`` makes it, only ``select`` takes samples
+    out of it. Answers are on the CPU, float32.
+
+    Attributes:
+        network: what it was made of. runtime: the name of what runs it.
+    """
+
+    def __init__(self, network: MultiExitNetwork, runtime: str) -> None:
+        self.network = network
+        self.runtime = runtime
+        self.exit_names = network.exit_names
+        self.stage_of = network.stage_of
+
+    def prepare(self, exits: Collection[str]) -> None:  # noqa: B027  (most runtimes have nothing to prepare)
+        """Do what would otherwise be done at the first picture, for the way to some exits.
+
+        Raises:
+            RuntimeUnavailable: if this runtime cannot run it.
+        """
+
+    def fingerprint(self) -> str:
+        """A hash of the numbers that it computes with: the same of the same weights, whatever runs them."""
+        weights = hashlib.blake2b(digest_size=16)
+        for name, value in sorted(self.network.state_dict().items()):
+            weights.update(name.encode() + bytes(value.detach().cpu().reshape(-1).view(torch.uint8).numpy()))
+        return weights.hexdigest()
+
+    @abstractmethod
+    def begin(self, features: Features) -> Any:
+        """A batch as it stands before the first stage."""
+
+    @abstractmethod
+    def advance(self, index: int, state: Any) -> Any:
+        """Run one stage to its end: what is begun after it has the machine to itself."""
+
+    @abstractmethod
+    def ask(self, name: str, state: Any) -> Answer:
+        """Run one exit on what its stage handed over."""
+
+    @abstractmethod
+    def select(self, state: Any, keep: Tensor) -> Any:
+        """The state of some samples only: ``keep`` is a bool mask or indices over the batch."""
+
+    @abstractmethod
+    def visual_of(self, state: Any) -> tuple[Tensor, Tensor]:
+        """The features that a stage handed over, and the share of each cell that is image (``visual``, ``inside``)."""
+
+    def feature_sums(self, state: Any) -> NDArray[np.float64] | None:
+        """What tells how familiar images are (:mod:`crowdexit.calibration.familiarity`), of the first stage's features.
+
+        Of a large map every fourth row is enough, and takes a quarter of the time.
+
+        Returns:
+            B×(2C + 1): of each channel of the feature map the sum and the sum of squares over the cells that are
+            image, and the number of these. None where the stage makes no map on the grid of 1/8 (of tokens).
+        """
+        visual, valid = self.visual_of(state)
+        if visual.dim() != 4 or visual.shape[2:] != valid.shape[2:]:
+            return None
+        step = max(1, visual.shape[2] // _ROWS)
+        with torch.inference_mode():
+            values = visual[:, :, ::step].float().flatten(2)  # B×C×n
+            weights = valid[:, 0, ::step].float().flatten(1)[:, :, None]  # B×n×1
+            sums = [values @ weights, values.square() @ weights, weights.sum(1, keepdim=True)]
+            return np.asarray(torch.cat(sums, 1)[:, :, 0].cpu().numpy(), np.float64)
+
+    def stream(self, features: Features, exits: Collection[str] | None = None) -> Iterator[tuple[str, Answer]]:
+        """Each wanted exit's answer to a batch as soon as it is there; see :func:`crowdexit.models.chain.walk`."""
+        return walk(self, self.begin(features), exits)
+
+
+class Runtime(ABC):
+    """A way to run networks.
+
+    Attributes:
+        name: as users name it.
+    """
+
+    name: str
+
+    @abstractmethod
+    def ready(self, network: MultiExitNetwork) -> ReadyChain:
+        """Make a network ready to be run: its weights brought where and how this runtime wants them.
+
+        Raises:
+            RuntimeUnavailable: if this runtime cannot run it.
+        """
+
+
+class ArrayReady(ReadyChain):
+    """A chain of arrays behind the interface of tensors; both share their memory."""
+
+    def __init__(self, network: MultiExitNetwork, runtime: str, chain: ArrayChain) -> None:
+        super().__init__(network, runtime)
+        self._chain = chain
+
+    def prepare(self, exits: Collection[str]) -> None:
+        self._chain.prepare(exits)
+
+    def begin(self, features: Features) -> Record:
+        return record_of(features)
+
+    def advance(self, index: int, state: Record) -> Record:
+        return self._chain.advance(index, state)
+
+    def ask(self, name: str, state: Record) -> Answer:
+        answer = self._chain.ask(name, state)
+        density = None if answer.density is None else torch.from_numpy(answer.density)
+        return Answer(torch.from_numpy(answer.value), density)
+
+    def select(self, state: Record, keep: Tensor) -> Record:
+        return self._chain.select(state, keep.numpy())
+
+    def visual_of(self, state: Record) -> tuple[Tensor, Tensor]:
+        return torch.from_numpy(state["visual"]), torch.from_numpy(state["inside"])

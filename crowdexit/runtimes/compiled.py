@@ -1,0 +1,82 @@
+"""torch.compile: every stage and every exit compiled by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from types import FunctionType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crowdexit.models.network import MultiExitNetwork
+from crowdexit.models.stages import Answer, Features
+from crowdexit.runtimes import call_off
+from crowdexit.runtimes.arrays import RuntimeUnavailable, exit_piece, stage_piece
+from crowdexit.runtimes.base import ReadyChain, Runtime
+from crowdexit.runtimes.batch import look
+from crowdexit.runtimes.eager import EagerChain
+from crowdexit.runtimes.pieces import Piece, take_apart
+
+
+class Compiled(Runtime):
+    """torch.compile on the CPU, in float32 or bfloat16; needs a C++ compiler, and a while at first.
+
+    A piece is compiled for the first size that it meets and, at the second, for batches and pictures of any size.
+    """
+
+    NAMES = ("compile", "compile-bf16")
+
+    def __init__(self, name: str = "compile") -> None:
+        self.name = name
+
+    def ready(self, network: MultiExitNetwork) -> ReadyChain:
+        network.eval().cpu()
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return _CompiledChain(network, self.name)
+
+
+class _CompiledChain(EagerChain):
+    def __init__(self, network: MultiExitNetwork, runtime: str) -> None:
+        half = torch.bfloat16 if runtime.endswith("bf16") else None
+        super().__init__(network, runtime, torch.device("cpu"), half)
+        self._pieces = take_apart(network)
+        self._compiled: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+            name: torch.compile(_own_forward(name, piece)) for name, piece in self._pieces.items()
+        }
+
+    def prepare(self, exits: Collection[str]) -> None:
+        """Compile the way to some exits, by running a blank picture of the size that the network looks at."""
+        width, height = self.network.config.scene
+        blank = look(np.zeros((height, width, 3), np.uint8), None, self.network.config)
+        for _ in self.stream(blank, exits):
+            pass
+
+    def advance(self, index: int, state: Features) -> Features:
+        name = stage_piece(index)
+        return replace(state, **self._run(name, state), token_grid=self._pieces[name].token_grid_after)
+
+    def ask(self, name: str, state: Features) -> Answer:
+        given = self._run(exit_piece(name), state)
+        return Answer(**{key: tensor.float() for key, tensor in given.items()})
+
+    def _run(self, name: str, state: Features) -> dict[str, Any]:
+        ports = self._pieces[name].ports
+        call_off.check()  # compiled code runs to its end
+        try:
+            with self._mode():
+                given = self._compiled[name](*(getattr(state, port.name) for port in ports.takes))
+        except torch._dynamo.exc.TorchDynamoException as error:
+            line = " ".join(str(error).split("\n", 2)[:2])  # who failed, and at what; then hints at Dynamo's switches
+            raise RuntimeUnavailable(f"torch.compile cannot compile {name}: {line[:200]}") from None
+        return {port.name: tensor for port, tensor in zip(ports.gives, given, strict=True)}
+
+
+def _own_forward(name: str, piece: Piece) -> Callable[..., tuple[Tensor, ...]]:
+    """A piece's ``forward`` in code of its own: Dynamo counts recompilations, and learns which sizes vary, by code."""
+    shared = Piece.forward
+    own = FunctionType(shared.__code__.replace(co_name=name), shared.__globals__, name)
+    bound: Callable[..., tuple[Tensor, ...]] = own.__get__(piece)
+    return bound

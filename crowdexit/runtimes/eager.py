@@ -1,0 +1,122 @@
+"""Eager PyTorch, on the CPU or a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from crowdexit.models.network import MultiExitNetwork
+from crowdexit.models.stages import Answer, Features
+from crowdexit.runtimes import call_off
+from crowdexit.runtimes.arrays import RuntimeUnavailable
+from crowdexit.runtimes.base import ReadyChain, Runtime
+
+
+class Eager(Runtime):
+    """Eager PyTorch, channels last, in float32, bfloat16, or on a GPU float16."""
+
+    NAMES: tuple[str, ...] = ("eager", "eager-bf16", "cuda", "cuda-bf16", "cuda-half")
+
+    def __init__(self, name: str = "eager") -> None:
+        self.name = name
+        self.device = torch.device("cuda" if name.startswith("cuda") else "cpu")
+        self.half = {"bf16": torch.bfloat16, "half": torch.float16}.get(name.rpartition("-")[2])
+
+    def ready(self, network: MultiExitNetwork) -> ReadyChain:
+        network.eval()
+        # What is as it should be is left alone: another thread may be running it.
+        numbers = [*network.parameters(), *network.buffers()]
+        with _on(self.device):
+            if any(tensor.device.type != self.device.type for tensor in numbers):
+                network.to(self.device)
+            if not all(
+                tensor.is_contiguous(memory_format=torch.channels_last) for tensor in numbers if tensor.dim() == 4
+            ):
+                network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return EagerChain(network, self.name, self.device, self.half)
+
+
+@contextmanager
+def _on(device: torch.device) -> Iterator[None]:
+    """Whatever is wrong with a GPU, too full, too old or too new, becomes one line.
+
+    Raises:
+        RuntimeUnavailable: for any error of PyTorch's, on a GPU.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if device.type == "cpu":
+            raise
+        line = str(error).partition("\n")[0]  # then hints at environment variables
+        raise RuntimeUnavailable(f"the GPU cannot run it: {line[:200]}") from None
+
+
+class _BrokenOff(TorchFunctionMode):
+    """Asks before every function of PyTorch, about a layer, whether the work has been called off."""
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        call_off.check()
+        return func(*args, **(kwargs or {}))
+
+
+def _may_be_called_off() -> Any:
+    return _BrokenOff() if call_off.may_be_called_off() else nullcontext()
+
+
+class EagerChain(ReadyChain):
+    """The network itself as a chain.
+
+    Args:
+        half: the type in which the heavy products run under autocast, or None.
+    """
+
+    def __init__(self, network: MultiExitNetwork, runtime: str, device: torch.device, half: torch.dtype | None) -> None:
+        super().__init__(network, runtime)
+        self.device, self.half = device, half
+
+    @contextmanager
+    def _mode(self) -> Iterator[None]:
+        half = self.half
+        with (
+            _on(self.device),
+            torch.inference_mode(),
+            torch.autocast(self.device.type, half, enabled=half is not None),
+        ):
+            yield
+
+    def begin(self, features: Features) -> Features:
+        with _on(self.device):
+            return Features(
+                features.visual.to(self.device).contiguous(memory_format=torch.channels_last),
+                features.log_mel.to(self.device),
+                features.heard.to(self.device),
+                features.inside.to(self.device),
+            )
+
+    def advance(self, index: int, state: Features) -> Features:
+        with self._mode(), _may_be_called_off():
+            state = self.network.advance(index, state)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+        return state
+
+    def ask(self, name: str, state: Features) -> Answer:
+        with self._mode():
+            with _may_be_called_off():
+                answer = self.network.ask(name, state)
+            density = None if answer.density is None else answer.density.float().cpu()
+            return replace(answer, value=answer.value.float().cpu(), density=density)
+
+    def select(self, state: Features, keep: Tensor) -> Features:
+        with self._mode():
+            return state.select(keep.to(self.device))
+
+    def visual_of(self, state: Features) -> tuple[Tensor, Tensor]:
+        return state.visual, state.inside

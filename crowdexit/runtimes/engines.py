@@ -1,0 +1,195 @@
+"""OpenVINO and ONNX Runtime: models handed to them are made ready once for every size, and run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from importlib import import_module
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crowdexit.errors import CrowdExitError
+from crowdexit.runtimes.arrays import RuntimeUnavailable, is_exit
+from crowdexit.runtimes.call_off import CalledOff, broken_off_by
+
+# Of sizes of pieces the one not used for longest goes first. A network has up to some ninety pieces (77 branches), and
+# a process hardly ever more than one size of picture.
+MOST_READY = 128
+Shapes = tuple[tuple[int, ...], ...]
+_MAKING_CORE = Lock()
+
+# Both libraries report their use to their makers unless told otherwise; a crowd counter tells nobody anything.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+
+def installed(module: str) -> Any:
+    """An optional package.
+
+    Raises:
+        RuntimeUnavailable: if it is not there, or cannot be imported.
+    """
+    try:
+        return import_module(module)
+    except Exception as error:  # a library of its own that is missing or of another version, however that shows
+        if isinstance(error, ModuleNotFoundError) and error.name == module:
+            raise RuntimeUnavailable(f"{module} is not installed: pip install 'crowdexit[fast]'") from None
+        raise RuntimeUnavailable(f"{module} cannot be imported: {one_line(error)}") from None
+
+
+def openvino_core() -> Any:
+    """OpenVINO's ``Core``: one for the whole process, which is never let go.
+
+    Its CPU plugin gives the thread that loads it an alternate stack for signals, and frees that stack whichever thread
+    lets go of it. Python handles signals on the alternate stack: without it, or worse, on memory that somebody else has
+    got meanwhile, the next Ctrl-C ends the process without a word.
+
+    Raises:
+        RuntimeUnavailable: if OpenVINO is not there, or cannot be imported.
+    """
+    with _MAKING_CORE:
+        return _core()
+
+
+@cache
+def _core() -> Any:
+    return installed("openvino").Core()
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, in a line of 200 characters at most: of several the last, which is about the matter."""
+    line = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+    return line.strip()[:200]
+
+
+def bears_half(piece: str, shapes: Shapes) -> bool:
+    """Whether a piece that takes arrays of these shapes may compute in bfloat16.
+
+    Exits on tokens may not: they cost little, and a transformer's final count came out four per cent off.
+    """
+    return not (is_exit(piece) and any(len(shape) == 2 for shape in shapes))
+
+
+class Engine(ABC):
+    """Runs pieces by their names (:class:`crowdexit.runtimes.arrays.Engine`), from any thread.
+
+    Args:
+        model: the piece's model for arrays whose shapes without the batch are these.
+    """
+
+    library: str
+
+    def __init__(self, model: Callable[[str, Shapes], Any]) -> None:
+        self._model = model
+        self._kept: OrderedDict[tuple[str, Shapes], Any] = OrderedDict()  # the one used last comes last
+        self._lock = Lock()
+
+    def run(self, piece: str, arrays: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+        """What a piece gives for what it takes, in new arrays.
+
+        Raises:
+            RuntimeUnavailable: if the library cannot make the piece ready, or fails on it.
+            CalledOff: if this thread's work has been.
+        """
+        with self._lock:
+            ready = self._made_ready(piece, tuple(array.shape[1:] for array in arrays))
+            try:
+                return self._run(ready, [np.ascontiguousarray(array) for array in arrays])
+            except CalledOff:
+                raise
+            except Exception as error:
+                raise self._failed(piece, "run", error) from None
+
+    def prepare(self, piece: str, shapes: Sequence[tuple[int, ...]]) -> None:
+        """Make a piece ready for arrays whose shapes without the batch are these, so that no run has to.
+
+        Raises:
+            RuntimeUnavailable: if the library cannot.
+        """
+        with self._lock:
+            self._made_ready(piece, tuple(shapes))
+
+    def _made_ready(self, piece: str, shapes: Shapes) -> Any:
+        key = (piece, shapes)
+        if key not in self._kept:
+            self._kept[key] = self._checked_ready(piece, shapes)
+            if len(self._kept) > MOST_READY:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+    def _checked_ready(self, piece: str, shapes: Shapes) -> Any:
+        try:
+            return self._ready(piece, self._model(piece, shapes), shapes)
+        except CrowdExitError:
+            raise
+        except Exception as error:  # whatever the library or its compiler raises
+            raise self._failed(piece, "compile", error) from None
+
+    def _failed(self, piece: str, what: str, error: Exception) -> RuntimeUnavailable:
+        return RuntimeUnavailable(f"{self.library} cannot {what} {piece}: {one_line(error)}")
+
+    @abstractmethod
+    def _ready(self, piece: str, model: Any, shapes: Shapes) -> Any: ...
+
+    @abstractmethod
+    def _run(self, ready: Any, arrays: list[NDArray[Any]]) -> list[NDArray[Any]]: ...
+
+
+class OpenVINOEngine(Engine):
+    """OpenVINO on the CPU; models are ``openvino.Model`` with a batch of any size.
+
+    Args:
+        half: whether pieces that bear it compute in bfloat16, where the CPU does, what is not quantised of them.
+    """
+
+    library = "OpenVINO"
+
+    def __init__(self, model: Callable[[str, Shapes], Any], *, half: bool = False) -> None:
+        super().__init__(model)
+        self._core = openvino_core()
+        self._half = half
+
+    def _ready(self, piece: str, model: Any, shapes: Shapes) -> Any:
+        # The batch stays open: a size of its own for every batch is hardly faster, and compaction makes many.
+        model.reshape({index: [-1, *shape] for index, shape in enumerate(shapes)})
+        precision = "bf16" if self._half and bears_half(piece, shapes) else "f32"
+        options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+        return self._core.compile_model(model, "CPU", options).create_infer_request()
+
+    def _run(self, ready: Any, arrays: list[NDArray[Any]]) -> list[NDArray[Any]]:
+        # Inputs are read where they lie; outputs are copied, for the next run of the piece overwrites its own.
+        with broken_off_by(ready.cancel):
+            given = ready.infer(arrays, share_inputs=True, share_outputs=False)
+        return [given[index] for index in range(len(ready.model_outputs))]
+
+
+class OnnxEngine(Engine):
+    """ONNX Runtime on the CPU; models are the bytes of an ONNX file whose inputs are open in the batch."""
+
+    library = "ONNX Runtime"
+
+    def __init__(self, model: Callable[[str, Shapes], bytes]) -> None:
+        super().__init__(model)
+        self._onnxruntime = installed("onnxruntime")
+
+    def _ready(self, piece: str, model: bytes, shapes: Shapes) -> Any:
+        options = self._onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors
+        # Every piece has threads of its own: those that have just run must not spin while the next need the cores.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        return self._onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+    def _run(self, ready: Any, arrays: list[NDArray[Any]]) -> list[NDArray[Any]]:
+        names = [port.name for port in ready.get_inputs()]
+        options = self._onnxruntime.RunOptions()
+        with broken_off_by(partial(setattr, options, "terminate", True)):
+            given: list[NDArray[Any]] = ready.run(None, dict(zip(names, arrays, strict=True)), options)
+        return given

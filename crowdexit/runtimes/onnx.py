@@ -1,0 +1,70 @@
+"""ONNX Runtime on the CPU, in float32."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crowdexit.models.network import MultiExitNetwork
+from crowdexit.runtimes.base import ArrayReady, ReadyChain, Runtime
+from crowdexit.runtimes.engines import OnnxEngine, Shapes, installed
+from crowdexit.runtimes.kept import KeptModels
+from crowdexit.runtimes.pieces import Piece, chain_of, take_apart
+
+
+class Onnx(Runtime):
+    """ONNX Runtime on the CPU; pieces are converted when they are first run, and kept.
+
+    Raises:
+        RuntimeUnavailable: if ONNX Runtime, or what writes ONNX, is not installed.
+    """
+
+    NAMES = ("onnx",)
+
+    def __init__(self, name: str = "onnx") -> None:
+        for module in ("onnxruntime", "onnx", "onnxscript"):
+            installed(module)
+        self.name = name
+
+    def ready(self, network: MultiExitNetwork) -> ReadyChain:
+        pieces = take_apart(network.cpu())
+        kept = KeptModels(network, self.name, ".onnx", Path.read_bytes, _write)
+
+        def model(piece: str, shapes: Shapes) -> bytes:
+            of = () if pieces[piece].any_size else shapes
+            return kept.model(piece, of, lambda: convert(pieces[piece], of or None))
+
+        return ArrayReady(network, self.name, chain_of(network, pieces, OnnxEngine(model)))
+
+
+def _write(model: bytes, path: Path) -> None:
+    path.write_bytes(model)
+
+
+def convert(piece: Piece, shapes: Shapes | None = None) -> bytes:
+    """A piece as an ONNX file, its batch open, and the sides of its maps where it takes any image size.
+
+    Args:
+        shapes: of what it takes, without the batch; default: at the network's own picture size.
+    """
+    examples = piece.examples(shapes, batch=2)  # a batch of one would be taken for a constant
+    batch, side = torch.export.Dim("batch"), torch.export.Dim.DYNAMIC
+    takes, gives = piece.ports.names()
+    with torch.no_grad(), warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        program: Any = torch.onnx.export(
+            piece,
+            examples,
+            dynamo=True,
+            dynamic_shapes=(tuple({0: batch} | dict.fromkeys(sides, side) for sides in piece.open_sides()),),
+            input_names=takes,
+            output_names=gives,
+            verbose=False,
+        )
+    data: bytes = program.model_proto.SerializeToString()
+    return data

@@ -1,0 +1,111 @@
+"""OpenVINO on the CPU: float32, bfloat16, and int8 by the ranges that come with a checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+
+from crowdexit.models.network import MultiExitNetwork
+from crowdexit.runtimes.arrays import RuntimeUnavailable
+from crowdexit.runtimes.base import ArrayReady, ReadyChain, Runtime
+from crowdexit.runtimes.engines import OpenVINOEngine, Shapes, installed, openvino_core
+from crowdexit.runtimes.int8 import quantised
+from crowdexit.runtimes.kept import KeptModels
+from crowdexit.runtimes.pieces import Piece, chain_of, take_apart
+
+_CONVERTING = Lock()
+
+
+class OpenVINO(Runtime):
+    """OpenVINO on the CPU; pieces are converted when they are first run, and kept.
+
+    ``openvino-int8`` needs a network's activation ranges (:mod:`crowdexit.runtimes.int8`).
+
+    Raises:
+        RuntimeUnavailable: if OpenVINO is not installed.
+    """
+
+    NAMES = ("openvino", "openvino-bf16", "openvino-int8")
+
+    def __init__(self, name: str = "openvino") -> None:
+        installed("openvino")
+        self.name = name
+
+    def ready(self, network: MultiExitNetwork) -> ReadyChain:
+        run = network.cpu() if self.name != "openvino-int8" else _quantised(network.cpu())
+        pieces = take_apart(run)
+        kept = _kept(network, "openvino" if self.name == "openvino-bf16" else self.name)
+
+        def model(piece: str, shapes: Shapes) -> Any:
+            of = () if pieces[piece].any_size else shapes
+            return kept.model(piece, of, lambda: convert(pieces[piece], of or None))
+
+        engine = OpenVINOEngine(model, half=self.name != "openvino")
+        return ArrayReady(network, self.name, chain_of(run, pieces, engine))
+
+
+def _quantised(network: MultiExitNetwork) -> MultiExitNetwork:
+    if not network.activation_ranges:
+        raise RuntimeUnavailable(
+            "openvino-int8: the checkpoint has no activation ranges; `crowdexit calibrate-int8` measures them"
+        )
+    return quantised(network, network.activation_ranges)
+
+
+def _kept(network: MultiExitNetwork, runtime: str) -> KeptModels[Any]:
+    openvino = installed("openvino")
+
+    def write(model: Any, path: Path) -> None:
+        openvino.save_model(model, path, compress_to_fp16=False)
+
+    return KeptModels(network, runtime, ".xml", openvino_core().read_model, write)
+
+
+def multiplies_bf16() -> bool:
+    """Whether OpenVINO computes in bfloat16 on this CPU."""
+    return "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+@contextmanager
+def _root_logger_kept() -> Iterator[None]:
+    """OpenVINO's converter has the root logger tell errors only; where it fails, or two convert at once, for good."""
+    root = logging.getLogger()
+    with _CONVERTING:
+        level, filters, handlers = root.level, [*root.filters], [*root.handlers]
+        try:
+            yield
+        finally:
+            root.setLevel(level)
+            root.filters, root.handlers = filters, handlers
+
+
+def convert(piece: Piece, shapes: Shapes | None = None) -> Any:
+    """A piece as an ``openvino.Model``, its batch open, and the sides of its maps where it takes any image size.
+
+    Its weights share the network's memory.
+
+    Args:
+        shapes: of what it takes, without the batch; default: at the network's own picture size.
+    """
+    openvino = installed("openvino")
+    examples = piece.examples(shapes)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of shapes that become constants: all but the batch are
+        traced = torch.jit.trace(piece, examples, check_trace=False)
+        given = [
+            openvino.PartialShape([-1 if d == 0 or d in sides else n for d, n in enumerate(example.shape)])
+            for example, sides in zip(examples, piece.open_sides(), strict=True)
+        ]
+        with _root_logger_kept():
+            model = openvino.convert_model(traced, example_input=examples, input=given)
+    for names, sides in zip(piece.ports.names(), (model.inputs, model.outputs), strict=True):
+        for name, side in zip(names, sides, strict=True):
+            side.get_tensor().set_names({name})
+    return model

@@ -1,0 +1,301 @@
+"""Runtimes by name, and the choice among them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crowdexit.models.network import MultiExitNetwork
+from crowdexit.models.stages import Answer, Features
+from crowdexit.runtimes.arrays import RuntimeUnavailable
+from crowdexit.runtimes.base import ReadyChain, Runtime
+from crowdexit.runtimes.batch import look
+from crowdexit.runtimes.calibration import made_up_crowd, sample
+from crowdexit.runtimes.compiled import Compiled
+from crowdexit.runtimes.eager import Eager
+from crowdexit.runtimes.engines import one_line
+from crowdexit.runtimes.kept import choices, fingerprint, forget_choice, gpu_name, installed_version, keep_choice
+from crowdexit.runtimes.onnx import Onnx
+from crowdexit.runtimes.openvino import OpenVINO, multiplies_bf16
+from crowdexit.runtimes.winograd import Winograd, filtered_layers
+from crowdexit.utils.machine import has_bfloat16, processor
+
+log = logging.getLogger(__name__)
+
+KINDS: tuple[Any, ...] = (Eager, Winograd, Compiled, OpenVINO, Onnx)
+# Of all that there is, what needs no preparing of its own: what auto may try.
+READY_MADE = (*Eager.NAMES, *Winograd.NAMES, *OpenVINO.NAMES, *Onnx.NAMES)
+INT8 = "openvino-int8"
+# An exit's answer may differ from that of eager float32 by this share of it, and of one head or one class score.
+TOLERANCE = 0.02
+INT8_TOLERANCE = 0.03  # of int8, by this share of it alone, at every exit
+PROBES, LONG_S = 5, 3.0  # so often is each timed, or until they have had so much time each
+PATIENCE_S = 60.0  # then no further candidate is tried
+_FAILURES = (RuntimeUnavailable, RuntimeError)  # the latter PyTorch's own, where it runs out of memory or cannot at all
+
+
+def names() -> tuple[str, ...]:
+    """All runtimes by name, ``auto`` first."""
+    return ("auto", *(name for kind in KINDS for name in kind.NAMES))
+
+
+def pick(name: str) -> Runtime:
+    """The runtime of that name; ``auto`` is :class:`Auto`.
+
+    Raises:
+        RuntimeUnavailable: for an unknown name, one that is not installed, or a GPU that is not there.
+    """
+    if name == "auto":
+        return Auto()
+    kind = next((kind for kind in KINDS if name in kind.NAMES), None)
+    if kind is None:
+        raise RuntimeUnavailable(f"no runtime {name!r} (there are {', '.join(names())})")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise RuntimeUnavailable(f"the runtime {name!r} needs a CUDA GPU, and there is none")
+    runtime: Runtime = kind(name)
+    return runtime
+
+
+class Auto(Runtime):
+    """The fastest runtime that agrees with eager float32 on a picture: tried once for a machine and a network.
+
+    Tried are those that need no preparing of their own: not torch.compile, which wants a C++ compiler and a minute;
+    int8 where the network has activation ranges. What was picked is told once, as a warning of the log, and remembered
+    in the user's cache. Where there is nothing to choose from, nothing is told.
+
+    Nobody has named what is picked, so nothing that goes wrong with it is the caller's: eager float32 takes over.
+    """
+
+    name = "auto"
+
+    def ready(self, network: MultiExitNetwork) -> ReadyChain:
+        key = _key(network)
+        known = choices().get(key)
+        if known in READY_MADE:
+            try:
+                return _with_eager_behind(pick(known).ready(network), key)
+            except Exception as error:
+                log.warning("%s; the runtimes are tried anew", one_line(error))
+        picked, chain, complete = _fastest(network)
+        if complete:
+            keep_choice(key, picked)
+        return _with_eager_behind(chain, key)
+
+
+def _with_eager_behind(chain: ReadyChain, key: str) -> ReadyChain:
+    return chain if chain.runtime == "eager" else _Picked(chain, key)
+
+
+@dataclass(frozen=True)
+class _State:
+    """What stands between two stages, and what it takes to come there again.
+
+    Attributes:
+        chain: whose state it is. own: the state. stage: the last that was run, at first −1.
+        features: the batch before the first stage. rows: the indices of those of its samples that are left.
+    """
+
+    chain: ReadyChain
+    own: Any
+    stage: int
+    features: Features
+    rows: Tensor
+
+
+class _Picked(ReadyChain):
+    """What ``auto`` has picked, until it fails: from then on eager float32, which walks again what was under way.
+
+    Args:
+        key: of the choice, which is forgotten then.
+    """
+
+    def __init__(self, chain: ReadyChain, key: str) -> None:
+        super().__init__(chain.network, chain.runtime)
+        self._chain, self._key = chain, key
+
+    def prepare(self, exits: Collection[str]) -> None:
+        try:
+            self._chain.prepare(exits)
+        except _FAILURES as error:
+            self._give_up(self._chain, error)
+
+    def begin(self, features: Features) -> _State:
+        state = _State(self._chain, None, -1, features, torch.arange(len(features.visual)))
+        try:
+            return replace(state, own=state.chain.begin(features))
+        except _FAILURES as error:
+            return self._again(state, error)
+
+    def advance(self, index: int, state: _State) -> _State:
+        try:
+            return replace(state, own=state.chain.advance(index, state.own), stage=index)
+        except _FAILURES as error:
+            return self._again(replace(state, stage=index), error)
+
+    def ask(self, name: str, state: _State) -> Answer:
+        try:
+            return state.chain.ask(name, state.own)
+        except _FAILURES as error:
+            again = self._again(state, error)
+            return again.chain.ask(name, again.own)
+
+    def select(self, state: _State, keep: Tensor) -> _State:
+        state = replace(state, rows=state.rows[keep])
+        try:
+            return replace(state, own=state.chain.select(state.own, keep))
+        except _FAILURES as error:
+            return self._again(state, error)
+
+    def visual_of(self, state: _State) -> tuple[Tensor, Tensor]:
+        return state.chain.visual_of(state.own)
+
+    def _give_up(self, failed: ReadyChain, error: Exception) -> None:
+        """Have eager float32 go on, unless it does already."""
+        if failed is self._chain:
+            log.warning("runtime auto: %s; eager goes on", one_line(error))
+            forget_choice(self._key)
+            self._chain = Eager().ready(self.network)
+            self.runtime = self._chain.runtime
+
+    def _again(self, state: _State, error: Exception) -> _State:
+        """A state whose chain has failed, by eager float32 from the beginning."""
+        self._give_up(state.chain, error)
+        own = self._chain.begin(state.features.select(state.rows))
+        for index in range(state.stage + 1):
+            own = self._chain.advance(index, own)
+        return replace(state, chain=self._chain, own=own)
+
+
+def candidates(network: MultiExitNetwork) -> tuple[tuple[str, ...], ...]:
+    """What to try here beside eager float32: of each row, the quickest first, the first that agrees."""
+    int8 = ((INT8,),) if network.activation_ranges else ()
+    if torch.cuda.is_available():
+        return (("cuda-half",), ("cuda-bf16",), ("cuda",))  # which is the quickest depends on the GPU
+    rows: list[tuple[str, ...]] = []
+    if has_bfloat16():
+        rows.append(("eager-bf16",))
+    elif torch.backends.nnpack.is_available() and filtered_layers(network):
+        rows.append(("winograd",))
+    if installed_version("openvino"):
+        try:
+            if multiplies_bf16():
+                return (*rows, ("openvino-bf16", "openvino"), *int8)
+            rows += [("openvino",), *int8]
+        except Exception as error:  # it is there, and cannot be used
+            _leave_out("openvino", one_line(error))
+    if installed_version("onnxruntime"):
+        rows.append(("onnx",))
+    return tuple(rows)
+
+
+def _fastest(network: MultiExitNetwork) -> tuple[str, ReadyChain, bool]:
+    """The name of the fastest runtime that agrees with eager float32, the network on it, and whether all were tried:
+    a machine that is busy just now is not to be remembered as a slow one.
+    """
+    begun = time.perf_counter()
+    agreeing, complete = {"eager": Eager().ready(network)}, True
+    rows = candidates(network)
+    if not rows:
+        return "eager", agreeing["eager"], complete
+    features = look(*sample(), network.config)
+    expected = _answers(agreeing["eager"], features)
+    for row in rows:
+        for name in row:
+            if time.perf_counter() - begun > PATIENCE_S:
+                _leave_out(name, "trying the others took too long")
+                complete = False
+                continue
+            try:
+                chain = pick(name).ready(network)
+                agrees = (
+                    _int8_agrees(chain, agreeing["eager"], features)
+                    if name == INT8
+                    else _agree(_answers(chain, features), expected)
+                )
+            except Exception as error:  # whatever it is, the next may do
+                _leave_out(name, one_line(error))
+                continue
+            if agrees:
+                agreeing[name] = chain
+                break
+    least = _in_turn(network, agreeing, features)
+    picked = min(least, key=least.__getitem__)
+    told = 1e3 * least[picked], 1e3 * least["eager"]
+    log.warning("runtime auto: %s, %.0f ms a picture here (eager %.0f ms)", picked, *told)
+    return picked, _in_place(picked, agreeing[picked], network), complete
+
+
+def _leave_out(name: str, why: str) -> None:
+    log.warning("runtime auto leaves out %s: %s", name, why)
+
+
+def _answers(chain: ReadyChain, features: Features) -> dict[str, Tensor]:
+    """Of the final exit and some early ones; this compiles."""
+    *early, final = chain.exit_names
+    exits = [*early[:: max(1, len(early) // 3)][:3], final]
+    return {name: answer.value for name, answer in chain.stream(features, exits)}
+
+
+def _in_turn(network: MultiExitNetwork, chains: Mapping[str, ReadyChain], features: Features) -> dict[str, float]:
+    """The least of the seconds that each takes, eager's always among them: whatever else the machine does only adds to
+    them, and were one timed after the other, a machine that changes its pace would choose.
+    """
+    least, failed, end = dict.fromkeys(chains, inf), set[str](), time.perf_counter() + LONG_S * len(chains)
+    for probe in range(PROBES):
+        if probe and time.perf_counter() > end:
+            break
+        for name in [name for name in chains if name not in failed]:
+            try:
+                least[name] = min(least[name], _seconds(_in_place(name, chains[name], network), features))
+            except Exception as error:
+                if name == "eager":
+                    raise
+                _leave_out(name, one_line(error))
+                failed.add(name)
+    return {name: seconds for name, seconds in least.items() if name not in failed}
+
+
+def _in_place(name: str, chain: ReadyChain, network: MultiExitNetwork) -> ReadyChain:
+    """The chain; one that runs the network itself with its weights where it wants them: others may have moved them."""
+    kind = pick(name)
+    return kind.ready(network) if isinstance(kind, Eager) else chain
+
+
+def _seconds(chain: ReadyChain, features: Features) -> float:
+    """That one picture takes, all that :func:`_answers` wants of it."""
+    begun = time.perf_counter()
+    _answers(chain, features)
+    return time.perf_counter() - begun
+
+
+def _agree(answers: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return all(
+        float((answers[name] - value).abs().max()) <= TOLERANCE * (float(value.abs().max()) + 1)
+        for name, value in expected.items()
+    )
+
+
+def _int8_agrees(chain: ReadyChain, eager: ReadyChain, street: Features) -> bool:
+    """Whether every exit agrees on the street and on a crowd."""
+    for features in (street, look(made_up_crowd(), None, chain.network.config)):
+        expected = dict(eager.stream(features))
+        for name, answer in chain.stream(features):
+            value = expected[name].value
+            worst = float((answer.value - value).abs().max() / value.abs().max())
+            if not worst <= INT8_TOLERANCE:
+                log.warning("runtime auto leaves out %s: exit %s differs by %.1f %%", INT8, name, 100 * worst)
+                return False
+    return True
+
+
+def _key(network: MultiExitNetwork) -> str:
+    """A hash of everything that decides which runtime is fastest: machine, libraries, network and weights."""
+    return fingerprint(network, *processor(), os.cpu_count(), torch.get_num_threads(), gpu_name())

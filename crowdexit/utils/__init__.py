@@ -1,0 +1,1 @@
+"""What everything else stands on: files, locks, paths, signals, the machine."""

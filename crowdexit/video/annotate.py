@@ -1,0 +1,141 @@
+"""Pictures written as a video, with the sound that belongs to them."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import suppress
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import av
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from crowdexit.data.mel import AudioError
+from crowdexit.errors import CrowdExitError
+from crowdexit.video.frames import Frame
+from crowdexit.video.sound import sound_blocks
+
+_AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
+_LONGEST_SIDE = 1920
+# Of at most ten seconds, each written out when it is whole.
+_PIECES = {"movflags": "frag_keyframe+empty_moov", "frag_duration": "10000000", "flush_packets": "1"}
+
+
+class VideoWriteError(CrowdExitError):
+    """A video that cannot be written."""
+
+
+class AnnotatedVideo:
+    """Writes pictures with the sound that belongs to them as an MP4 (H.264, AAC in mono).
+
+    It begins with the first picture. The file appears under its name when all is written; on an error nothing is left.
+
+    Args:
+        path: ends in .mp4.
+        sound: the file with the sound, or None.
+        usual: seconds from one picture to the next, for the last one's sound.
+        endless: written in pieces, so that memory does not grow; what a kill leaves beside can be played.
+    """
+
+    def __init__(self, path: Path, sound: Path | None, usual: float, *, endless: bool = False) -> None:
+        self.path, self._part = path, path.with_name(path.name + ".part")
+        self._sound_path, self._usual = sound, usual
+        self._begins = self._time = 0.0  # of the first picture and the last one, by their frames
+        self._sound: Generator[tuple[int, NDArray[np.float32], int], None, None] | None = None
+        self._written = 0
+        self._video: Any = None
+        self._audio: Any = None
+        options = _PIECES if endless else {"movflags": "faststart"}
+        try:
+            self._part.touch()  # PyAV opens it with the first picture only; this says at once that it cannot be
+            self._container = av.open(str(self._part.absolute()), "w", format="mp4", options=options)
+        except (av.FFmpegError, OSError, ValueError) as error:
+            with suppress(OSError):
+                self._part.unlink(missing_ok=True)
+            raise VideoWriteError(f"{path}: cannot be written ({getattr(error, 'strerror', error)})") from None
+
+    def __enter__(self) -> AnnotatedVideo:
+        return self
+
+    def add(self, picture: NDArray[np.uint8], frame: Frame) -> None:
+        """Write a picture H×W×3 (of the first one's size) at the time of a frame."""
+        try:
+            if self._video is None:
+                self._begin(picture, frame)
+            self._time = frame.time_s
+            size = (self._video.width, self._video.height)
+            if picture.shape[1::-1] != size:
+                picture = np.asarray(cv2.resize(picture, size, interpolation=cv2.INTER_AREA), np.uint8)
+            image = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            image.pts, image.time_base = round((self._time - self._begins) * 1000), Fraction(1, 1000)
+            self._container.mux(self._video.encode(image))
+            self._sound_until(self._time)
+        except (av.FFmpegError, OSError, ValueError) as error:
+            raise VideoWriteError(f"{self.path}: cannot be written ({error})") from None
+
+    def _begin(self, picture: NDArray[np.uint8], frame: Frame) -> None:
+        self._begins = frame.time_s
+        height, width = picture.shape[:2]
+        scale = min(1.0, _LONGEST_SIDE / max(width, height))
+        options = {"crf": "23", "preset": "veryfast"}
+        self._video = self._container.add_stream("libx264", rate=max(1, round(1 / self._usual)), options=options)
+        # The colours of H.264 come in blocks of 2×2.
+        self._video.width, self._video.height = (max(2, round(side * scale) // 2 * 2) for side in (width, height))
+        self._video.pix_fmt = "yuv420p"
+        self._video.codec_context.time_base = Fraction(1, 1000)
+        if self._sound_path is None:
+            return
+        try:
+            self._sound = sound_blocks(self._sound_path, frame.sound_begins_s, lambda line: None, rates=_AAC_RATES)
+            first = next(self._sound, None)
+        except AudioError:  # reading the frames has said so already
+            first = None
+        if first is None:
+            self._sound = None
+            return
+        self._next: tuple[int, NDArray[np.float32], int] | None = first
+        self._audio = self._container.add_stream("aac", rate=first[2], layout="mono")
+
+    def _sound_until(self, time: float) -> None:
+        """Write the sound up to a frame's time, gaps as silence."""
+        while self._sound is not None and self._next is not None:
+            start, samples, rate = self._next
+            if start > time * rate:
+                return
+            start -= round(self._begins * rate)
+            samples = samples[max(0, self._written - start) :]  # begun before the first frame, or twice there
+            while self._written < start:
+                self._write_sound(np.zeros(min(rate, start - self._written), np.float32), rate)
+            if len(samples):
+                self._write_sound(samples, rate)
+            self._next = next(self._sound, None)
+
+    def _write_sound(self, samples: NDArray[np.float32], rate: int) -> None:
+        block = av.AudioFrame.from_ndarray(samples[None], format="fltp", layout="mono")
+        block.sample_rate, block.pts, block.time_base = rate, self._written, Fraction(1, rate)
+        self._container.mux(self._audio.encode(block))
+        self._written += len(samples)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if error is None and self._video is not None:
+                self._sound_until(self._time + self._usual)
+                self._container.mux(self._video.encode())
+                if self._audio is not None:
+                    self._container.mux(self._audio.encode())
+                self._container.close()
+                self._part.replace(self.path)
+        except (av.FFmpegError, OSError, ValueError) as failure:
+            raise VideoWriteError(f"{self.path}: cannot be written ({failure})") from None
+        finally:
+            with suppress(av.FFmpegError, OSError, ValueError):
+                self._container.close()
+            if self._sound is not None:
+                self._sound.close()
+            self._part.unlink(missing_ok=True)

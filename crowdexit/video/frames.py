@@ -1,0 +1,237 @@
+"""A video's frames, each with the second of sound around it, one at a time."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crowdexit.data.audio import Warn
+from crowdexit.data.hdr import to_sdr
+from crowdexit.data.media import FAULTS
+from crowdexit.data.mel import AudioError, AudioInput
+from crowdexit.data.picture import PictureError
+from crowdexit.errors import CrowdExitError
+from crowdexit.inference.scene import hear
+from crowdexit.video.container import VideoError, check_size, open_file, pictures_of, stated_length
+from crowdexit.video.decode import DuePictures, Span
+from crowdexit.video.display import AS_STORED, Display
+from crowdexit.video.sound import Second, SoundTrack
+
+_MOST_GAPS_TOLD = 5
+_UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A picture of a video, and its sound.
+
+    Attributes:
+        index: among all pictures of the video in the order of time, from 0.
+        time_s: seconds since the video's first picture.
+        image: as FFmpeg decoded it.
+        sound: mono samples from half a second before the frame to half a second after it, zeros where there
+            are none, and their rate in Hz; None where too little is heard.
+        sound_begins_s: the video's first picture on the clock of the file that the sound is in; None: the
+            sound is from another file, which begins with the first picture, or live.
+        display: how it is shown.
+        lost: (from, to) in seconds where pictures before this one are damaged, since the last frame.
+        sound_unreadable: whether there is no sound because what there is cannot be read.
+        sound_warnings: about the sound, one line each.
+    """
+
+    index: int
+    time_s: float
+    image: Any
+    sound: Second | None
+    sound_begins_s: float | None
+    display: Display = AS_STORED
+    lost: tuple[float, float] | None = None
+    sound_unreadable: bool = False
+    sound_warnings: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in square pixels, upright."""
+        width, height = self.display.size(self.image.width, self.image.height)
+        return (height, width) if self._quarter_turns % 2 else (width, height)
+
+    @property
+    def picture(self) -> NDArray[np.uint8]:
+        """H×W×3 uint8, RGB, upright, in square pixels; made anew at every call."""
+        return self.scaled(self.size)
+
+    @property
+    def audio(self) -> AudioInput:
+        """The sound as a network takes it.
+
+        Raises:
+            AudioError: if it is of no use.
+        """
+        if self.sound is None:
+            return AudioInput(None, "unreadable" if self.sound_unreadable else "none", self.sound_warnings)
+        return AudioInput(hear(self.sound), warnings=self.sound_warnings)
+
+    @property
+    def loss_warning(self) -> str | None:
+        """What to say of damaged pictures before this one, if there are any."""
+        if self.lost is None:
+            return None
+        return f"damaged from {self.lost[0]:.1f} to {self.lost[1]:.1f} s; nothing is counted there"
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """About the picture, one line each."""
+        return (*self.display.warnings, *([] if self.loss_warning is None else [self.loss_warning]))
+
+    def scaled(self, size: tuple[int, int]) -> NDArray[np.uint8]:
+        """The picture, scaled to (width, height): H×W×3 uint8, RGB, upright; HDR is tone-mapped.
+
+        Raises:
+            PictureError: if its format is one that nothing here can convert.
+        """
+        turns, transfer = self._quarter_turns, self.display.transfer
+        width, height = reversed(size) if turns % 2 else size
+        # FFmpeg scales into planes faster than into pixels, and keeps every pixel's colour rather than every other's.
+        form = "rgb24" if (width, height) == (self.image.width, self.image.height) else "gbrp"
+        shrinks = width <= self.image.width and height <= self.image.height
+        to: dict[str, Any] = {"width": width, "height": height, "format": form}
+        to["interpolation"] = "AREA" if shrinks else "BICUBIC"  # AREA blurs what grows
+        if transfer is not None:
+            to["format"] = "gbrp16le"
+            if self.image.colorspace == _UNSPECIFIED:  # FFmpeg would take the matrix of SDR
+                to["src_colorspace"] = "BT2020"
+        try:
+            try:
+                rgb = self.image.reformat(**to).to_ndarray()
+            except OSError:  # colours by a matrix that FFmpeg knows by name alone (YCgCo, ICtCp): by the usual one
+                to["src_colorspace"] = "ITU709" if transfer is None else "BT2020"
+                rgb = self.image.reformat(**to).to_ndarray()
+        except (*FAULTS, OSError) as error:
+            raise PictureError(f"a picture that cannot be converted ({error})") from None
+        if transfer is not None:
+            rgb = to_sdr(rgb, transfer, self.display.primaries)
+        return np.ascontiguousarray(np.rot90(rgb, turns))
+
+    @property
+    def _quarter_turns(self) -> int:
+        return round(self.image.rotation / 90) % 4  # anticlockwise, as the display matrix asks
+
+
+def read_frames(
+    path: Path, span: Span | None = None, *, audio: Path | None = None, warn: Warn = warnings.warn
+) -> Iterator[Frame]:
+    """Yield a video's frames with their sound, one at a time, in memory that does not depend on its length.
+
+    Args:
+        span: which frames; default: one a second. A frame is the same whatever else is taken. All before the first
+            is read, though hardly any of it decoded.
+        audio: a file whose sound stands in for the video's own, beginning with the first picture.
+        warn: is called with one line when the video or its sound is damaged or cut short.
+
+    A video without sound is not heard, nor are frames beyond the end of its sound.
+
+    Raises:
+        VideoError: if it cannot be read at all, or has no frames.
+        AudioError: if ``audio`` cannot be read.
+    """
+    span = span or Span()
+    with ExitStack() as stack:
+        pictures = DuePictures(path, span)
+        stack.callback(pictures.close)
+        sound: SoundTrack | None = None
+        begun = unreadable = False
+        for index, time, image, display, lost in pictures:
+            if not begun:
+                begun = True
+                sound, unreadable = _sound_track(path, audio, pictures.origin, warn)
+                if sound is not None:
+                    stack.callback(sound.close)
+            second = None if sound is None else sound.second_around(time)
+            begins = None if audio is not None else pictures.origin
+            lines = () if sound is None else tuple(sound.warnings)
+            frame = Frame(index, time, image, second, begins, display, lost, unreadable, lines)
+            check_size(str(path), *frame.size)
+            yield frame
+        if pictures.length == 0:
+            raise VideoError(f"{path}: no frames in it, or none that can be read")
+        if not begun and span.after < 0:
+            until = "on" if math.isinf(span.end) else f"to {span.end:g} s"
+            warn(f"{path}: no picture is shown from {span.start:g} s {until}")
+        _tell(pictures, warn)
+
+
+def _merged(gaps: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """In order, and what overlaps as one."""
+    out: list[tuple[float, float]] = []
+    for begin, end in sorted(gaps):
+        if out and begin <= out[-1][1]:
+            begin, end = out[-1][0], max(end, out.pop()[1])
+        out.append((begin, end))
+    return out
+
+
+def _tell(video: DuePictures, warn: Warn) -> None:
+    """What of the video was not there to be counted."""
+    stated, length = stated_length(video.container, video.stream, video.origin), video.length
+    gaps = _merged([(a, b) for a, b in video.gaps if b is not None and b > video.begins])
+    rest = next((a for a, b in video.gaps if b is None), length)
+    if video.lost_beginning:
+        warn(f"{video.path}: damaged at its beginning; times run from the first picture that can be decoded")
+    if gaps:
+        told = ", ".join(f"{a:.1f} to {b:.1f} s" for a, b in gaps[:_MOST_GAPS_TOLD])
+        more = f" and {len(gaps) - _MOST_GAPS_TOLD} more" if len(gaps) > _MOST_GAPS_TOLD else ""
+        warn(f"{video.path}: damaged or without pictures from {told}{more}; nothing is counted there")
+    cut = not video.past and rest < video.span.end and max(rest, video.stored) < stated - 0.5 - video.usual
+    if rest < length or cut:
+        how = "damaged" if rest < length else "cut short"
+        warn(f"{video.path}: {how} after {rest:.1f} s of {max(stated, length):.1f} s; what comes before is counted")
+
+
+def expected_rows(path: Path, span: Span | None = None) -> int:
+    """How many frames there will be to count as far as a video says; 0 where it does not or cannot be read."""
+    span = span or Span()
+    try:
+        with open_file(path) as container:
+            stream = pictures_of(container, str(path))
+            rate = float(stream.average_rate or stream.guessed_rate or span.fps)
+            seconds = min(stated_length(container, stream), span.end) - span.start
+            return max(0, math.ceil(seconds * min(span.fps, rate)))
+    except CrowdExitError:
+        return 0
+
+
+def parse_time(text: str) -> float:
+    """Seconds of ``90``, ``1:30``, ``0:01:30.5``.
+
+    Raises:
+        VideoError: if it is no time.
+    """
+    if not re.fullmatch(r"(\d+:){0,2}\d+(\.\d*)?", text):
+        raise VideoError(f"{text!r} is no time (write seconds, mm:ss or hh:mm:ss)")
+    seconds = 0.0
+    for part in text.split(":"):
+        seconds = 60 * seconds + float(part)
+    return seconds
+
+
+def _sound_track(path: Path, audio: Path | None, origin: float, warn: Warn) -> tuple[SoundTrack | None, bool]:
+    """The sound of a video, and whether there is none because it cannot be read."""
+    if audio is not None:
+        return SoundTrack(audio, None, warn), False
+    with open_file(path) as container:
+        if not container.streams.audio:
+            return None, False
+    try:
+        return SoundTrack(path, origin, warn), False
+    except AudioError as error:
+        warn(f"{error}; the video is counted without it")
+        return None, True
