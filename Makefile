@@ -13,8 +13,8 @@ app: $(STAMP)
 
 # A process for each core, with a thread for each process: most tests are too small for more. OpenVINO and ONNX Runtime
 # bring thread pools of their own; they get processes of their own, too. What looks at the clock has the machine alone.
-APART := tests/inference/runtimes tests/inference/test_export.py
-TIMED := $(addprefix tests/inference/,test_anytime.py test_live.py test_policies.py)
+APART := tests/runtimes tests/export
+TIMED := tests/inference/test_anytime.py tests/inference/test_policies.py tests/video/test_live.py
 ABREAST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical
 test: $(STAMP)
 	$(ABREAST) $(patsubst %,--ignore=%,$(APART) $(TIMED))

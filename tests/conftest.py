@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from tiny import tiny_counter
+
+from crowdexit.inference.counter import CrowdCounter
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, which some of them send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -62,3 +65,21 @@ def crowd_picture() -> CrowdPicture:
         return buffer.getvalue(), points
 
     return make
+
+
+@pytest.fixture(scope="session")
+def counter() -> CrowdCounter:
+    return tiny_counter()
+
+
+@pytest.fixture
+def picture_file(tmp_path, crowd_picture):
+    """Writes a JPEG of that name into the test's folder."""
+
+    def write(name: str = "crowd.jpg", **options) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(crowd_picture(**options)[0])
+        return path
+
+    return write

@@ -28,7 +28,7 @@ sys.meta_path.insert(0, Slow())
 )
 def test_signals_during_imports_end_in_one_line(program, number, line, code, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(SLOW)
-    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", program, "--help"]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
@@ -46,7 +46,7 @@ def test_importing_as_a_library_leaves_signals_alone():
         "assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL;"
         "assert signal.getsignal(signal.SIGINT) == signal.default_int_handler"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
 def test_ctrl_c_is_a_keyboard_interrupt_once_a_command_runs():

@@ -122,9 +122,9 @@ def test_killed(counter, inputs, tmp_path, format):
     """A process that is killed at several moments, against one that is not."""
     whole, out = tmp_path / "whole", tmp_path / "out"
     count_inputs(counter, inputs[::2], format=format, out=whole, **OPTIONS)
-    command = [sys.executable, str(Path(__file__).parent / "count_tiny.py"), "0.2", str(out), format]
+    command = [sys.executable, str(Path(__file__).parents[1] / "count_tiny.py"), "0.2", str(out), format]
     command += [str(path) for path in inputs[::2]]
-    tests = Path(__file__).parent
+    tests = Path(__file__).parents[1]
     paths = os.pathsep.join(map(str, (tests, tests.parent, tests.parent.parent)))
     for rows in (1, 9):
         before = whole_lines(part_of(out))
