@@ -69,6 +69,8 @@ def expand(inputs: Sequence[str | Path]) -> list[Source]:
         raise SourceError("nothing to count: name a picture, a video or a folder")
     sources: list[Source] = []
     for name in inputs:
+        if not str(name).strip() or not name:
+            raise SourceError("an input without a name; for the current folder write .")
         path = Path(name)
         if (address := address_of(str(name))) is not None:
             sources.append(Source(Path(address.name), "live", address=address))

@@ -645,3 +645,26 @@ def test_kinds_that_are_not_supported_are_named() -> None:
     }.items():
         with pytest.raises(PictureError, match=words):
             decode_image(encoded(RGB, "JPEG") if "THM" in name else bytes(range(200)), name)
+
+
+def test_a_png_with_a_wrong_checksum_is_told() -> None:
+    data = bytearray(encoded(RGB, "PNG", compress_level=0))  # stored: a flipped byte is a wrong pixel
+    data[data.index(b"IDAT") + 5000] ^= 4
+    image = decode_image(bytes(data))
+    assert image.warnings == ("the PNG data is damaged (a checksum does not match): the count may be wrong",)
+    assert decode_image(encoded(RGB, "PNG")).warnings == ()
+
+
+def test_damage_of_a_jpeg_within_a_tiff_is_told(capfd) -> None:
+    rough = np.random.default_rng(0).integers(0, 255, (24, 40, 3), np.uint8)
+    data = encoded(cv2.resize(rough, (320, 192), interpolation=cv2.INTER_CUBIC), "TIFF", compression="jpeg")
+    told, random = 0, np.random.default_rng(1)
+    for _ in range(20):
+        try:
+            image = decode_image(flipped(data, random.integers(len(data) // 4, len(data) * 3 // 4, 8)))
+        except PictureError:
+            continue
+        told += any("the JPEG data is damaged (" in warning for warning in image.warnings)
+    assert told >= 10
+    assert decode_image(data).warnings == ()
+    assert "JPEG" not in capfd.readouterr().err

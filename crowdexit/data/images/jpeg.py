@@ -20,8 +20,12 @@ _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _ALONE = {0x01, *range(0xD0, 0xD9)}  # markers without a length
 # libjpeg's words for data that is not as it was written; its other warnings are of headers that do not matter.
-_DAMAGE = re.compile(r"Corrupt JPEG data: (?!bad ICC)(.*)|(Premature end of JPEG file|Inconsistent progression.*)")
+# In a TIFF they come by way of libtiff and OpenCV, who write something before them.
+_DAMAGE = re.compile(
+    r"(?:.*JPEGLib: )?(?:Corrupt JPEG data: (?!bad ICC)(.*)|(Premature end of JPEG file|Inconsistent progression.*))"
+)
 _HARMLESS = ("Warning: unknown JFIF", "Unknown Adobe", "Corrupt JPEG data", "Invalid SOS parameters")
+_BY_OPENCV = "grfmt_tiff.cpp"  # what else OpenCV says of a TIFF, which Pillow decodes
 _lock = threading.Lock()
 
 
@@ -82,7 +86,7 @@ def damage(data: bytes) -> str | None:
             return None
         try:
             os.dup2(said.fileno(), 2)
-            imdecode(data, cv2.IMREAD_REDUCED_GRAYSCALE_8)
+            imdecode(data, cv2.IMREAD_REDUCED_GRAYSCALE_8, False)
         except cv2.error:
             pass
         finally:
@@ -98,6 +102,6 @@ def _sorted_out(said: BinaryIO) -> str | None:
         found = _DAMAGE.match(line.strip())
         if found is not None:
             told = told or found[1] or found[2]
-        elif not line.startswith(_HARMLESS):
+        elif not line.startswith(_HARMLESS) and _BY_OPENCV not in line:
             sys.stderr.write(line)
     return told

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -50,6 +51,7 @@ OTHER_SUFFIXES = {
     **dict.fromkeys((".qoi", ".dds", ".ktx", ".ktx2", ".xcf", ".fits", ".fit", ".dcm"), "this format"),
 }
 PREVIEW_SUFFIX = ".thm"  # which cameras write beside a raw image or a video
+_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _PNG_BYTES = {0: 2, 2: 6}  # of a pixel with 16 bits, by colour type; with opacity eight
 _LARGE = 2**27  # bytes of pixels; a camera's image has fewer
 _ROWS = 256  # of an image that are converted at once
@@ -231,6 +233,8 @@ def _decode(data: bytes, name: str, notes: _Notes, check: SizeCheck) -> NDArray[
             _note_others(picture, data, notes)
         if picture.format in ("HEIF", "AVIF") and isobmff.is_cut_short(data):
             raise ValueError("the file is cut short")
+        if data.startswith(_PNG_MAGIC) and _png_is_damaged(data):
+            notes.add("the PNG data is damaged (a checksum does not match): the count may be wrong")
         if hdr is not None:
             notes.add(f"high dynamic range ({hdr[0].upper()}): tone-mapped")
         if deep:
@@ -256,14 +260,18 @@ def _opened(data: bytes) -> ImageFile.ImageFile:
     return Image.open(io.BytesIO(data), formats=FORMATS)
 
 
+def _note_damage(data: bytes, notes: _Notes) -> None:
+    damage = jpeg.damage(data)
+    notes.add(damage and f"the JPEG data is damaged ({damage}): the count may be wrong")
+
+
 def _note_jpeg(data: bytes, notes: _Notes) -> None:
     """Say what libjpeg has to say, and how many images of the same size follow the first.
 
     Smaller ones are previews, or maps of depth and brightness that belong to the first. A larger one is what the
     first is a preview of.
     """
-    damage = jpeg.damage(data)
-    notes.add(damage and f"the JPEG data is damaged ({damage}): the count may be wrong")
+    _note_damage(data, notes)
     first, *others = jpeg.sizes(data)
     notes.add(_left_out(1 + sum(w * h >= first[0] * first[1] for w, h in others), "first"))
 
@@ -366,6 +374,8 @@ def _tiff_page(page: tiff.Page, notes: _Notes) -> NDArray[np.uint8]:
         colours, opacity = page.samples()
         pixels = _to_rgb(colours, opacity, page.maximum, notes)
         return 255 - pixels if page.white_is_zero else pixels
+    if page.is_jpeg:
+        _note_damage(page.alone(), notes)
     if page.ycbcr:
         rgb = imdecode(page.alone(), cv2.IMREAD_COLOR_RGB)
         if rgb is None:
@@ -380,7 +390,7 @@ def _tiff_page(page: tiff.Page, notes: _Notes) -> NDArray[np.uint8]:
 
 
 def _is_deep_png(data: bytes) -> bool:
-    return data.startswith(b"\x89PNG\r\n\x1a\n") and data[24:25] == b"\x10"
+    return data.startswith(_PNG_MAGIC) and data[24:25] == b"\x10"
 
 
 def _deep_png(data: bytes, hdr: tuple[Transfer, Primaries] | None, notes: _Notes) -> NDArray[np.uint8]:
@@ -398,6 +408,21 @@ def _deep_png(data: bytes, hdr: tuple[Transfer, Primaries] | None, notes: _Notes
     bits = max(data[at + 4 : at + 4 + int.from_bytes(data[at - 4 : at], "big")][:3], default=16) if at > 0 else 16
     opacity = samples[..., 3:] if samples.shape[2] == 4 else None
     return _to_rgb(samples[..., 2::-1], opacity, (1 << bits) - 1 if 8 <= bits < 16 else None, notes)
+
+
+def _png_is_damaged(data: bytes) -> bool:
+    """Whether a chunk with pixels or colours has another checksum than it says; Pillow does not look."""
+    at, view = 8, memoryview(data)
+    while at + 12 <= len(data):
+        length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        end = at + 8 + length
+        if kind in (b"IHDR", b"PLTE", b"IDAT", b"tRNS"):
+            if zlib.crc32(view[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+                return True
+        elif kind == b"IEND":
+            break
+        at = end + 4
+    return False
 
 
 def _check_png_chunks(data: bytes) -> None:

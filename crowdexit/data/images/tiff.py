@@ -152,6 +152,11 @@ class Page:
         return told if self.format == 1 and 255 <= told < 2**self.bits and told & (told + 1) == 0 else None
 
     @property
+    def is_jpeg(self) -> bool:
+        """Whether its pixels are compressed as JPEG."""
+        return self.number(_COMPRESSION, 1) in (6, 7)
+
+    @property
     def ycbcr(self) -> bool:
         """Whether it has luma and chroma without JPEG, which Pillow takes for RGB."""
         return self.number(_PHOTOMETRIC) == 6 and self.number(_COMPRESSION, 1) not in (6, 7)
