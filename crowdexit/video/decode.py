@@ -86,6 +86,7 @@ class Shown(NamedTuple):
         number: among all of the video's. time: seconds since the first one. image: FFmpeg's frame.
         display: how it is shown.
         lost: (from, to) in seconds where pictures before this one are damaged, since the last one that was shown.
+        behind_hole: (from, to) where there are no pictures, if this one is made from what may have been lost there.
     """
 
     number: int
@@ -93,6 +94,7 @@ class Shown(NamedTuple):
     image: Any
     display: Display
     lost: tuple[float, float] | None
+    behind_hole: tuple[float, float] | None = None
 
 
 class DuePictures:
@@ -134,6 +136,8 @@ class DuePictures:
         self._lost_from: float | None = None
         self._losses: list[tuple[float, float]] = []  # where pictures are damaged since the last one shown
         self._before_loss: deque[int] = deque()  # the latest stamps before places where packets could not be read
+        self._holes: deque[tuple[float, float]] = deque()  # without pictures for long, not yet decoded
+        self._behind_hole: tuple[float, float] | None = None  # until the next key frame
         self._reached = 0.0  # the time of the last good picture that came out of the decoder
 
     def close(self) -> None:
@@ -175,8 +179,12 @@ class DuePictures:
         if self._lost_from is None:
             self._lost_from = self._reached
 
-    def good(self, time: float) -> None:
-        """A picture has come out of the decoder as it should."""
+    def good(self, time: float, key: bool) -> None:
+        """A picture has come out of the decoder as it should; a key frame is made from no other."""
+        while self._holes and self._holes[0][1] <= time:
+            self._behind_hole = self._holes.popleft()
+        if key:
+            self._behind_hole = None
         if self._lost_from is not None:
             self._miss(self._lost_from, time)
             self._lost_from = None
@@ -194,13 +202,14 @@ class DuePictures:
             self._miss(before, time)
         elif time - before > self._hole(fps):
             self.gaps.append((before, time))
+            self._holes.append((before, time))
 
     def shown(self, number: int, time: float, image: Any) -> Shown:
         """A picture that has just come out of the decoder."""
         losses = [loss for loss in self._losses if loss[1] <= time]
         self._losses = [loss for loss in self._losses if loss[1] > time]
         lost = (min(begin for begin, _ in losses), max(end for _, end in losses)) if losses else None
-        return Shown(number, time, image, self._display.of(image), lost)
+        return Shown(number, time, image, self._display.of(image), lost, self._behind_hole)
 
     def _packets(self) -> Iterator[Any]:
         """The packets in the order of storing, from the first key frame on, on a clock that is never set back."""
@@ -286,7 +295,7 @@ class DuePictures:
                     return
                 if index == self.span.after:
                     self.begins = time
-                self.good(time)
+                self.good(time, bool(image.key_frame))
                 self.length = time + self.usual
                 if due(index, time):
                     yield self.shown(index, time, image)
@@ -455,7 +464,7 @@ class _Planned:
                 raise _NoEntry
             self.entry = None
             index, time = self.plan[image.pts]
-            self.video.good(time)
+            self.video.good(time, bool(image.key_frame))
             owed = len(self.owed)
             while self.owed and self.owed[0] <= image.pts:  # itself, or one before that was lost
                 self.owed.popleft()

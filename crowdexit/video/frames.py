@@ -44,6 +44,7 @@ class Frame:
             sound is from another file, which begins with the first picture, or live.
         display: how it is shown.
         lost: (from, to) in seconds where pictures before this one are damaged, since the last frame.
+        behind_hole: (from, to) in seconds where there are no pictures, if this one is made from what may be lost there.
         sound_unreadable: whether there is no sound because what there is cannot be read.
         sound_warnings: about the sound, one line each.
     """
@@ -57,6 +58,7 @@ class Frame:
     lost: tuple[float, float] | None = None
     sound_unreadable: bool = False
     sound_warnings: tuple[str, ...] = ()
+    behind_hole: tuple[float, float] | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -90,7 +92,11 @@ class Frame:
     @property
     def warnings(self) -> tuple[str, ...]:
         """About the picture, one line each."""
-        return (*self.display.warnings, *([] if self.loss_warning is None else [self.loss_warning]))
+        lines = [] if self.loss_warning is None else [self.loss_warning]
+        if self.behind_hole is not None:
+            begin, end = self.behind_hole
+            lines.append(f"nothing is there from {begin:.1f} to {end:.1f} s; if it was lost, this frame may be wrong")
+        return (*self.display.warnings, *lines)
 
     def scaled(self, size: tuple[int, int]) -> NDArray[np.uint8]:
         """The picture, scaled to (width, height): H×W×3 uint8, RGB, upright; HDR is tone-mapped.
@@ -149,7 +155,7 @@ def read_frames(
         stack.callback(pictures.close)
         sound: SoundTrack | None = None
         begun = unreadable = False
-        for index, time, image, display, lost in pictures:
+        for index, time, image, display, lost, behind_hole in pictures:
             if not begun:
                 begun = True
                 sound, unreadable = _sound_track(path, audio, pictures.origin, warn)
@@ -158,7 +164,7 @@ def read_frames(
             second = None if sound is None else sound.second_around(time)
             begins = None if audio is not None else pictures.origin
             lines = () if sound is None else tuple(sound.warnings)
-            frame = Frame(index, time, image, second, begins, display, lost, unreadable, lines)
+            frame = Frame(index, time, image, second, begins, display, lost, unreadable, lines, behind_hole)
             check_size(str(path), *frame.size)
             yield frame
         if pictures.length == 0:

@@ -247,3 +247,33 @@ def test_a_picture_to_be_shown_an_hour_later_is_damaged(tmp_path):
     assert 1 <= len(missing) <= 10
     assert all(any(a - 0.1 <= i / 25 <= b for a, b in video.gaps) for i in missing)
     assert [shown.number for shown in got if shown.lost]
+
+
+@pytest.mark.parametrize(("key_every", "until"), [(1000, 199), (30, 179)])
+@pytest.mark.parametrize(("name", "codec"), [("v.mkv", "libx264"), ("v.webm", "libvpx-vp9")])
+def test_what_is_made_from_lost_pictures_is_told(tmp_path, name, codec, key_every, until):
+    """Until the next key frame, whether or not the decoder notices."""
+    options = {"cpu-used": "8", "deadline": "realtime"} if codec == "libvpx-vp9" else {}
+    write_moving(
+        tmp_path / name,
+        200,
+        codec=codec,
+        options=options,
+        key_every=key_every,
+        container_options={"cluster_time_limit": "400"},
+    )
+    data = (tmp_path / name).read_bytes()
+    clusters = [at for at in range(len(data)) if data[at : at + 4] == b"\x1f\x43\xb6\x75"]
+    times = []
+    for at in clusters:
+        stamp = data.index(b"\xe7", at)
+        times.append(int.from_bytes(data[stamp + 2 : stamp + 2 + (data[stamp + 1] & 15)], "big") / 1000)
+    first = next(at for at, time in zip(clusters, times, strict=True) if time >= 2)
+    last = next(at for at, time in zip(clusters, times, strict=True) if time >= 6.4)
+    (tmp_path / name).write_bytes(data[:first] + data[last:])
+    video = DuePictures(tmp_path / name, Span(25))
+    got = {round(shown.time * 25): shown.behind_hole for shown in video}
+    video.close()
+    told = {index for index, hole in got.items() if hole is not None}
+    assert 155 < min(told) < max(told) == until
+    assert all(hole is None or hole[0] < 2.5 < 6 < hole[1] for hole in got.values())
