@@ -53,7 +53,7 @@ def test_ctrl_c_is_a_keyboard_interrupt_once_a_command_runs():
     """Commands end what they have begun; only imports are cut off."""
     code = (
         "import os, signal, sys, typer\n"
-        "from crowdexit import command, signals\n"
+        "from crowdexit.utils import command, signals\n"
         "signals.end_in_one_line()\n"
         "app = typer.Typer()\n"
         "@app.command()\n"
