@@ -29,7 +29,7 @@ MOST_CHOICES = 100
 _CHOICES = "runtimes.json"
 _LIBRARIES = ("crowdexit", "torch", "openvino", "onnx", "onnxscript", "onnxruntime")
 # What a network's graph is made of, and what makes models of it.
-_SOURCES = ("backbones/*.py", "exits/*.py", "inference/runtimes/*.py", "network.py", "stages.py")
+_SOURCES = ("models/**/*.py", "runtimes/*.py")
 M = TypeVar("M")
 
 

@@ -173,12 +173,12 @@ def test_weights_exits_code_and_libraries_make_the_fingerprint(monkeypatch, tmp_
     prints.append(fingerprint(network))
     monkeypatch.setattr(kept, "installed_version", lambda name: "9")
     prints.append(fingerprint(network))
-    for path in ("network.py", "exits/head.py"):
+    for path in ("models/network.py", "models/exits/head.py"):
         source = tmp_path / path
-        source.parent.mkdir(exist_ok=True)
+        source.parent.mkdir(parents=True, exist_ok=True)
         source.write_text("# another way to the same names")
         package = shutil.copytree(tmp_path, tmp_path.with_name(f"{len(prints)}"))
-        monkeypatch.setattr(kept, "_PACKAGE", package)
+        monkeypatch.setattr(kept, "PACKAGE", package)
         prints.append(fingerprint(network))
     assert len(set(prints)) == 5
 
@@ -200,5 +200,5 @@ def test_branches_of_equal_weights_have_entries_of_their_own(model, one, other):
 
 def test_the_code_that_makes_a_graph_is_found():
     """The patterns still name what is there."""
-    found = [path.name for pattern in kept._SOURCES for path in kept._PACKAGE.glob(pattern)]
+    found = [path.name for pattern in kept._SOURCES for path in kept.PACKAGE.glob(pattern)]
     assert {"vit.py", "feature_map.py", "network.py", "stages.py", "pieces.py", "openvino.py"} <= set(found)
