@@ -1,4 +1,4 @@
-"""What the page shows for a request, free of the web framework: words, table, chart and picture as the exits answer."""
+"""What the page shows for a request, free of the web framework: words, table, chart and image as the exits answer."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ T = TypeVar("T")
 _STILL_THERE_S = 1.0  # how often the framework may find out that a client has gone
 
 LARGE = 2**27  # bytes of an image's pixels from which on its memory is returned to the system
-LONGEST_SIDE = 1600  # pixels of the picture shown; more only makes the page slow
-WELCOME = '<p class="ce-hint">Choose a picture, or try one of the examples.</p>'
+LONGEST_SIDE = 1600  # pixels of the image shown; more only makes the page slow
+WELCOME = '<p class="ce-hint">Choose an image, or try one of the examples.</p>'
 _EXPLANATION = (
     '<p class="ce-note">Each exit answers as soon as the network has come that far. The later, the more exact. '
     "Times count from the request to the answer.</p>"
@@ -54,7 +54,7 @@ class Shown:
         headline: HTML, the count in words and the reader's warnings, or what is wrong.
         table: HTML, one row an exit; empty: no table.
         chart: count and latency for each exit, once all are there.
-        picture: H×W×3 uint8 RGB, the density over the picture, once the final exit has answered.
+        picture: H×W×3 uint8 RGB, the density over the image, once the final exit has answered.
     """
 
     headline: str
@@ -71,7 +71,7 @@ def in_model_thread(work: Callable[[], T]) -> T:
 def answers(
     counter: CrowdCounter, picture: str | Path | None, sound: str | Path | None, use_sound: bool = True
 ) -> Iterator[Shown]:
-    """What to show, moment by moment: at once, at each exit's answer, and at the end with chart and picture.
+    """What to show, moment by moment: at once, at each exit's answer, and at the end with chart and image.
 
     Args:
         picture: the uploaded file; nothing is taken from its name.
@@ -83,12 +83,12 @@ def answers(
     it breaks off what is being computed.
     """
     if picture is None:
-        yield problem("Choose a picture first.")
+        yield problem("Choose an image first.")
         return
     large = False
     try:
         fits = partial(tile_boxes, native=counter.size)
-        image = decode_image(Path(picture).read_bytes(), "The picture file", fits)
+        image = decode_image(Path(picture).read_bytes(), "The image file", fits)
         heard = _read_sound(sound, use_sound)
         pixels, warned = image.pixels, warning_lines((*image.warnings, *heard.warnings))
         tiled = len(tile_boxes(pixels.shape[1], pixels.shape[0], counter.size)) > 1
@@ -125,7 +125,7 @@ def problem(message: str) -> Shown:
 
 
 def warning_lines(warnings: Sequence[str]) -> str:
-    """The reader's warnings about the picture (HTML), a line each; empty without any."""
+    """The reader's warnings about the image (HTML), a line each; empty without any."""
     return "".join(f'<p class="ce-warning" role="alert">Warning: {_text(line)}</p>' for line in warnings)
 
 
@@ -174,13 +174,13 @@ def _time(milliseconds: float) -> str:
 
 
 def _senses(audio: AudioStatus, tiled: bool) -> str:
-    """How the picture and the sound were used, in words."""
+    """How the image and the audio were used, in words."""
     if audio == "used":
-        return "from picture and sound"
-    parts = "counted in parts, the picture is very large" if tiled else "from the picture alone"
+        return "from image and audio"
+    parts = "counted in parts, the image is very large" if tiled else "from the image alone"
     reasons: dict[AudioStatus, str] = {
-        "switched off": ", the sound is switched off",
-        "tiled": "; the sound was not used",
+        "switched off": ", the audio is switched off",
+        "tiled": "; the audio was not used",
     }
     return parts + reasons.get(audio, "")
 
@@ -197,7 +197,7 @@ def _read_sound(sound: str | Path | None, use_sound: bool) -> AudioInput:
 
     def named(line: str) -> str:
         # The reader names the file; its name here is one that the page gave it.
-        return line.replace(str(sound), "The sound file")
+        return line.replace(str(sound), "The audio file")
 
     try:
         heard = audio_input(sound)

@@ -1,4 +1,4 @@
-"""The page: a picture and a sound go in, the count at every exit fills in as the exits answer."""
+"""The page: an image and a sound go in, the count at every exit fills in as the exits answer."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ MAX_UPLOADED_BYTES = 10**9  # of all files together; the oldest go for new ones
 KEPT_SECONDS = 3600  # of uploads and results
 SAMPLES = Path(crowdexit.__file__).parent / "samples"
 EXAMPLES: dict[str, list[str | None]] = {
-    "Street, with simulated sound": ["street.jpg", "street-simulated.wav"],
-    "Street, without sound": ["street.jpg", None],
+    "Street, with simulated audio": ["street.jpg", "street-simulated.wav"],
+    "Street, without audio": ["street.jpg", None],
 }
 
 _HEADING = """
 <h1>CrowdExit</h1>
-<p class="ce-note">Counts a crowd from a picture and the sound of the place, and answers more than once:
+<p class="ce-note">Counts a crowd from an image and the audio of the place, and answers more than once:
 early exits first, the whole network last.</p>
 """
 _FOOT = (
     '<p class="ce-note">Everything is computed on the machine that serves this page. Files are deleted after an '
-    "hour. The sound of the example is simulated, not recorded.</p>"
+    "hour. The audio of the example is simulated, not recorded.</p>"
 )
 _CSS = """
 .gradio-container { max-width: 1120px !important; margin: 0 auto !important; }
@@ -159,7 +159,7 @@ def make_page(model: CrowdCounter | str | Path = "audiocsrnet-lite", *, runtime:
                     buttons=[],
                     elem_id="sound",
                 )
-                use_sound = gr.Checkbox(True, label="Use the sound", container=False)
+                use_sound = gr.Checkbox(True, label="Use the audio", container=False)
                 inputs: list[Any] = [picture, sound, use_sound]
                 if len(models.names) > 1:
                     inputs.append(gr.Dropdown(models.names, value=models.first, label="Model"))
@@ -209,7 +209,7 @@ def _path(file: dict[str, Any] | None) -> str | None:
 
 
 def _updates(shown: Shown) -> tuple[Any, ...]:
-    """Values for headline, table, picture and chart; what is empty is hidden."""
+    """Values for headline, table, image and chart; what is empty is hidden."""
     return (
         shown.headline,
         gr.HTML(shown.table, visible=bool(shown.table)),

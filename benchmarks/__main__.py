@@ -43,7 +43,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Bench:
-    """A benchmark: its arguments, those that make it quick, what its figures say of its targets, and its picture."""
+    """A benchmark: its arguments, those that make it quick, what its figures say of its targets, and its image."""
 
     arguments: tuple[str, ...]
     quick: tuple[str, ...]
@@ -78,7 +78,7 @@ def _runtimes(figures: Figures) -> list[Target]:
         gain(best("int8"), "int8", 15.0)
     else:
         gain(best(""), "best runtime", 1.3)
-    # int8 is for who has pictures to calibrate it on: beside the fastest runtime of all, the fastest without it.
+    # int8 is for who has images to calibrate it on: beside the fastest runtime of all, the fastest without it.
     exact = max((n for n in runtimes if "int8" not in n), key=lambda n: runtimes[n]["faster_than_plain"], default=None)
     fastest_there = max(on_gpu, key=lambda name: float(on_gpu[name]["faster_than_plain"]), default=None)
     if fastest_there is not None:

@@ -27,7 +27,7 @@ OTHERS = ("eager-bf16", "openvino", "openvino-bf16", "onnx")
 def counts(
     model: str, runtime: str, store: Store, split: str, audio: bool
 ) -> tuple[dict[str, NDArray[np.float64]], NDArray[np.float64]]:
-    """What each exit counts in every picture of a split, and the truth."""
+    """What each exit counts in every image of a split, and the truth."""
     counter = load(model, runtime=runtime)
     counter.exits = counter.network.exit_names
     counted = list(count_samples(counter, store, split, store.ids(split, "*"), audio=audio))
@@ -47,7 +47,7 @@ def main() -> None:
     told: dict[str, Any] = {}
     with Store(args.data) as store:
         expected, truth = counts(args.model, "eager", store, args.split, not args.no_audio)
-        print(f"{args.model}, {len(truth)} pictures of {args.split}, against eager float32; {in_a_line(describe())}")
+        print(f"{args.model}, {len(truth)} images of {args.split}, against eager float32; {in_a_line(describe())}")
         for other in args.others:
             model, runtime = (other, "auto") if is_export(other) else (args.model, other)
             given, _ = counts(model, runtime, store, args.split, not args.no_audio)

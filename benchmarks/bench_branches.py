@@ -1,7 +1,7 @@
 """How much faster branches train together than one by one: ``python -m benchmarks.bench_branches``.
 
 The seven branches of the multi-exit ViT paper at all eleven layers of ``transcrowd-token-s``: 77 on one pass of the
-frozen backbone, against 77 runs of one each. Weights, pictures and sounds are random; nothing is learned here, but
+frozen backbone, against 77 runs of one each. Weights, images and sounds are random; nothing is learned here, but
 both ways have to end at the same validation errors.
 """
 
@@ -32,7 +32,7 @@ PLACES = tuple(str(layer) for layer in range(1, 12))
 
 
 def write_store(path: Path, pictures: int) -> None:
-    """Random pictures of one view, each with some heads, to train on and to validate with."""
+    """Random images of one view, each with some heads, to train on and to validate with."""
     random = np.random.default_rng(0)
     with open_for_writing(path) as file:
         for number in range(2 * pictures):
@@ -92,7 +92,7 @@ def main() -> None:
             own = zoo.read_spec(root / e["name"] / "model.safetensors").meta["validation"][e["name"]]
             apart = max(apart, abs(own["error"] - said[e["name"]]["error"]) / own["error"])
             print(f"\r{e['name']:16} {alone:7.1f} s one by one", end="", flush=True)
-    print(f"\n{len(exits)} branches of {MODEL}, {args.pictures} pictures an epoch, batch {args.batch}")
+    print(f"\n{len(exits)} branches of {MODEL}, {args.pictures} images an epoch, batch {args.batch}")
     print(f"together   {together:7.1f} s")
     print(f"one by one {alone:7.1f} s   {alone / together:.1f}× as long")
     print(f"validation errors differ by {apart:.1e} of themselves at most")

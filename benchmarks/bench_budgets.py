@@ -1,9 +1,9 @@
 """What a budget buys, and whether it is kept: ``python -m benchmarks.bench_budgets --data heard.h5 --out bench``.
 
-All pictures of a split are counted together, once with every exit asked of every picture, which takes some time, then
+All images of a split are counted together, once with every exit asked of every image, which takes some time, then
 within shares of that time. Told are the time that was used, the mean absolute error, and who left where; beside it,
-what each exit alone takes and gets wrong, if all pictures are sent there. Budgets go by errors that were calibrated on
-validation pictures: on these the errors told here are no measure of pictures never seen, the times are.
+what each exit alone takes and gets wrong, if all images are sent there. Budgets go by errors that were calibrated on
+validation pictures: on these the errors told here are no measure of images never seen, the times are.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def mae(results: Sequence[CountResult], truths: Sequence[float]) -> float:
 
 
 def compare(counter: CrowdCounter, samples: list[Any], truths: list[float]) -> dict[str, Any]:
-    """Times in milliseconds for all pictures, and errors: of budgets, and of each exit alone."""
+    """Times in milliseconds for all images, and errors: of budgets, and of each exit alone."""
     _ = counter.profile
     timed(counter.count_many(samples[:8]))  # warms up
     _, everything = timed(counter.count_many(samples))
@@ -68,7 +68,7 @@ def compare(counter: CrowdCounter, samples: list[Any], truths: list[float]) -> d
 
 
 def draw(told: dict[str, Any], number: int, title: str, path: Path) -> None:
-    """Error against time a picture."""
+    """Error against time an image."""
     figure = blank(8, 5)
     axes = figure.subplots()
     kept = [b for b in told["budgets"] if "mae" in b]
@@ -78,7 +78,7 @@ def draw(told: dict[str, Any], number: int, title: str, path: Path) -> None:
     )
     for e in told["exits"]:
         axes.annotate(e["exit"], (e["ms"] / number, e["mae"]), xytext=(4, 4), textcoords="offset points", fontsize=8)
-    axes.set_xlabel("milliseconds a picture")
+    axes.set_xlabel("milliseconds an image")
     axes.set_ylabel("MAE")
     axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.3)
@@ -99,7 +99,7 @@ def main() -> None:
         read = [read_for_counting(store, args.split, id, audio=False) for id in store.ids(args.split, "*")]
     told = compare(counter, [(picture, None) for picture, *_ in read], [count for _, _, count, _ in read])
     machine, runtime = describe(), counter.chain.runtime
-    print(f"{counter.model} on {runtime}, {len(read)} pictures of {args.split} without sound; {in_a_line(machine)}")
+    print(f"{counter.model} on {runtime}, {len(read)} images of {args.split} without audio; {in_a_line(machine)}")
     for row in told["exits"]:
         print(f"  all to {row['exit']:6} {row['ms'] / 1e3:7.2f} s   MAE {row['mae']:6.1f}")
     rows = [["exit", row["exit"], f"{row['ms']:.0f}", f"{row['mae']:.2f}", ""] for row in told["exits"]]

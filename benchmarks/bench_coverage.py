@@ -1,7 +1,7 @@
 """Whether the intervals hold what they promise: ``python -m benchmarks.bench_coverage --data heard.h5``.
 
 Every validation image is counted once. Then each of them in turn is left out, the others calibrate each exit, and it
-tells whether the truth lies in its interval. Promised is the level over all images; it is told for groups of them
+tells whether the truth lies in its interval. Promised is the level over all images; it is reported for groups of them
 (``--groups 'A_*,B_*'``) too. ``--held-out counts.csv`` gives the widths their shape, as of ``crowdexit calibrate``.
 """
 

@@ -1,4 +1,4 @@
-"""Whether images that are unlike the training images are told: ``python -m benchmarks.bench_familiar --data heard.h5``.
+"""Whether images unlike the training images are reported: ``python -m benchmarks.bench_familiar --data heard.h5``.
 
 Three figures. How many validation images are not familiar: few should be. How many images without people are either not
 familiar or counted below 1: drawn patterns and, with ``--empty``, images of a folder, with ``--small``, mosaics of

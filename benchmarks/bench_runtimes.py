@@ -3,8 +3,8 @@
 Every runtime against the same network's plain forward in eager float32 on the same device, as a textbook would write
 it; with all exits against the backbone in one piece, which has none; up to each exit against the end, beside what the
 FLOPS promise; and the final exit's rate of operations against plain matrix products. Random weights, a simulated
-picture and sound; all measured in turn in one process, ratios round by round. How far an answer is from the plain one
-is told only to show that the same thing was computed: what that means for counts, ``bench_agreement`` tells.
+image and audio; all measured in turn in one process, ratios round by round. How far an answer is from the plain one
+is reported only to show that the same thing was computed: what that means for counts, ``bench_agreement`` tells.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def plain(network: MultiExitNetwork, features: Features, device: str) -> Tensor:
 
 
 def moved(features: Features, device: str) -> Features:
-    """The same picture and sound there."""
+    """The same image and audio there."""
     return Features(*(getattr(features, name).to(device) for name in ("visual", "log_mel", "heard", "inside")))
 
 

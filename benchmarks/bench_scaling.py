@@ -1,8 +1,8 @@
-"""What a picture costs as the work grows: ``python -m benchmarks.bench_scaling``.
+"""What an image costs as the work grows: ``python -m benchmarks.bench_scaling``.
 
-Time against the picture's area, the batch and the number of exits, on one runtime, everything in turn in one process.
-Linear means: a picture of twice the area takes twice the time, a batch of two no more than two pictures, and all exits
-together add no more than each does alone. Random weights, simulated pictures and sounds.
+Time against the image's area, the batch and the number of exits, on one runtime, everything in turn in one process.
+Linear means: an image of twice the area takes twice the time, a batch of two no more than two images, and all exits
+together add no more than each does alone. Random weights, simulated images and sounds.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ EXITS = tuple((place, kind) for place in ("V1", "AV1", "AV2") for kind in ("slvi
 
 
 def seen(size: tuple[int, int], batch: int) -> Features:
-    """Simulated pictures and sounds."""
+    """Simulated images and sounds."""
     width, height = size
     return inputs(torch.randn(batch, 3, height, width), torch.randn(batch, 1, 96, 64))
 
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--runtime", default="auto")
     parser.add_argument("--rounds", type=int, default=11)
     widths = [width for width, _ in SIZES if width >= MIDDLE[0]]
-    parser.add_argument("--largest", type=int, default=widths[-1], choices=widths, help="width of the largest picture")
+    parser.add_argument("--largest", type=int, default=widths[-1], choices=widths, help="width of the largest image")
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--plot", type=Path, help="draw them there, as a PNG")
     args = parser.parse_args()
@@ -123,7 +123,7 @@ def main() -> None:
         figure = blank(12, 4)
         for ax, (kind, points) in zip(figure.subplots(1, 3), seconds.items(), strict=True):
             ax.plot(list(points), [1e3 * taken for taken in points.values()], "o-")
-            ax.set_xlabel({"area": "megapixels", "batch": "pictures at once", "exits": "early exits asked"}[kind])
+            ax.set_xlabel({"area": "megapixels", "batch": "images at once", "exits": "early exits asked"}[kind])
             ax.set_ylabel("ms")
             ax.set_ylim(bottom=0)
             ax.grid(alpha=0.3)

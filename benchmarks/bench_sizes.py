@@ -1,8 +1,8 @@
-"""What smaller pictures save, and what they cost: ``python -m benchmarks.bench_sizes --data heard.h5 --out bench``.
+"""What smaller images save, and what they cost: ``python -m benchmarks.bench_sizes --data heard.h5 --out bench``.
 
-A network counts the pictures of a split at its own size, with its early exits, and at smaller ones with its final exit
-alone, since early exits belong to the size that they were trained at. Told are the pictures a second that the network
-takes in batches, as of a video, all sizes in turn in one process, and the mean absolute error; both without sound. The
+A network counts the images of a split at its own size, with its early exits, and at smaller ones with its final exit
+alone, since early exits belong to the size that they were trained at. Told are the images a second that the network
+takes in batches, as of a video, all sizes in turn in one process, and the mean absolute error; both without audio. The
 network was trained at its own size: what it would do trained at another, this does not tell.
 """
 
@@ -31,7 +31,7 @@ SIZES = ("768x576", "512x384", "384x288", "320x240", "256x192")
 
 
 def counters(model: str, runtime: str, sizes: list[str]) -> tuple[dict[str, CrowdCounter], dict[str, float]]:
-    """A counter for the network's own size and for each of the others, and the FLOP of a picture at each."""
+    """A counter for the network's own size and for each of the others, and the FLOP of an image at each."""
     network, spec = zoo.load(model)
     made = {f"{network.config.size[0]}x{network.config.size[1]}": (network, spec)}
     alone = zoo.with_exits(network, spec, [])
@@ -55,11 +55,11 @@ def errors(
 
 
 def draw(rows: list[dict[str, Any]], groups: list[str], title: str, path: Path) -> None:
-    """Error against pictures a second, one picture for each group."""
+    """Error against images a second, one image for each group."""
     figure = blank(5 * len(groups), 4.5)
     for axes, group in zip(np.atleast_1d(figure.subplots(1, len(groups))), groups, strict=True):
         lines = {
-            "final exit, smaller pictures": [r for r in rows if r["exit"] == FINAL],
+            "final exit, smaller images": [r for r in rows if r["exit"] == FINAL],
             "exits at its own size": [r for r in rows if r["size"] == rows[0]["size"]],
         }
         for what, some in lines.items():
@@ -69,7 +69,7 @@ def draw(rows: list[dict[str, Any]], groups: list[str], title: str, path: Path) 
             axes.annotate(name, (r["fps"], r["mae"][group]), xytext=(4, 4), textcoords="offset points", fontsize=7)
         axes.axvline(25, color="black", linewidth=1)
         axes.set_xscale("log")
-        axes.set_xlabel("pictures a second")
+        axes.set_xlabel("images a second")
         axes.set_ylabel(f"MAE, {group}")
         axes.set_title(title, fontsize=8)
         axes.grid(alpha=0.3)
@@ -112,7 +112,7 @@ def main() -> None:
         for size, name in works
     ]
     machine = describe()
-    print(f"{args.model}, {args.split}, without sound; {in_a_line(machine)}")
+    print(f"{args.model}, {args.split}, without audio; {in_a_line(machine)}")
     print(f"{'size':10} {'exit':8} {'runtime':14} {'GFLOP':>7} {'a second':>9}   MAE " + "  ".join(args.groups))
     table = []
     for row in rows:
@@ -121,7 +121,7 @@ def main() -> None:
         table.append([row["size"], row["exit"], row["runtime"], cost, f"{row['fps']:.2f}", *maes])
         print(f"{row['size']:10} {row['exit']:8} {row['runtime']:14} {cost:>7} {row['fps']:9.1f}   {'  '.join(maes)}")
     runtimes = ", ".join(dict.fromkeys(row["runtime"] for row in rows))
-    title = f"{args.model} on {runtimes}, {args.split}, without sound"
+    title = f"{args.model} on {runtimes}, {args.split}, without audio"
     write_files(
         args.out,
         {

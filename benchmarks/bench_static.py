@@ -1,9 +1,9 @@
 """Exits and policies against smaller networks that have no exits: ``python -m benchmarks.bench_static``.
 
 One classifier with branches, and static ones of the same family that were trained alike, only shallower. On test
-pictures: the share of wrong answers against the multiply-adds of a picture, for each static network, for each exit by
+pictures: the share of wrong answers against the multiply-adds of an image, for each static network, for each exit by
 itself, and for leaving at the first exit that is sure enough. Nothing is chosen on test pictures: the temperatures and
-the exits are on validation pictures, of exits the cheapest and then each that takes off ``--gain`` points of wrong
+the exits are on validation images, of exits the cheapest and then each that takes off ``--gain`` points of wrong
 answers, for whoever goes on pays for all exits on the way.
 
     crowdexit train cifar10-s-classes --data cifar10-subset.h5 --set epochs=12
@@ -67,7 +67,7 @@ def worth_asking(made: Sequence[Point], gain: float) -> list[str]:
 
 
 def compare(branches: str, statics: Sequence[str], data: Path, runtime: str, gain: float) -> dict[str, Any]:
-    """What each static network, each exit worth asking and each policy costs and gets wrong on test pictures."""
+    """What each static network, each exit worth asking and each policy costs and gets wrong on test images."""
     with ClassStore(data) as store:
         spec, held_out, labels = scored(branches, store, "val", runtime)
         chosen = worth_asking(points(spec, wrong(held_out, labels)), gain)
@@ -107,8 +107,8 @@ def draw(found: dict[str, Any], title: str, path: Path) -> None:
                           textcoords="offset points")  # fmt: skip
     for measure, curve in found["policies"].items():
         axes.plot([p["macs"] / 1e9 for p in curve], [p["wrong"] for p in curve], "-", label=f"leaving by {measure}")
-    axes.set_xlabel("multiply-adds of a picture on average, 10⁹")
-    axes.set_ylabel("wrong answers, % of test pictures")
+    axes.set_xlabel("multiply-adds of an image on average, 10⁹")
+    axes.set_ylabel("wrong answers, % of test images")
     axes.set_title(title, fontsize=9)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)

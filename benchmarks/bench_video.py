@@ -1,6 +1,6 @@
 """How fast a video is counted, beside its two halves alone: ``python -m benchmarks.bench_video``.
 
-A 1080p file is made (noise that moves, H.264 as cameras write it, with sound), then measured in turns: decoding it
+A 1080p file is made (noise that moves, H.264 as cameras write it, with audio), then measured in turns: decoding it
 alone, the network alone on batches that are ready, and ``crowdexit count``'s pipeline, which does both at once. The
 pipeline can be no faster than the slower half; how near it comes is the figure to look at.
 """
@@ -31,7 +31,7 @@ EVERY = Span(fps=1000.0)  # all frames that there are
 
 
 def write_video(path: Path, frames: int, size: tuple[int, int], rate: int = 25) -> None:
-    """A window moving over a picture of noise of several sizes, with a sound of noise."""
+    """A window moving over an image of noise of several sizes, with a sound of noise."""
     random = np.random.default_rng(0)
     width, height = size
     picture = np.zeros((height + 2 * 200, width + 2 * 200, 3), np.float32)
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=100)
     parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--size", default="1920x1080")
-    parser.add_argument("--turns", type=int, default=3, help="the median of these is told")
+    parser.add_argument("--turns", type=int, default=3, help="the median of these is reported")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures here too")
     args = parser.parse_args()
     counter = load(args.model, runtime=args.runtime)

@@ -1,4 +1,4 @@
-"""CrowdExit: how many people are in front of the camera, from picture and sound, whenever the time is up."""
+"""CrowdExit: how many people are in front of the camera, from image and audio, whenever the time is up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gives a prepared set without sound a simulated ambience, marked so: ``python -m data_prep.ambience``.
+"""Gives a prepared set without audio a simulated ambience, marked so: ``python -m data_prep.ambience``.
 
 The acoustic model stands in ``crowdexit.data.ambience``, the measuring in ``data_prep.ambience_report``.
 """
@@ -48,9 +48,9 @@ def main(
         str | None, typer.Option(help="Where the voices come from, kept in the file [default: DIR's name].")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Another seed, other sounds.")] = 0,
-    takes: Annotated[int, typer.Option(min=0, help="Further seconds for each training picture.")] = 8,
+    takes: Annotated[int, typer.Option(min=0, help="Further seconds for each training image.")] = 8,
     measured: Annotated[
-        bool, typer.Option("--measure", help="Print how much of the count's variance the sound explains.")
+        bool, typer.Option("--measure", help="Print how much of the count's variance the audio explains.")
     ] = False,
     plotted: Annotated[
         Path | None,
@@ -61,10 +61,10 @@ def main(
     strict: Strict = False,
     jobs: Jobs = CORES,
 ) -> None:
-    """Add a simulated second of sound to every picture that has none.
+    """Add a simulated second of audio to every image that has none.
 
     Recorded sound stays as it is. The sounds are fixed by seed and id, whatever the order or the number of
-    processes. A training picture gets further takes: the same crowd, heard in other seconds. An interrupted
+    processes. A training image gets further takes: the same crowd, heard in other seconds. An interrupted
     run goes on where it was.
 
     Example: python -m data_prep.ambience data/shanghaitech.h5 data/ambience.h5 --voices recordings --measure
@@ -93,7 +93,7 @@ def add_ambience(
     strict: bool = False,
     jobs: int = CORES,
 ) -> None:
-    """Copy a prepared file and give every sample without sound a simulated one; print the summary.
+    """Copy a prepared file and give every sample without audio a simulated one; print the summary.
 
     Raises:
         CrowdExitError: if a file or the voices cannot be used, or ``src`` and ``dst`` are the same.
@@ -117,7 +117,7 @@ def add_ambience(
 
 
 def make_sample(task: Task, *, store: Store, voices: Path, voices_origin: str, seed: int, takes: int) -> StoredSample:
-    """Read a sample and, if it has no sound, simulate it: take 0, and for a training picture takes 1, 2, …
+    """Read a sample and, if it has no audio, simulate it: take 0, and for a training image takes 1, 2, …
 
     Raises:
         CrowdExitError: if the sample is damaged, or its count out of the model's range.
@@ -141,9 +141,9 @@ def make_sample(task: Task, *, store: Store, voices: Path, voices_origin: str, s
 
 
 def marks(bank: VoiceBank, voices_origin: str, seed: int) -> Mapping[str, str]:
-    """What is kept with every simulated sound."""
+    """What is kept with every simulated audio."""
     return {
-        "sound": "simulated, not recorded with the picture",
+        "sound": "simulated, not recorded with the image",
         "ambience_model": MODEL_VERSION,
         "ambience_seed": str(seed),
         "ambience_voices": f"{voices_origin} ({len(bank)} recordings)",

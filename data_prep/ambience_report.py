@@ -1,4 +1,4 @@
-"""What the sound of a prepared file tells about the count: how much of its variance, and a picture of it."""
+"""What the audio of a prepared file tells about the count: how much of its variance, and an image of it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LEAST_PICTURES = 10  # for an R² that says anything
 
 @dataclass(frozen=True)
 class Heard:
-    """The log-mels, (n, 96, 64) float32, of a set of seconds, with the count and id of each one's picture."""
+    """The log-mels, (n, 96, 64) float32, of a set of seconds, with the count and id of each one's image."""
 
     log_mels: NDArray[np.float32]
     counts: NDArray[np.float64]
@@ -33,7 +33,7 @@ class Heard:
 
 @dataclass(frozen=True)
 class Explained:
-    """R² of log count on held-out pictures, of a regression fitted on the training pictures of ``part``."""
+    """R² of log count on held-out images, of a regression fitted on the training images of ``part``."""
 
     part: str
     r2: float
@@ -42,24 +42,24 @@ class Explained:
 
     def __str__(self) -> str:
         return (
-            f"R² of log count from sound alone, {self.part}: {self.r2:.3f} "
-            f"({self.pictures} held-out pictures, fitted on {self.seconds} seconds)"
+            f"R² of log count from audio alone, {self.part}: {self.r2:.3f} "
+            f"({self.pictures} held-out images, fitted on {self.seconds} seconds)"
         )
 
 
 def measure(path: Path) -> list[Explained]:
-    """How much of the variance of log(count) the sound explains: all pictures, then each part by itself.
+    """How much of the variance of log(count) the audio explains: all images, then each part by itself.
 
     Kernel ridge regression on statistics of the log-mel (see ``statistics``), fitted on the ``train`` split
     with all its takes, judged on the first take of the ``val`` split. For a part it is fitted on that part
-    alone, so that telling dense sets from sparse ones does not count there. Pictures without heads or without
+    alone, so that telling dense sets from sparse ones does not count there. Images without heads or without
     sound are left out.
 
     Raises:
-        CrowdExitError: if a split is missing or fewer than ten pictures of it have sound.
+        CrowdExitError: if a split is missing or fewer than ten images of it have sound.
     """
     train, held_out = hear(path, "train"), hear(path, "val")
-    results = [_explained("all pictures", train, held_out)]
+    results = [_explained("all images", train, held_out)]
     for part in PARTS:
         train_part = train.only(np.char.startswith(train.ids, part))
         held_out_part = held_out.only(np.char.startswith(held_out.ids, part))
@@ -69,7 +69,7 @@ def measure(path: Path) -> list[Explained]:
 
 
 def hear(path: Path, split: str) -> Heard:
-    """The seconds of a split's pictures that have sound and heads, further takes included."""
+    """The seconds of a split's images that have sound and heads, further takes included."""
     log_mels: list[NDArray[np.float32]] = []
     counts: list[float] = []
     ids: list[str] = []
@@ -84,7 +84,7 @@ def hear(path: Path, split: str) -> Heard:
             ids += [id] * len(seconds)
     if len(set(ids)) < LEAST_PICTURES:
         raise CrowdExitError(
-            f"{path}: {len(set(ids))} pictures of {split!r} have sound and heads; "
+            f"{path}: {len(set(ids))} images of {split!r} have sound and heads; "
             f"measuring takes at least {LEAST_PICTURES}"
         )
     return Heard(np.stack(log_mels), np.array(counts), np.array(ids))
@@ -114,7 +114,7 @@ def statistics(log_mels: NDArray[np.float32]) -> NDArray[np.float64]:
 def _explained(part: str, train: Heard, held_out: Heard) -> Explained:
     if len(train.ids) > MOST_SECONDS:
         train = train.only(np.random.default_rng(0).choice(len(train.ids), MOST_SECONDS, replace=False))
-    # A take is further training material, never a further held-out picture.
+    # A take is further training material, never a further held-out image.
     _, first = np.unique(held_out.ids, return_index=True)
     held_out = held_out.only(first)
     truth = np.log(held_out.counts)
@@ -139,10 +139,10 @@ def _kernel_ridge(x: NDArray[np.float64], y: NDArray[np.float64], x_new: NDArray
 
 
 def plot(path: Path, target: Path, results: Sequence[Explained]) -> None:
-    """Draw the log-mels of four held-out pictures, few heads to many, and level against count.
+    """Draw the log-mels of four held-out images, few heads to many, and level against count.
 
     Args:
-        path: a prepared file with sound.
+        path: a prepared file with audio.
         target: where to write it; the ending says how (``.png``, ``.svg``, ``.pdf``).
         results: what ``measure`` gave, for the title.
     """
@@ -176,14 +176,14 @@ def plot(path: Path, target: Path, results: Sequence[Explained]) -> None:
     groups["other"] = ~np.any(list(groups.values()), axis=0)
     for (name, chosen), marker in zip(groups.items(), "o^s", strict=True):
         if chosen.any():
-            label = "pictures" if name == "other" else f"part {name.rstrip('_')}"
+            label = "images" if name == "other" else f"part {name.rstrip('_')}"
             axis.scatter(held_out.counts[chosen], level[chosen], s=22, alpha=0.8, marker=marker, label=label)
-    axis.set(xscale="log", xlabel="heads in the picture", ylabel="mean level of the mel bands (dB)")
+    axis.set(xscale="log", xlabel="heads in the image", ylabel="mean level of the mel bands (dB)")
     axis.legend(loc="lower right")
     axis.grid(alpha=0.3)
     told = ", ".join(f"{result.part} {result.r2:.2f}" for result in results)
     axis.set_title(f"level is part of what is heard; all of it explains, of log count (R²): {told}")
-    figure.suptitle(f"Sound of held-out pictures: {_kind_of_sound(path)}")
+    figure.suptitle(f"Audio of held-out images: {_kind_of_sound(path)}")
     try:
         figure.savefig(target, dpi=110)
     except (OSError, ValueError) as error:

@@ -26,7 +26,7 @@ from crowdexit.errors import CrowdExitError
 from crowdexit.utils import command
 
 SIDE = 32
-TRAIN_PER_VAL = 5  # of 50,000 training pictures one in five is for validation
+TRAIN_PER_VAL = 5  # of 50,000 training images one in five is for validation
 _MAX_BYTES = 2**28  # of one file; the largest that is published has 155 MB
 
 
@@ -82,10 +82,10 @@ def main(
         bool, typer.Option("--fine/--coarse", help="CIFAR-100's 100 classes, or the 20 groups of them.")
     ] = True,
 ) -> None:
-    """Prepare CIFAR-10 or CIFAR-100 ("python version"): one HDF5 file of pictures and labels.
+    """Prepare CIFAR-10 or CIFAR-100 ("python version"): one HDF5 file of images and labels.
 
-    A fifth of the training pictures becomes `val`, the same in every run and as many of each class: 40,000,
-    10,000 and 10,000 pictures. The archive is read without being extracted, and its pickles are read as data
+    A fifth of the training images becomes `val`, the same in every run and as many of each class: 40,000,
+    10,000 and 10,000 images. The archive is read without being extracted, and its pickles are read as data
     only: they cannot run anything.
 
     Example: python -m data_prep.cifar cifar-10-python.tar.gz data/cifar10.h5
@@ -207,19 +207,19 @@ def _text(value: object) -> str:
 
 
 def read_images(batch: dict[str, Any], name: str) -> NDArray[np.uint8]:
-    """The pictures of a batch, (n, 32, 32, 3) uint8, RGB; published are rows of 1024 red, green, blue values.
+    """The images of a batch, (n, 32, 32, 3) uint8, RGB; published are rows of 1024 red, green, blue values.
 
     Raises:
         CrowdExitError: if there are none or they are not of this form.
     """
     rows = batch.get("data")
     if not isinstance(rows, np.ndarray) or rows.shape[1] != 3 * SIDE * SIDE or not len(rows):
-        raise CrowdExitError(f"{name} holds no pictures as rows of {3 * SIDE * SIDE} values")
+        raise CrowdExitError(f"{name} holds no images as rows of {3 * SIDE * SIDE} values")
     return rows.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)
 
 
 def read_labels(batch: dict[str, Any], key: str, name: str) -> NDArray[np.int64]:
-    """The labels of a batch under a key, (n,), as many as it has pictures.
+    """The labels of a batch under a key, (n,), as many as it has images.
 
     Raises:
         CrowdExitError: if they are missing, too few or too many, or not small numbers.
@@ -228,7 +228,7 @@ def read_labels(batch: dict[str, Any], key: str, name: str) -> NDArray[np.int64]
     if not isinstance(labels, list) or not all(type(label) is int and 0 <= label < 256 for label in labels):
         raise CrowdExitError(f"{name} holds no labels {key!r}")
     if len(labels) != len(batch["data"]):
-        raise CrowdExitError(f"{name} holds {len(batch['data'])} pictures and {len(labels)} {key}")
+        raise CrowdExitError(f"{name} holds {len(batch['data'])} images and {len(labels)} {key}")
     return np.array(labels, np.int64)
 
 
@@ -255,7 +255,7 @@ class BatchUnpickler(pickle.Unpickler):
         try:
             return _ADMITTED[module, name]
         except KeyError:
-            raise CrowdExitError(f"is refused: it asks for {module!r} {name!r}, which is not picture data") from None
+            raise CrowdExitError(f"is refused: it asks for {module!r} {name!r}, which is not image data") from None
 
 
 class _Admitted:

@@ -1,4 +1,4 @@
-"""Prepares class folders of pictures for classification: ``python -m data_prep.class_folders``."""
+"""Prepares class folders of images for classification: ``python -m data_prep.class_folders``."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ def main(
     val: Val = 0.1,
     strict: Strict = False,
 ) -> None:
-    """Prepare pictures in class folders: one HDF5 file of square pictures and labels.
+    """Prepare images in class folders: one HDF5 file of square images and labels.
 
     SRC holds train/CLASS and test/CLASS, and maybe val/CLASS; or CLASS alone. Without val/, a share of the
-    training pictures, chosen by name alone, becomes `val`; of CLASS alone, another one as large becomes `test`.
-    The middle square of each picture is taken. An interrupted run goes on where it was.
+    training images, chosen by name alone, becomes `val`; of CLASS alone, another one as large becomes `test`.
+    The middle square of each image is taken. An interrupted run goes on where it was.
 
     Example: python -m data_prep.class_folders pictures.tar data/pictures.h5 --size 224
     """
@@ -81,8 +81,8 @@ def main(
             found.pictures,
             lambda picture: square(decode(source.read(picture.place), picture.id), size),
             settings=settings,
-            what="pictures",
-            notes=lambda _: [f"{found.astray} pictures outside the class folders left out"] if found.astray else [],
+            what="images",
+            notes=lambda _: [f"{found.astray} images outside the class folders left out"] if found.astray else [],
             strict=strict,
         )
 
@@ -114,7 +114,7 @@ class Folder:
             about = path.stat()
             if not stat.S_ISREG(about.st_mode):  # a pipe would keep us waiting
                 raise PictureError("not a file")
-            check_size(about.st_size, "picture")
+            check_size(about.st_size, "image")
             return path.read_bytes()
         except OSError as error:
             raise PictureError(f"cannot be read ({error.strerror})") from error
@@ -147,7 +147,7 @@ class Archive:
 
     def read(self, place: Place) -> bytes:
         member = self._members[place]
-        check_size(member.size, "picture")
+        check_size(member.size, "image")
         try:
             file = self._tar.extractfile(member)
             return file.read() if file else b""
@@ -187,7 +187,7 @@ def open_source(src: Path) -> Iterator[Source]:
 
 @dataclass
 class Found:
-    """The classes of a source, its pictures, and how many more lie in no class folder."""
+    """The classes of a source, its images, and how many more lie in no class folder."""
 
     classes: list[str]
     pictures: list[Picture]
@@ -195,12 +195,12 @@ class Found:
 
 
 def find_pictures(source: Source, src: Path, val: float) -> Found:
-    """The pictures in class folders, each with its split and label; classes in alphabetical order.
+    """The images in class folders, each with its split and label; classes in alphabetical order.
 
     Raises:
         CrowdExitError: as :func:`find_samples`.
     """
-    samples = find_samples(source, src, SUFFIXES, "picture")
+    samples = find_samples(source, src, SUFFIXES, "image")
 
     def split(id: str, half: str) -> str:
         if not samples.halves:
@@ -280,7 +280,7 @@ def find_samples(source: Source, src: Path, suffixes: tuple[str, ...], what: str
 
 
 def hidden(place: Place) -> bool:
-    """What is not meant as content; macOS archives hold a ``._NAME.jpg`` beside each picture."""
+    """What is not meant as content; macOS archives hold a ``._NAME.jpg`` beside each image."""
     return any(part.startswith(".") or part == "__MACOSX" for part in place)
 
 
@@ -298,7 +298,7 @@ def _outer(files: Sequence[Place]) -> int:
 
 
 def split_of(id: str, val: float, *, test: bool = False) -> str:
-    """The split of a picture, fixed by its id alone: ``val``, with ``test`` an equal share of that, or ``train``.
+    """The split of an image, fixed by its id alone: ``val``, with ``test`` an equal share of that, or ``train``.
 
     The salted CRC-32, taken as a fraction of its range, is below the share ``val``, or below twice that.
     """
@@ -309,10 +309,10 @@ def split_of(id: str, val: float, *, test: bool = False) -> str:
 
 
 def decode(data: bytes, name: str) -> NDArray[np.uint8]:
-    """A picture as :func:`crowdexit.data.picture.decode_picture` reads it, H×W×3 RGB, and also a smaller one.
+    """An image as :func:`crowdexit.data.picture.decode_picture` reads it, H×W×3 RGB, and also a smaller one.
 
     Raises:
-        PictureError: if it is damaged or no picture.
+        PictureError: if it is damaged or no image.
     """
     try:
         with warnings.catch_warnings():
@@ -327,13 +327,13 @@ def decode(data: bytes, name: str) -> NDArray[np.uint8]:
         try:
             return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
         except (OSError, SyntaxError, ValueError, EOFError) as error:
-            raise PictureError(f"{name}: a damaged or truncated picture ({error})") from None
+            raise PictureError(f"{name}: a damaged or truncated image ({error})") from None
 
 
 def square(picture: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """The middle square of a picture, its shorter side wide, at size×size; one of that size stays as it is.
+    """The middle square of an image, its shorter side wide, at size×size; one of that size stays as it is.
 
-    It is cut out before it is resized: a long thin picture would grow beyond all memory the other way round.
+    It is cut out before it is resized: a long thin image would grow beyond all memory the other way round.
     """
     height, width = picture.shape[:2]
     side = min(height, width)

@@ -1,7 +1,7 @@
 """Make the sample clip and images from a video and its annotated heads: ``python -m data_prep.clip``.
 
 The heads are a table ``frame,x,y``: frames counted from the start of the excerpt, pixels from the upper left corner.
-The sound is simulated from the annotated counts, and the clip says so.
+The audio is simulated from the annotated counts, and the clip says so.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def excerpt(
     every: Annotated[int, typer.Option(min=1, help="Frames from one annotated frame to the next, from 0 on.")] = 5,
     seed: Seed = 0,
 ) -> None:
-    """Cut an annotated excerpt out of a video and give it simulated sound.
+    """Cut an annotated excerpt out of a video and give it simulated audio.
 
     An annotated frame without a row has no heads. The frame rate is the video's own.
 
@@ -85,7 +85,7 @@ def excerpt(
         rows = [(frame, f"{float(frame / rate):.3f}", count) for frame, count in counts.items()]
         _write_csv(part, ["frame", "time_s", "count"], rows)
     most, least = max(counts.values()), min(counts.values())
-    print(f"{out.name}: {frames} frames, {len(counts)} of them annotated, {least} to {most} heads, simulated sound")
+    print(f"{out.name}: {frames} frames, {len(counts)} of them annotated, {least} to {most} heads, simulated audio")
 
 
 @app.command()
@@ -103,7 +103,7 @@ def still(
     frame: Annotated[int, typer.Option(min=0, help="The frame, by the table's numbers.")] = 0,
     seed: Seed = 0,
 ) -> None:
-    """Cut one annotated frame out of a video, with its heads and a simulated second of sound.
+    """Cut one annotated frame out of a video, with its heads and a simulated second of audio.
 
     Example: python -m data_prep.clip still vtest.avi heads.csv street.jpg --voices recordings --start 690 --frame 25
     """
@@ -123,7 +123,7 @@ def still(
         file.setsampwidth(2)
         file.setframerate(SAMPLE_RATE)
         file.writeframes(np.round(sound * 32_767).astype("<i2").tobytes())
-    print(f"{out.name}: {image.width}×{image.height}, {len(points)} heads, a second of simulated sound")
+    print(f"{out.name}: {image.width}×{image.height}, {len(points)} heads, a second of simulated audio")
 
 
 @app.command()

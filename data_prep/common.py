@@ -37,7 +37,7 @@ from crowdexit.utils.files import write_problem
 
 JPEG_QUALITY = 95
 DENSITY_STRIDE = 8  # stored density maps have the grid that the networks answer on
-MAX_BYTES = 2**28  # of one picture or recording
+MAX_BYTES = 2**28  # of one image or recording
 
 CORES = os.cpu_count() or 1
 Destination = Annotated[
@@ -45,7 +45,7 @@ Destination = Annotated[
 ]
 Jobs = Annotated[int, typer.Option("--jobs", min=1, show_default="all cores", help="Processes that work at once.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop with code 2 at the first unusable sample.")]
-Size = Annotated[int, typer.Option("--size", min=8, max=2048, help="Width and height of the stored pictures.")]
+Size = Annotated[int, typer.Option("--size", min=8, max=2048, help="Width and height of the stored images.")]
 StoredPixels = Annotated[
     bool,
     typer.Option(
@@ -90,15 +90,15 @@ class Report:
         return self.outside.total()
 
     def print(self) -> None:
-        print(f"{self.destination.name}: {self.pictures.total()} pictures, {self.heads.total():,.0f} heads")
+        print(f"{self.destination.name}: {self.pictures.total()} images, {self.heads.total():,.0f} heads")
         for split, pictures in self.pictures.items():
-            print(f"  {split:5} {pictures:6} pictures {self.heads[split]:10,.0f} heads")
+            print(f"  {split:5} {pictures:6} images {self.heads[split]:10,.0f} heads")
         for origin, pictures in self.origins.items():
-            print(f"  counts from {origin}: {pictures} pictures")
+            print(f"  counts from {origin}: {pictures} images")
         if self.resumed:
-            print(f"  {self.resumed} pictures resumed from an interrupted run")
+            print(f"  {self.resumed} images resumed from an interrupted run")
         if self.heads_outside:
-            print(f"  {self.heads_outside} heads outside their pictures dropped")
+            print(f"  {self.heads_outside} heads outside their images dropped")
         if self.turned:
             taken = "stored pixels, and turned with them" if self.stored_pixels else "displayed image"
             print(f"  {len(self.turned)} images are turned by EXIF; their heads are taken in the {taken}")
@@ -341,15 +341,15 @@ def read_image(path: Path) -> SourceImage:
         CrowdExitError: if it is missing, damaged, cut short, not an image, or of a size that cannot be counted in.
     """
     if not path.is_file():
-        raise CrowdExitError(f"no picture {path.name}")
-    check_size(path.stat().st_size, "picture")
+        raise CrowdExitError(f"no image {path.name}")
+    check_size(path.stat().st_size, "image")
     data = path.read_bytes()
     try:
         pixels = decode_picture(data, path.name)
         return SourceImage(np.frombuffer(data, np.uint8), read_header(data, path.name), pixels)
     except PictureError as error:
         reason = str(error).removeprefix(f"{path.name}: ")
-        raise CrowdExitError(f"the picture {path.name} is damaged or of no use ({reason})") from error
+        raise CrowdExitError(f"the image {path.name} is damaged or of no use ({reason})") from error
 
 
 def heads_of(
@@ -446,7 +446,7 @@ def resized(
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """An image H×W×3 at another size as JPEG bytes, (n,) uint8, and its heads moved with it, (N, 2) float32.
 
-    With ``canvas``, a width and height, it lies in the upper left of a black picture of that size.
+    With ``canvas``, a width and height, it lies in the upper left of a black image of that size.
     """
     size = np.array([width, height], np.float32)
     picture = Image.fromarray(pixels)

@@ -1,4 +1,4 @@
-"""Prepares DISCO, crowds with their sound (Hu et al., 2020), for counting: ``python -m data_prep.disco``."""
+"""Prepares DISCO, crowds with their audio (Hu et al., 2020), for counting: ``python -m data_prep.disco``."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ def main(
     strict: Strict = False,
     jobs: Jobs = CORES,
 ) -> None:
-    """Prepare DISCO: one HDF5 file of pictures of 1024×576, heads and log-mels.
+    """Prepare DISCO: one HDF5 file of images of 1024×576, heads and log-mels.
 
     The split is the density folder that an id stands in. Without --heads, and for ids that have no head file,
-    the count is the sum of the published density matrix, which is then kept on a grid of 8×8 pixels. Pictures
+    the count is the sum of the published density matrix, which is then kept on a grid of 8×8 pixels. Images
     of another shape than 16:9 are fitted in and filled up with black at the right or below. Heads and densities are
     those of the image as it is displayed (EXIF orientation applied).
 
@@ -88,7 +88,7 @@ def main(
 
 
 def find_recordings(src: Path, heads: Path | None = None) -> list[Recording]:
-    """A task for every id that has a picture, sound or density, and one for each head file of an unknown id.
+    """A task for every id that has an image, sound or density, and one for each head file of an unknown id.
 
     Raises:
         CrowdExitError: if a folder is missing or there is no density matrix at all.
@@ -129,7 +129,7 @@ def find_recordings(src: Path, heads: Path | None = None) -> list[Recording]:
                 problem=problem,
             )
         )
-    unknown = "heads of an id that has no picture, sound or density"
+    unknown = "heads of an id that has no image, sound or density"
     return recordings + [Recording(path.stem, "", Path(), Path(), Path(), path, problem=unknown) for path in strangers]
 
 
@@ -148,7 +148,7 @@ def _match_heads(texts: Iterable[Path], ids: Collection[str]) -> tuple[dict[str,
 
 
 def make_sample(task: Recording, *, kernel: Kernel | None, stored_pixels: bool) -> StoredSample:
-    """Read one id's picture, sound and heads or density.
+    """Read one id's image, sound and heads or density.
 
     Raises:
         CrowdExitError: if one of them is missing or damaged.
@@ -238,7 +238,7 @@ def read_density(path: Path) -> NDArray[np.float64]:
 
 
 def onto_grid(matrix: NDArray[np.float64], height: int, width: int) -> NDArray[np.float32]:
-    """A density matrix stretched over the upper left height×width pixels of the stored picture, by cells.
+    """A density matrix stretched over the upper left height×width pixels of the stored image, by cells.
 
     Returns (72, 128) float32 of the same sum: what lies across cells of 8×8 pixels is shared out.
     """

@@ -33,7 +33,7 @@ CLASSES = (
 )
 FILES = tuple(f"{half}-{kind}-ubyte" for half in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
 SIDE = 28
-TRAIN_PER_VAL = 6  # of 60,000 training pictures one in six is for validation
+TRAIN_PER_VAL = 6  # of 60,000 training images one in six is for validation
 _MAX_PICTURES = 200_000  # more are no Fashion MNIST, and might not fit into memory
 
 app = typer.Typer(add_completion=False)
@@ -48,10 +48,10 @@ def main(
         Path, typer.Argument(metavar="DST.h5", help="The prepared file to write.", callback=command.output_file)
     ],
 ) -> None:
-    """Prepare Fashion MNIST: one HDF5 file of pictures, grey in three channels, and labels.
+    """Prepare Fashion MNIST: one HDF5 file of images, grey in three channels, and labels.
 
-    A sixth of the training pictures becomes `val`, the same in every run and as many of each class: 50,000,
-    10,000 and 10,000 pictures. The four files may be compressed (.gz) or not.
+    A sixth of the training images becomes `val`, the same in every run and as many of each class: 50,000,
+    10,000 and 10,000 images. The four files may be compressed (.gz) or not.
 
     Example: python -m data_prep.fashion_mnist FashionMNIST/raw data/fashion-mnist.h5
     """
@@ -63,7 +63,7 @@ def main(
     halves = [(found[FILES[i]], found[FILES[i + 1]]) for i in (0, 2)]
     for (images, labels), name in zip(halves, ("train", "t10k"), strict=True):
         if len(images) != len(labels):
-            raise CrowdExitError(f"{src}: {name} has {len(images)} pictures and {len(labels)} labels")
+            raise CrowdExitError(f"{src}: {name} has {len(images)} images and {len(labels)} labels")
     (images, labels), (test, test_labels) = halves
     val = stratified(labels, len(images) // TRAIN_PER_VAL)
     with write_classes(dst, CLASSES, "Fashion MNIST (Xiao et al., 2017)") as writer:
@@ -75,7 +75,7 @@ def main(
 
 
 def coloured(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Grey pictures (n, H, W) as (n, H, W, 3)."""
+    """Grey images (n, H, W) as (n, H, W, 3)."""
     return np.repeat(images[..., None], 3, axis=3)
 
 
@@ -93,7 +93,7 @@ def find(src: Path, name: str) -> Path:
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
-    """An idx file: pictures (n, 28, 28) uint8 or labels (n,) uint8, as its name says.
+    """An idx file: images (n, 28, 28) uint8 or labels (n,) uint8, as its name says.
 
     What it declares is checked before anything is read by it.
 
@@ -101,7 +101,7 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
         CrowdExitError: if it is damaged, shorter or longer than it declares, or declares what cannot be.
     """
     shape_of_one = (SIDE, SIDE) if "images" in path.name.lower() else ()
-    kind = "pictures" if shape_of_one else "labels"
+    kind = "images" if shape_of_one else "labels"
     magic = 0x0800 + 1 + len(shape_of_one)  # unsigned bytes, and the number of dimensions
     try:
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
@@ -114,7 +114,7 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
                     f"{path.name} is no idx file of {kind} (it begins {found:#010x}, not {magic:#010x})"
                 )
             if tuple(sides) != shape_of_one:
-                raise CrowdExitError(f"{path.name} declares pictures of {sides[1]}×{sides[0]}, not {SIDE}×{SIDE}")
+                raise CrowdExitError(f"{path.name} declares images of {sides[1]}×{sides[0]}, not {SIDE}×{SIDE}")
             if not 0 < n <= _MAX_PICTURES:
                 raise CrowdExitError(f"{path.name} declares {n:,} {kind}; that cannot be")
             size = n * int(np.prod(shape_of_one, dtype=int))

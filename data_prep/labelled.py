@@ -1,4 +1,4 @@
-"""What the scripts for classification sets share: pictures by class into one file, resuming, summary; sounds read.
+"""What the scripts for classification sets share: images by class into one file, resuming, summary; sounds read.
 
 Apart from ``data_prep.common``, since it needs torch, which takes seconds to load.
 """
@@ -21,7 +21,7 @@ from crowdexit.data.store import SPLITS
 from crowdexit.errors import CrowdExitError
 from data_prep.common import Skipped, Task, check_size, plain, print_skipped, progress_bar, shown
 
-BATCH = 64  # pictures that are written at once; a kill costs no more than these
+BATCH = 64  # images that are written at once; a kill costs no more than these
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def prepare_classes(
     skipped: Skipped | None = None,
     strict: bool = False,
 ) -> None:
-    """Make every task's pictures into one classification set, and print the summary.
+    """Make every task's images into one classification set, and print the summary.
 
     An interrupted run of the same settings is gone on with.
 
@@ -57,17 +57,17 @@ def prepare_classes(
         classes: their names.
         origin: where the set comes from.
         tasks: what to make; ids are unique within a split.
-        make: makes a task's picture, H×W×3 uint8, or several, n×H×W×3, which get the ids ``ID/0``, ``ID/1``, …
+        make: makes a task's image, H×W×3 uint8, or several, n×H×W×3, which get the ids ``ID/0``, ``ID/1``, …
             It raises ``CrowdExitError`` for a sample that cannot be used.
-        settings: all that the pictures depend on.
+        settings: all that the images depend on.
         what: how the tasks are called in the summary.
-        sound: how the pictures are made, if they are of sounds.
+        sound: how the images are made, if they are of sounds.
         notes: further lines for the summary, from the finished file.
         skipped: what has been found unusable already, with names that can be shown.
         strict: raise at the first sample that cannot be used.
 
     Raises:
-        CrowdExitError: if a class has no picture to train on, the file cannot be written, or by ``strict``.
+        CrowdExitError: if a class has no image to train on, the file cannot be written, or by ``strict``.
     """
     skipped = list(skipped or [])
     if strict and skipped:
@@ -116,7 +116,7 @@ def _write_pictures(
 
 
 def _write(writer: ClassWriter, waiting: Sequence[tuple[L, str, NDArray[np.uint8]]]) -> None:
-    """All pictures of a task are of one split and waiting together, so that a kill leaves all of them or none."""
+    """All images of a task are of one split and waiting together, so that a kill leaves all of them or none."""
     for split in SPLITS:
         mine = [one for one in waiting if one[0].split == split]
         if mine:

@@ -39,7 +39,7 @@ _SALT = 1  # see split_of
 
 @dataclass(frozen=True)
 class Picture(Task):
-    """``image`` and ``truth`` are where the picture and its heads should be; both may turn out missing.
+    """``image`` and ``truth`` are where the image and its heads should be; both may turn out missing.
 
     ``problem`` says why it cannot be a sample.
     """
@@ -64,17 +64,17 @@ def main(
     ] = False,
     max_side: Annotated[
         int | None,
-        typer.Option(min=16, help="Shrink larger pictures to this longer side (re-encoded, heads moved)."),
+        typer.Option(min=16, help="Shrink larger images to this longer side (re-encoded, heads moved)."),
     ] = None,
     stored_pixels: StoredPixels = False,
     strict: Strict = False,
     jobs: Jobs = CORES,
 ) -> None:
-    """Prepare ShanghaiTech: one HDF5 file of pictures and heads, with a fixed validation split.
+    """Prepare ShanghaiTech: one HDF5 file of images and heads, with a fixed validation split.
 
     Takes whichever of train_data and test_data are there: images IMG_n of any usual format, and GT_IMG_n.mat with
-    the heads in the image as it is displayed (EXIF orientation applied). An eighth of the training pictures, chosen
-    by id alone, becomes `val`. Pictures are kept byte by byte. An interrupted run goes on where it was.
+    the heads in the image as it is displayed (EXIF orientation applied). An eighth of the training images, chosen
+    by id alone, becomes `val`. Images are kept byte by byte. An interrupted run goes on where it was.
 
     Example: python -m data_prep.shanghaitech ShanghaiTech data/shanghaitech.h5 --jobs 4
     """
@@ -85,7 +85,7 @@ def main(
         for task in find_pictures(folder / half, part)
     ]
     if not tasks:
-        raise CrowdExitError(f"{src}: no pictures IMG_n.jpg in train_data/images or test_data/images")
+        raise CrowdExitError(f"{src}: no images IMG_n.jpg in train_data/images or test_data/images")
     kept = kernel if store_density else None
     make = partial(make_sample, kernel=kept, max_side=max_side, stored_pixels=stored_pixels)
     settings = f"shanghaitech {src.resolve()} {make.keywords}"
@@ -117,7 +117,7 @@ def find_parts(src: Path) -> list[tuple[str, Path]]:
 
 
 def find_pictures(half: Path, part: str) -> list[Picture]:
-    """A task for every number that has a picture or heads, in order; ids as ``A_IMG_12``."""
+    """A task for every number that has an image or heads, in order; ids as ``A_IMG_12``."""
     truths = next((half / name for name in ("ground-truth", "ground_truth") if (half / name).is_dir()), half)
     images = {name: paths for name, paths in files_by_stem(half / "images", SUFFIXES).items() if name[:4] == "IMG_"}
     heads = {name[3:]: paths for name, paths in files_by_stem(truths, (".mat",)).items() if name[:7] == "GT_IMG_"}
@@ -143,17 +143,17 @@ def find_pictures(half: Path, part: str) -> list[Picture]:
 
 
 def split_of(id: str) -> str:
-    """``val`` for about an eighth of the training pictures, fixed by the id alone.
+    """``val`` for about an eighth of the training images, fixed by the id alone.
 
     Those whose salted CRC-32 is a multiple of 8. The salt is the smallest for which, in both parts, the mean
-    count of the validation pictures is within 5 % of the others', and median, spread and distance from the
+    count of the validation images is within 5 % of the others', and median, spread and distance from the
     median within 15 %: an unsalted draw had made part A's a sixth denser. No network took part in the choice.
     """
     return "val" if crc32(f"{_SALT} {id}".encode()) % 8 == 0 else "train"
 
 
 def make_sample(task: Picture, *, kernel: Kernel | None, max_side: int | None, stored_pixels: bool) -> StoredSample:
-    """Read one picture and its heads.
+    """Read one image and its heads.
 
     Raises:
         CrowdExitError: if either is missing or damaged, or there are several.

@@ -49,13 +49,13 @@ def main(
     val: Val = 0.1,
     strict: Strict = False,
 ) -> None:
-    """Prepare recordings (.wav, .flac, .ogg): one HDF5 file of their spectrograms as pictures, and labels.
+    """Prepare recordings (.wav, .flac, .ogg): one HDF5 file of their spectrograms as images, and labels.
 
     SRC holds train/CLASS and test/CLASS, and maybe val/CLASS; or CLASS alone; or with --label name the files.
     Without val/, a share of the training recordings becomes `val`; of CLASS or files alone, another one as large
     becomes `test`. The hashes of the names decide, so that each class gets its share; with --group, those of the
     text that it matches in the file names (its first group, if it has one), so that nobody's voice is in two splits.
-    The pictures are those of crowdexit.data.spectrogram.stft_picture. An interrupted run goes on where it was.
+    The images are those of crowdexit.data.spectrogram.stft_picture. An interrupted run goes on where it was.
 
     Example: python -m data_prep.sound_folders recordings digits.h5 --label name --size 64 --group '_(.+)'
     """

@@ -64,7 +64,7 @@ def settled(network: MultiExitNetwork) -> MultiExitNetwork:
 
 
 def batch(network: MultiExitNetwork, length: int, seed: int = 0) -> Features:
-    """Random pictures; every other one is heard, and what stands in the rows of the rest is not a number."""
+    """Random images; every other one is heard, and what stands in the rows of the rest is not a number."""
     random = torch.Generator().manual_seed(seed)
     width, height = network.config.size
     heard = torch.arange(length) % 2 == 0

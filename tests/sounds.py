@@ -65,7 +65,7 @@ def break_some(folder: Path) -> dict[str, str]:
     (folder / "cut.wav").write_bytes(whole[: len(whole) // 2])
     (folder / "head.wav").write_bytes(whole[:30])
     (folder / "empty.wav").write_bytes(b"")
-    (folder / "text.wav").write_text("no sound at all" * 20)
+    (folder / "text.wav").write_text("no audio at all" * 20)
     write_wav(folder / "none.wav", [])
     write_wav(folder / "nan.wav", np.where(np.arange(8000) == 4000, np.nan, tone(seconds=0.5)), floats=True)
     write_wav(folder / "slow.wav", tone(), rate=10)
@@ -90,7 +90,7 @@ def break_some(folder: Path) -> dict[str, str]:
 
 
 def everything(path) -> dict[str, tuple[str, str, bytes]]:
-    """Of every picture by its id: split, class, values. No id stands in two splits."""
+    """Of every image by its id: split, class, values. No id stands in two splits."""
     found = {}
     with ClassStore(path) as store:
         for split in store.splits():

@@ -1,4 +1,4 @@
-"""Makes small videos whose frames and sound are known."""
+"""Makes small videos whose frames and audio are known."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def tone(seconds: float, *, begin: float = 0.0, end: float | None = None, rate: 
 
 
 def moving(index: int, size: tuple[int, int] = (96, 64)) -> NDArray[np.uint8]:
-    """A picture of soft shapes that move by a pixel from one index to the next."""
+    """A frame of soft shapes that move by a pixel from one index to the next."""
     at = index % 200
     return np.ascontiguousarray(_shapes(size)[at : at + size[1], at : at + size[0]])
 
@@ -98,7 +98,7 @@ def write_moving(
     format: str | None = None,
     container_options: dict[str, str] | None = None,
 ) -> None:
-    """Write a video of :func:`moving` pictures, with three pictures between two others where the codec has them."""
+    """Write a video of :func:`moving` frames, with three frames between two others where the codec has them."""
     with av.open(str(path), "w", format=format, options=container_options or {}) as container:
         video = container.add_stream(codec, rate=rate, options=options or {})
         video.codec_context.thread_count = 2  # as on two cores: what damage does depends on how the frames were divided
@@ -114,7 +114,7 @@ def write_moving(
 
 
 def write_sound_alone(path: Path) -> None:
-    """A file with a second of sound and no picture."""
+    """A file with a second of audio and no frame."""
     with av.open(str(path), "w") as container:
         audio = container.add_stream("aac", rate=16_000, layout="mono")
         block = av.AudioFrame.from_ndarray(tone(1)[None], format="fltp", layout="mono")

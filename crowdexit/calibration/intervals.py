@@ -1,15 +1,15 @@
-"""Intervals around counts: split-conformal, as wide as the errors of held-out pictures were.
+"""Intervals around counts: split-conformal, as wide as the errors of held-out images were.
 
-The score of a held-out picture is |ŷ − y| / (ŷ + 10): the error relative to the count itself, so that the interval
+The score of a held-out image is |ŷ − y| / (ŷ + 10): the error relative to the count itself, so that the interval
 of a sparse scene is narrow and that of a dense one wide. With n scores, the ⌈(n + 1)·level⌉-th smallest is the width w
-for which [ŷ − w(ŷ + 10), ŷ + w(ŷ + 10)] holds the truth of a further picture of the same kind with probability
-``level`` at least (Papadopoulos et al. 2002; Lei et al. 2018), whatever the network. Of pictures of another kind
+for which [ŷ − w(ŷ + 10), ŷ + w(ŷ + 10)] holds the truth of a further image of the same kind with probability
+``level`` at least (Papadopoulos et al. 2002; Lei et al. 2018), whatever the network. Of images of another kind
 nothing is promised.
 
 Relative errors are not the same for small and large counts, so that each third of the counts has a width of its own
-(Vovk et al. 2003), where there are enough pictures. A few dozen held-out pictures tell little of a third: with counts
+(Vovk et al. 2003), where there are enough images. A few dozen held-out images tell little of a third: with counts
 of many more, by networks that were trained without them (cross-fitted, Barber et al. 2021), these give the shape of the
-widths, the thirds and how their widths compare, and the held-out pictures one factor.
+widths, the thirds and how their widths compare, and the held-out images one factor.
 
 The mean of the same scores, times (ŷ + 10), is the error to expect of an exit: what a budget weighs against time.
 """
@@ -56,8 +56,8 @@ class Intervals:
 
     Attributes:
         level: the probability that the interval holds the truth.
-        silent, heard: width w by exit, for counts without and with sound, over all counts.
-        samples, heard_samples: how many held-out pictures each was made of.
+        silent, heard: width w by exit, for counts without and with audio, over all counts.
+        samples, heard_samples: how many held-out images each was made of.
         silent_errors, heard_errors: mean score by exit; empty where a checkpoint was calibrated without.
         silent_thirds, heard_thirds: widths by the size of the count, by exit, which go before the others.
     """
@@ -95,7 +95,7 @@ class Intervals:
     def errors(self, *, heard: bool) -> Mapping[str, float]:
         """Each exit's expected error over (count + 10), or its width, which is in proportion: of all exits the same.
 
-        With sound from what was calibrated with it, if that has all exits. Empty where nothing has.
+        With audio from what was calibrated with it, if that has all exits. Empty where nothing has.
         """
         tables = [self.silent_errors, self.silent]
         if heard:
@@ -142,10 +142,10 @@ class Intervals:
 
 
 def width(counts: Sequence[float], truths: Sequence[float], level: float) -> float:
-    """The conformal width w of an exit from its counts of held-out pictures and the true ones.
+    """The conformal width w of an exit from its counts of held-out images and the true ones.
 
     Raises:
-        IntervalError: for a level outside 0 to 1, or too few pictures to promise it.
+        IntervalError: for a level outside 0 to 1, or too few images to promise it.
     """
     return sorted(_scores(counts, truths))[rank(len(counts), level) - 1]
 
@@ -156,14 +156,14 @@ def thirds(
     level: float,
     cross_fitted: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> Thirds | None:
-    """The conformal widths of an exit by thirds of its counts of held-out pictures.
+    """The conformal widths of an exit by thirds of its counts of held-out images.
 
     Args:
-        counts, truths: of the held-out pictures. cross_fitted: counts of other pictures by networks that were trained
+        counts, truths: of the held-out images. cross_fitted: counts of other images by networks that were trained
             without them, and the true ones: what gives the widths their shape.
 
     Returns:
-        None where a third has too few pictures for the level.
+        None where a third has too few images for the level.
     """
     if cross_fitted is not None and (shape := thirds(*cross_fitted, level)) is not None:
         factors = [s / max(shape.at(c), 1e-6) for s, c in zip(_scores(counts, truths), counts, strict=True)]
@@ -181,7 +181,7 @@ def thirds(
 
 
 def rank(samples: int, level: float) -> int:
-    """Of so many held-out pictures' scores, the smallest first, the number of the one that is the width.
+    """Of so many held-out images' scores, the smallest first, the number of the one that is the width.
 
     Raises:
         IntervalError: as of :func:`width`.
@@ -191,12 +191,12 @@ def rank(samples: int, level: float) -> int:
     number = math.ceil((samples + 1) * level - _ROUNDING)
     if number > samples:
         least = math.ceil(level / (1 - level) - _ROUNDING)
-        raise IntervalError(f"{samples} pictures are too few for a level of {level:g}: it takes {least}")
+        raise IntervalError(f"{samples} images are too few for a level of {level:g}: it takes {least}")
     return number
 
 
 def expected_error(counts: Sequence[float], truths: Sequence[float]) -> float:
-    """The mean score of an exit, from its counts of held-out pictures and the true ones; one picture at least."""
+    """The mean score of an exit, from its counts of held-out images and the true ones; one image at least."""
     return math.fsum(_scores(counts, truths)) / len(counts)
 
 

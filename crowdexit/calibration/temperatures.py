@@ -1,6 +1,6 @@
 """Temperatures: class scores divided by one number an exit, so that its confidence is as often right as it says.
 
-Guo et al. 2017. The number is the one that makes the true classes of held-out pictures most likely; it moves no
+Guo et al. 2017. The number is the one that makes the true classes of held-out images most likely; it moves no
 decision, only how sure it is said to be. How unsure an exit is of a sample, its *doubt*, is 1 − the largest
 probability (``confidence``), or the entropy of the probabilities as a share of the largest there is (``entropy``).
 """
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from crowdexit.errors import CrowdExitError
 
 Measure = Literal["confidence", "entropy"]
-_HOTTEST = 20.0  # and its inverse the coldest: where every held-out picture is right, none would be cold enough
+_HOTTEST = 20.0  # and its inverse the coldest: where every held-out image is right, none would be cold enough
 
 
 class TemperatureError(CrowdExitError):
@@ -31,7 +31,7 @@ class Temperatures:
 
     Attributes:
         by_exit: an exit that is not there has the temperature one.
-        samples: how many held-out pictures it was made of.
+        samples: how many held-out images it was made of.
     """
 
     by_exit: Mapping[str, float] = field(default_factory=dict)
@@ -68,15 +68,15 @@ class Temperatures:
 
 
 def temperature(scores: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
-    """The temperature of an exit, from its scores (n, K) of held-out pictures and their classes (n,).
+    """The temperature of an exit, from its scores (n, K) of held-out images and their classes (n,).
 
     Raises:
-        TemperatureError: if there are no pictures, or scores that are not finite.
+        TemperatureError: if there are no images, or scores that are not finite.
     """
     from scipy.optimize import minimize_scalar  # a quarter of a second to import, and only fitting needs it
 
     if not len(labels):
-        raise TemperatureError("no pictures to fit a temperature to")
+        raise TemperatureError("no images to fit a temperature to")
     if not np.isfinite(scores).all():
         raise TemperatureError("scores that are not finite have no temperature")
     bound = math.log(_HOTTEST)

@@ -57,7 +57,7 @@ Model = Annotated[
     str, typer.Option("--model", help="A shipped model's name, or the path of a checkpoint or an export.")
 ]
 Ids = Annotated[str, typer.Option(help="Only samples whose id matches this shell pattern.")]
-Hear = Annotated[bool, typer.Option("--audio/--no-audio", help="Hear the sound where there is some.")]
+Hear = Annotated[bool, typer.Option("--audio/--no-audio", help="Use audio where there is some.")]
 RuntimeName = Annotated[
     str,
     typer.Option(
@@ -110,14 +110,14 @@ def count(
         list[str],
         typer.Argument(
             metavar="INPUT…",
-            help="Pictures, folders, videos, mixed. Or live: camera:0, rtsp://…, http://…, a named pipe, - (piped in).",
+            help="Images, folders, videos, mixed. Or live: camera:0, rtsp://…, http://…, a named pipe, - (piped in).",
         ),
     ],
-    audio: Annotated[Path | None, typer.Option(help="Sound for the picture, or in place of the video's.")] = None,
+    audio: Annotated[Path | None, typer.Option(help="Audio for the image, or in place of the video's.")] = None,
     model: Model = DEFAULT_MODEL,
     exit: Annotated[str, typer.Option("--exit", help="The exit to stop at, or auto: the last in time.")] = "auto",
     deadline_ms: Annotated[
-        float | None, typer.Option(help="Answer each picture or frame with the latest exit by then.")
+        float | None, typer.Option(help="Answer each image or frame with the latest exit by then.")
     ] = None,
     late: Annotated[
         Late, typer.Option(help="Where no exit has answered by then: wait for the first, or fail.")
@@ -133,7 +133,7 @@ def count(
         str | None, typer.Option(help="Narrow enough: ± so many people (15), or a share of the count. [default: 50%]")
     ] = None,
     budget_ms: Annotated[
-        float | None, typer.Option(help="For all pictures together: the exits with the least error in this time.")
+        float | None, typer.Option(help="For all images together: the exits with the least error in this time.")
     ] = None,
     runtime: RuntimeName = "auto",
     fps: Annotated[float | None, typer.Option(help="Counted frames a second of video; default: one.")] = None,
@@ -155,7 +155,7 @@ def count(
         Path | None, typer.Option(help="A video's counted frames with density and count: .mp4, or a folder.")
     ] = None,
 ) -> None:
-    """Count people in pictures, folders, videos and live sources."""
+    """Count people in images, folders, videos and live sources."""
     from crowdexit.inference.budget import check_positive
     from crowdexit.inference.counter import check_deadline, load
     from crowdexit.inference.policies import policy_named
@@ -212,9 +212,9 @@ def evaluate(
     split: Annotated[str, typer.Option()] = "test",
     ids: Ids = "*",
     audio: Hear = True,
-    brightness: Annotated[float, typer.Option(min=0, help="Pictures darkened (or lit) by this factor.")] = 1.0,
+    brightness: Annotated[float, typer.Option(min=0, help="Images darkened (or lit) by this factor.")] = 1.0,
     noise: Annotated[float, typer.Option(min=0, max=255, help="Gaussian noise of this σ, of 255.")] = 0.0,
-    black: Annotated[float, typer.Option(min=0, max=0.99, help="Share of the picture under a black area.")] = 0.0,
+    black: Annotated[float, typer.Option(min=0, max=0.99, help="Share of the image under a black area.")] = 0.0,
     confidence: Annotated[
         float | None, typer.Option(min=0, max=0.9999, help="Of classes: leave at the first exit as sure as this.")
     ] = None,
@@ -224,7 +224,7 @@ def evaluate(
     runtime: RuntimeName = "auto",
     format: Annotated[Format, typer.Option()] = Format.table,
 ) -> None:
-    """Every exit's error on a prepared set, with or without sound, also under extreme conditions."""
+    """Every exit's error on a prepared set, with or without audio, also under extreme conditions."""
     from crowdexit.data.augment import Conditions
     from crowdexit.evaluation.evaluate import evaluate_file
 
@@ -251,7 +251,7 @@ def _print_evaluation(result: dict[str, Any], format: Format) -> None:
     if format is Format.json:
         print(json.dumps(result))
         return
-    table = Table(title=f"{result['model']} on {result['split']} ({result['samples']} pictures)")
+    table = Table(title=f"{result['model']} on {result['split']} ({result['samples']} images)")
     if "audio" in result:
         table.caption = f"sound: {result['audio']}"
     columns = {"mae": "MAE", "rmse": "RMSE", "accuracy": "accuracy %"}
@@ -329,7 +329,7 @@ def tradeoff(
     errors = {row["exit"]: row["mae"] if "mae" in row else 100 - row["accuracy"] for row in result["exits"]}
     made = analysis.points(spec, errors)
     sound = f", sound: {result['audio']}" if "audio" in result else ""
-    title = f"{spec.model} on {data.name}, {split} ({result['samples']} pictures{sound})"
+    title = f"{spec.model} on {data.name}, {split} ({result['samples']} images{sound})"
     paths = analysis.write(made, out, title=title, measure_name=measure, budgets=wanted)
     print(paths[1].read_text("utf-8"), end="")
     print(f"Written: {', '.join(map(str, paths))}", file=sys.stderr)
@@ -427,7 +427,7 @@ def suite(
     seeds: Annotated[int, typer.Option(min=1, help="How often the branches are trained.")] = 5,
     jobs: Annotated[int, typer.Option(min=1, help="Trainings at once; they share the cores.")] = 1,
     pictures: Annotated[
-        Path | None, typer.Option(help="Unlabelled pictures, a folder or prepared: copycat on top.")
+        Path | None, typer.Option(help="Unlabelled images, a folder or prepared: copycat on top.")
     ] = None,
     split: Annotated[str, typer.Option(help="Of the data, for the table.")] = "test",
     runtime: RuntimeName = "auto",
@@ -515,23 +515,23 @@ def _numbers(option: str, text: str) -> list[int]:
         raise CrowdExitError(f"{option} {text}: whole numbers with commas between") from None
 
 
-@app.command(epilog="Example: `crowdexit see street.jpg --model audiocsrnet-s --exits V1,V1-cnn --out see.png`")
-def see(
-    picture: Annotated[Path, typer.Argument(help="A picture.")],
+@app.command(epilog="Example: `crowdexit visualize street.jpg --model audiocsrnet-s --exits V1,V1-cnn`")
+def visualize(
+    image: Annotated[Path, typer.Argument(help="An image.")],
     model: Model = DEFAULT_MODEL,
     exits: Annotated[str | None, typer.Option(help="Names with commas between; default: all early exits.")] = None,
-    out: Annotated[Path, typer.Option(help="The PNG to write.", callback=command.output_file)] = Path("see.png"),
+    out: Annotated[Path, typer.Option(help="The PNG to write.", callback=command.output_file)] = Path("visualized.png"),
 ) -> None:
-    """What branches see: their effective receptive field, and where an SL-ViT branch's attention goes."""
+    """Draw the effective receptive field of each branch, and the attention of an SL-ViT branch."""
     from crowdexit.data.picture import read_picture
     from crowdexit.evaluation import receptive
     from crowdexit.models import zoo
 
-    shown = read_picture(picture)
+    shown = read_picture(image)
     network, _ = zoo.load(model)
     sights = receptive.look(network, shown, None if exits is None else exits.split(","))
     receptive.write(network, shown, sights, out)
-    table = Table(title=f"{model}: the share of the picture that holds nine tenths of the field")
+    table = Table(title=f"{model}: the share of the image that holds nine tenths of the field")
     for name in ("exit", "kind", "field"):
         table.add_column(name, justify="left" if name != "field" else "right")
     for sight in sights:
@@ -545,7 +545,7 @@ def copycat(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run whose branches were trained classifier-wise.")],
     data: Annotated[Path, typer.Option(help="The prepared HDF5 file that it was trained on.")],
     pictures: Annotated[
-        Path, typer.Option(help="Folder of unlabelled pictures (for a set of sounds: recordings), or a prepared file.")
+        Path, typer.Option(help="Folder of unlabelled images (for a set of sounds: recordings), or a prepared file.")
     ],
     out: Annotated[Path, typer.Option(help="Folder of the new run.", callback=command.output_folder)],
     split: Annotated[str, typer.Option(help="Of a prepared file with --pictures.")] = "train",
@@ -565,13 +565,15 @@ def copycat(
     print(run_training(recipe, out, resume=resume, console=Console(stderr=True)))
 
 
-@app.command(epilog="Example: `crowdexit pack runs/audiocsrnet-s-branches checkpoints/audiocsrnet-s/model.safetensors`")
-def pack(
+@app.command(
+    epilog="Example: `crowdexit compress runs/audiocsrnet-s-branches checkpoints/audiocsrnet-s/model.safetensors`"
+)
+def compress(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A trained run's folder or checkpoint.")],
     out: Annotated[Path, typer.Argument(help="The smaller checkpoint.", callback=command.output_file)],
     exits: Annotated[str | None, typer.Option(help="Early exits to keep, with commas between; default: all.")] = None,
 ) -> None:
-    """Write a checkpoint with kernels and matrices as float16, half the size: to be shipped, some exits alone."""
+    """Convert a checkpoint to float16, half the size, optionally keeping only some exits."""
     from crowdexit.models import zoo
 
     network, spec = zoo.load(model)
@@ -642,7 +644,7 @@ def calibrate(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A trained run's folder, a checkpoint, or an exported folder.")
     ],
-    data: Annotated[Path, typer.Option(help="A prepared HDF5 file with held-out pictures.")],
+    data: Annotated[Path, typer.Option(help="A prepared HDF5 file with held-out images.")],
     split: Annotated[str, typer.Option()] = "val",
     ids: Ids = "*",
     level: Annotated[float, typer.Option(help="Of counts: how often the interval is to hold the truth.")] = 0.9,
@@ -652,7 +654,7 @@ def calibrate(
     ] = None,
     runtime: RuntimeName = "auto",
 ) -> None:
-    """Write into a checkpoint or an export how sure its exits are, measured on held-out pictures.
+    """Write into a checkpoint or an export how sure its exits are, measured on held-out images.
 
     Of counts the intervals: how far each exit was from the truth; and, where the file has training images, statistics
     of these, by which a count tells whether its image is familiar. Of classes the temperatures, and what comes of
@@ -701,8 +703,8 @@ def _calibrate_counts(
             with _progress("describing training images", len(trained_on)) as advance:
                 familiarity = measure_familiarity(counter, store, "train", trained_on, progress=advance)
     path = keep_calibration(model, intervals=intervals, familiarity=familiarity)
-    table = Table(title=f"{path}: {level:.0%} of {len(wanted)} pictures within ± w · (count + 10)")
-    for name in ("exit", "w without sound", "for small, middle, large counts", "w with sound", "small, middle, large"):
+    table = Table(title=f"{path}: {level:.0%} of {len(wanted)} images within ± w · (count + 10)")
+    for name in ("exit", "w without audio", "for small, middle, large counts", "w with audio", "small, middle, large"):
         table.add_column(name, justify="left" if name == "exit" else "right")
     for name in counter.exits:
         cells = []
@@ -738,7 +740,7 @@ def _calibrate_classes(
             scores, labels = classify.scores_of(chain, store, split, wanted, progress=advance)
     temperatures = classify.calibrate(scores, labels)
     path = keep_calibration(model, temperatures=temperatures)
-    table = Table(title=f"{path}: temperatures from {len(wanted)} pictures")
+    table = Table(title=f"{path}: temperatures from {len(wanted)} images")
     for name in ("exit", "temperature", "surprise before, nats", "after"):
         table.add_column(name, justify="left" if name == "exit" else "right")
     for name, t in temperatures.by_exit.items():
@@ -807,7 +809,7 @@ def page(
     ] = None,
     runtime: RuntimeName = "auto",
 ) -> None:
-    """Open the page: drop a picture in, see the count at every exit."""
+    """Open the page: drop an image in, see the count at every exit."""
     # The page stands on the same floor; it is found by name so that the command line works without it.
     from importlib import import_module
 

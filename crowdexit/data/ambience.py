@@ -1,7 +1,7 @@
-"""The acoustic model: a simulated second of sound for a crowd of a known size.
+"""The acoustic model: a simulated second of audio for a crowd of a known size.
 
-For pictures that were published without sound. Everything made here is simulated and must stay marked so.
-The sound tells something about the count and never gives it away: what is heard are the people who *talk*,
+For images that were published without audio. Everything made here is simulated and must stay marked so.
+The audio tells something about the count and never gives it away: what is heard are the people who *talk*,
 and their share of the crowd is drawn anew for every second, so that no listener, however good, can get from
 the talkers back to the heads.
 
@@ -28,9 +28,9 @@ A count of 0 is background alone. Between a few talkers, who leave gaps, and man
 changes; with more talkers still only the level rises, by about 2 dB each time the crowd doubles.
 
 How much that tells, on ShanghaiTech with spoken digits as voices and seed 0: R² of log count 0.61 on the 87
-validation pictures (of part A alone 0.55, of part B alone 0.40), by kernel ridge regression on statistics of
-the log-mel, fitted on the training pictures' nine seconds each (``python -m data_prep.ambience … --measure``).
-The set is small: other draws of the sound move the figure by about 0.07 either way.
+validation images (of part A alone 0.55, of part B alone 0.40), by kernel ridge regression on statistics of
+the log-mel, fitted on the training images' nine seconds each (``python -m data_prep.ambience … --measure``).
+The set is small: other draws of the audio move the figure by about 0.07 either way.
 """
 
 from __future__ import annotations

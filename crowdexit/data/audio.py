@@ -193,10 +193,10 @@ class _Track:
             raise AudioError(f"{path}: {kind} is not supported; save it as WAV with 16 bits")
         with open_media(path, AudioError, "audio") as container:
             if not container.streams.audio:
-                raise AudioError(f"{path}: no sound track")
+                raise AudioError(f"{path}: no audio track")
             stream = container.streams.audio[0]
             if stream.codec_context is None:
-                raise AudioError(f"{path}: the sound track cannot be decoded")
+                raise AudioError(f"{path}: the audio track cannot be decoded")
             self.must_be_read_to_the_end = cut or has_float_samples(stream)
             counted = bool(_COUNTS_SAMPLES & set(container.format.name.split(",")))
             stated = float(stream.duration * (stream.time_base or 0)) if counted and stream.duration else 0.0
@@ -218,7 +218,7 @@ class _Track:
             raise AudioError(
                 f"{path}: not a readable audio file (damaged or cut short)"
                 if damaged
-                else f"{path}: the sound track holds no samples"
+                else f"{path}: the audio track holds no samples"
             )
         if cut or length < _LEAST_SHARE * stated * self.rate:
             raise AudioError(f"{path}: cut short, {length / self.rate:.2f} s are left")

@@ -19,7 +19,7 @@ class Conditions:
     Attributes:
         brightness: all values times this.
         noise: σ of Gaussian noise, of 255.
-        black: share of the picture under a black rectangle.
+        black: share of the image under a black rectangle.
     """
 
     brightness: float = 1.0
@@ -27,7 +27,7 @@ class Conditions:
     black: float = 0.0
 
     def apply(self, picture: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-        """The picture H×W×3 as a camera under these conditions would give it (8 bits, clipped)."""
+        """The image H×W×3 as a camera under these conditions would give it (8 bits, clipped)."""
         height, width = picture.shape[:2]
         if self.brightness != 1.0:
             picture = np.asarray(cv2.convertScaleAbs(picture, alpha=self.brightness), np.uint8)
@@ -56,16 +56,16 @@ def add_noise(image: NDArray[np.uint8], sigma: float, rng: np.random.Generator) 
 
 @dataclass(frozen=True)
 class ConditionRange:
-    """From which the extreme conditions of a training picture are drawn.
+    """From which the extreme conditions of a training image are drawn.
 
     Attributes:
-        share: of the pictures that get any at all.
+        share: of the images that get any at all.
         dark: of these, the share that gets ``brightness`` and ``noise`` together, as cameras have it.
         covered: of the dark ones, the share that gets a black area too; those that are not dark all do.
         brightness: lowest and highest factor; drawn evenly in the logarithm, so that each halving of the light
             comes as often as the one before, or, from a lowest of 0, evenly in the factor (Hu et al.).
         noise: σ from 0 up to this.
-        black: share of the picture from 0 up to this.
+        black: share of the image from 0 up to this.
     """
 
     share: float = 0.0
@@ -138,20 +138,20 @@ class Degradations:
 
 @dataclass(frozen=True)
 class View:
-    """How a picture is laid on the training canvas.
+    """How an image is laid on the training canvas.
 
     Attributes:
         canvas: (width, height) that the network sees.
-        native: (width, height) of the model; the picture's base scale is the one that fits it in there.
-        own_size: take the picture's own size for its base scale instead, or if it has more pixels than ``native``, that
+        native: (width, height) of the model; the image's base scale is the one that fits it in there.
+        own_size: take the image's own size for its base scale instead, or if it has more pixels than ``native``, that
             at which it has as many.
         scale: range of a further factor; even in the logarithm.
-        wide_scale: another such range. wide_share: of the pictures whose factor is drawn from it.
+        wide_scale: another such range. wide_share: of the images whose factor is drawn from it.
         aspect: width over height is changed by a factor of up to e to the ± 2 × this.
-        cubic: of enlarged pictures, the share resampled by cubic instead of linear interpolation.
-        flip: whether half of the pictures are mirrored.
+        cubic: of enlarged images, the share resampled by cubic instead of linear interpolation.
+        flip: whether half of the images are mirrored.
         jitter: contrast and colour factor up to ± this, offset up to ± this times 128.
-        degradations: of the picture as it lies on the canvas, not of the padding.
+        degradations: of the image as it lies on the canvas, not of the padding.
     """
 
     canvas: tuple[int, int]
@@ -167,7 +167,7 @@ class View:
     degradations: Degradations = field(default_factory=Degradations)
 
     def base_scale(self, width: int, height: int) -> float:
-        """The scale of a picture of that size before a random factor."""
+        """The scale of an image of that size before a random factor."""
         if self.own_size:
             return scaled_size(width, height, self.native)[0] / width
         return min(self.native[0] / width, self.native[1] / height)
@@ -176,10 +176,10 @@ class View:
 def random_view(
     picture: NDArray[np.uint8], points: NDArray[np.float32], view: View, rng: np.random.Generator
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32], Placement]:
-    """Crop, scale and mirror a picture onto the canvas.
+    """Crop, scale and mirror an image onto the canvas.
 
     Returns:
-        The canvas (H, W, 3) uint8, the heads that lie on it (N, 2) in its pixels, and where the picture lies.
+        The canvas (H, W, 3) uint8, the heads that lie on it (N, 2) in its pixels, and where the image lies.
     """
     height, width = picture.shape[:2]
     wide = view.wide_share > 0 and rng.random() < view.wide_share
@@ -187,7 +187,7 @@ def random_view(
     scale = view.base_scale(width, height) * float(np.exp(rng.uniform(*factors)))
     stretch = float(np.exp(rng.uniform(-view.aspect, view.aspect))) if view.aspect else 1.0
     across, down = scale * stretch, scale / stretch
-    # The window of the picture that fills the canvas, in the picture's pixels.
+    # The window of the image that fills the canvas, in the image's pixels.
     want = (view.canvas[0] / across, view.canvas[1] / down)
     w, h = (max(1, min(width, round(want[0]))), max(1, min(height, round(want[1]))))
     x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
@@ -222,7 +222,7 @@ def random_view(
 
 
 def keep_inside(points: NDArray[np.float32], placement: Placement) -> NDArray[np.float32]:
-    """Heads (N, 2) of a placed picture that rounding or mirroring put on its border, back by the least step."""
+    """Heads (N, 2) of a placed image that rounding or mirroring put on its border, back by the least step."""
     first = np.array(placement.offset, np.float32)
     last = np.nextafter(first + np.array(placement.size, np.float32), np.float32(0))
     return np.clip(points, first, last)

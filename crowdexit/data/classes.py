@@ -2,7 +2,7 @@
 
 Layout::
 
-    /SPLIT/images     (N, H, W, 3)  uint8   RGB, every picture of a file of one size
+    /SPLIT/images     (N, H, W, 3)  uint8   RGB, every image of a file of one size
     /SPLIT/labels     (N,)          int64   place in the list of classes
     /SPLIT/ids        (N,)          string  each once in a split
     /SPLIT/checksums  (N,)          uint32  of each image, verified when it is read
@@ -37,7 +37,7 @@ from crowdexit.errors import CrowdExitError
 from crowdexit.utils.files import DiskFullError, checksum, write_problem
 
 FORMAT = "crowdexit-classes-2"
-_CHUNK_BYTES = 2**17  # small pictures share a chunk, of large ones each has its own
+_CHUNK_BYTES = 2**17  # small images share a chunk, of large ones each has its own
 
 
 def stratified(labels: ArrayLike, size: int, seed: int = 0) -> NDArray[np.bool_]:
@@ -66,7 +66,7 @@ def stratified(labels: ArrayLike, size: int, seed: int = 0) -> NDArray[np.bool_]
 
 
 class ClassWriter:
-    """Adds pictures to a file that is being written; made by :func:`write_classes`."""
+    """Adds images to a file that is being written; made by :func:`write_classes`."""
 
     def __init__(self, file: h5py.File, classes: Sequence[str]) -> None:
         self._file, self._classes = file, list(classes)
@@ -74,15 +74,15 @@ class ClassWriter:
         self._size = next((group["images"].shape[1:3] for group in file.values()), None)
 
     def __contains__(self, key: tuple[str, str]) -> bool:
-        """Whether the picture (split, id) is there already, from an interrupted run."""
+        """Whether the image (split, id) is there already, from an interrupted run."""
         return key[1] in self._ids.get(key[0], ())
 
     def __len__(self) -> int:
-        """How many pictures are there."""
+        """How many images are there."""
         return sum(map(len, self._ids.values()))
 
     def add(self, split: str, images: NDArray[np.uint8], labels: ArrayLike, ids: Sequence[str]) -> None:
-        """Add pictures to a split; what has been added stays when the run is killed.
+        """Add images to a split; what has been added stays when the run is killed.
 
         Args:
             split: ``train``, ``val`` or ``test``.
@@ -98,11 +98,11 @@ class ClassWriter:
         if split not in SPLITS:
             raise StoreError(f"the split is {split!r}, not one of {', '.join(SPLITS)}")
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-            raise StoreError(f"{split}: pictures of shape {images.shape} and type {images.dtype}, not n×H×W×3 uint8")
+            raise StoreError(f"{split}: images of shape {images.shape} and type {images.dtype}, not n×H×W×3 uint8")
         if not len(images) == len(numbers) == len(ids):
-            raise StoreError(f"{split}: {len(images)} pictures, {len(numbers)} labels and {len(ids)} ids")
+            raise StoreError(f"{split}: {len(images)} images, {len(numbers)} labels and {len(ids)} ids")
         if images.shape[1:3] != (self._size or images.shape[1:3]):
-            raise StoreError(f"{split}: pictures of {_size_of(images.shape)} among others of another size")
+            raise StoreError(f"{split}: images of {_size_of(images.shape)} among others of another size")
         if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(self._classes):
             raise StoreError(f"{split}: labels {numbers.min()} to {numbers.max()} of {len(self._classes)} classes")
         known = self._ids.setdefault(split, set())
@@ -140,13 +140,13 @@ class ClassWriter:
         """Check the whole of it, take away what was only there for going on, and add the file's checksum.
 
         Raises:
-            StoreError: if a class has no picture to train on.
+            StoreError: if a class has no image to train on.
         """
         there = set(self._file["train/labels"][()]) if "train" in self._file else set()
         missing = [name for number, name in enumerate(self._classes) if number not in there]
         if missing:
             more = f" (nor have {len(missing) - 1} other classes)" if len(missing) > 1 else ""
-            raise StoreError(f"class {missing[0]!r} has no picture to train on{more}")
+            raise StoreError(f"class {missing[0]!r} has no image to train on{more}")
         reserve(self._file, 0)
         for group in self._file.values():
             del group.attrs["whole"]
@@ -188,12 +188,12 @@ def write_classes(
         path: the HDF5 file; one that is there already is replaced at the end.
         classes: their names; a label is a place in this list.
         origin: where the set comes from, kept in the file.
-        settings: all that the pictures depend on. With it, what an interrupted run of the same settings has
+        settings: all that the images depend on. With it, what an interrupted run of the same settings has
             left in ``path`` + ``.part`` is gone on with; without, nothing is left.
-        sound: how the pictures were made, if they are of sounds.
+        sound: how the images were made, if they are of sounds.
 
     Raises:
-        StoreError: if the classes are not at least two different names, one has no picture to train on in the
+        StoreError: if the classes are not at least two different names, one has no image to train on in the
             end, or the file cannot be written.
     """
     if len(classes) < 2 or len(set(classes)) < len(classes) or not all(classes):
@@ -227,7 +227,7 @@ def write_classes(
         written = len(writer) if writer is not None else 0
         kept = "nothing is kept; free some space and start again"
         if fingerprint and written:
-            kept = f"{written} pictures are kept in {part.name}; free some space, and the same command goes on"
+            kept = f"{written} images are kept in {part.name}; free some space, and the same command goes on"
         raise StoreError(write_problem(path, error, kept=kept)) from error
 
 
@@ -311,13 +311,13 @@ class ClassStore(PreparedFile):
             if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
                 raise StoreError(f"{self.path}: {split}/images is {images.shape} {images.dtype}, not N×H×W×3 uint8")
             if labels.dtype != np.int64 or not labels.shape == ids.shape == images.shape[:1]:
-                shapes = f"{images.shape[0]} pictures, labels {labels.shape} {labels.dtype}, ids {ids.shape}"
+                shapes = f"{images.shape[0]} images, labels {labels.shape} {labels.dtype}, ids {ids.shape}"
                 raise StoreError(f"{self.path}: {split} holds {shapes}")
             numbers = labels[()]
             wrong = np.flatnonzero((numbers < 0) | (numbers >= len(classes)))
             if len(wrong):
                 raise StoreError(
-                    f"{self.path}: {split} picture {wrong[0]} has the label {numbers[wrong[0]]}, "
+                    f"{self.path}: {split} image {wrong[0]} has the label {numbers[wrong[0]]}, "
                     f"and there are {len(classes)} classes"
                 )
             opened.images[split], opened.labels[split] = images, numbers
@@ -329,7 +329,7 @@ class ClassStore(PreparedFile):
                 opened.sums[split] = np.asarray(file[split]["checksums"][()], np.uint32)
             sizes.add(images.shape[1:3])
         if len(sizes) != 1:
-            raise StoreError(f"{self.path}: {'pictures of several sizes' if sizes else 'holds no pictures'}")
+            raise StoreError(f"{self.path}: {'images of several sizes' if sizes else 'holds no images'}")
         if format is not None:
             arrays = {split: (opened.labels[split], opened.ids[split], sums) for split, sums in opened.sums.items()}
             if file.attrs["checksum"] != _file_checksum(file, arrays):
@@ -348,12 +348,12 @@ class ClassStore(PreparedFile):
 
     @property
     def sound(self) -> Spectrogram | None:
-        """How the pictures were made of sounds, or None: they are pictures of something else."""
+        """How the images were made of sounds, or None: they are images of something else."""
         return self._open().sound
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height) of the stored pictures."""
+        """(width, height) of the stored images."""
         height, width = next(iter(self._open().images.values())).shape[1:3]
         return int(width), int(height)
 
@@ -361,7 +361,7 @@ class ClassStore(PreparedFile):
         return list(self._open().images)
 
     def ids(self, split: str) -> list[str]:
-        """The ids of a split, in the order of its pictures."""
+        """The ids of a split, in the order of its images."""
         self.labels(split)
         return list(self._open().ids[split])
 
@@ -378,32 +378,32 @@ class ClassStore(PreparedFile):
             raise StoreError(f"{self.path}: no split {split!r} (it has {there})") from None
 
     def image(self, split: str, index: int) -> NDArray[np.uint8]:
-        """One picture, (H, W, 3) uint8, RGB.
+        """One image, (H, W, 3) uint8, RGB.
 
         Raises:
             StoreError: also if it is not there.
         """
         if not 0 <= index < len(self.labels(split)):
-            raise StoreError(f"{self.path}: {split} has no picture {index}")
+            raise StoreError(f"{self.path}: {split} has no image {index}")
         opened = self._open()
         try:
             image = np.asarray(opened.images[split][index], np.uint8)
         except Exception as error:  # HDF5 has many for a damaged file
-            raise StoreError(f"{self.path}: {split} picture {index} is damaged") from error
+            raise StoreError(f"{self.path}: {split} image {index} is damaged") from error
         if split in opened.sums and opened.sums[split][index] != _image_checksum(image):
-            raise StoreError(f"{self.path}: {split} picture {index} is damaged (its checksum does not match)")
+            raise StoreError(f"{self.path}: {split} image {index} is damaged (its checksum does not match)")
         return image
 
     def describe(self) -> str:
-        """What is in the file, a line a split: pictures, and how many the smallest and the largest class have."""
+        """What is in the file, a line a split: images, and how many the smallest and the largest class have."""
         opened = self._open()
         total = sum(len(labels) for labels in opened.labels.values())
         width, height = self.size
-        lines = [f"{self.path.name}: {total} pictures of {width}×{height}, {len(opened.classes)} classes"]
+        lines = [f"{self.path.name}: {total} images of {width}×{height}, {len(opened.classes)} classes"]
         for split, labels in opened.labels.items():
             each = np.bincount(labels, minlength=len(opened.classes))
             spread = f"{each.min()}" if each.min() == each.max() else f"{each.min()} to {each.max()}"
-            lines.append(f"  {split:5} {len(labels):6} pictures, {spread} a class")
+            lines.append(f"  {split:5} {len(labels):6} images, {spread} a class")
         return "\n".join(lines)
 
 
@@ -413,22 +413,22 @@ def _size_of(shape: tuple[int, ...]) -> str:
 
 
 class ClassDataset(Dataset[dict[str, Any]]):
-    """Pictures of a prepared classification set as tensors.
+    """Images of a prepared classification set as tensors.
 
     An item is asked for by ``(index, draw)``: what is random about it depends on the seed, the draw and the
-    picture alone, so that neither workers nor processes nor a resumed run change it. A plain index draws 0.
+    image alone, so that neither workers nor processes nor a resumed run change it. A plain index draws 0.
 
     Items: ``image`` 3×H×W float32 normalised, ``label`` int64 (a tensor without dimensions), ``id``.
 
     Args:
         store: the prepared file.
         split: of it.
-        size: (width, height) of the items; stored pictures of another size are stretched to it.
-        augment: whether pictures are moved by up to an eighth of their side and half of them mirrored.
+        size: (width, height) of the items; stored images of another size are stretched to it.
+        augment: whether images are moved by up to an eighth of their side and half of them mirrored.
         seed: of the augmentation.
 
     Raises:
-        StoreError: if the split is not there; from an item, if its picture is damaged.
+        StoreError: if the split is not there; from an item, if its image is damaged.
     """
 
     def __init__(
@@ -467,7 +467,7 @@ class ClassDataset(Dataset[dict[str, Any]]):
 
 
 def shifted(picture: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """A random crop of a picture padded by an eighth of each side, mirrored half of the time; the shape stays.
+    """A random crop of an image padded by an eighth of each side, mirrored half of the time; the shape stays.
 
     The padding has the mean colour, which is zero once normalised.
     """

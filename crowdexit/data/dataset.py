@@ -1,4 +1,4 @@
-"""Prepared pictures as training and evaluation see them: tensors, drawn so that a seed fixes every one of them."""
+"""Prepared images as training and evaluation see them: tensors, drawn so that a seed fixes every one of them."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ class Setting:
     """Everything that decides how a stored sample becomes tensors.
 
     Attributes:
-        view: random crop and scale for training; None lays the whole picture on ``canvas``.
+        view: random crop and scale for training; None lays the whole image on ``canvas``.
         canvas: (width, height), for ``view`` None.
-        tiles: with ``view`` None, the picture as tiles of the canvas' size, T×3×H×W (no density map then).
-        own_shape: with ``view`` None, the picture in its own shape, scaled down to no more pixels than the canvas has.
-        flip: with ``view`` None, whether half of the pictures are mirrored.
+        tiles: with ``view`` None, the image as tiles of the canvas' size, T×3×H×W (no density map then).
+        own_shape: with ``view`` None, the image in its own shape, scaled down to no more pixels than the canvas has.
+        flip: with ``view`` None, whether half of the images are mirrored.
         takes: whether a sample's further simulated seconds are drawn as well as its own (training).
-        conditions: drawn anew for each picture in training, fixed in evaluation.
+        conditions: drawn anew for each image in training, fixed in evaluation.
         hear: probability that a sample with audio is heard (modality dropout).
         voices: with a ``view``, audio is simulated for the heads that the crop shows, in place of the sample's own.
         stride: of the density map: 8 is the network's grid, 1 the full resolution of the papers.
@@ -71,7 +71,7 @@ def only_density(sample: StoredSample) -> bool:
 
 
 def lay_density(density: np.ndarray, placement: Placement, canvas: tuple[int, int], stride: int) -> np.ndarray:
-    """A stored density map of any size over where its picture lies on the canvas (width, height), its sum kept.
+    """A stored density map of any size over where its image lies on the canvas (width, height), its sum kept.
 
     Returns (height/stride, width/stride) float32.
     """
@@ -97,7 +97,7 @@ class CrowdDataset(Dataset[dict[str, Any]]):
         negatives: with a ``view``, what takes the place of a share of the draws: images without anybody, with no audio.
 
     Items: ``image`` 3×H×W normalised (or tiles T×3×H×W), ``density`` 1×H/s×W/s (not of tiles), ``inside``
-    1×H/8×W/8, ``count`` (heads on the canvas), ``total`` (of the whole picture), ``log_mel`` 1×96×64, ``heard``
+    1×H/8×W/8, ``count`` (heads on the canvas), ``total`` (of the whole image), ``log_mel`` 1×96×64, ``heard``
     bool, ``dark`` bool (darkened by the conditions), ``id``.
     """
 
@@ -128,7 +128,7 @@ class CrowdDataset(Dataset[dict[str, Any]]):
             return {**self._negative(self.negatives, s.view, chance, sample.id), **audio}
         wanted = s.conditions
         conditions = wanted.draw(rng) if isinstance(wanted, ConditionRange) else wanted
-        # Before any scaling: the camera is in the dark, and its grain grows with the picture.
+        # Before any scaling: the camera is in the dark, and its grain grows with the image.
         picture = conditions.apply(self._decoded(sample), rng)
         common = {
             "total": torch.tensor(sample.count, dtype=torch.float32),

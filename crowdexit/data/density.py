@@ -20,7 +20,7 @@ _CELLS_AT_ONCE = 2**18  # of all windows together, which bounds the memory for t
 
 
 def split_inside(points: ArrayLike, height: int, width: int) -> tuple[NDArray[np.float32], int]:
-    """The heads inside a picture, and how many are not.
+    """The heads inside an image, and how many are not.
 
     ``points``: (N, 2), x y in pixels; inside means 0 <= x < width and 0 <= y < height, so NaN is outside.
     Returns the (M, 2) float32 inside points in their order, and N - M.
@@ -53,15 +53,15 @@ def density_map(
     size: int = 15,
     stride: int = 1,
 ) -> NDArray[np.float32]:
-    """The density map of a picture's heads; its sum is the number of heads inside the picture.
+    """The density map of an image's heads; its sum is the number of heads inside the image.
 
     Each head is a Gaussian centred on the pixel its point falls in (the point rounded down, as the field
-    does), cut to a square window; what the picture's border cuts off is given back to the rest of the window,
+    does), cut to a square window; what the image's border cuts off is given back to the rest of the window,
     so that each head weighs exactly one (SL-ViT paper, IV: 15×15, sigma 4).
 
     Args:
-        points: (N, 2), x y in pixels of the picture; heads outside it are dropped (see ``split_inside``).
-        height, width: the picture's size in pixels.
+        points: (N, 2), x y in pixels of the image; heads outside it are dropped (see ``split_inside``).
+        height, width: the image's size in pixels.
         kernel: ``gaussian``, the same for all heads, or ``adaptive`` (Zhang et al., MCNN, CVPR 2016): sigma
             is 0.3 × the mean distance to the 3 nearest heads, the window reaches to 4 sigma. With fewer
             neighbours those that exist are taken; a lone head gets the fixed kernel. Or ``points``: each head in
@@ -69,7 +69,7 @@ def density_map(
         sigma: spread in pixels of the fixed kernel.
         size: side in pixels of the fixed kernel's window, odd.
         stride: side of a cell in pixels. The result is the sum over stride×stride blocks of the map at
-            stride 1 (the last row and column of blocks may be cut by the picture's border), made without it.
+            stride 1 (the last row and column of blocks may be cut by the image's border), made without it.
 
     Returns:
         (ceil(height / stride), ceil(width / stride)) float32.

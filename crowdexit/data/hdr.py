@@ -11,7 +11,7 @@
    scaled with it, so that colors keep their hue.
 5. The result is encoded with the sRGB curve.
 
-An SDR picture that was put into a PQ or HLG signal at the reference white thus comes back as it was, but for its
+An SDR image that was put into a PQ or HLG signal at the reference white thus comes back as it was, but for its
 highlights.
 """
 

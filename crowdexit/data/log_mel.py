@@ -1,4 +1,4 @@
-"""One second of any waveform turned into VGGish's log-mel picture."""
+"""One second of any waveform turned into VGGish's log-mel image."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _IN_ONE_THREAD = 2**18  # multiply-adds of a product up to which OpenBLAS uses n
 def log_mel(
     waveform: NDArray[np.generic] | torch.Tensor, sample_rate: int, *, warn: Warn = refuse
 ) -> NDArray[np.float32]:
-    """One second of sound as VGGish takes it (Hershey et al., CNN architectures for large-scale audio, 2017).
+    """One second of audio as VGGish takes it (Hershey et al., CNN architectures for large-scale audio, 2017).
 
     16 kHz mono, magnitudes of a Fourier transform of 512 under periodic Hann windows of 25 ms every 10 ms
     (no centring), 64 triangular bands from 125 to 7500 Hz that are linear in HTK mel, log(mel + 0.01). A

@@ -18,7 +18,7 @@ AudioStatus = Literal["used", "none", "unreadable", "tiled", "switched off"]
 
 
 class AudioError(CrowdExitError):
-    """Sound that cannot be read or is no sound."""
+    """Sound that cannot be read or is no audio."""
 
 
 @dataclass(frozen=True)

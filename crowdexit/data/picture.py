@@ -1,4 +1,4 @@
-"""Pictures from outside: read with bounds, fitted to a network's canvas, normalised."""
+"""Images from outside: read with bounds, fitted to a network's canvas, normalised."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ __all__ = [  # what others need of the reader, and what is here
 ]
 
 TILES = 3  # along a side, at most
-# A picture that would shrink by more than this to fit is cut into tiles: its people would be lost.
+# An image that would shrink by more than this to fit is cut into tiles: its people would be lost.
 LEAST_SCALE = 1 / 4
 SCALE_STEP = 32  # of the sides of images that keep their own shape
 MAX_TILES = 64
@@ -88,7 +88,7 @@ def _logged(image: DecodedImage, name: str) -> NDArray[np.uint8]:
 
 
 def checked_picture(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """A picture that comes as an array, as it is; a grey one (H×W or H×W×1) as RGB.
+    """An image that comes as an array, as it is; a grey one (H×W or H×W×1) as RGB.
 
     Raises:
         PictureError: if it is of another shape or not of uint8, or smaller than 32 pixels a side.
@@ -106,14 +106,14 @@ def checked_picture(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a picture lies on a canvas: its pixel (x, y) is at (x, y) · scale + offset."""
+    """Where an image lies on a canvas: its pixel (x, y) is at (x, y) · scale + offset."""
 
     scale: float
     offset: tuple[int, int]
-    size: tuple[int, int]  # (width, height) of the picture as it lies there
+    size: tuple[int, int]  # (width, height) of the image as it lies there
 
     def points(self, points: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Heads of the picture (N, 2) on the canvas."""
+        """Heads of the image (N, 2) on the canvas."""
         return points * np.float32(self.scale) + np.asarray(self.offset, np.float32)
 
     def inside(self, canvas: tuple[int, int], stride: int = 8) -> NDArray[np.float32]:
@@ -127,9 +127,9 @@ class Placement:
 
 
 def fit(picture: NDArray[np.uint8], canvas: tuple[int, int]) -> tuple[NDArray[np.uint8], Placement]:
-    """Scale a picture into a canvas (width, height) without distortion: as large as fits, centred, edges grey.
+    """Scale an image into a canvas (width, height) without distortion: as large as fits, centred, edges grey.
 
-    The offset is a multiple of 8, so that the picture begins at a cell's border.
+    The offset is a multiple of 8, so that the image begins at a cell's border.
     """
     height, width = picture.shape[:2]
     scale = min(canvas[0] / width, canvas[1] / height)
@@ -146,10 +146,10 @@ def fit(picture: NDArray[np.uint8], canvas: tuple[int, int]) -> tuple[NDArray[np
 
 
 def tiles(picture: NDArray[np.uint8], side: tuple[int, int]) -> list[NDArray[np.uint8]]:
-    """TransCrowd's protocol: resize a picture to whole views (width, height), three at most a side, and cut it.
+    """TransCrowd's protocol: resize an image to whole views (width, height), three at most a side, and cut it.
 
-    Along each side there are as many as come nearest to the picture's own size, which is bent a little to fit them:
-    1024×768 becomes 1152×768 and six tiles of 384×384, as in the official code. A smaller picture becomes fewer tiles
+    Along each side there are as many as come nearest to the image's own size, which is bent a little to fit them:
+    1024×768 becomes 1152×768 and six tiles of 384×384, as in the official code. A smaller image becomes fewer tiles
     rather than larger people; of a larger one, and of one that is much longer than wide, the longer side has three.
     """
     height, width = picture.shape[:2]
@@ -199,7 +199,7 @@ def same_size_groups(rows: Sequence[_Row], most: int) -> Iterator[list[_Row]]:
 
 
 def tile_boxes(width: int, height: int, native: tuple[int, int]) -> list[tuple[int, int, int, int]]:
-    """Cut a picture into the fewest equal rectangles (x, y, w, h) of which none shrinks below a quarter.
+    """Cut an image into the fewest equal rectangles (x, y, w, h) of which none shrinks below a quarter.
 
     Raises:
         PictureError: if that makes more than 64.
@@ -217,7 +217,7 @@ def tile_boxes(width: int, height: int, native: tuple[int, int]) -> list[tuple[i
 
 
 def place(picture: NDArray[np.uint8], canvas: tuple[int, int], offset: tuple[int, int]) -> NDArray[np.uint8]:
-    """Lay a picture on a canvas (width, height) of the mean colour, which is zero once normalised."""
+    """Lay an image on a canvas (width, height) of the mean colour, which is zero once normalised."""
     height, width = picture.shape[:2]
     if (width, height) == canvas:
         return picture
@@ -238,7 +238,7 @@ def normalise(picture: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def normalised(pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
-    """B pictures H×W×3 uint8 → B×3×H×W float32 with ImageNet's mean and deviation, channels last in memory."""
+    """B images H×W×3 uint8 → B×3×H×W float32 with ImageNet's mean and deviation, channels last in memory."""
     out = np.empty((len(pictures), *pictures[0].shape), np.float32)
     for picture, values in zip(pictures, out, strict=True):
         cv2.LUT(picture, _NORMALISED, values)

@@ -1,4 +1,4 @@
-"""Sound as pictures for image classifiers: the spectrograms of the SL-ViT paper, in decibels."""
+"""Sound as images for image classifiers: the spectrograms of the SL-ViT paper, in decibels."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ FLOOR_DB, TOP_DB = -120.0, 0.0  # see stft_picture
 
 @dataclass(frozen=True)
 class Spectrogram:
-    """How the sounds of a set have become pictures, so that others can be made like them.
+    """How the sounds of a set have become images, so that others can be made like them.
 
     Attributes:
         form: ``stft`` (:func:`stft_picture`) or ``gtzan`` (:func:`gtzan_picture`).
-        size: width and height. seconds: of the sound's beginning.
+        size: width and height. seconds: of the audio's beginning.
 
     Raises:
         ValueError: for another form, or a size or length that is none.
@@ -45,7 +45,7 @@ class Spectrogram:
             raise ValueError(f"not a spectrogram: {self}")
 
     def of(self, waveform: NDArray[np.generic] | torch.Tensor, sample_rate: int) -> NDArray[np.uint8]:
-        """The picture of a sound, (size, size, 3) uint8.
+        """The image of a sound, (size, size, 3) uint8.
 
         Raises:
             AudioError: if the waveform or the rate is of no use.
@@ -75,8 +75,8 @@ def stft_picture(
         waveform: as for :func:`crowdexit.data.log_mel.log_mel`. Of a longer sound the beginning is taken, a
             shorter one is followed by silence.
         sample_rate: Hz, 1,000 to 1,000,000; other rates than 16 kHz are resampled.
-        size: width and height of the picture.
-        seconds: of the sound that the picture shows.
+        size: width and height of the image.
+        seconds: of the audio that the image shows.
 
     Returns:
         (size, size, 3) uint8, grey in three channels.
@@ -102,7 +102,7 @@ def gtzan_picture(
     Args:
         waveform: as there, but three seconds of it.
         sample_rate: Hz, 1,000 to 1,000,000; other rates than 22,050 Hz are resampled.
-        size: width and height of the picture.
+        size: width and height of the image.
 
     Returns:
         (size, size, 3) uint8.
@@ -142,7 +142,7 @@ def _magnitudes(samples: NDArray[np.float64], window: int, step: int, fft: int) 
     """(fft / 2 + 1, frames) float64; a sine of amplitude one has the magnitude one.
 
     As many frames as windows fit in. torch.stft would put a window shorter than its FFT in the middle of it and
-    count the frames by the FFT; the zeros around the sound make up for that.
+    count the frames by the FFT; the zeros around the audio make up for that.
     """
     hann = torch.hann_window(window, periodic=True, dtype=torch.float64)
     before = (fft - window) // 2

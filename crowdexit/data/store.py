@@ -2,9 +2,9 @@
 
 Layout (house format)::
 
-    /SPLIT/ID/image          (n,)     uint8    the encoded picture's bytes (JPEG or PNG)
+    /SPLIT/ID/image          (n,)     uint8    the encoded image's bytes (JPEG or PNG)
     /SPLIT/ID/points         (N, 2)   float32  heads, x y in pixels of the image as it is displayed
-    /SPLIT/ID/log_mel        (96, 64) float32  absent without sound
+    /SPLIT/ID/log_mel        (96, 64) float32  absent without audio
     /SPLIT/ID/log_mel_takes  (T, 96, 64) float16  further simulated seconds for training, optional
     /SPLIT/ID/density        (h, w)   float32  only with --store-density
     attributes of ID: count, audio_source (recorded, simulated, none), and where it came from; width and height of
@@ -61,7 +61,7 @@ class StoreError(CrowdExitError):
 
 @dataclass(frozen=True)
 class StoredSample:
-    """One picture of a prepared set.
+    """One image of a prepared set.
 
     ``image``: encoded bytes, (n,) uint8. ``points``: (N, 2) float32, x y in pixels of the image as it is displayed.
     ``width``, ``height``: of the image as it is displayed.
@@ -107,7 +107,7 @@ def decode_image(sample: StoredSample) -> NDArray[np.uint8]:
     try:
         picture = decode_picture(sample.image.tobytes(), name)
     except PictureError as error:
-        raise StoreError(f"{name}: the stored picture is damaged ({str(error).removeprefix(f'{name}: ')})") from error
+        raise StoreError(f"{name}: the stored image is damaged ({str(error).removeprefix(f'{name}: ')})") from error
     height, width = picture.shape[:2]
     if (width, height) != (sample.width, sample.height):
         raise StoreError(
@@ -359,7 +359,7 @@ class Store(PreparedFile):
         return ids
 
     def counts(self, split: str) -> dict[str, float]:
-        """The count of every sample of a split by its id, without reading pictures.
+        """The count of every sample of a split by its id, without reading images.
 
         Raises:
             StoreError: as :meth:`ids` and :meth:`info`.

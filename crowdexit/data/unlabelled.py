@@ -1,4 +1,4 @@
-"""Pictures and sounds of which nobody has said what they are: a folder of them, read as a prepared file is."""
+"""Images and sounds of which nobody has said what they are: a folder of them, read as a prepared file is."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SOUND_SUFFIXES = (".wav", ".flac", ".ogg", ".au")
 
 
 def unlabelled_folder(path: Path, sound: Spectrogram | None) -> PictureFolder | SoundFolder:
-    """A folder of recordings, to be made the pictures that a set of sounds has; or for any other set, of pictures.
+    """A folder of recordings, to be made the images that a set of sounds has; or for any other set, of images.
 
     Raises:
         StoreError: if nothing in it is of use.
@@ -27,34 +27,34 @@ def unlabelled_folder(path: Path, sound: Spectrogram | None) -> PictureFolder | 
 
 
 class PictureFolder:
-    """A folder of pictures in the place of a prepared file: as many samples as it holds pictures, none with a truth.
+    """A folder of images in the place of a prepared file: as many samples as it holds images, none with a truth.
 
     Attributes:
         path: the folder, looked through to the bottom; links to folders are not followed.
-        skipped: how many files that are named like pictures are too small, too large or no pictures.
+        skipped: how many files that are named like images are too small, too large or no images.
 
     Raises:
-        StoreError: if there is no such folder, or no picture of use in it.
+        StoreError: if there is no such folder, or no image of use in it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         if not path.is_dir():
-            raise StoreError(f"{path}: no such folder of pictures")
+            raise StoreError(f"{path}: no such folder of images")
         named = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
         sizes = {p.relative_to(path).as_posix(): _size(p) for p in named}
         self.sizes = {id: size for id, size in sizes.items() if size is not None}
         self._names = list(self.sizes)
         self.skipped = len(named) - len(self.sizes)
         if not self.sizes:
-            raise StoreError(f"{path}: no picture of use in this folder")
+            raise StoreError(f"{path}: no image of use in this folder")
 
     def describe(self) -> str:
         """How many there are, and how many were left out."""
-        return _described("pictures", len(self._names), self.skipped)
+        return _described("images", len(self._names), self.skipped)
 
     def ids(self, split: str, pattern: str = "*") -> list[str]:
-        """The pictures' paths below the folder that match a shell pattern, by name."""
+        """The images' paths below the folder that match a shell pattern, by name."""
         return [id for id in self._names if fnmatchcase(id, pattern)]
 
     def labels(self, split: str) -> NDArray[np.int64]:
@@ -62,7 +62,7 @@ class PictureFolder:
         return np.zeros(len(self.sizes), np.int64)
 
     def image(self, split: str, index: int) -> NDArray[np.uint8]:
-        """The middle square of a picture, (S, S, 3) uint8, RGB.
+        """The middle square of an image, (S, S, 3) uint8, RGB.
 
         Raises:
             PictureError: if it cannot be read.
@@ -74,7 +74,7 @@ class PictureFolder:
         return picture[y : y + side, x : x + side]
 
     def read(self, split: str, id: str, *, with_takes: bool = False) -> StoredSample:
-        """A picture as a sample without heads and without sound.
+        """An image as a sample without heads and without audio.
 
         Raises:
             StoreError: if it cannot be read any more.
@@ -92,7 +92,7 @@ class SoundFolder:
 
     Args:
         path: the folder, looked through to the bottom; links to folders are not followed.
-        sound: how their pictures are made; of each recording its beginning is used.
+        sound: how their images are made; of each recording its beginning is used.
 
     Attributes:
         skipped: how many files that are named like recordings hold no usable sound. Each is read once to know.

@@ -22,7 +22,7 @@ VOICES_UP_TO = {"train": 0.7, "val": 0.85}  # shares of the recordings, by the h
 def find_voices(folder: Path) -> dict[str, list[Path]]:
     """The WAV files right in a folder, those of each split.
 
-    The hashes of the names decide, so that held-out pictures are heard with held-out recordings and the
+    The hashes of the names decide, so that held-out images are heard with held-out recordings and the
     division does not depend on how a folder is listed.
 
     Raises:

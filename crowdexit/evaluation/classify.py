@@ -45,7 +45,7 @@ class Leaving:
     temperatures: Temperatures
 
     def walk(self, chain: ReadyChain, exits: Sequence[str], features: Features) -> Iterator[Told]:
-        """What is told of a batch, of each sample until it leaves."""
+        """What is reported of a batch, of each sample until it leaves."""
         size = len(features.visual)
         part = Part(np.arange(size), np.ones(size, np.intp), [Batch(lambda: features, size)])
 
@@ -68,13 +68,13 @@ def evaluate(
 
     Args:
         chain: a classifier, ready to be run.
-        wanted: which pictures of the split.
+        wanted: which images of the split.
         leaving: count also what comes of leaving when sure, at the exits that are served.
-        progress: called after each picture.
+        progress: called after each image.
 
     Returns:
         ``{"split", "samples", "exits": [{"exit", "accuracy", "latency_ms"}]}``; accuracy in percent, latency the
-        mean over the first pictures, one at a time. With ``leaving`` also ``"leaving"``: ``{"measure", "bound",
+        mean over the first images, one at a time. With ``leaving`` also ``"leaving"``: ``{"measure", "bound",
         "accuracy", "latency_ms", "left"}``, the last the percentage that leaves at each exit.
 
     Raises:
@@ -140,7 +140,7 @@ def scores_of(
     exits: Sequence[str] | None = None,
     progress: Any = None,
 ) -> tuple[dict[str, NDArray[np.float32]], NDArray[np.int64]]:
-    """Scores (n, K) that exits, all by default, give to pictures of a split, and the pictures' classes (n,).
+    """Scores (n, K) that exits, all by default, give to images of a split, and the images' classes (n,).
 
     Raises:
         CrowdExitError: as :func:`evaluate`.
@@ -158,7 +158,7 @@ def scores_of(
 
 
 def calibrate(scores: Mapping[str, NDArray[np.float32]], labels: NDArray[np.int64]) -> Temperatures:
-    """A temperature for every exit, from its scores (n, K) of held-out pictures and their classes (n,).
+    """A temperature for every exit, from its scores (n, K) of held-out images and their classes (n,).
 
     Raises:
         TemperatureError: as :func:`crowdexit.calibration.temperatures.temperature`.
@@ -167,19 +167,19 @@ def calibrate(scores: Mapping[str, NDArray[np.float32]], labels: NDArray[np.int6
 
 
 def matching(store: ClassStore, split: str, pattern: str) -> list[int]:
-    """Which pictures of a split have an id that matches a shell pattern.
+    """Which images of a split have an id that matches a shell pattern.
 
     Raises:
         StoreError: if none has, or the split is not there.
     """
     found = [index for index, id in enumerate(store.ids(split)) if fnmatchcase(id, pattern)]
     if not found:
-        raise StoreError(f"{store.path}: no picture of {split} matches {pattern!r}")
+        raise StoreError(f"{store.path}: no image of {split} matches {pattern!r}")
     return found
 
 
 def _opened(chain: ReadyChain, store: ClassStore, split: str) -> ClassDataset:
-    """Pictures of the classes that a network tells apart.
+    """Images of the classes that a network tells apart.
 
     Raises:
         ClassError: if it was made for another number of them.
@@ -192,7 +192,7 @@ def _opened(chain: ReadyChain, store: ClassStore, split: str) -> ClassDataset:
 
 
 def _batches(pictures: ClassDataset, wanted: Sequence[int]) -> Iterator[tuple[Features, NDArray[np.int64]]]:
-    """Pictures and their classes (n,), a batch at a time."""
+    """Images and their classes (n,), a batch at a time."""
     for start in range(0, len(wanted), BATCH):
         items = [pictures[index] for index in wanted[start : start + BATCH]]
         labels = torch.stack([item["label"] for item in items])

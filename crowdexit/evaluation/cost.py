@@ -49,11 +49,11 @@ class ExitCost:
 
 @dataclass(frozen=True)
 class CostTable:
-    """What the exits of a model cost for one picture and one second of sound.
+    """What the exits of a model cost for one image and one second of audio.
 
     Attributes:
         model: name or path, as asked for.
-        size: of the picture, ``WIDTHxHEIGHT`` in pixels.
+        size: of the image, ``WIDTHxHEIGHT`` in pixels.
         backbone_flops: of all stages and the final exit, no branches.
         exits: in the order of their places.
     """
@@ -99,7 +99,7 @@ def cost(
         model: a name of the zoo, or the path of a checkpoint.
         branch: this kind only.
         layer: this place only.
-        size: another picture size, ``WIDTHxHEIGHT``.
+        size: another image size, ``WIDTHxHEIGHT``.
         dataset: of a classifier: as many classes, and the branches' shapes of the paper's scenario.
 
     Raises:
@@ -146,7 +146,7 @@ def cost_of(spec: zoo.Spec, model: str) -> CostTable:
 
 
 def at_one_picture(spec: zoo.Spec) -> tuple[MultiExitNetwork, Features]:
-    """The network without numbers, and one view with one second of sound for it."""
+    """The network without numbers, and one view with one second of audio for it."""
     with torch.device("meta"):
         network = zoo.build(spec).eval().requires_grad_(False)
         width, height = network.config.size

@@ -1,4 +1,4 @@
-"""Every exit's error on a prepared set: of counts with or without sound, under chosen conditions, or of classes."""
+"""Every exit's error on a prepared set: of counts with or without audio, under chosen conditions, or of classes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 def read_for_counting(
     store: Store, split: str, id: str, *, audio: bool = True, conditions: Conditions = Conditions()
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32] | None, float, str]:
-    """(picture, log-mel or None, count, audio source) of a stored sample under conditions fixed by its id."""
+    """(image, log-mel or None, count, audio source) of a stored sample under conditions fixed by its id."""
     sample = store.read(split, id)
     picture = decode_picture(sample.image.tobytes(), f"{split}/{id}")
     seed = np.frombuffer(id.encode(), np.uint8)
@@ -41,7 +41,7 @@ def read_for_counting(
 
 @dataclass(frozen=True)
 class Counted:
-    """One sample counted: its id, the true count, where its sound came from, and what each exit said."""
+    """One sample counted: its id, the true count, where its audio came from, and what each exit said."""
 
     id: str
     truth: float
@@ -66,8 +66,8 @@ def count_samples(
 
     Args:
         ids: of the samples.
-        audio: False counts without sound even where there is some.
-        heard_alone: passes over those that are not heard: they have no sound, or are cut into tiles.
+        audio: False counts without audio even where there is some.
+        heard_alone: passes over those that are not heard: they have no audio, or are cut into tiles.
         progress: called after each sample.
     """
     warm = False
@@ -98,9 +98,9 @@ def evaluate(
 
     Returns:
         ``{"split", "audio", "samples", "exits": [{"exit", "mae", "rmse", "latency_ms"}]}``; ``audio`` is where
-        the sound came from (``recorded``, ``simulated``, ``none``, or ``mixed``). Where all exits are
+        the audio came from (``recorded``, ``simulated``, ``none``, or ``mixed``). Where all exits are
         calibrated, also ``level``, how many per cent of the truths their intervals should hold, and in each row
-        ``covered``, how many they do; of the very pictures that calibrated them that many do by construction.
+        ``covered``, how many they do; of the very images that calibrated them that many do by construction.
     """
     counted = list(count_samples(counter, store, split, ids, audio=audio, conditions=conditions, progress=progress))
     sources = {sample.sound for sample in counted}
@@ -150,12 +150,12 @@ def calibrate(
 ) -> Intervals:
     """Split-conformal intervals and expected errors of every exit that the counter serves, from held-out samples.
 
-    Without sound from all of them, with sound from those that have some; where these are too few, a warning says so,
-    and there are none with sound.
+    Without audio from all of them, with audio from those that have some; where these are too few, a warning says so,
+    and there are none with audio.
 
     Args:
         cross_fitted: counts and true counts by exit (:func:`crowdexit.calibration.intervals.thirds`).
-        progress: called twice a sample: counted or passed over without sound, and with it.
+        progress: called twice a sample: counted or passed over without audio, and with it.
 
     Raises:
         IntervalError: for a level that is no probability, or too few samples for it.
@@ -235,7 +235,7 @@ def evaluate_file(
         model: name of a shipped model, a checkpoint, or an exported folder.
         pattern: shell pattern of the ids to use.
         leave: of a classifier: the measure of doubt, and the bound of it at which samples leave.
-        progress: given the number of pictures, a context whose value is called after each.
+        progress: given the number of images, a context whose value is called after each.
 
     Raises:
         CrowdExitError: if model, file, split or conditions are of no use, or no id matches.
@@ -244,7 +244,7 @@ def evaluate_file(
     network, spec, picked = open_model(model, runtime)
     if network.classifies:
         if conditions != Conditions():
-            raise CrowdExitError("brightness, noise and black areas are for counting; classes are told as they are")
+            raise CrowdExitError("brightness, noise and black areas are for counting; classes are reported as they are")
         leaving = leave and classify.Leaving(*leave, Temperatures.from_dict(spec.meta.get("temperatures")))
         with ClassStore(data) as classes:
             wanted = classify.matching(classes, split, pattern)

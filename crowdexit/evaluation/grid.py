@@ -18,7 +18,7 @@ class Candidate:
 
     Attributes:
         exit: its name. dim, heads: d and h; None of the CNN branch.
-        params: of the branch. value: accuracy in percent, or validation error, of the validation pictures.
+        params: of the branch. value: accuracy in percent, or validation error, of the validation images.
     """
 
     exit: str

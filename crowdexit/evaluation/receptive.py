@@ -1,6 +1,6 @@
 """What a branch sees: its effective receptive field, and where an SL-ViT branch's attention goes (SL-ViT paper, III).
 
-The paper argues that one layer of attention lets a branch see the whole picture, where a convolution sees a patch.
+The paper argues that one layer of attention lets a branch see the whole image, where a convolution sees a patch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from crowdexit.models.stages import Features, inputs
 
 @dataclass(frozen=True)
 class Sight:
-    """What one branch sees of a picture on the network's canvas.
+    """What one branch sees of an image on the network's canvas.
 
     Attributes:
         exit: its name. kind: of the branch.
@@ -42,7 +42,7 @@ class Sight:
 
 
 def look(network: MultiExitNetwork, picture: NDArray[np.uint8], exits: Sequence[str] | None = None) -> list[Sight]:
-    """What branches see of a picture (of a picture in tiles, of the first).
+    """What branches see of an image (of an image in tiles, of the first).
 
     Args:
         picture: H×W×3 uint8, RGB.
@@ -85,7 +85,7 @@ def _sight(name: str, branch: Branch, features: Features, image: Tensor) -> Sigh
 
 @torch.no_grad()
 def _attention(branch: SLViTExit, features: Features) -> NDArray[np.float32]:
-    """The mean over heads and asking patches of the attention weights, by asked patch; the sound's patch left out."""
+    """The mean over heads and asking patches of the attention weights, by asked patch; the audio's patch left out."""
     weights = branch.encoder.attention.weights(branch.encoder.norm1(branch.embed(features)))  # B×h×N×N
     rows, columns = branch.token_grid or (1, 1)
     asked = weights[0].mean((0, 1))[: rows * columns]
@@ -94,7 +94,7 @@ def _attention(branch: SLViTExit, features: Features) -> NDArray[np.float32]:
 
 
 def draw(picture: NDArray[np.uint8], sights: Sequence[Sight], path: Path) -> None:
-    """A row for each branch: the picture, the field (its square root, so that its edges show), the attention."""
+    """A row for each branch: the image, the field (its square root, so that its edges show), the attention."""
     height, width = sights[0].field.shape
     figure = blank(10, 0.6 + 10 / 3 * height / width * len(sights))
     axes = figure.subplots(len(sights), 3, squeeze=False)
@@ -115,12 +115,12 @@ def draw(picture: NDArray[np.uint8], sights: Sequence[Sight], path: Path) -> Non
 
 
 def write(network: MultiExitNetwork, picture: NDArray[np.uint8], sights: Sequence[Sight], path: Path) -> None:
-    """Write the picture of :func:`draw`, whole.
+    """Write the image of :func:`draw`, whole.
 
     Raises:
         CrowdExitError: if it cannot be written, or is no PNG by its name.
     """
     if path.suffix.lower() != ".png":
-        raise CrowdExitError(f"{path}: the picture is a PNG; name it .png")
+        raise CrowdExitError(f"{path}: the image is a PNG; name it .png")
     canvas, _ = views(picture, network.config.size, network.config.view)[0]
     write_files(path.parent, {path.name: partial(draw, canvas, sights)})

@@ -25,7 +25,7 @@ NAMES = {
     "mixer": "MLP-Mixer-EE",
     "resmlp": "ResMLP-EE",
     "slvit": "SL-ViT",
-    "slvit-audio": "SL-ViT with sound",
+    "slvit-audio": "SL-ViT with audio",
     "gmlp": "gMLP-EE",
     "fnet": "FNet-EE",
     "perceiver": "Perceiver-EE",

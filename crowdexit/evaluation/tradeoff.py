@@ -40,7 +40,7 @@ class Point:
 
 
 def costs(network_of: zoo.Spec) -> dict[str, int]:
-    """Multiply-adds up to and including each exit that a network has, by name; of one view, one second of sound."""
+    """Multiply-adds up to and including each exit that a network has, by name; of one view, one second of audio."""
     network, features = at_one_picture(network_of)
     stages, exits = measure(network, features)
     return {name: (sum(stages[: network.stage_of(name) + 1]) + exits[name]) // 2 for name in network.exit_names}

@@ -98,7 +98,7 @@ class Manifest(_Part):
         library: what runs it. precision: of the stages and of exits on maps; exits on tokens compute in float32.
         size: (width, height) of one view. scene: of all that is looked at. view: as of its ``Config``.
         step: sides are multiples of this.
-        mean, std: of the normalised picture, of 1, by channel, red first.
+        mean, std: of the normalised image, of 1, by channel, red first.
         classifies: whether the exits tell classes apart rather than count.
         exits: the index of the stage after which each stands, by name, in the order in which they answer.
         intervals: of the counts (:class:`crowdexit.calibration.intervals.Intervals`), or None.
@@ -220,8 +220,8 @@ class Exported:
     ) -> Iterator[tuple[str, float]]:
         """Count a picture: each exit's name and count as soon as it is there.
 
-        A picture much larger than ``scene`` is cut into several, as :class:`crowdexit.inference.counter.CrowdCounter`
-        does, and then counted without sound.
+        An image much larger than ``scene`` is cut into several, as :class:`crowdexit.inference.counter.CrowdCounter`
+        does, and then counted without audio.
 
         Args:
             picture: H×W×3 uint8 RGB, or a file, whose reader's warnings go to the log.
@@ -229,7 +229,7 @@ class Exported:
             exits: names; default: all.
 
         Raises:
-            CrowdExitError: for a network that does not count, an unknown exit, or a picture or sound of no use.
+            CrowdExitError: for a network that does not count, an unknown exit, or an image or audio of no use.
         """
         if self.manifest.classifies:
             raise ExportError(f"{self.manifest.network.model} tells classes apart; it does not count")
@@ -257,7 +257,7 @@ class Exported:
         )
         if len(boxes) > 1:
             at_once = min(at_once, tiles)
-        # A picture of an absurd shape has too many boxes to go through the network abreast: the last of them tell.
+        # An image of an absurd shape has too many boxes to go through the network abreast: the last of them tell.
         counts = dict.fromkeys(wanted, 0.0)
         for start in range(0, len(seen), abreast):
             batches = (self._record(rows, sound) for rows in same_size_groups(seen[start : start + abreast], at_once))
@@ -272,7 +272,7 @@ class Exported:
         log_mel: NDArray[np.float32] | None = None,
         exits: Collection[str] | None = None,
     ) -> dict[str, float]:
-        """All counts of a picture by exit; see :meth:`stream`."""
+        """All counts of an image by exit; see :meth:`stream`."""
         return dict(self.stream(picture, log_mel, exits))
 
     def _checked_count(self, name: str, count: float) -> float:
@@ -328,7 +328,7 @@ def read_manifest(folder: Path) -> Manifest:
     if manifest.checksum != manifest.own_checksum():
         raise ExportError(f"{path}: damaged (its checksum does not match)")
     if not (np.allclose(manifest.mean, MEAN) and np.allclose(manifest.std, STD)):
-        raise ExportError(f"{path}: pictures are normalised in another way here")
+        raise ExportError(f"{path}: images are normalised in another way here")
     return manifest
 
 

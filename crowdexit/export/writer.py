@@ -59,7 +59,7 @@ def export(
         precision: ``bf16`` and ``int8`` are for OpenVINO alone. bf16 computes in bfloat16 where the CPU does; int8
             quantises the stages that see, and leaves the audio encoder in bf16. Exits on tokens always compute in
             float32.
-        size: another picture size, ``WIDTHxHEIGHT``.
+        size: another image size, ``WIDTHxHEIGHT``.
         exits: names of early exits to take along; default: all. The final one always comes.
         calibrate: a prepared file with images to measure int8's ranges on; default: the checkpoint's own ranges.
         split: of that file; default: ``train``.
@@ -102,7 +102,7 @@ def export(
         raise
     except OSError as error:
         raise ExportError(write_problem(out, error, needed=needed, kept="nothing is written")) from None
-    except Exception as error:  # whatever the libraries make of a network, a picture or a full disk
+    except Exception as error:  # whatever the libraries make of a network, an image or a full disk
         if disk_is_full(out, needed=2**16):  # they report it as something else, and what they wrote is still there
             full = DiskFullError(out, needed)
             raise ExportError(write_problem(out, full, kept="nothing is written")) from None

@@ -53,7 +53,7 @@ class _Request(Generic[T]):
         except StopIteration:
             self._tell(None, ended=True)
         except BaseException as problem:
-            # Without this frame in its traceback: the error would hold the request that holds it, and the picture.
+            # Without this frame in its traceback: the error would hold the request that holds it, and the image.
             self.error = problem.with_traceback(problem.__traceback__ and problem.__traceback__.tb_next)
             self._tell(None, ended=True)
         if answer is not None:
@@ -131,7 +131,7 @@ def answers_by(deadline: float, steps: Iterator[T | None], *, wait: bool) -> lis
     Args:
         deadline: as of :func:`time.perf_counter`.
         steps: run in the thread; gives an answer or, after a step without one, None. What it raises after an answer
-            is told as a warning: the answers stand.
+            is reported as a warning: the answers stand.
         wait: where there is none by then, wait for the first one.
 
     Raises:

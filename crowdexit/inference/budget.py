@@ -1,16 +1,16 @@
-"""Many pictures and one total time: who leaves where, so that the expected error is least.
+"""Many images and one total time: who leaves where, so that the expected error is least.
 
-An exit's expected error on a picture is its mean relative error on held-out pictures times (count + 10), with the
+An exit's expected error on an image is its mean relative error on held-out images times (count + 10), with the
 count that is known so far (:mod:`crowdexit.calibration.intervals`): a dense crowd has more to gain from a deeper exit
-than an empty street. Choosing one exit for each picture, least error in all within a total time, is the multiple-choice
-knapsack problem (Sinha and Zoltners 1979; Kellerer, Pferschy and Pisinger 2004, chapter 11). Of each picture's exits
+than an empty street. Choosing one exit for each image, least error in all within a total time, is the multiple-choice
+knapsack problem (Sinha and Zoltners 1979; Kellerer, Pferschy and Pisinger 2004, chapter 11). Of each image's exits
 only those on the lower convex hull of error over time are rungs of its *ladder*; from rung to rung the error falls by
 less and less for each millisecond, so taking steps greedily, the most error for a millisecond first over all
-pictures, is optimal for the time that it takes. What the last step that no longer fits leaves over goes to smaller
+images, is optimal for the time that it takes. What the last step that no longer fits leaves over goes to smaller
 ones.
 
-Every picture is looked at: by the first exit, and by those rungs of its ladder that stand after the same stage.
-Pictures are planned together as many as fit into memory; those to come are taken to be like those seen, so that time is
+Every image is looked at: by the first exit, and by those rungs of its ladder that stand after the same stage.
+Images are planned together as many as fit into memory; those to come are taken to be like those seen, so that time is
 kept for them. The plan is made anew before every stage of every part, from the time that has really passed, and with
 the pace at which the machine has really worked. What the caller does between two results counts as time that has
 passed, and says nothing of the pace.
@@ -33,8 +33,8 @@ from crowdexit.errors import CrowdExitError
 from crowdexit.inference.walk import Mask, Part, Walk
 
 TOLERANCE = 0.05  # of the budget, to either side
-_REMEMBERED = 64  # pictures already seen that stand for those to come
-_PRIOR = 4  # pictures as which the profile counts against what this run has shown
+_REMEMBERED = 64  # images already seen that stand for those to come
+_PRIOR = 4  # images as which the profile counts against what this run has shown
 _LEAST = 1e-9  # ms; what costs nothing is worth everything
 
 Ladder = Sequence[tuple[float, float]]
@@ -148,7 +148,7 @@ def check_budget(budget_ms: float, first: str, errors: Mapping[str, float]) -> N
 
 
 class Sample(Protocol):
-    """What a budget knows of a picture beforehand."""
+    """What a budget knows of an image beforehand."""
 
     @property
     def heard(self) -> bool:
@@ -157,7 +157,7 @@ class Sample(Protocol):
 
 @dataclass
 class _OnItsWay:
-    """A picture that has been looked at: the last stage it has gone through, the exit it has its answer from."""
+    """An image that has been looked at: the last stage it has gone through, the exit it has its answer from."""
 
     stage: int
     exit: str
@@ -165,18 +165,18 @@ class _OnItsWay:
 
 
 class Budget:
-    """The policy of one run over many pictures; see above. Its time begins when it is made.
+    """The policy of one run over many images; see above. Its time begins when it is made.
 
     The samples of a part are all heard, or none is.
 
     Args:
         budget_ms: for all.
-        number: of pictures.
-        exits: that may be asked, the first of them of every picture.
-        errors: of pictures without (False) and with sound (True), each exit's expected error over (count + 10).
+        number: of images.
+        exits: that may be asked, the first of them of every image.
+        errors: of images without (False) and with audio (True), each exit's expected error over (count + 10).
         costs: as the profile has them.
-        preparing_ms: what a picture takes before the first stage, as the profile has it.
-        views: how many rows a picture is.
+        preparing_ms: what an image takes before the first stage, as the profile has it.
+        views: how many rows an image is.
         clock: seconds.
 
     Raises:
@@ -208,28 +208,28 @@ class Budget:
         self._clock, self._mark = clock, clock()
         self._end = self._mark + budget_ms / 1000
         self._looked, self._looking_ms = 0, 0.0
-        self._looks_ms = [self._profiled_ms]  # of a picture, by part
+        self._looks_ms = [self._profiled_ms]  # of an image, by part
         self._deep_ms, self._reckoned_ms = 0.0, 0.0  # behind the first exits: what it took, what it was reckoned at
         self._running_ms: float | None = None  # what the step under way is reckoned at; None: looking
         self._window: Sequence[Sample] = ()
-        self._begun = 0  # pictures of the windows before
+        self._begun = 0  # images of the windows before
         self._here: dict[int, _OnItsWay] = {}
         self._seen: deque[tuple[bool, float, int]] = deque(maxlen=_REMEMBERED)  # sound, count + 10, rows
-        self._noted = False  # whether this window's pictures are among them
+        self._noted = False  # whether this window's images are among them
 
     def window(self, samples: Sequence[Sample]) -> None:
-        """Begin with other pictures, numbered from zero; the list may still be growing."""
+        """Begin with other images, numbered from zero; the list may still be growing."""
         self._mark = self._clock()
         self._running_ms = None
         self._begun += len(self._window)
         self._window, self._here, self._noted = samples, {}, False
 
     def walked(self) -> None:
-        """The walk of these pictures has come to its end."""
+        """The walk of these images has come to its end."""
         self._spent()
 
     def skip(self) -> None:
-        """One picture fewer: it cannot be counted."""
+        """One image fewer: it cannot be counted."""
         self._number -= 1
 
     @property
@@ -239,7 +239,7 @@ class Budget:
 
     @property
     def look_ms(self) -> float:
-        """What looking at a picture takes, preparing it included, by what has been seen so far."""
+        """What looking at an image takes, preparing it included, by what has been seen so far."""
         return (self._looking_ms + _PRIOR * self._profiled_ms) / (self._looked + _PRIOR)
 
     @property
@@ -282,7 +282,7 @@ class Budget:
         return keep
 
     def _looks(self, exit: str) -> bool:
-        """Whether an exit stands where every picture comes to, at the stage of the first."""
+        """Whether an exit stands where every image comes to, at the stage of the first."""
         return self._costs.stage_of[exit] == self._costs.stage_of[self._first]
 
     def _is_rung(self, exit: str, part: Part) -> bool:
@@ -300,15 +300,15 @@ class Budget:
     def _check_room(self, looking_ms: float) -> None:
         if looking_ms > (1 + TOLERANCE) * self._budget_ms:
             raise BudgetTooSmall(
-                f"a budget of {self._budget_ms:g} ms is too small for {self._number} pictures: "
+                f"a budget of {self._budget_ms:g} ms is too small for {self._number} images: "
                 f"their first exits alone take about {looking_ms:.0f} ms"
             )
 
     def _check_time(self) -> None:
         """Give up where looking at those to come can no longer be paid for.
 
-        A picture of these takes what a part's usually does, or what one has taken on average, if that is less: neither
-        one step that hung nor a few pictures that are large are to end everything.
+        An image of these takes what a part's usually does, or what one has taken on average, if that is less: neither
+        one step that hung nor a few images that are large are to end everything.
         """
         to_come = max(0, self._number - self._begun - len(self._window))
         if to_come > 0:
@@ -327,7 +327,7 @@ class Budget:
             self._running_ms = 0.0
 
     def _plan(self, walk: Walk) -> dict[int, int]:
-        """How many rungs more each picture on its way is to climb."""
+        """How many rungs more each image on its way is to climb."""
         pace = self.pace
         to_come = max(0, self._number - self._looked)
         room = 1000 * (self._end - self._mark) - to_come * self.look_ms

@@ -1,4 +1,4 @@
-"""The one door for callers: a picture and perhaps a sound go in, counts come out as the exits answer."""
+"""The one door for callers: an image and perhaps a sound go in, counts come out as the exits answer."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ class ExitResult:
         exit: its name.
         count: people.
         interval: (low, high), or None where the checkpoint is not calibrated.
-        latency_ms: from the request to this answer, preparing the picture included.
-        density: (h, w) heads per cell of 8×8 network pixels over the picture without padding, from the
+        latency_ms: from the request to this answer, preparing the image included.
+        density: (h, w) heads per cell of 8×8 network pixels over the image without padding, from the
             final exit; None from early exits.
         warnings: what the reader of the input had to say, e.g. of damage; the same of every exit.
         audio: whether this exit was given audio, or why not: ``none`` was there, it was ``unreadable``, the image is
@@ -139,10 +139,10 @@ class CountResult:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Pictures and sounds as the network takes them: what :meth:`CrowdCounter.prepare` makes.
+    """Images and sounds as the network takes them: what :meth:`CrowdCounter.prepare` makes.
 
     Attributes:
-        scenes: of each picture. parts: their rows, laid out.
+        scenes: of each image. parts: their rows, laid out.
         seconds: that it took to make.
     """
 
@@ -219,7 +219,7 @@ class CrowdCounter:
 
     @property
     def size(self) -> tuple[int, int]:
-        """The (width, height) at which a picture is looked at."""
+        """The (width, height) at which an image is looked at."""
         return self.network.config.scene
 
     def stream(
@@ -235,11 +235,11 @@ class CrowdCounter:
                 :class:`crowdexit.data.mel.AudioInput` says why there is none, or brings warnings.
             exits: names; default: all that this counter serves.
 
-        A picture more than four times the native size is cut into tiles, which are added; the sound belongs
+        An image more than four times the native size is cut into tiles, which are added; the audio belongs
         to the whole scene and is then not used.
 
         Raises:
-            CrowdExitError: for a picture or a sound that cannot be used.
+            CrowdExitError: for an image or a sound that cannot be used.
         """
         wanted = self._asked(exits)
         for result in self._steps(image, audio, wanted, ANYTIME, time.perf_counter()):
@@ -262,9 +262,9 @@ class CrowdCounter:
             image, audio: as of :meth:`stream`.
             exit: the last exit to run; ``auto`` is the last that this counter serves.
             deadline_ms: when to return, from this call on, with the latest answer that is there by then, even in
-                the middle of a stage. Preparing the picture counts, and so does the end of the layer (with
+                the middle of a stage. Preparing the image counts, and so does the end of the layer (with
                 torch.compile, of the stage), or of the decoding, that an earlier request, to whichever counter of this
-                process, has left running. An error that comes after an answer is told as a warning.
+                process, has left running. An error that comes after an answer is reported as a warning.
             late: what to do where not even the first exit has answered by then: ``wait`` for it, or ``fail``. An image
                 that is cut into tiles is refused before it is computed where its first exit is foreseen to be late
                 (``fail``), or later than ten times the deadline (``wait``).
@@ -317,10 +317,10 @@ class CrowdCounter:
         budget_ms: float | None = None,
         number: int | None = None,
     ) -> Iterator[CountResult | None]:
-        """Count many pictures, several in a batch; what is counted does not depend on which.
+        """Count many images, several in a batch; what is counted does not depend on which.
 
         Args:
-            samples: pictures with their sounds, as of :meth:`stream`, taken as they are needed; in the place of None
+            samples: images with their sounds, as of :meth:`stream`, taken as they are needed; in the place of None
                 stands None in the results.
             exits: names; default: all that this counter serves.
             policy: by which each of them leaves.
@@ -343,7 +343,7 @@ class CrowdCounter:
         wanted = self._asked(exits)
         self._check(policy)
         if isinstance(policy, DeepestThatFits):
-            raise CounterError("many pictures together have no deadline that an exit could fit; give a budget")
+            raise CounterError("many images together have no deadline that an exit could fit; give a budget")
         if budget_ms is None:
             return self._many(iter(samples), wanted, policy, self._rows(PIXELS_AT_ONCE))
         if policy is not ANYTIME:
@@ -351,12 +351,12 @@ class CrowdCounter:
         check_budget(budget_ms, wanted[0], self.intervals.errors(heard=False))
         if number is None:
             if not isinstance(samples, Sized):
-                raise CounterError("a budget has to know the number of pictures")
+                raise CounterError("a budget has to know the number of images")
             number = len(samples)
         return self._within(budget_ms, number, iter(samples), wanted)
 
     def size_for(self, width: int, height: int) -> tuple[int, int] | None:
-        """The (width, height) to which a picture of that size may be scaled down before it is handed over.
+        """The (width, height) to which an image of that size may be scaled down before it is handed over.
 
         That spares the work of converting what would not be looked at. None: it will be cut into tiles.
         """
@@ -371,12 +371,12 @@ class CrowdCounter:
         return max(1, round(width * scale)), max(1, round(height * scale))
 
     def prepare(self, samples: Iterable[tuple[Picture, Sound | None]]) -> Prepared:
-        """Make pictures with their sounds, as of :meth:`stream`, ready for the network: all but the counting.
+        """Make images with their sounds, as of :meth:`stream`, ready for the network: all but the counting.
 
         It may be done in another thread while this counter counts others. All of them are in memory at once.
 
         Raises:
-            CrowdExitError: for a picture or a sound that cannot be used.
+            CrowdExitError: for an image or a sound that cannot be used.
         """
         begun = time.perf_counter()
         scenes: list[Scene] = []
@@ -386,10 +386,10 @@ class CrowdCounter:
         return Prepared(scenes, parts, time.perf_counter() - begun)
 
     def answers(self, ready: Prepared, *, exit: str = "auto", policy: Policy = ANYTIME) -> list[CountResult]:
-        """Count what :meth:`prepare` has made, as often as you like: one result for each picture, in their order.
+        """Count what :meth:`prepare` has made, as often as you like: one result for each image, in their order.
 
         Args:
-            exit: as of :meth:`count`; nobody else is asked, unless the policy may have a picture leave earlier.
+            exit: as of :meth:`count`; nobody else is asked, unless the policy may have an image leave earlier.
             policy: by which each of them leaves.
 
         The latency of an answer is that of the whole batch until then, preparing it included.
@@ -440,7 +440,7 @@ class CrowdCounter:
         return times
 
     def _measure(self, times: Profile) -> None:
-        """Run a picture through everything, with one row, two, four … as far as go through a stage at once."""
+        """Run an image through everything, with one row, two, four … as far as go through a stage at once."""
         self._measured = True
         jpeg = photo(self.size)
         rows = 1
@@ -455,7 +455,7 @@ class CrowdCounter:
         times.write()
 
     def _run_through(self, jpeg: bytes, rows: int, exits: Sequence[str], times: Profile) -> None:
-        """Run a picture through everything, as a batch of so many, and note how long each step takes."""
+        """Run an image through everything, as a batch of so many, and note how long each step takes."""
         begun = time.perf_counter()
         _, (row, *_) = prepared(decode_picture(jpeg), None, self.network.config)
         times.note(PREPARING, 1, 1000 * (time.perf_counter() - begun))
@@ -464,7 +464,7 @@ class CrowdCounter:
             pass
 
     def warm_up(self, exit: str = "auto") -> None:
-        """Run up to an exit for nothing: the first picture after loading takes longer than those that come after it.
+        """Run up to an exit for nothing: the first image after loading takes longer than those that come after it.
 
         Args:
             exit: as of :meth:`count`.
@@ -486,7 +486,7 @@ class CrowdCounter:
         return first, usual
 
     def _usual_ms(self, exit: str, times: Profile | None = None) -> float | None:
-        """What a picture of the scene's shape takes here until an exit's answer, about; None: not known yet."""
+        """What an image of the scene's shape takes here until an exit's answer, about; None: not known yet."""
         times = self._times if times is None else times
         preparing = times.ms(PREPARING)
         steps = [LAYING, *map(stage_step, range(self.network.stage_of(exit) + 1)), exit_step(exit)]
@@ -510,7 +510,7 @@ class CrowdCounter:
 
     @cached_property
     def _views(self) -> int:
-        """How many rows a picture of the scene's shape takes."""
+        """How many rows an image of the scene's shape takes."""
         width, height = self.size
         config = self.network.config
         return len(views(np.zeros((height, width, 3), np.uint8), config.size, config.view))
@@ -593,7 +593,7 @@ class CrowdCounter:
         deadline: float = math.inf,
         last_moment: float = math.inf,
     ) -> Iterator[ExitResult | None]:
-        """Count a picture step by step; None after a step without an answer.
+        """Count an image step by step; None after a step without an answer.
 
         Args:
             last_moment: when the first exit has to answer at the latest; a tiled image of which it is foreseen to be
@@ -606,7 +606,7 @@ class CrowdCounter:
         scene, rows = prepared(image, audio, self.network.config)
         self._times.note(PREPARING, 1, 1000 * (time.perf_counter() - preparing))
         yield None
-        # A picture of an absurd shape has too many tiles to go through the network abreast: the last of them tell.
+        # An image of an absurd shape has too many tiles to go through the network abreast: the last of them tell.
         abreast = self._rows(PIXELS_ABREAST)
         if len(rows) > self._views and deadline < math.inf:
             exits = self._exits_in_time(rows, exits, begun, deadline, last_moment)
@@ -716,7 +716,7 @@ class CrowdCounter:
             yield None if place is None else self._last_chosen(said[place])
 
     def _last_chosen(self, results: Sequence[ExitResult]) -> CountResult:
-        """Results of one picture, of which the last is the answer."""
+        """Results of one image, of which the last is the answer."""
         return CountResult(self.model, results[-1], tuple(results), warnings=results[-1].warnings)
 
     def _write_down(
@@ -781,7 +781,7 @@ class CrowdCounter:
         """Prepare samples one by one and put them together, as many as go through a stage at once, heard ones or not.
 
         Args:
-            scenes: each picture's is added to it.
+            scenes: each image's is added to it.
             order: for each sample its number among the scenes is added to it, or None.
             most: rows; behind the sample that makes them full none is taken.
         """

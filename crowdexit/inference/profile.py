@@ -43,7 +43,7 @@ def exit_step(name: str) -> str:
 
 
 FIRST = stage_step(0)
-PREPARING = "preparing"  # a picture: decoded, resized, with its sound
+PREPARING = "preparing"  # a picture: decoded, resized, with its audio
 LAYING = "laying out"  # rows: normalised, as the batch that goes into the first stage
 _BY_THEMSELVES = (FIRST, PREPARING, LAYING)  # kept in milliseconds
 
@@ -169,7 +169,7 @@ def profile_of(network: MultiExitNetwork, runtime: str) -> Profile:
     """The profile of a network on a runtime on this machine, empty; its file is in the user's cache folder.
 
     What it is kept by: processor, usable cores, threads, GPU; names and shapes of the weights (a network that was
-    trained further takes as long as before), size of the picture and how it is seen; runtime; versions of CrowdExit and
+    trained further takes as long as before), size of the image and how it is seen; runtime; versions of CrowdExit and
     of what runs networks.
     """
     weights = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""From a picture and a sound in any form to rows for a network, and from its maps back to one map of the picture."""
+"""From an image and a sound in any form to rows for a network, and from its maps back to one map of the image."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from crowdexit.models.network import Config
 Picture = NDArray[np.uint8] | Image.Image | DecodedImage | str | Path
 Sound = tuple[Any, Any] | NDArray[np.float32] | AudioInput | str | Path
 Box = tuple[int, int, int, int]  # x, y, width, height
-# A row of a network's batch before it is laid out: canvas (h, w, 3), how the picture lies there, log-mel.
+# A row of a network's batch before it is laid out: canvas (h, w, 3), how the image lies there, log-mel.
 Row = tuple[NDArray[np.uint8], Placement, NDArray[np.float32] | None]
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What is to be known of a picture once it is prepared.
+    """What is to be known of an image once it is prepared.
 
     Attributes:
         size: (width, height) in pixels.
         audio: whether it is counted with audio, or why not.
-        rows: for each row that it takes in a batch, the rectangle of the picture that is seen there, and how it
+        rows: for each row that it takes in a batch, the rectangle of the image that is seen there, and how it
             lies on the network's canvas.
         warnings: of the readers, which every result carries.
     """
@@ -52,7 +52,7 @@ class Scene:
         return self.audio == "used"
 
     def density(self, maps: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-        """One density map (h, w) of the picture from those of its rows; of a tiled one at most 2048 cells a side.
+        """One density map (h, w) of the image from those of its rows; of a tiled one at most 2048 cells a side.
 
         Each tile's mass is kept.
         """
@@ -74,13 +74,13 @@ class Scene:
 
 
 def hear(sound: Sound | None, *, warn: Warn = refuse) -> NDArray[np.float32] | None:
-    """Any form of sound as a log-mel (96, 64): a file, (waveform, sample rate) in either order, or a log-mel already.
+    """Any form of audio as a log-mel (96, 64): a file, (waveform, sample rate) in either order, or a log-mel already.
 
     Args:
         warn: is called with one line about what was read; default: that is an error.
 
     Raises:
-        AudioError: if it cannot be read or holds no sound, or an array is not (96, 64).
+        AudioError: if it cannot be read or holds no audio, or an array is not (96, 64).
     """
     if sound is None:
         return None
@@ -113,7 +113,7 @@ def _waveform_and_rate(pair: tuple[Any, Any]) -> tuple[NDArray[Any], int]:
 
 
 def audio_input(sound: Sound | None) -> AudioInput:
-    """Any form of sound as a network takes it, with what its reader had to say.
+    """Any form of audio as a network takes it, with what its reader had to say.
 
     Raises:
         AudioError: as :func:`hear`.
@@ -125,13 +125,13 @@ def audio_input(sound: Sound | None) -> AudioInput:
 
 
 def prepared(image: Picture, audio: Sound | None, config: Config) -> tuple[Scene, list[Row]]:
-    """A picture and a sound as rows for a network of this configuration.
+    """An image and a sound as rows for a network of this configuration.
 
-    A picture more than four times the network's scene is cut into tiles; the sound belongs to all of it and is then
+    An image more than four times the network's scene is cut into tiles; the audio belongs to all of it and is then
     left out.
 
     Raises:
-        CrowdExitError: for a picture or a sound that cannot be used.
+        CrowdExitError: for an image or a sound that cannot be used.
     """
     if isinstance(image, (str, Path)):
         image = read_image(image, partial(tile_boxes, native=config.scene))
@@ -166,6 +166,6 @@ def photo(size: tuple[int, int]) -> bytes:
 
 
 def _without_padding(density: NDArray[np.float32], placement: Placement) -> NDArray[np.float32]:
-    """The cells of a canvas' density map that the picture covers; no mass lies outside them."""
+    """The cells of a canvas' density map that the image covers; no mass lies outside them."""
     (x, y), (w, h) = placement.offset, placement.size
     return density[y // STRIDE : -(-(y + h) // STRIDE), x // STRIDE : -(-(x + w) // STRIDE)]

@@ -1,4 +1,4 @@
-"""The walk of a single picture and of many that may leave: stage by stage, and who has left costs nothing more.
+"""The walk of a single image and of many that may leave: stage by stage, and who has left costs nothing more.
 
 A *sample* is what is counted (or classified); it is one row of a network's batch, or several where it is seen in
 tiles. A *part* is the samples that go through a stage together. All parts go through a stage before any goes through

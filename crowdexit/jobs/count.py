@@ -90,22 +90,22 @@ def count_inputs(
     annotate: Path | None = None,
     progress: bool = True,
 ) -> int:
-    """Count pictures, folders, videos or a live source, and write a row for each picture and each counted frame.
+    """Count images, folders, videos or a live source, and write a row for each image and each counted frame.
 
-    A picture ``x.jpg`` is heard with ``x.wav`` beside it, a video with its own sound. A file of a folder that
-    cannot be counted is told on the standard error and passed over; one that is named itself is an error.
+    An image ``x.jpg`` is heard with ``x.wav`` beside it, a video with its own sound. A file of a folder that
+    cannot be counted is reported on the standard error and passed over; one that is named itself is an error.
 
     Args:
-        audio: the sound of a single picture, or in place of a single video's own.
+        audio: the audio of a single image, or in place of a single video's own.
         exit, deadline_ms, late, policy: of each of them, as of :meth:`CrowdCounter.count`.
-        budget_ms: of all together, for pictures alone, as of :meth:`CrowdCounter.count_many`.
+        budget_ms: of all together, for images alone, as of :meth:`CrowdCounter.count_many`.
         fps: frames a second to count in videos; default: one.
         start, end: of each video only what is shown from then to then, in seconds; of a live source, when to end.
         batch: frames of a video to count at once; default: as of :func:`count_frames`.
         smooth: half-life of a video's smoothed count, in seconds.
         out: the file for the rows; default: the standard output.
         resume: go on with a run that was stopped while it wrote into ``out``; there need not be one yet.
-        density: where to draw what was counted: of a single picture ``.png`` or ``.npy`` ((h, w) float32, heads
+        density: where to draw what was counted: of a single image ``.png`` or ``.npy`` ((h, w) float32, heads
             a cell), of a single video as ``annotate``; of several inputs a folder.
         annotate: where to write the counted frames with what was counted: ``.mp4``, of several inputs a folder.
         progress: show a bar on the standard error, where that is a terminal and the rows go elsewhere.
@@ -123,7 +123,7 @@ def count_inputs(
     live = sources[0].kind == "live"
     resumes = out is not None and format != "table" and not live and budget_ms is None
     if audio is not None and not (single and not live):
-        raise RunError(f"--audio {audio}: a sound belongs to one picture or video, not to several or a live source")
+        raise RunError(f"--audio {audio}: a sound belongs to one image or video, not to several or a live source")
     if out is not None and out.is_symlink():
         out = out.resolve()  # what it points to is written, not another file in its place
     taken = check_outputs(sources, audio=audio, out=out, density=density, annotate=annotate)
@@ -133,13 +133,13 @@ def count_inputs(
         raise RunError("--format parquet: name a file with --out")
     if budget_ms is not None:
         if any(source.kind != "picture" for source in sources):
-            raise RunError("--budget-ms: pictures share a budget, a video has none")
+            raise RunError("--budget-ms: images share a budget, a video has none")
         if exit != "auto" or deadline_ms is not None or policy is not ANYTIME or density is not None:
             raise RunError(
                 "--budget-ms: a budget chooses the exits itself, without --exit, --deadline-ms, --policy or --density"
             )
         if resume:
-            raise RunError("--resume: a budget is for all pictures in one run, what is left of it does not go on")
+            raise RunError("--resume: a budget is for all images in one run, what is left of it does not go on")
     if resume and not resumes:
         raise RunError("--resume: only rows of files go on, in --out as csv, json or parquet")
     if resume and deadline_ms is not None and late == "fail" and len(set(sources)) < len(sources):
@@ -237,7 +237,7 @@ def check_outputs(
         named |= written
     kinds = {s.kind for s in sources}
     if annotate is not None and kinds == {"picture"}:
-        raise RunError(f"--annotate {annotate}: this is for videos; of pictures, --density shows the map")
+        raise RunError(f"--annotate {annotate}: this is for videos; of images, --density shows the map")
     if annotate is not None and density is not None and "picture" not in kinds:
         raise RunError(f"--density {density}: of a video, --annotate draws it; name one of the two")
     for option, path in (("--density", density), ("--annotate", annotate)):
@@ -251,8 +251,8 @@ def check_outputs(
         kind = sources[0].kind
         suffixes = (".png", ".npy") if kind == "picture" else (".mp4",)
         if suffix not in suffixes:
-            of = "live source" if kind == "live" else kind
-            raise RunError(f"{option} {path}: of a {of} this ends in {' or '.join(suffixes)}")
+            of = {"live": "a live source", "video": "a video", "picture": "an image"}[kind]
+            raise RunError(f"{option} {path}: of {of} this ends in {' or '.join(suffixes)}")
     return given | named
 
 
@@ -285,7 +285,7 @@ class _Job:
                 _pass_over(source, error)
 
     def rows_within(self, budget_ms: float, sources: Sequence[Source]) -> Iterator[None]:
-        """Count pictures within a time for all of them, and yield after each row written."""
+        """Count images within a time for all of them, and yield after each row written."""
         results = self.counter.count_many(map(self._sample, sources), budget_ms=budget_ms, number=len(sources))
         for source, result in zip(sources, results, strict=True):
             if result is not None:
@@ -304,7 +304,7 @@ class _Job:
         yield
 
     def _write(self, source: Source, result: CountResult) -> None:
-        """Write the row of a picture, and tell its warnings."""
+        """Write the row of an image, and tell its warnings."""
         self.late += result.in_time is False
         self.lines.picture(source.name, result)
         for warning in result.warnings:
@@ -334,7 +334,7 @@ class _Job:
             raise DeadlineMissed(f"{source.path}: {error}") from None
 
     def _sample(self, source: Source) -> tuple[DecodedImage, AudioInput] | None:
-        """A picture with its sound; None of one that cannot be counted."""
+        """An image with its audio; None of one that cannot be counted."""
         try:
             fits = partial(tile_boxes, native=self.counter.size)
             picture, sound = read_image(source.path, fits), audio_input(self.audio)
@@ -398,7 +398,9 @@ class _Job:
                 self.late += result.in_time is False
                 self.lines.frame(FrameRow.of(source.name, frame, result, left.smoother))
                 statuses.add(result.audio)
-                for warning in result.warnings:  # each stands in the row of every frame that has it, but is told once
+                for (
+                    warning
+                ) in result.warnings:  # each stands in the row of every frame that has it, but is reported once
                     if warning not in told and warning != frame.loss_warning:  # the reader sums damage up at the end
                         _warn(f"{source.name} at {frame.time_s:.1f} s: {warning}")
                     told.add(warning)
@@ -415,7 +417,7 @@ class _Job:
 
 @dataclass
 class _Drawings:
-    """Where the pictures of what was counted go; :func:`check_outputs` has seen the paths.
+    """Where the images of what was counted go; :func:`check_outputs` has seen the paths.
 
     Raises:
         RunError: if there is no map to draw, or a folder cannot be made.
@@ -443,7 +445,7 @@ class _Drawings:
                     raise RunError(f"{option} {path}: cannot be made ({error.strerror})") from None
 
     def picture(self, source: Source, result: CountResult) -> None:
-        """Write a picture's density, if that is wanted."""
+        """Write an image's density, if that is wanted."""
         if self.density is None:
             return
         density = _density_of(result)

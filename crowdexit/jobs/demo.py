@@ -73,7 +73,7 @@ def run_demo(counter: CrowdCounter, out: Path, console: Console) -> None:
             rows.writerow([frame.index, f"{frame.time_s:.3f}", counts[-1], *numbers])
             last = results[-1]
             picture = picture if last.density is None else overlay(picture, last.density)
-            drawn.add(banner(picture, f"counted {last.count:.0f}, true {counts[-1]} (simulated sound)"), frame)
+            drawn.add(banner(picture, f"counted {last.count:.0f}, true {counts[-1]} (simulated audio)"), frame)
             progress.advance(task)
     console.print(_summary(counts, answers))
     console.print(

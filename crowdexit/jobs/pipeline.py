@@ -149,7 +149,7 @@ def count_frames(
     With None of a frame that no exit answered in time, where that fails (:attr:`How.late`).
 
     Args:
-        frames: with their sound; a generator is closed at the end. What can be stopped is live: nothing of it is
+        frames: with their audio; a generator is closed at the end. What can be stopped is live: nothing of it is
             taken before it can be counted, for it would be old by then; at the end it is stopped.
         name: of the video, for what is said of it.
 

@@ -77,7 +77,7 @@ class FrameRow:
 
 
 class Rows(Protocol):
-    """Takes counted pictures and frames, and writes each at once."""
+    """Takes counted images and frames, and writes each at once."""
 
     def picture(self, source: str, result: CountResult) -> None: ...
 
@@ -103,7 +103,7 @@ def writer(format: Format, file: TextIO, sources: Sequence[str], *, single: bool
 
     Args:
         sources: the names that will come (a table is as wide as they are).
-        single: one picture is all that comes; a table then shows every exit.
+        single: one image is all that comes; a table then shows every exit.
         begun: there are rows already.
     """
     if format in ("json", "parquet"):
@@ -239,7 +239,7 @@ def write_parquet(lines: Path, out: Path) -> None:
 def _columns(row: Mapping[str, Any]) -> dict[str, Any]:
     """A line of JSON as a row of columns.
 
-    A picture's has no frame, time or smoothed count; of its exits only the chosen one is kept. Several warnings
+    An image's has no frame, time or smoothed count; of its exits only the chosen one is kept. Several warnings
     become one text.
     """
     exits = {e["exit"]: e["interval"] for e in row.get("exits", ())}
@@ -275,7 +275,7 @@ def csv_text(text: str) -> str:
 
 
 class CSVRows:
-    """One line a picture or frame under the names of the columns; names as of :func:`csv_text`."""
+    """One line an image or frame under the names of the columns; names as of :func:`csv_text`."""
 
     def __init__(self, file: TextIO, *, begun: bool = False) -> None:
         self.file = file
@@ -345,7 +345,7 @@ def _from_to(interval: tuple[float, float] | None) -> str:
 
 
 class ExitTable:
-    """What every exit says of one picture, the chosen one marked."""
+    """What every exit says of one image, the chosen one marked."""
 
     def __init__(self, file: TextIO) -> None:
         self.file = file
@@ -375,4 +375,4 @@ class ExitTable:
             print(UNFAMILIAR, file=self.file)
 
     def frame(self, row: FrameRow) -> None:
-        raise AssertionError("a single picture has no frames")
+        raise AssertionError("a single image has no frames")

@@ -1,4 +1,4 @@
-"""What a user names, as pictures, videos and live sources: by names or contents, folders by what stands in them."""
+"""What a user names, as images, videos and live sources: by names or contents, folders by what stands in them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VIDEO_SUFFIXES = (
     *(".wmv", ".flv", ".ogv", ".3gp", ".mjpeg", ".mjpg"),
 )
 SOUND_SUFFIX = ".wav"
-# FFmpeg would show a text as a video of its letters, and a picture as a video of one frame.
+# FFmpeg would show a text as a video of its letters, and an image as a video of one frame.
 _NOT_VIDEO = ("tty", "image2", "_pipe", "gif", "ico", "ass", "srt", "webvtt")
 _JPEG_STREAMS = (".mjpeg", ".mjpg")
 
@@ -30,12 +30,12 @@ class SourceError(CrowdExitError):
 
 @dataclass(frozen=True)
 class Source:
-    """One picture, video or live source to count.
+    """One image, video or live source to count.
 
     Attributes:
         path: of the file; of a live source its name.
         kind: which of the three.
-        sound: of a picture ``x.jpg``, the file ``x.wav`` (or ``x.WAV``) beside it, if there is one.
+        sound: of an image ``x.jpg``, the file ``x.wav`` (or ``x.WAV``) beside it, if there is one.
         named: the user named the file itself, not just its folder.
         address: of a live source.
     """
@@ -53,7 +53,7 @@ class Source:
 
 
 def expand(inputs: Sequence[str | Path]) -> list[Source]:
-    """Pictures, videos and folders as a list of sources, in the order given and each folder by name.
+    """Images, videos and folders as a list of sources, in the order given and each folder by name.
 
     A file is what its suffix says; one without a known suffix is looked into. Of a folder, what stands in it
     is taken, not what stands in its folders; other kinds of files in it and hidden ones are passed over.
@@ -61,12 +61,12 @@ def expand(inputs: Sequence[str | Path]) -> list[Source]:
     A live source (see :func:`crowdexit.video.live.address_of`) is what the user has named so.
 
     Raises:
-        SourceError: for an input that is missing, neither picture nor video, or a folder without any; for a live
+        SourceError: for an input that is missing, neither image nor video, or a folder without any; for a live
             source among others, which would never have their turn.
         VideoError: for an address of a kind that cannot be read.
     """
     if not inputs:
-        raise SourceError("nothing to count: name a picture, a video or a folder")
+        raise SourceError("nothing to count: name an image, a video or a folder")
     sources: list[Source] = []
     for name in inputs:
         if not str(name).strip() or not name:
@@ -82,7 +82,7 @@ def expand(inputs: Sequence[str | Path]) -> list[Source]:
 
 
 def kind_of(path: Path) -> Kind | None:
-    """Whether a file is a picture or a video, by its suffix or else by its contents; None: neither."""
+    """Whether a file is an image or a video, by its suffix or else by its contents; None: neither."""
     suffix = path.suffix.lower()
     # What is not supported is refused when it is read, by name.
     if suffix in SUFFIXES or suffix in RAW_SUFFIXES or suffix in OTHER_SUFFIXES or suffix == PREVIEW_SUFFIX:
@@ -118,7 +118,7 @@ def _named(path: Path) -> Source:
         raise SourceError(f"{path}: the file is empty")
     kind = kind_of(path)
     if kind is None:
-        raise SourceError(f"{path}: neither a picture nor a video")
+        raise SourceError(f"{path}: neither an image nor a video")
     return Source(path, kind, _sound_of(path, kind, None))
 
 
@@ -132,15 +132,15 @@ def _folder(folder: Path) -> list[Source]:
         Source(path, kind, _sound_of(path, kind, files), named=False) for path, kind in kinds if kind is not None
     ]
     if not sources:
-        raise SourceError(f"{folder}: no picture or video in this folder")
+        raise SourceError(f"{folder}: no image or video in this folder")
     return sources
 
 
 def _sound_of(path: Path, kind: Kind, beside: Sequence[Path] | None) -> Path | None:
-    """The sound of a picture, whatever the case of its suffix.
+    """The audio of an image, whatever the case of its suffix.
 
     Args:
-        beside: the files of the picture's folder; None: they are looked up.
+        beside: the files of the image's folder; None: they are looked up.
     """
     if kind != "picture":
         return None

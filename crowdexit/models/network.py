@@ -19,11 +19,11 @@ class Config(Protocol):
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height) of the picture that the network sees at once, in pixels."""
+        """(width, height) of the image that the network sees at once, in pixels."""
 
     @property
     def scene(self) -> tuple[int, int]:
-        """(width, height) at which a whole picture is looked at, in one view or in several tiles."""
+        """(width, height) at which a whole image is looked at, in one view or in several tiles."""
 
     @property
     def view(self) -> Literal["fit", "tiles", "scale"]:

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Features:
-    """The state of a batch between two stages. B is the batch, (h, w) the grid at 1/8 of the picture.
+    """The state of a batch between two stages. B is the batch, (h, w) the grid at 1/8 of the image.
 
-    Before the first stage ``visual`` is the picture itself, B×3×H×W, normalised.
+    Before the first stage ``visual`` is the image itself, B×3×H×W, normalised.
 
     Attributes:
         visual: a feature map B×C×H×W, or tokens B×(1+N)×D with the classification token first.
         log_mel: B×1×96×64; what stands in rows that are not heard is never used.
         heard: B, bool: whether this sample has sound.
-        inside: B×1×h×w, the share of each grid cell that is picture rather than padding.
-        audio: B×A, the sound's vector, from the stage that hears on.
+        inside: B×1×h×w, the share of each grid cell that is image rather than padding.
+        audio: B×A, the audio's vector, from the stage that hears on.
         token_grid: (rows, columns) of the patch tokens when ``visual`` is tokens.
         aside: B×C×H×W, the input of a residual block that a stage ends within, for its shortcut.
     """
@@ -133,7 +133,7 @@ class Exit(nn.Module):
     """Reads the record at the end of a stage and answers.
 
     Attributes:
-        kind: what it is called. maps: whether its answers have a density map. hears: whether it takes the sound's
+        kind: what it is called. maps: whether its answers have a density map. hears: whether it takes the audio's
             vector itself, beside what the stages made of it.
         token_grid: (rows, columns) over the image of the tokens that it ends in, or None: it has no such tokens.
         count_head: the layers from its tokens to the count that a regression can start, or None

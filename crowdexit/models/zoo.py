@@ -80,7 +80,7 @@ VITS: Mapping[str, ViTConfig] = {
     "vit-s16": ViTConfig(task="class", outputs=10, dim=384, heads=6),
     "vit-ti16": ViTConfig(task="class", outputs=10, dim=192, heads=3),
 }
-# The SL-ViT paper's three, and siblings of the first two that train from a few thousand pictures.
+# The SL-ViT paper's three, and siblings of the first two that train from a few thousand images.
 CONVNETS: Mapping[str, ConvNetConfig] = {
     "resnet152": ConvNetConfig("resnet152"),
     "densenet201": ConvNetConfig("densenet201"),
@@ -204,7 +204,7 @@ def with_exits(network: MultiExitNetwork, spec: Spec, names: Sequence[str]) -> t
 
 
 def at_size(network: MultiExitNetwork, spec: Spec, size: tuple[int, int]) -> tuple[MultiExitNetwork, Spec]:
-    """The same weights for pictures of another (width, height); its calibration is not of that size, and goes.
+    """The same weights for images of another (width, height); its calibration is not of that size, and goes.
 
     At the size that the network has it stays as it is.
 
@@ -231,7 +231,7 @@ def at_size(network: MultiExitNetwork, spec: Spec, size: tuple[int, int]) -> tup
 
 
 def step_of(network: MultiExitNetwork) -> int:
-    """What the sides of its pictures have to be multiples of, at another size than its own."""
+    """What the sides of its images have to be multiples of, at another size than its own."""
     return network.config.step if len(network.exit_names) > 1 else network.config.bare_step
 
 

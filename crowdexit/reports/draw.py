@@ -1,4 +1,4 @@
-"""What a count looks like: the density map over its picture, a line of text on it, and bars for each exit."""
+"""What a count looks like: the density map over its image, a line of text on it, and bars for each exit."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def overlay(picture: Picture, density: NDArray[np.float32], *, strength: float =
 
     Args:
         picture: H×W×3 uint8, RGB.
-        density: (h, w), heads per cell over the whole picture, of any resolution.
-        strength: 0 (only the picture) to 1 (the crowd hides it).
+        density: (h, w), heads per cell over the whole image, of any resolution.
+        strength: 0 (only the image) to 1 (the crowd hides it).
 
     Returns:
         H×W×3 uint8, RGB, a new array.
@@ -62,11 +62,11 @@ def _peak(density: NDArray[np.float32]) -> float:
 
 
 def banner(picture: Picture, text: str) -> Picture:
-    """The picture with one line of text on a dark strip along its top, scaled to fit.
+    """The image with one line of text on a dark strip along its top, scaled to fit.
 
     Args:
         picture: H×W×3 uint8, RGB.
-        text: any line; what OpenCV's font lacks is written in ASCII. Cut short with dots where the picture is
+        text: any line; what OpenCV's font lacks is written in ASCII. Cut short with dots where the image is
             too narrow for it to be read.
 
     Returns:

@@ -28,7 +28,7 @@ class Port:
     Attributes:
         name: of the record's field; of an exit's answer ``value`` or ``density``.
         dtype: ``float32`` or ``bool``.
-        shape: of one sample, without the batch that comes first, at the network's own picture size.
+        shape: of one sample, without the batch that comes first, at the network's own image size.
     """
 
     name: str
@@ -119,7 +119,7 @@ class ArrayChain:
         return ArrayAnswer(**self._run(exit_piece(name), state))
 
     def prepare(self, exits: Collection[str]) -> None:
-        """Make ready all that leads to some exits, for pictures of the network's own size."""
+        """Make ready all that leads to some exits, for images of the network's own size."""
         last = max((self._stage_of[name] for name in exits), default=-1)
         for piece in (*map(stage_piece, range(last + 1)), *map(exit_piece, exits)):
             self._engine.prepare(piece, tuple(port.shape for port in self._ports[piece].takes))

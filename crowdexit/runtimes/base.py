@@ -38,7 +38,7 @@ class ReadyChain(ABC):
         self.stage_of = network.stage_of
 
     def prepare(self, exits: Collection[str]) -> None:  # noqa: B027  (most runtimes have nothing to prepare)
-        """Do what would otherwise be done at the first picture, for the way to some exits.
+        """Do what would otherwise be done at the first image, for the way to some exits.
 
         Raises:
             RuntimeUnavailable: if this runtime cannot run it.

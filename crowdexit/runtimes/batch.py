@@ -1,4 +1,4 @@
-"""Pictures and sounds as the batch that a network takes."""
+"""Images and sounds as the batch that a network takes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def batch_of(
     laid: Sequence[tuple[NDArray[np.uint8], Placement]],
     sounds: Sequence[NDArray[np.float32] | None],
 ) -> Features:
-    """Pictures on canvases of one size and their log-mels as the network's input."""
+    """Images on canvases of one size and their log-mels as the network's input."""
     height, width = laid[0][0].shape[:2]
     image = torch.from_numpy(normalised([canvas for canvas, _ in laid]))
     inside = torch.from_numpy(np.stack([placement.inside((width, height)) for _, placement in laid]))[:, None]
@@ -28,6 +28,6 @@ def batch_of(
 
 
 def look(picture: NDArray[np.uint8], sound: NDArray[np.float32] | None, config: Config) -> Features:
-    """All that a network sees of a picture H×W×3, in one view or several, each with the log-mel (96, 64) or None."""
+    """All that a network sees of an image H×W×3, in one view or several, each with the log-mel (96, 64) or None."""
     laid = views(picture, config.size, config.view)
     return batch_of(laid, [sound] * len(laid))

@@ -32,7 +32,7 @@ def made_up_crowd() -> NDArray[np.uint8]:
 
 
 def of_file(data: Path, split: str, network: MultiExitNetwork) -> Iterator[Features]:
-    """Pictures of a prepared file, spread evenly over a split; every other one is heard if it has a sound.
+    """Images of a prepared file, spread evenly over a split; every other one is heard if it has a sound.
 
     Raises:
         CrowdExitError: if the file is none for this network, or damaged.

@@ -24,7 +24,7 @@ from crowdexit.runtimes.pieces import Piece, take_apart
 class Compiled(Runtime):
     """torch.compile on the CPU, in float32 or bfloat16; needs a C++ compiler, and a while at first.
 
-    A piece is compiled for the first size that it meets and, at the second, for batches and pictures of any size.
+    A piece is compiled for the first size that it meets and, at the second, for batches and images of any size.
     """
 
     NAMES = ("compile", "compile-bf16")
@@ -48,7 +48,7 @@ class _CompiledChain(EagerChain):
         }
 
     def prepare(self, exits: Collection[str]) -> None:
-        """Compile the way to some exits, by running a blank picture of the size that the network looks at."""
+        """Compile the way to some exits, by running a blank image of the size that the network looks at."""
         width, height = self.network.config.scene
         blank = look(np.zeros((height, width, 3), np.uint8), None, self.network.config)
         for _ in self.stream(blank, exits):

@@ -20,7 +20,7 @@ from crowdexit.runtimes.arrays import RuntimeUnavailable, is_exit
 from crowdexit.runtimes.call_off import CalledOff, broken_off_by
 
 # Of sizes of pieces the one not used for longest goes first. A network has up to some ninety pieces (77 branches), and
-# a process hardly ever more than one size of picture.
+# a process hardly ever more than one size of image.
 MOST_READY = 128
 Shapes = tuple[tuple[int, ...], ...]
 _MAKING_CORE = Lock()

@@ -50,7 +50,7 @@ def convert(piece: Piece, shapes: Shapes | None = None) -> bytes:
     """A piece as an ONNX file, its batch open, and the sides of its maps where it takes any image size.
 
     Args:
-        shapes: of what it takes, without the batch; default: at the network's own picture size.
+        shapes: of what it takes, without the batch; default: at the network's own image size.
     """
     examples = piece.examples(shapes, batch=2)  # a batch of one would be taken for a constant
     batch, side = torch.export.Dim("batch"), torch.export.Dim.DYNAMIC

@@ -92,7 +92,7 @@ def convert(piece: Piece, shapes: Shapes | None = None) -> Any:
     Its weights share the network's memory.
 
     Args:
-        shapes: of what it takes, without the batch; default: at the network's own picture size.
+        shapes: of what it takes, without the batch; default: at the network's own image size.
     """
     openvino = installed("openvino")
     examples = piece.examples(shapes)

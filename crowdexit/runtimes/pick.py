@@ -68,8 +68,8 @@ class Auto(Runtime):
     """The fastest runtime that agrees with eager float32 on a picture: tried once for a machine and a network.
 
     Tried are those that need no preparing of their own: not torch.compile, which wants a C++ compiler and a minute;
-    int8 where the network has activation ranges. What was picked is told once, as a warning of the log, and remembered
-    in the user's cache. Where there is nothing to choose from, nothing is told.
+    int8 where the network has activation ranges. What was picked is reported once, as a warning of the log, and kept in
+    the user's cache. Where there is nothing to choose from, nothing is reported.
 
     Nobody has named what is picked, so nothing that goes wrong with it is the caller's: eager float32 takes over.
     """
@@ -229,7 +229,7 @@ def _fastest(network: MultiExitNetwork) -> tuple[str, ReadyChain, bool]:
     least = _in_turn(network, agreeing, features)
     picked = min(least, key=least.__getitem__)
     told = 1e3 * least[picked], 1e3 * least["eager"]
-    log.warning("runtime auto: %s, %.0f ms a picture here (eager %.0f ms)", picked, *told)
+    log.warning("runtime auto: %s, %.0f ms an image here (eager %.0f ms)", picked, *told)
     return picked, _in_place(picked, agreeing[picked], network), complete
 
 
@@ -270,7 +270,7 @@ def _in_place(name: str, chain: ReadyChain, network: MultiExitNetwork) -> ReadyC
 
 
 def _seconds(chain: ReadyChain, features: Features) -> float:
-    """That one picture takes, all that :func:`_answers` wants of it."""
+    """That one image takes, all that :func:`_answers` wants of it."""
     begun = time.perf_counter()
     _answers(chain, features)
     return time.perf_counter() - begun

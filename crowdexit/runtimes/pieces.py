@@ -59,7 +59,7 @@ class Piece(nn.Module):
         return [(2, 3) if follows and port.name in ("visual", "inside") else () for port in self.ports.takes]
 
     def examples(self, shapes: Shapes | None = None, batch: int = 1) -> tuple[Tensor, ...]:
-        """Tensors of ones that it takes; ``shapes`` without the batch, default: at the network's own picture size."""
+        """Tensors of ones that it takes; ``shapes`` without the batch, default: at the network's own image size."""
         wanted = shapes or tuple(port.shape for port in self.ports.takes)
         return tuple(
             torch.ones(batch, *shape, dtype=getattr(torch, port.dtype))

@@ -147,13 +147,13 @@ class BranchTraining(Experiment):
             for weight in stay:
                 weight.requires_grad_(False)
         self.average = averaged(network.branches, recipe)
-        # Thrown away afterwards: one reading of each token, so that every part of a picture teaches its count.
+        # Thrown away afterwards: one reading of each token, so that every part of an image teaches its count.
         self.readouts = nn.ModuleDict()
         if recipe.local:
             for name in self.names:
                 branch = network.exit_module(name)
                 if branch.token_grid is None:
-                    continue  # its one token stands for the whole picture, or its loss is of the parts already
+                    continue  # its one token stands for the whole image, or its loss is of the parts already
                 torch.manual_seed(zlib.crc32(f"{self.trials[name].exit.name} {recipe.seed} readout".encode()))
                 self.readouts[name] = nn.Linear(cast(Branch, branch).dim, 1)
         # In a list, so that it is no part of the checkpoints.

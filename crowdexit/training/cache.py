@@ -49,7 +49,7 @@ def fingerprints(
 class FeatureCache:
     """A folder of ``.npy`` files with a row for each view of each sample, as far as the bound on their size goes.
 
-    A row has the visual features after every place with branches, the sound's vector, and all of the sample that
+    A row has the visual features after every place with branches, the audio's vector, and all of the sample that
     losses ask for; in the types they were computed in, so that nothing is lost. Rows beyond the bound are not kept,
     their samples go through the backbone each time. A row counts once it is whole, so that a run killed while it
     writes loses no more than that row.
@@ -194,7 +194,7 @@ def _stored_as(kind: str) -> str:
 
 
 class CachedDataset(Dataset[dict[str, Any]]):
-    """A data set that hands out what the cache has in place of pictures."""
+    """A data set that hands out what the cache has in place of images."""
 
     def __init__(self, dataset: CrowdDataset | ClassDataset, cache: FeatureCache) -> None:
         self.dataset, self.cache, self.ids = dataset, cache, dataset.ids

@@ -1,4 +1,4 @@
-"""Copycat: branches that were trained go on learning from pictures that nobody has labelled (SL-ViT paper, III-C)."""
+"""Copycat: branches that were trained go on learning from images that nobody has labelled (SL-ViT paper, III-C)."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def copycat_recipe(
     epochs: int | None = None,
     lr: float | None = None,
 ) -> Recipe:
-    """The recipe that fine-tunes a run's branches on its own data and on unlabelled pictures.
+    """The recipe that fine-tunes a run's branches on its own data and on unlabelled images.
 
     Everything that is not said here is as in the run's own recipe.
 
     Args:
         run: a checkpoint that was trained classifier-wise.
         data: the prepared file that it was trained on.
-        pictures: a folder of pictures, or a prepared file. split: of it.
+        pictures: a folder of images, or a prepared file. split: of it.
         ratio: how many unlabelled samples there are for each labelled one.
         teacher: shipped name or checkpoint whose final exit labels them; default: the run's own backbone.
         epochs: default: the run's own.

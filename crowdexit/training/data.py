@@ -1,4 +1,4 @@
-"""A recipe's samples as Lightning wants them: crowds, or pictures of classes."""
+"""A recipe's samples as Lightning wants them: crowds, or images of classes."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ class CrowdData(RecipeData):
                 raise TrainingError(f"{self.path}: no sample of {data.val} has sound to validate with")
             for id, sample in known.items():
                 if recipe.stage == "hearing" and "log_mel" not in sample.parts:
-                    raise TrainingError(f"{self.path}: {data.train}/{id} has no sound to learn from")
+                    raise TrainingError(f"{self.path}: {data.train}/{id} has no audio to learn from")
                 if not data.whole and "density" in sample.parts and sample.heads == 0 and sample.count > 0:
                     raise TrainingError(
                         f"{self.path}: {data.train}/{id} has only a density map and cannot be cropped; "
@@ -200,11 +200,11 @@ class CrowdData(RecipeData):
             hear=1.0 if setting.hear else 0.0,
         )
         self.val_set = CrowdDataset(store, data.val, val_ids, shown)
-        self.val_batch = 4 if config.view == "fit" else 1  # pictures differ in their shape or number of tiles
+        self.val_batch = 4 if config.view == "fit" else 1  # images differ in their shape or number of tiles
 
 
 class ClassData(RecipeData):
-    """A classification set's pictures as the recipe wants them."""
+    """A classification set's images as the recipe wants them."""
 
     usual = 0.0
 
@@ -216,7 +216,7 @@ class ClassData(RecipeData):
             if data.val not in there:
                 raise TrainingError(f"{self.path}: no split {data.val!r} to validate with (it has {', '.join(there)})")
             size, seed = config.size, recipe.seed
-            # Half of a spectrogram's pictures would run backwards.
+            # Half of a spectrogram's images would run backwards.
             augment = not data.whole and store.sound is None
             self.train_set = ClassDataset(store, data.train, size=size, augment=augment, seed=seed)
             if recipe.copycat is not None:

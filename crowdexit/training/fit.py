@@ -79,7 +79,7 @@ def fit_exits(
 
 
 def _cells(exit: Any) -> int:
-    """How many of an exit's tokens show the picture."""
+    """How many of an exit's tokens show the image."""
     grid = getattr(exit, "token_grid", None)
     return grid[0] * grid[1] if grid else 1
 
@@ -147,7 +147,7 @@ def _fit_count(head: nn.Sequential, tokens: Tensor, heads: Tensor, weights: Tens
     look, offset = _solved(both.mT @ (both * weights[:, None]), branch.dim, _RIDGE)
     # Numbers near one in every layer, so that steps of one length suit them all.
     look, offset = look / branch.scale, offset / branch.scale
-    shared = torch.zeros(branch.cells, branch.dim).to(look)  # the sound's patch says nothing yet
+    shared = torch.zeros(branch.cells, branch.dim).to(look)  # the audio's patch says nothing yet
     shared[: _cells(branch)] = look[:, 0] / _cells(branch)
     ends = torch.tensor([0.0, 1.0]).to(look)
     _fill(head, shared.flatten(), offset[0], float(heads.mean()) / branch.scale, ends, ends.diff(), 1.0)
@@ -159,7 +159,7 @@ def _fit_log(head: nn.Sequential, tokens: Tensor, logs: Tensor, scale: float) ->
     centred = tokens - mean
     ridge = _RIDGE * len(tokens) * torch.eye(tokens.shape[1]).to(tokens)
     look = torch.linalg.solve(centred.T @ centred + ridge, centred.T @ (logs - middle))
-    # The curve eˢ - 1 from zero to a little beyond the fullest picture.
+    # The curve eˢ - 1 from zero to a little beyond the fullest image.
     first = head[0]
     assert isinstance(first, nn.Linear)
     knots = min(_KNOTS, first.out_features - first.out_features // 4)
@@ -185,7 +185,7 @@ def _fill(
     knots = torch.arange(units - away) % len(bends)
     sharing = torch.bincount(knots)[knots]
     # A few units look the other way and say nothing yet. Without them a head whose s fell below zero for all
-    # pictures, as a branch's own layer may have it in its first steps, would never learn again.
+    # images, as a branch's own layer may have it in its first steps, would never learn again.
     sign = torch.cat([torch.ones(units - away), -torch.ones(away)]).to(look)
     offsets = torch.cat([ends[knots], torch.full((away,), -middle).to(look)])
     first.weight.copy_(sign[:, None] * look)

@@ -23,9 +23,9 @@ _LEAST = 1e-6  # heads in a cell that are added to both sides, so that no logari
 
 
 def evened(crowding: Tensor, usual: float, even: float) -> Tensor:
-    """What a balanced loss divides a picture's error by: ``crowding`` at ``even`` 1, the same for all at 0.
+    """What a balanced loss divides an image's error by: ``crowding`` at ``even`` 1, the same for all at 0.
 
-    Between the two a power of it, scaled so that a picture of ``usual`` crowding weighs the same throughout.
+    Between the two a power of it, scaled so that an image of ``usual`` crowding weighs the same throughout.
     """
     return crowding**even * usual ** (1 - even)
 
@@ -35,7 +35,7 @@ def relative_error(
 ) -> Tensor:
     """|Σ − n| / (n + ``least``), meaned: an error of ten in fifty weighs like one of a hundred in six hundred.
 
-    With ``even`` below 1 dense pictures weigh more, see :func:`evened`. Of pictures that are ``dark`` (B bool) the
+    With ``even`` below 1 dense images weigh more, see :func:`evened`. Of images that are ``dark`` (B bool) the
     error counts as it is, / (100 + ``least``): where the crowd cannot be seen, relative errors teach to guess low.
     """
     weight = evened(heads + least, 100 + least, even)
@@ -49,9 +49,9 @@ def density_loss(density: Tensor, count: Tensor, batch: Batch, recipe: Recipe) -
 
     ``l2``: the squared error summed over the map, meaned over the batch (SL-ViT paper, IV).
     ``poisson``: :func:`poisson_loss`.
-    ``balanced``: the mean squared error of density × 100, each picture's divided by (1 + n/20), times the
-    recipe's ``map``, plus :func:`relative_error`; dense pictures do not own it. Measured from scratch on
-    ShanghaiTech. Of dark pictures the latter alone, where the recipe's ``guess`` is set.
+    ``balanced``: the mean squared error of density × 100, each image's divided by (1 + n/20), times the
+    recipe's ``map``, plus :func:`relative_error`; dense images do not own it. Measured from scratch on
+    ShanghaiTech. Of dark images the latter alone, where the recipe's ``guess`` is set.
     """
     if recipe.loss == "poisson":
         return poisson_loss(density, batch["density"])

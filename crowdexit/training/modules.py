@@ -40,10 +40,10 @@ class Diverged(TrainingError):
 
 
 def record(batch: Batch) -> Features:
-    """The network's input of a collated batch, channels last; of tiles, one picture's as a batch of their own."""
+    """The network's input of a collated batch, channels last; of tiles, one image's as a batch of their own."""
     image, log_mel, heard, inside = (batch.get(key) for key in ("image", "log_mel", "heard", "inside"))
     assert image is not None
-    if log_mel is None or heard is None or inside is None:  # pictures of classes
+    if log_mel is None or heard is None or inside is None:  # images of classes
         return inputs(image.contiguous(memory_format=torch.channels_last))
     if image.dim() == 5:  # B×T×3×H×W
         tiles = image.shape[1]
@@ -53,7 +53,7 @@ def record(batch: Batch) -> Features:
 
 
 def of_pictures(values: Tensor, batch: Batch) -> Tensor:
-    """Counts B of the batch's pictures, from those of all their tiles; class scores B×K stay."""
+    """Counts B of the batch's images, from those of all their tiles; class scores B×K stay."""
     return values.view(len(batch["id"]), -1).sum(1) if values.dim() == 1 else values
 
 
@@ -414,7 +414,7 @@ class BackboneTraining(Experiment):
             for part in (*modules, *weights):
                 part.requires_grad_(False)
         freeze(network, recipe)
-        # Thrown away afterwards: a density map read off the patches, so that every part of a picture teaches.
+        # Thrown away afterwards: a density map read off the patches, so that every part of an image teaches.
         self.readout: PatchReadout | None = None
         if recipe.local:
             if not isinstance(network, ViT):

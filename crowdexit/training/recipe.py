@@ -73,7 +73,7 @@ class NegativesPart(_Part):
 
 
 class ValConditionsPart(_Part):
-    """What validation pictures go through; see :class:`crowdexit.data.augment.Conditions`."""
+    """What validation images go through; see :class:`crowdexit.data.augment.Conditions`."""
 
     brightness: float = Field(1.0, gt=0, allow_inf_nan=False)
     noise: float = Field(0.0, ge=0, le=255)
@@ -84,15 +84,15 @@ class DataPart(_Part):
     """Which samples, and how they are laid before the network.
 
     ``store`` may be left out and given on the command line. ``canvas`` is the (width, height) that training
-    sees (None: the model's native size). ``whole`` shows each picture whole and at most flips it (the papers).
-    Pictures of classes know of these ``store``, ``train``, ``val``, ``draws``, ``whole`` and ``workers``: they are
+    sees (None: the model's native size). ``whole`` shows each image whole and at most flips it (the papers).
+    Images of classes know of these ``store``, ``train``, ``val``, ``draws``, ``whole`` and ``workers``: they are
     shifted by up to an eighth of their side and flipped, or, with ``whole``, left as they are.
     ``leave_out`` is a fold of the training samples to leave out, ``0/3`` the first of three
     (:mod:`crowdexit.evaluation.cross_fit`). ``balance`` gives groups of ids (shell patterns) their share of the draws.
     ``hear`` is the probability that
     a sample with audio is heard; ``voices`` is a folder of voice recordings, of which the audio of each training crop
     is simulated for the heads that it shows, in place of the sample's own. ``stride`` is the density map's (1 is the
-    papers'). ``val_conditions`` are laid on every validation picture. ``views`` is in how many ways each sample is
+    papers'). ``val_conditions`` are laid on every validation image. ``views`` is in how many ways each sample is
     drawn, after which they come again; None draws a new one every time. ``scale``, ``wide_scale`` (of ``wide_share``
     of the draws), ``aspect``, ``flip`` and ``jitter`` are those of :class:`crowdexit.data.augment.View`.
     """
@@ -228,16 +228,16 @@ class Recipe(_Part):
         weights: published weights to start from in its place, by kind (``vgg16``, ``vggish`` …): a file, or
             ``torchvision`` for its download.
         loss: ``l2`` (density) and ``mae`` (counts) are the papers'; ``balanced`` weighs dense and sparse
-            pictures alike, both on maps and on counts; ``poisson`` is the likelihood of the heads in cells of 8 pixels
+            images alike, both on maps and on counts; ``poisson`` is the likelihood of the heads in cells of 8 pixels
             and larger ones, unbiased in its sum (:func:`crowdexit.training.losses.poisson_loss`); ``cross-entropy`` is
             a classifier's.
         even: how far ``balanced`` goes: 1 weighs errors relative to the crowd, 0 as they are.
-        least: what ``balanced`` adds to a picture's count before it divides by it. Of tiles that are added less than
+        least: what ``balanced`` adds to an image's count before it divides by it. Of tiles that are added less than
             of whole pictures: an error of five on each of six is one of thirty.
         map: weight of the density map's squared error in ``balanced``, beside the count's own error. Where heads
             stand to the pixel is noise to a network that knows how many there are: less of it late in training.
-        guess: ask of darkened pictures only for the count, its error as it is: what cannot be seen is guessed from
-            the sound, and evened errors would teach to guess low.
+        guess: ask of darkened images only for the count, its error as it is: what cannot be seen is guessed from
+            the audio, and evened errors would teach to guess low.
         frozen: modules and parameters of the backbone that stay as they are, by name or pattern (``stages.0``,
             ``*.bias``) or a module's class (``Conv2d``: what is trained are the normalisations and dense layers); of
             modules their running statistics too. In ``branches``, parameters of the branches.
@@ -264,7 +264,7 @@ class Recipe(_Part):
         branches_from: checkpoint whose branches of the same names, places and kinds are the start of the new ones;
             they were trained on another backbone, or on an earlier state of this one.
         cache: keep the frozen backbone's features of ``data.views`` views of each training sample on disk, for
-            ``branches``; validation pictures pass it each time.
+            ``branches``; validation images pass it each time.
         copycat: unlabelled images, labelled by a teacher, among the real ones, for ``branches``.
         fit: start exits from regressions of the count on what they see, over so many samples (see
             :func:`crowdexit.training.fit.fit_exits`); 0: at random.
@@ -366,7 +366,7 @@ class Recipe(_Part):
         if self.fit and (self.loss == "cross-entropy" or self.stage in ("hearing", "density")):
             raise ValueError("fit starts heads that say a count")
         if self.loss == "cross-entropy" and self.local:
-            raise ValueError("the parts of a picture have no class of their own: no 'local'")
+            raise ValueError("the parts of an image have no class of their own: no 'local'")
         if self.watch != "mean" and self.loss == "cross-entropy":
             raise ValueError("a classifier is validated without audio: no 'watch'")
         if self.data.voices is not None and self.stage == "hearing":

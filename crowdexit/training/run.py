@@ -111,7 +111,7 @@ def _verified(path: Path) -> memoryview:
 
 
 def checkpoint_to_resume(out: Path, console: Console) -> Path | None:
-    """The newest checkpoint of a run that is whole; None where there is none at all. A damaged one is told.
+    """The newest checkpoint of a run that is whole; None where there is none at all. A damaged one is reported.
 
     Raises:
         TrainingError: if all that are there are damaged.

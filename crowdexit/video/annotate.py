@@ -1,4 +1,4 @@
-"""Pictures written as a video, with the sound that belongs to them."""
+"""Frames written as a video, with the audio that belongs to them."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ class VideoWriteError(CrowdExitError):
 
 
 class AnnotatedVideo:
-    """Writes pictures with the sound that belongs to them as an MP4 (H.264, AAC in mono).
+    """Writes frames with the audio that belongs to them as an MP4 (H.264, AAC in mono).
 
-    It begins with the first picture. The file appears under its name when all is written; on an error nothing is left.
+    It begins with the first frame. The file appears under its name when all is written; on an error nothing is left.
 
     Args:
         path: ends in .mp4.
-        sound: the file with the sound, or None.
-        usual: seconds from one picture to the next, for the last one's sound.
+        sound: the file with the audio, or None.
+        usual: seconds from one frame to the next, for the last one's sound.
         endless: written in pieces, so that memory does not grow; what a kill leaves beside can be played.
     """
 
     def __init__(self, path: Path, sound: Path | None, usual: float, *, endless: bool = False) -> None:
         self.path, self._part = path, path.with_name(path.name + ".part")
         self._sound_path, self._usual = sound, usual
-        self._begins = self._time = 0.0  # of the first picture and the last one, by their frames
+        self._begins = self._time = 0.0  # of the first frame and the last one, by their frames
         self._sound: Generator[tuple[int, NDArray[np.float32], int], None, None] | None = None
         self._written = 0
         self._video: Any = None
         self._audio: Any = None
         options = _PIECES if endless else {"movflags": "faststart"}
         try:
-            self._part.touch()  # PyAV opens it with the first picture only; this says at once that it cannot be
+            self._part.touch()  # PyAV opens it with the first frame only; this says at once that it cannot be
             self._container = av.open(str(self._part.absolute()), "w", format="mp4", options=options)
         except (av.FFmpegError, OSError, ValueError) as error:
             with suppress(OSError):
@@ -62,7 +62,7 @@ class AnnotatedVideo:
         return self
 
     def add(self, picture: NDArray[np.uint8], frame: Frame) -> None:
-        """Write a picture H×W×3 (of the first one's size) at the time of a frame."""
+        """Write a frame H×W×3 (of the first one's size) at the time of a frame."""
         try:
             if self._video is None:
                 self._begin(picture, frame)
@@ -101,7 +101,7 @@ class AnnotatedVideo:
         self._audio = self._container.add_stream("aac", rate=first[2], layout="mono")
 
     def _sound_until(self, time: float) -> None:
-        """Write the sound up to a frame's time, gaps as silence."""
+        """Write the audio up to a frame's time, gaps as silence."""
         while self._sound is not None and self._next is not None:
             start, samples, rate = self._next
             if start > time * rate:

@@ -1,4 +1,4 @@
-"""What a video's container says: its pictures, their size and shape, and how long they last."""
+"""What a video's container says: its frames, their size and shape, and how long they last."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class VideoError(CrowdExitError):
 
 
 class TooLarge(VideoError):
-    """Pictures that do not fit into memory."""
+    """Frames that do not fit into memory."""
 
 
 def open_file(path: Path) -> Any:
@@ -32,24 +32,24 @@ def open_file(path: Path) -> Any:
 
 
 def pictures_of(container: Any, name: str, threads: str = "AUTO") -> Any:
-    """The stream of moving pictures, the only one that is read; a cover on a sound file is none.
+    """The stream of moving frames, the only one that is read; a cover on a sound file is none.
 
     Args:
         threads: how it is decoded abreast, in FFmpeg's words.
 
     Raises:
-        VideoError: if there is none; TooLarge: if its pictures are.
+        VideoError: if there is none; TooLarge: if its frames are.
     """
     for stream in container.streams.video:
         if not stream.disposition & stream.disposition.attached_pic and stream.codec_context is not None:
             stream.codec_context.thread_type = threads
             check_size(name, stream.width, stream.height)
             return stream
-    raise VideoError(f"{name}: no moving picture in it")
+    raise VideoError(f"{name}: no moving frame in it")
 
 
 def check_size(name: str, width: int, height: int) -> None:
-    """See that a picture of that size fits into memory.
+    """See that a frame of that size fits into memory.
 
     Raises:
         TooLarge: if it does not.
@@ -66,10 +66,10 @@ def read_only(container: Any, *streams: Any) -> None:
 
 
 def stated_length(container: Any, stream: Any, origin: float | None = None) -> float:
-    """Seconds that the container says the pictures last; 0 where it does not say.
+    """Seconds that the container says the frames last; 0 where it does not say.
 
     Args:
-        origin: the first picture on the container's clock, on which Matroska states the end; None: as it says.
+        origin: the first frame on the container's clock, on which Matroska states the end; None: as it says.
     """
     # Of Matroska's streams FFmpeg says how long the whole file is.
     if stream.duration and "matroska" not in container.format.name:
@@ -79,11 +79,11 @@ def stated_length(container: Any, stream: Any, origin: float | None = None) -> f
         end = int(hours) * 3600 + int(rest[0]) * 60 + float(rest[1]) if len(rest) == 2 else float(hours)
         begin = float((stream.start_time or 0) * stream.time_base) if origin is None else origin
         return max(0.0, end - begin)
-    if container.duration and not container.streams.audio:  # else it may be the sound's
+    if container.duration and not container.streams.audio:  # else it may be the audio's
         return float(container.duration / av.time_base)
     return 0.0
 
 
 def usual_step(stream: Any) -> float:
-    """Seconds from one picture to the next as a rule."""
+    """Seconds from one frame to the next as a rule."""
     return 1 / float(stream.average_rate or stream.guessed_rate or 25)

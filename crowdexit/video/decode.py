@@ -1,7 +1,7 @@
-"""The pictures of a video file that are due, in the order of time; as little else as possible is decoded.
+"""The frames of a video file that are due, in the order of time; as little else as possible is decoded.
 
-Which picture is which follows from the time stamps of all packets, a packet being a picture; reading packets costs
-next to nothing. So a picture's number and time, and which ones are due, are the same wherever decoding begins.
+Which frame is which follows from the time stamps of all packets, a packet being a frame; reading packets costs
+next to nothing. So a frame's number and time, and which ones are due, are the same wherever decoding begins.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ DEFAULT_FPS = 1.0
 _MOST_FPS = 1e6
 ROUNDING_S = 0.001  # time stamps in Matroska are whole milliseconds
 
-_REORDER = 32  # packets; no codec stores a picture more than sixteen packets after one that is shown later
+_REORDER = 32  # packets; no codec stores a frame more than sixteen packets after one that is shown later
 _MOST_HELD, _MOST_BYTES = 512, 2**26  # of packets of which it is not known yet whether they are needed
-# Where packets are missing, most formats do not tell; this long without a picture is worth a word. MPEG-TS is made for
-# ways on which packets get lost, and for even rates: a few pictures are enough.
+# Where packets are missing, most formats do not tell; this long without a frame is worth a word. MPEG-TS is made for
+# ways on which packets get lost, and for even rates: a few frames are enough.
 HOLE_S, _HOLE_STEPS, _HOLE_STEPS_TS = 3.0, 20, 5
 # A time stamp so far behind the one before it, and behind the end, is damaged. (Without an end: an hour.)
 _LEAP_S, _LEAP_WITHOUT_END_S = 60.0, 3600.0
 _MOST_THREADS = 16  # of FFmpeg's own choice
-# Where a picture that no other refers to is left out exactly as the standard says.
+# Where a frame that no other refers to is left out exactly as the standard says.
 _LEAVES_OUT = ("h264", "mpeg4", "mpeg2video", "mpeg1video")
 
 
 @dataclass(frozen=True)
 class Span:
-    """Which pictures of a video to take.
+    """Which frames of a video to take.
 
     Attributes:
         fps: at most so many a second, by their time stamps: the first at or after each 1/fps.
-        start, end: of these, the ones from ``start`` to before ``end``, in seconds since the first picture.
-        after: and of these, the ones behind the picture of that index.
+        start, end: of these, the ones from ``start`` to before ``end``, in seconds since the first frame.
+        after: and of these, the ones behind the frame of that index.
 
     Raises:
         VideoError: for a rate or a time that is none.
@@ -62,7 +62,7 @@ class Span:
 
 
 class Due:
-    """Says of one picture after the other, in the order of time, whether it is to be taken."""
+    """Says of one frame after the other, in the order of time, whether it is to be taken."""
 
     def __init__(self, span: Span) -> None:
         self.span = span
@@ -80,13 +80,13 @@ class Due:
 
 
 class Shown(NamedTuple):
-    """A decoded picture.
+    """A decoded frame.
 
     Attributes:
         number: among all of the video's. time: seconds since the first one. image: FFmpeg's frame.
         display: how it is shown.
-        lost: (from, to) in seconds where pictures before this one are damaged, since the last one that was shown.
-        behind_hole: (from, to) where there are no pictures, if this one is made from what may have been lost there.
+        lost: (from, to) in seconds where frames before this one are damaged, since the last one that was shown.
+        behind_hole: (from, to) where there are no frames, if this one is made from what may have been lost there.
     """
 
     number: int
@@ -98,18 +98,18 @@ class Shown(NamedTuple):
 
 
 class DuePictures:
-    """Iterates over the pictures of a video file that are due.
+    """Iterates over the frames of a video file that are due.
 
-    After damage it goes on with the next key frame; the pictures in between are lost.
+    After damage it goes on with the next key frame; the frames in between are lost.
 
     Attributes (as far as has been read):
-        origin: the first picture on the file's own clock, in seconds.
-        length: seconds from there to the end of the last picture.
-        stored: seconds that the packets last; more than the length where the last picture is shown for long.
-        gaps: (from, to) in seconds where pictures are lost or there are none for long; to None: the rest.
-        begins: seconds from which on pictures are asked for.
+        origin: the first frame on the file's own clock, in seconds.
+        length: seconds from there to the end of the last frame.
+        stored: seconds that the packets last; more than the length where the last frame is shown for long.
+        gaps: (from, to) in seconds where frames are lost or there are none for long; to None: the rest.
+        begins: seconds from which on frames are asked for.
         past: whether all that is asked for lies before what has been read.
-        lost_beginning: whether pictures before the first one are damaged, and their number is not known.
+        lost_beginning: whether frames before the first one are damaged, and their number is not known.
 
     Raises:
         VideoError: if it cannot be read at all.
@@ -134,11 +134,11 @@ class DuePictures:
         read_only(self.container, self.stream)
         self.lost_beginning = False
         self._lost_from: float | None = None
-        self._losses: list[tuple[float, float]] = []  # where pictures are damaged since the last one shown
+        self._losses: list[tuple[float, float]] = []  # where frames are damaged since the last one shown
         self._before_loss: deque[int] = deque()  # the latest stamps before places where packets could not be read
-        self._holes: deque[tuple[float, float]] = deque()  # without pictures for long, not yet decoded
+        self._holes: deque[tuple[float, float]] = deque()  # without frames for long, not yet decoded
         self._behind_hole: tuple[float, float] | None = None  # until the next key frame
-        self._reached = 0.0  # the time of the last good picture that came out of the decoder
+        self._reached = 0.0  # the time of the last good frame that came out of the decoder
 
     def close(self) -> None:
         """Close the file."""
@@ -169,18 +169,18 @@ class DuePictures:
         return _Planned(self, span, leaping).pictures(everything) if timed else self._all(everything, span)
 
     def _hole(self, fps: float) -> float:
-        """Seconds without a picture from which on pictures are taken to be missing, where ``fps`` are asked for."""
+        """Seconds without a frame from which on frames are taken to be missing, where ``fps`` are asked for."""
         if "mpegts" in self.container.format.name:
             return _HOLE_STEPS_TS * self.usual
         return max(HOLE_S, _HOLE_STEPS * self.usual, 2 / fps)
 
     def lose(self) -> None:
-        """From the last good picture on, what follows is lost."""
+        """From the last good frame on, what follows is lost."""
         if self._lost_from is None:
             self._lost_from = self._reached
 
     def good(self, time: float, key: bool) -> None:
-        """A picture has come out of the decoder as it should; a key frame is made from no other."""
+        """A frame has come out of the decoder as it should; a key frame is made from no other."""
         while self._holes and self._holes[0][1] <= time:
             self._behind_hole = self._holes.popleft()
         if key:
@@ -195,7 +195,7 @@ class DuePictures:
         self._losses.append((begin, end))
 
     def follow(self, stamp: int, before: float, time: float, fps: float) -> None:
-        """The next picture in the order of time has that stamp; the one before it ended at ``before``."""
+        """The next frame in the order of time has that stamp; the one before it ended at ``before``."""
         if self._before_loss and stamp > self._before_loss[0]:
             while self._before_loss and stamp > self._before_loss[0]:
                 self._before_loss.popleft()
@@ -205,7 +205,7 @@ class DuePictures:
             self._holes.append((before, time))
 
     def shown(self, number: int, time: float, image: Any) -> Shown:
-        """A picture that has just come out of the decoder."""
+        """A frame that has just come out of the decoder."""
         losses = [loss for loss in self._losses if loss[1] <= time]
         self._losses = [loss for loss in self._losses if loss[1] > time]
         lost = (min(begin for begin, _ in losses), max(end for _, end in losses)) if losses else None
@@ -226,10 +226,10 @@ class DuePictures:
                 demuxed = self.container.demux(self.stream)
                 continue
             faults = 0
-            if not packet.size:  # the end, or a repetition of the picture before
+            if not packet.size:  # the end, or a repetition of the frame before
                 continue
             if packet.pts is not None and packet.dts is not None and packet.pts - packet.dts > _LEAP_S * second:
-                begun, before, lost = False, 0, True  # no picture waits so long to be shown: the stamp is damaged
+                begun, before, lost = False, 0, True  # no frame waits so long to be shown: the stamp is damaged
                 continue
             if not begun:
                 before += 1
@@ -266,7 +266,7 @@ class DuePictures:
             self.lose()
 
     def _all(self, packets: Iterable[Any], span: Span) -> Iterator[Shown]:
-        """Decode everything, and count the pictures as they come."""
+        """Decode everything, and count the frames as they come."""
         due, index, time, origin = Due(span), -1, 0.0, 0.0
         codec, broken = self.stream.codec_context, False
         for packet in chain(packets, [None]):
@@ -305,13 +305,13 @@ class DuePictures:
 
 
 class _NoEntry(Exception):
-    """Decoding cannot begin at what is marked as a key frame: the picture is refreshed bit by bit."""
+    """Decoding cannot begin at what is marked as a key frame: the frame is refreshed bit by bit."""
 
 
 class _Planned:
-    """Decodes pictures that have time stamps: the due ones, and those that they are made from.
+    """Decodes frames that have time stamps: the due ones, and those that they are made from.
 
-    A packet is held back until all that is shown before it is known. Then its picture gets its number and time, and
+    A packet is held back until all that is shown before it is known. Then its frame gets its number and time, and
     is due or not. From key frame to key frame, what nothing due depends on is not decoded.
     """
 
@@ -326,8 +326,8 @@ class _Planned:
         self.plan: dict[int, tuple[int, float]] = {}  # stamp → index, time of what may still come out
         self.planned = -math.inf  # the stamp until which all is known
         self.index = -1
-        self.unfed: set[int] = set()  # stamps of due pictures that the decoder has not been given
-        self.owed: deque[int] = deque()  # stamps of due pictures that have not come out
+        self.unfed: set[int] = set()  # stamps of due frames that the decoder has not been given
+        self.owed: deque[int] = deque()  # stamps of due frames that have not come out
         self.broken = False  # nothing can be decoded before the next key frame
         self.fed: deque[Any] = deque(maxlen=_MOST_THREADS + 1)  # the packets that may be in the decoder's threads
         self.retried = -math.inf  # the stamp of the last key frame that has been decoded twice
@@ -433,7 +433,7 @@ class _Planned:
         self.plan = {s: planned for s, planned in self.plan.items() if s >= stamp}
 
     def _lose(self, packet: Any) -> None:
-        """Its picture will not come out; the first that was due stays owed, for another to stand in for it."""
+        """Its frame will not come out; the first that was due stays owed, for another to stand in for it."""
         self.plan.pop(packet.pts, None)
         if packet.pts in islice(self.owed, 1, None):
             self.owed.remove(packet.pts)

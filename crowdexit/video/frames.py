@@ -1,4 +1,4 @@
-"""A video's frames, each with the second of sound around it, one at a time."""
+"""A video's frames, each with the second of audio around it, one at a time."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ _UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED
 
 @dataclass(frozen=True)
 class Frame:
-    """A picture of a video, and its sound.
+    """A frame of a video, and its audio.
 
     Attributes:
-        index: among all pictures of the video in the order of time, from 0.
-        time_s: seconds since the video's first picture.
+        index: among all frames of the video in the order of time, from 0.
+        time_s: seconds since the video's first frame.
         image: as FFmpeg decoded it.
         sound: mono samples from half a second before the frame to half a second after it, zeros where there
             are none, and their rate in Hz; None where too little is heard.
-        sound_begins_s: the video's first picture on the clock of the file that the sound is in; None: the
-            sound is from another file, which begins with the first picture, or live.
+        sound_begins_s: the video's first frame on the clock of the file that the audio is in; None: the
+            sound is from another file, which begins with the first frame, or live.
         display: how it is shown.
-        lost: (from, to) in seconds where pictures before this one are damaged, since the last frame.
-        behind_hole: (from, to) in seconds where there are no pictures, if this one is made from what may be lost there.
-        sound_unreadable: whether there is no sound because what there is cannot be read.
-        sound_warnings: about the sound, one line each.
+        lost: (from, to) in seconds where frames before this one are damaged, since the last frame.
+        behind_hole: (from, to) in seconds where there are no frames, if this one is made from what may be lost there.
+        sound_unreadable: whether there is no audio because what there is cannot be read.
+        sound_warnings: about the audio, one line each.
     """
 
     index: int
@@ -73,7 +73,7 @@ class Frame:
 
     @property
     def audio(self) -> AudioInput:
-        """The sound as a network takes it.
+        """The audio as a network takes it.
 
         Raises:
             AudioError: if it is of no use.
@@ -84,14 +84,14 @@ class Frame:
 
     @property
     def loss_warning(self) -> str | None:
-        """What to say of damaged pictures before this one, if there are any."""
+        """What to say of damaged frames before this one, if there are any."""
         if self.lost is None:
             return None
         return f"damaged from {self.lost[0]:.1f} to {self.lost[1]:.1f} s; nothing is counted there"
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """About the picture, one line each."""
+        """About the frame, one line each."""
         lines = [] if self.loss_warning is None else [self.loss_warning]
         if self.behind_hole is not None:
             begin, end = self.behind_hole
@@ -99,7 +99,7 @@ class Frame:
         return (*self.display.warnings, *lines)
 
     def scaled(self, size: tuple[int, int]) -> NDArray[np.uint8]:
-        """The picture, scaled to (width, height): H×W×3 uint8, RGB, upright; HDR is tone-mapped.
+        """The frame, scaled to (width, height): H×W×3 uint8, RGB, upright; HDR is tone-mapped.
 
         Raises:
             PictureError: if its format is one that nothing here can convert.
@@ -122,7 +122,7 @@ class Frame:
                 to["src_colorspace"] = "ITU709" if transfer is None else "BT2020"
                 rgb = self.image.reformat(**to).to_ndarray()
         except (*FAULTS, OSError) as error:
-            raise PictureError(f"a picture that cannot be converted ({error})") from None
+            raise PictureError(f"a frame that cannot be converted ({error})") from None
         if transfer is not None:
             rgb = to_sdr(rgb, transfer, self.display.primaries)
         return np.ascontiguousarray(np.rot90(rgb, turns))
@@ -135,15 +135,15 @@ class Frame:
 def read_frames(
     path: Path, span: Span | None = None, *, audio: Path | None = None, warn: Warn = warnings.warn
 ) -> Iterator[Frame]:
-    """Yield a video's frames with their sound, one at a time, in memory that does not depend on its length.
+    """Yield a video's frames with their audio, one at a time, in memory that does not depend on its length.
 
     Args:
         span: which frames; default: one a second. A frame is the same whatever else is taken. All before the first
             is read, though hardly any of it decoded.
-        audio: a file whose sound stands in for the video's own, beginning with the first picture.
-        warn: is called with one line when the video or its sound is damaged or cut short.
+        audio: a file whose audio stands in for the video's own, beginning with the first frame.
+        warn: is called with one line when the video or its audio is damaged or cut short.
 
-    A video without sound is not heard, nor are frames beyond the end of its sound.
+    A video without audio is not heard, nor are frames beyond the end of its audio.
 
     Raises:
         VideoError: if it cannot be read at all, or has no frames.
@@ -171,7 +171,7 @@ def read_frames(
             raise VideoError(f"{path}: no frames in it, or none that can be read")
         if not begun and span.after < 0:
             until = "on" if math.isinf(span.end) else f"to {span.end:g} s"
-            warn(f"{path}: no picture is shown from {span.start:g} s {until}")
+            warn(f"{path}: no frame is shown from {span.start:g} s {until}")
         _tell(pictures, warn)
 
 
@@ -191,11 +191,11 @@ def _tell(video: DuePictures, warn: Warn) -> None:
     gaps = _merged([(a, b) for a, b in video.gaps if b is not None and b > video.begins])
     rest = next((a for a, b in video.gaps if b is None), length)
     if video.lost_beginning:
-        warn(f"{video.path}: damaged at its beginning; times run from the first picture that can be decoded")
+        warn(f"{video.path}: damaged at its beginning; times run from the first frame that can be decoded")
     if gaps:
         told = ", ".join(f"{a:.1f} to {b:.1f} s" for a, b in gaps[:_MOST_GAPS_TOLD])
         more = f" and {len(gaps) - _MOST_GAPS_TOLD} more" if len(gaps) > _MOST_GAPS_TOLD else ""
-        warn(f"{video.path}: damaged or without pictures from {told}{more}; nothing is counted there")
+        warn(f"{video.path}: damaged or without frames from {told}{more}; nothing is counted there")
     cut = not video.past and rest < video.span.end and max(rest, video.stored) < stated - 0.5 - video.usual
     if rest < length or cut:
         how = "damaged" if rest < length else "cut short"
@@ -230,7 +230,7 @@ def parse_time(text: str) -> float:
 
 
 def _sound_track(path: Path, audio: Path | None, origin: float, warn: Warn) -> tuple[SoundTrack | None, bool]:
-    """The sound of a video, and whether there is none because it cannot be read."""
+    """The audio of a video, and whether there is none because it cannot be read."""
     if audio is not None:
         return SoundTrack(audio, None, warn), False
     with open_file(path) as container:

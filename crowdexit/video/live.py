@@ -40,19 +40,19 @@ _WAITS_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # between one try to open a source again
 _LOOK_MICROSECONDS = 1_000_000  # of the source, to find out what it is
 _SOUND_S = 0.5  # that a frame waits for, and no longer than
 _MORE_S = 0.1  # at most, for it to come
-_BEHIND_S = 1.0  # by which decoding may fall behind the source before it leaves pictures out
+_BEHIND_S = 1.0  # by which decoding may fall behind the source before it leaves frames out
 _DRIFT = 1e-3  # by which the source's clock may be slower than ours while nothing is waited for
 _IDLE_SHARE, _IDLE_S = 0.1, 0.05  # who waits for more than this share of the time, and for so long, is not behind
-_LONG_S = 10.0  # of leaving out, until it is told
+_LONG_S = 10.0  # of leaving out, until it is reported
 _BACK_S, _AHEAD_S = 1.0, 60.0  # by which stamps may leap before the source's clock counts as set anew
 _MOST_STAMPS = 512
 _SOUND_KEPT_S = 3.0
 _PATIENCE_S = 1.0  # for the reading to end
 _MOST_WITHOUT_KEY = 300  # packets behind damage, until what is refreshed bit by bit is believed again
 _SUSPECT = 4  # packets before one of which others may be missing, from a corrupt one on
-_MOST_TOLD = 5  # of places where pictures are lost
+_MOST_TOLD = 5  # of places where frames are lost
 _MOST_EARLY = 200  # blocks, some milliseconds each
-_MOST_BYTES = 2**28  # of pictures that wait for their sound
+_MOST_BYTES = 2**28  # of frames that wait for their audio
 # What may be a part of an address that lets its reader in.
 _SECRETS = r"(?i)([^?&;/=]*(?:user|usr|login|pass|pwd|psw|token|key|auth|secret|sig)[^?&;/=]*=)[^&;#/]*"
 
@@ -62,7 +62,7 @@ class Address:
     """How a live source is opened.
 
     Attributes:
-        name: as it is told and written down, without a password.
+        name: as it is reported and written down, without a password.
         url: for FFmpeg. format: of a device, its kind. protocols: what FFmpeg may open for it.
         lasting: a source that ought to be there again after it has stopped; a pipe that has ended has ended.
     """
@@ -98,8 +98,8 @@ def address_of(text: str) -> Address | None:
 class LiveFrames:
     """Iterates over a live source's frames, the newest at each time; reading goes on in a thread of its own.
 
-    A frame waits half a second for the sound behind it. One that comes before the last was asked for replaces it. A
-    pipe, or a file behind an address, that gives its pictures sooner than they were taken is made to wait instead. A
+    A frame waits half a second for the audio behind it. One that comes before the last was asked for replaces it. A
+    pipe, or a file behind an address, that gives its frames sooner than they were taken is made to wait instead. A
     source that stops is opened again, after longer and longer pauses.
 
     Args:
@@ -121,7 +121,7 @@ class LiveFrames:
         self._stopped, self._ended = threading.Event(), False
         self._fault: BaseException | None = None
         self._begun: float | None = None  # the first frame, on our clock
-        self._index, self._time = -1, 0.0  # of the last picture read
+        self._index, self._time = -1, 0.0  # of the last frame read
         self._told_slow, self._told_lost, self._told_unusable = False, 0, False
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -190,7 +190,7 @@ class LiveFrames:
             if self._begun is None:
                 comes = not self.address.lasting or "mp4" in form
                 hint = " (an MP4 can only be read as it comes with its index in front)" if comes else ""
-                raise VideoError(f"{self.address.name}: no picture can be read of it{hint}")
+                raise VideoError(f"{self.address.name}: no frame can be read of it{hint}")
             if not lasting or self._over():
                 if broken is not None:
                     self._warn(f"{self.address.name}: damaged or broken off after {broken:.1f} s")
@@ -223,7 +223,7 @@ class LiveFrames:
         return 0.0 if self._begun is None else monotonic() - self._begun
 
     def lost(self, begin: float, end: float) -> None:
-        """Say that there are no pictures between two times."""
+        """Say that there are no frames between two times."""
         self._told_lost += 1
         if self._told_lost <= _MOST_TOLD:
             rest = "; whatever else is damaged is not told" if self._told_lost == _MOST_TOLD else ""
@@ -233,7 +233,7 @@ class LiveFrames:
         return self._stopped.is_set() or max(self._time, self._elapsed()) >= self._span.end
 
     def _picture(self, time: float | None, skipped: int) -> tuple[int, float]:
-        """The index and time of the next picture, behind some skipped; without a time, it is of now."""
+        """The index and time of the next frame, behind some skipped; without a time, it is of now."""
         self._index += 1 + skipped
         self._time = max(self._time, self._elapsed() if time is None else time)
         return self._index, self._time
@@ -256,29 +256,29 @@ class _Session:
     """A live source from when it is opened to when it stops.
 
     Args:
-        paced: it gives its pictures at the time that they show, and does not wait.
+        paced: it gives its frames at the time that they show, and does not wait.
     """
 
     def __init__(self, live: LiveFrames, container: Any, *, paced: bool) -> None:
         self.live, self.container, self.paced = live, container, paced
-        self.video = pictures_of(container, live.address.name, "SLICE")  # pictures decoded abreast come late
+        self.video = pictures_of(container, live.address.name, "SLICE")  # frames decoded abreast come late
         self.display = StreamDisplay(self.video)
         self.audio = next((s for s in container.streams.audio if s.codec_context is not None and s.rate), None)
         read_only(container, *self._streams())
-        self.origin: float | None = None  # the first picture on the source's clock
+        self.origin: float | None = None  # the first frame on the source's clock
         self.timed = not container.format.flags & Flags.no_timestamps.value  # else FFmpeg makes them up
-        self.shift: float | None = None  # from the source's clock to seconds since the first picture of all
+        self.shift: float | None = None  # from the source's clock to seconds since the first frame of all
         self.sound: SoundWindow | None = None
-        self.early: deque[Any] = deque(maxlen=_MOST_EARLY)  # blocks of sound from before the first picture
-        self.waiting: deque[Frame] = deque()  # for their sound
-        self.stamps: list[int] = []  # a heap: of the packets whose pictures have not come out
+        self.early: deque[Any] = deque(maxlen=_MOST_EARLY)  # blocks of audio from before the first frame
+        self.waiting: deque[Frame] = deque()  # for their audio
+        self.stamps: list[int] = []  # a heap: of the packets whose frames have not come out
         self.passed = 0  # and of those that were let go of
         self.least, self.asked, self.seen = float("inf"), monotonic(), monotonic()
         self.idle, self.new = 0.0, False  # how long packets were waited for, of late; whether the last ones were
         self.leaving_out, self.since = False, 0.0
         self.blind, self.without_key = False, 0  # from damage to the next key frame; packets since
-        self.lost_from: float | None = None  # the last good picture before damage, until another comes
-        self.lost: tuple[float, float] | None = None  # where pictures are damaged since the last frame
+        self.lost_from: float | None = None  # the last good frame before damage, until another comes
+        self.lost: tuple[float, float] | None = None  # where frames are damaged since the last frame
         self.entry: int | None = None  # the stamp of the last key frame that decoding began with anew
         self.suspect, self.stored = 0, None  # packets behind a corrupt one to look at; when the last was stored
 
@@ -307,7 +307,7 @@ class _Session:
                 continue
             faults = 0
             self._waited(asked)
-            if packet.size:  # else a repetition of the picture before, or the end
+            if packet.size:  # else a repetition of the frame before, or the end
                 self._take(packet)
         with suppress(*FAULTS):
             for image in () if self.blind else self.video.codec_context.decode(None):
@@ -340,7 +340,7 @@ class _Session:
             self._hand()
 
     def _look(self, packet: Any) -> None:
-        """Decode a packet of pictures; behind damage none before the next key frame, what it is made from is lost."""
+        """Decode a packet of frames; behind damage none before the next key frame, what it is made from is lost."""
         if self._torn_before(packet) and not self.blind:
             with suppress(*FAULTS):  # what came before is whole
                 all(map(self._seen, self.video.codec_context.decode(None)))
@@ -375,7 +375,7 @@ class _Session:
             self.lost_from = self.live._time
 
     def _seen(self, image: Any) -> bool:
-        """See a picture that has come out of the decoder; False if it is damaged."""
+        """See a frame that has come out of the decoder; False if it is damaged."""
         if not image.is_corrupt:
             self._see(image)
             return True
@@ -383,7 +383,7 @@ class _Session:
         return self.entry is not None and image.pts is not None and image.pts < self.entry
 
     def _heard(self, time: float) -> bool:
-        """Whether the sound around a time is there, or will not come."""
+        """Whether the audio around a time is there, or will not come."""
         assert self.sound is not None
         return self.sound.end >= time + _SOUND_S or self.live._time >= time + _SOUND_S + _MORE_S
 
@@ -427,7 +427,7 @@ class _Session:
         """Take a stamp on the source's clock for now, or for the next after the last one; the shift to there."""
         live, first, now = self.live, self.shift is None, max(self.live._elapsed(), self.live._time)
         while self.waiting:
-            self._hand()  # with the sound by the clock before
+            self._hand()  # with the audio by the clock before
         if first and live._index >= 0:
             live._warn(f"{live.address.name}: back after {now - live._time:.1f} s")
         # One that is made to wait has not gone on with our clock.
@@ -488,5 +488,5 @@ class _Session:
             self.live.dropped += self.live._due(self.live._index, time + self.shift)
         if self.leaving_out and now - self.since > _LONG_S and not self.live._told_slow:
             self.live._told_slow = True
-            self.live._warn(f"{self.live.address.name}: too much to decode here, pictures are left out")
+            self.live._warn(f"{self.live.address.name}: too much to decode here, frames are left out")
         return self.leaving_out

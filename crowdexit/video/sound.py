@@ -1,4 +1,4 @@
-"""The second of sound around each frame, by the time stamps of both."""
+"""The second of audio around each frame, by the time stamps of both."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from crowdexit.video.container import read_only
 # Less of a frame's second than this, and the frame is not heard: half a second, as at a video's first and
 # last frame, less the tenth of it by which encoders shift a sound's beginning.
 LEAST_HEARD_S = 0.45
-_JITTER_S = 0.02  # by which sound's time stamps may be off without a gap in the sound
+_JITTER_S = 0.02  # by which sound's time stamps may be off without a gap in the audio
 _LEAP_S = 1.0  # by which they may leap before one alone is not believed
 
 Second = tuple[NDArray[np.float32], int]
 
 
 class SoundWindow:
-    """Holds the sound that came last, and gives the second around a time.
+    """Holds the audio that came last, and gives the second around a time.
 
     Args:
         rate: of the samples, in Hz.
-        kept: seconds of sound to hold when more comes than is asked for.
+        kept: seconds of audio to hold when more comes than is asked for.
     """
 
     def __init__(self, rate: int, kept: float = float("inf")) -> None:
@@ -64,7 +64,7 @@ class SoundWindow:
             self._held.popleft()
 
     def second_around(self, time: float) -> Second | None:
-        """(samples (rate,), rate) with ``time`` in the middle, zeros where there is no sound; None if hardly any."""
+        """(samples (rate,), rate) with ``time`` in the middle, zeros where there is no audio; None if hardly any."""
         begin = round((time - 0.5) * self.rate)
         second, heard = np.zeros(self.rate, np.float32), 0
         for start, samples in self._held:
@@ -76,18 +76,18 @@ class SoundWindow:
 
 
 class SoundTrack:
-    """The sound of a file, asked for second by second in the order of time; holds little more than one second.
+    """The audio of a file, asked for second by second in the order of time; holds little more than one second.
 
     Args:
         path: an audio or video file.
-        origin: the time on the file's own clock that is asked for as zero; None: where its sound begins.
-        warn: is called with one line if the sound is damaged, or had to be rescaled.
+        origin: the time on the file's own clock that is asked for as zero; None: where its audio begins.
+        warn: is called with one line if the audio is damaged, or had to be rescaled.
 
     Attributes:
         warnings: the lines so far.
 
     Raises:
-        AudioError: if there is no sound that can be read.
+        AudioError: if there is no audio that can be read.
     """
 
     def __init__(self, path: Path, origin: float | None, warn: Warn) -> None:
@@ -100,7 +100,7 @@ class SoundTrack:
         self._blocks = sound_blocks(path, origin, note)
         first = next(self._blocks, None)
         if first is None:
-            raise AudioError(f"{path}: the sound track holds no samples")
+            raise AudioError(f"{path}: the audio track holds no samples")
         start, samples, rate = first
         self._window = SoundWindow(rate)
         self._window.add(start, samples)
@@ -119,10 +119,10 @@ class SoundTrack:
 
 
 class Places:
-    """Says of decoded blocks of sound, one after the other, where they belong.
+    """Says of decoded blocks of audio, one after the other, where they belong.
 
     A stamp that leaps far is not believed until the next block follows it. Then, ahead, there is a gap; back, the clock
-    has been set anew, and the sound goes on behind what there was of it (the pictures behind theirs: where one of the
+    has been set anew, and the audio goes on behind what there was of it (the frames behind theirs: where one of the
     two had ended before the other, they are apart by that).
 
     Args:
@@ -152,7 +152,7 @@ class Places:
         if self.expected is None:
             return start
         leap, leapt, self._leapt = (start - self.expected) / self.rate, self._leapt, None
-        if abs(leap) < _JITTER_S:  # coarse time stamps would tear small holes into the sound
+        if abs(leap) < _JITTER_S:  # coarse time stamps would tear small holes into the audio
             return self.expected
         if abs(leap) <= _LEAP_S:
             return start
@@ -175,15 +175,15 @@ def sound_blocks(path: Path, origin: float | None, warn: Warn, rates: tuple[int,
             rescaled (see :func:`crowdexit.data.audio.full_scale`).
 
     Raises:
-        AudioError: if there is no sound that can be read.
+        AudioError: if there is no audio that can be read.
     """
     with open_media(path, AudioError, "audio") as container:
         if not container.streams.audio:
-            raise AudioError(f"{path}: no sound track")
+            raise AudioError(f"{path}: no audio track")
         stream = container.streams.audio[0]
         rate = stream.rate if stream.codec_context is not None else 0
         if not rate:
-            raise AudioError(f"{path}: the sound track cannot be decoded")
+            raise AudioError(f"{path}: the audio track cannot be decoded")
         scale = _scale_of(path, warn) if has_float_samples(stream) else 1.0
         if rates is not None and rate not in rates:
             rate = rates[-1]
@@ -193,7 +193,7 @@ def sound_blocks(path: Path, origin: float | None, warn: Warn, rates: tuple[int,
         def tell() -> None:
             nonlocal damaged
             if not damaged and place.expected is not None:
-                warn(f"{path}: the sound is damaged after {place.expected / rate:.1f} s; not all of it is heard")
+                warn(f"{path}: the audio is damaged after {place.expected / rate:.1f} s; not all of it is heard")
             damaged = True
 
         packets, faults = container.demux(stream), 0
@@ -218,7 +218,7 @@ def sound_blocks(path: Path, origin: float | None, warn: Warn, rates: tuple[int,
                 else:
                     tell()
         if damaged and place.expected is None:
-            raise AudioError(f"{path}: not a readable sound track (damaged or cut short)")
+            raise AudioError(f"{path}: not a readable audio track (damaged or cut short)")
 
 
 def usable(samples: NDArray[np.float32]) -> bool:

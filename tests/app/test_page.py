@@ -76,7 +76,7 @@ def test_the_table_fills_exit_by_exit_and_the_picture_comes_last(counter: CrowdC
     last = shown[-1]
     assert last.picture is not None
     assert last.picture.shape == (90, 120, 3)
-    assert "the picture alone" in last.headline
+    assert "the image alone" in last.headline
 
 
 def test_warnings_of_the_reader_are_shown(counter: CrowdCounter, tmp_path: Path) -> None:
@@ -118,12 +118,12 @@ def test_sound_is_heard_unless_it_is_switched_off(
     with_sound = list(answers(counter, picture, sound))[-1]
     without = list(answers(counter, picture, sound, use_sound=False))[-1]
     assert heard == [True, False]
-    assert "picture and sound" in with_sound.headline
+    assert "image and audio" in with_sound.headline
     assert "switched off" in without.headline
 
 
 def bad_text(folder: Path) -> tuple[Path, Path | None]:
-    (folder / "a.jpg").write_text("not a picture")
+    (folder / "a.jpg").write_text("not an image")
     return folder / "a.jpg", None
 
 
@@ -163,13 +163,13 @@ def bad_gone(folder: Path) -> tuple[Path, Path | None]:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (bad_text, "picture file: not a picture"),
-        (bad_empty, "picture file: the file is empty"),
+        (bad_text, "image file: not an image"),
+        (bad_empty, "image file: the file is empty"),
         (bad_truncated, "damaged or truncated"),
         (bad_small, "10×10 is too small"),
         (bad_large, "too large"),
-        (bad_silence, "sound file: "),
-        (bad_sound, "sound file: not a readable audio file"),
+        (bad_silence, "audio file: "),
+        (bad_sound, "audio file: not a readable audio file"),
         (bad_gone, "no longer there"),
     ],
 )
@@ -187,7 +187,7 @@ def test_bad_input_is_told_in_one_line(
 
 def test_no_picture_is_asked_for(counter: CrowdCounter) -> None:
     (shown,) = answers(counter, None, None)
-    assert "Choose a picture" in shown.headline
+    assert "Choose an image" in shown.headline
 
 
 def test_a_failure_on_the_way_is_told(counter: CrowdCounter, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +204,7 @@ def test_a_very_large_picture_is_shown_small_and_its_sound_not_claimed(counter: 
     last = list(answers(counter, tmp_path / "a.jpg", write_wav(tmp_path / "a.wav", 16_000)))[-1]
     assert last.picture is not None
     assert last.picture.shape == (240, answer.LONGEST_SIDE, 3)
-    assert "sound was not used" in last.headline
+    assert "audio was not used" in last.headline
 
 
 def test_a_client_that_has_gone_stops_the_computing(counter: CrowdCounter, picture: Path) -> None:
@@ -238,7 +238,7 @@ def test_what_the_sound_s_reader_noticed_is_shown(counter: CrowdCounter, picture
     sound = tmp_path / "a.wav"
     tones.write_wav(sound, tones.tone() * 32_768, floats=True)
     last = list(answers(counter, picture, sound))[-1]
-    assert "Warning: The sound file: samples reach" in last.headline
+    assert "Warning: The audio file: samples reach" in last.headline
     assert str(tmp_path) not in last.headline
 
 
@@ -447,7 +447,7 @@ def test_in_a_browser(checkpoint: Path, picture: Path, tmp_path: Path) -> None:
     sync_api = pytest.importorskip("playwright.sync_api", reason="the Python package playwright is not installed")
     sound = write_wav(tmp_path / "sound.wav", 16_000)
     fake = tmp_path / "fake.jpg"
-    fake.write_text("not a picture")
+    fake.write_text("not an image")
     page = make_page(checkpoint, runtime="eager")
     address = serve(page, port=free_port())
     try:
@@ -460,26 +460,26 @@ def test_in_a_browser(checkpoint: Path, picture: Path, tmp_path: Path) -> None:
             tab = browser.new_page()
             tab.set_default_timeout(30_000)
             tab.goto(address)
-            tab.set_input_files("#picture input[type=file]", picture)
-            tab.locator("#picture img").wait_for()
+            tab.set_input_files("#image input[type=file]", picture)
+            tab.locator("#image img").wait_for()
             tab.set_input_files("#sound input[type=file]", sound)
             tab.locator("#sound [aria-label=Clear]").wait_for()
             tab.click("#count")
             tab.locator("#density img").wait_for()
             assert tab.locator("#exits tr.done").count() == len(EXITS)
             assert tab.locator("#exits tbody th").all_inner_texts() == EXITS
-            assert "from picture and sound" in tab.locator("#headline").inner_text()
+            assert "from image and audio" in tab.locator("#headline").inner_text()
             tab.locator("#chart img").wait_for()
 
             tab.set_viewport_size({"width": 360, "height": 740})  # a telephone: nothing sticks out
             assert tab.evaluate("document.documentElement.scrollWidth") <= 360
 
-            tab.click("#picture [aria-label='Remove Image']")
-            tab.set_input_files("#picture input[type=file]", fake)
-            tab.locator("#picture img").wait_for(state="attached")
+            tab.click("#image [aria-label='Remove Image']")
+            tab.set_input_files("#image input[type=file]", fake)
+            tab.locator("#image img").wait_for(state="attached")
             tab.click("#count")
             tab.locator(".ce-problem").wait_for()
-            assert tab.locator(".ce-problem").inner_text() == "The picture file: not a picture"
+            assert tab.locator(".ce-problem").inner_text() == "The image file: not an image"
             assert tab.locator("#density").count() == 0 or not tab.locator("#density").is_visible()
             browser.close()
         assert requests

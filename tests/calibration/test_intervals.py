@@ -17,7 +17,7 @@ from crowdexit.models import zoo
 
 @pytest.mark.parametrize("level", [0.5, 0.9])
 def test_coverage(level):
-    """Over many draws of 40 held-out pictures the mean coverage of a further one is the level, from above."""
+    """Over many draws of 40 held-out images the mean coverage of a further one is the level, from above."""
     random = np.random.default_rng(0)
     held = []
     for _ in range(1500):
@@ -52,7 +52,7 @@ def test_which_state():
 
 
 def test_too_few_and_no_probability():
-    with pytest.raises(IntervalError, match=r"8 pictures are too few for a level of 0\.9: it takes 9"):
+    with pytest.raises(IntervalError, match=r"8 images are too few for a level of 0\.9: it takes 9"):
         width([1.0] * 8, [1.0] * 8, 0.9)
     assert width([1.0] * 9, [1.0] * 9, 0.9) == 0
     for level in (0, 1, -2, float("nan")):

@@ -56,7 +56,7 @@ def test_scores_without_a_best_temperature():
     assert temperature(scores, 1 - labels) == pytest.approx(20, rel=0.01)
     with pytest.raises(TemperatureError, match="not finite"):
         temperature(np.array([[np.nan, 1.0]], np.float32), np.array([0]))
-    with pytest.raises(TemperatureError, match="no pictures"):
+    with pytest.raises(TemperatureError, match="no images"):
         temperature(np.zeros((0, 3), np.float32), np.zeros(0, np.int64))
 
 

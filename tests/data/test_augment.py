@@ -1,4 +1,4 @@
-"""Views keep heads on the picture and its people whole; conditions do what they say, to every channel."""
+"""Views keep heads on the image and its people whole; conditions do what they say, to every channel."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_heads_stay_on_the_picture(seed, size, canvas, scale):
     for stride in (1, 8):
         total = density_map(moved, canvas[1], canvas[0], stride=stride).sum()
         assert total == pytest.approx(len(moved), abs=1e-3)
-    if scale[1] <= 1.0 and canvas == (256, 256):  # the whole picture is there, and everybody on it
+    if scale[1] <= 1.0 and canvas == (256, 256):  # the whole image is there, and everybody on it
         assert len(moved) == len(points)
 
 

@@ -27,7 +27,7 @@ def some(n: int, seed: int = 0) -> np.ndarray:
 
 
 def fill(writer) -> None:
-    """Six training pictures in two portions, two of test."""
+    """Six training images in two portions, two of test."""
     writer.add("train", some(4), [0, 1, 2, 0], ["t/0", "t/1", "t/2", "t/3"])
     writer.add("train", some(2, 1), [1, 2], ["t/5", "t/4"])
     writer.add("test", some(2, 2), [2, 2], ["t/0", "é"])
@@ -57,9 +57,9 @@ def test_round_trip(path):
         for i, expected in enumerate([*some(4), *some(2, 1)]):
             np.testing.assert_array_equal(store.image("train", i), expected)
         assert store.describe().splitlines() == [
-            "set.h5: 8 pictures of 40×24, 3 classes",
-            "  train      6 pictures, 2 a class",
-            "  test       2 pictures, 0 to 2 a class",
+            "set.h5: 8 images of 40×24, 3 classes",
+            "  train      6 images, 2 a class",
+            "  test       2 images, 0 to 2 a class",
         ]
     assert [p.name for p in path.parent.iterdir()] == ["set.h5"]
 
@@ -143,7 +143,7 @@ def test_two_runs_into_one_file(tmp_path):
 
 @pytest.mark.parametrize("settings", [None, "some"])
 def test_every_class_needs_something_to_train_on(tmp_path, settings):
-    message = "class 'cat' has no picture to train on .nor have 1 other"
+    message = "class 'cat' has no image to train on .nor have 1 other"
     path = tmp_path / "set.h5"
     with pytest.raises(StoreError, match=message), write_classes(path, CLASSES, "", settings=settings) as writer:  # noqa: PT012
         writer.add("train", some(1), [1], ["a"])
@@ -157,8 +157,8 @@ def test_every_class_needs_something_to_train_on(tmp_path, settings):
         (("dev", some(1), [0], ["a"]), "'dev'"),
         (("train", some(1).astype(np.float32), [0], ["a"]), "float32"),
         (("train", some(1)[..., 0], [0], ["a"]), "not n×H×W×3"),
-        (("train", some(2), [0], ["a", "b"]), "2 pictures, 1 labels and 2 ids"),
-        (("train", some(1), [0], []), "1 pictures, 1 labels and 0 ids"),
+        (("train", some(2), [0], ["a", "b"]), "2 images, 1 labels and 2 ids"),
+        (("train", some(1), [0], []), "1 images, 1 labels and 0 ids"),
         (("train", some(1), [3], ["a"]), "3 classes"),
         (("train", some(1), [-1], ["a"]), "3 classes"),
         (("train", some(2), [0, 1], ["a", "a"]), "twice"),
@@ -214,9 +214,9 @@ def test_a_counting_set_is_not_one_of_classes(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("labels", np.array([0, 1, 2, 3, 0, 0]), "train picture 3 has the label 3, and there are 3 classes"),
-        ("labels", np.array([0, -1, 2, 0, 0, 0]), "train picture 1 has the label -1"),
-        ("labels", np.zeros(5, np.int64), r"6 pictures, labels \(5,\)"),
+        ("labels", np.array([0, 1, 2, 3, 0, 0]), "train image 3 has the label 3, and there are 3 classes"),
+        ("labels", np.array([0, -1, 2, 0, 0, 0]), "train image 1 has the label -1"),
+        ("labels", np.zeros(5, np.int64), r"6 images, labels \(5,\)"),
         ("labels", np.zeros(6, np.float32), "float32"),
         ("labels", None, "not a prepared classification set"),
         ("ids", ["a"] * 7, r"ids \(7,\)"),
@@ -253,7 +253,7 @@ def test_groups_where_arrays_should_be_and_no_split(path):
         ClassStore(path).splits()
     with h5py.File(path, "a") as file:
         del file["train"], file["test"]
-    with pytest.raises(StoreError, match="holds no pictures"):
+    with pytest.raises(StoreError, match="holds no images"):
         ClassStore(path).splits()
 
 
@@ -271,7 +271,7 @@ def test_what_is_not_there(path):
         with pytest.raises(StoreError, match=r"no split .* \(it has train, test\)"):
             ask()
     for index in (-1, 6):
-        with pytest.raises(StoreError, match="has no picture"):
+        with pytest.raises(StoreError, match="has no image"):
             store.image("train", index)
 
 
@@ -288,7 +288,7 @@ def test_items_are_the_stored_pictures(path):
 
 @pytest.mark.parametrize("size", [(20, 12), (80, 48), (32, 32)])
 def test_items_have_the_size_asked_for(tmp_path, size):
-    """A picture red on the left and blue below stays so, however it is stretched."""
+    """An image red on the left and blue below stays so, however it is stretched."""
     picture = np.zeros((1, HEIGHT, WIDTH, 3), np.uint8)
     picture[:, :, : WIDTH // 2, 0] = 200
     picture[:, HEIGHT // 2 :, :, 2] = 100

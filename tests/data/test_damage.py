@@ -147,7 +147,7 @@ def test_a_full_disk_is_told_and_what_was_written_is_kept(tmp_path):
         assert " MB needed, " in line
         kept = int(line.partition("; ")[2].split()[0])
         assert kept >= 20
-        assert line.endswith(f"{kept} pictures are kept in set.h5.part; free some space, and the same command goes on")
+        assert line.endswith(f"{kept} images are kept in set.h5.part; free some space, and the same command goes on")
         fill(kept // 20)  # what is kept is whole, and needs no more room than there is
         with ClassStore(path) as store:
             assert len(store.ids("train")) == kept
@@ -165,7 +165,7 @@ def test_where_no_room_can_be_taken_nothing_is_written(tmp_path, monkeypatch):
     """On every system: the file system refuses, and the free space is too little."""
 
     def refuse(*_: object) -> None:
-        raise OSError("no room is told of here")
+        raise OSError("no room is reported of here")
 
     path = tmp_path / "set.h5"
     with pytest.raises(OSError, match="No space left on device"), open_for_writing(path) as file:  # noqa: PT012

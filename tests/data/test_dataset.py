@@ -24,7 +24,7 @@ CANVAS = (128, 128)
 
 
 def written(path, **changes) -> Store:
-    """One sample a split, 160×96, its left half light, with sound and two further takes."""
+    """One sample a split, 160×96, its left half light, with audio and two further takes."""
     random = np.random.default_rng(0)
     picture = np.full((96, 160, 3), 60, np.uint8)
     picture[:, :80] = 180
@@ -204,7 +204,7 @@ def test_an_item_depends_on_seed_index_and_draw_alone(store):
 
 def test_a_damaged_picture(tmp_path):
     broken = written(tmp_path / "broken.h5", image=np.zeros(100, np.uint8))
-    with pytest.raises(StoreError, match="train/A_1: the stored picture is damaged"):
+    with pytest.raises(StoreError, match="train/A_1: the stored image is damaged"):
         items(broken, Setting(CANVAS), 1)
 
 

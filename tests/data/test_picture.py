@@ -1,4 +1,4 @@
-"""How a picture is laid before a network: fitted whole, or cut into tiles."""
+"""How an image is laid before a network: fitted whole, or cut into tiles."""
 
 from __future__ import annotations
 

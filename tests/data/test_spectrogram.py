@@ -13,7 +13,7 @@ from crowdexit.data.spectrogram import gtzan_picture, stft_picture
 
 
 def brightest(channel) -> float:
-    """Where the brightest row is: 0 at the lower edge of the picture, 1 at the upper."""
+    """Where the brightest row is: 0 at the lower edge of the image, 1 at the upper."""
     return 1 - (channel.astype(float).mean(axis=1).argmax() + 0.5) / len(channel)
 
 

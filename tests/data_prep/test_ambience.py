@@ -42,7 +42,7 @@ def voices(tmp_path_factory):
 
 @pytest.fixture
 def silent(tmp_path):
-    """A prepared file: 4 train and 12 val pictures without sound, and one of each split with recorded sound."""
+    """A prepared file: 4 train and 12 val images without audio, and one of each split with recorded sound."""
     path = tmp_path / "silent.h5"
     counts = {"train": [0, 3, 80, 900], "val": [5 * 2**n for n in range(11)] + [33], "test": []}
     with open_for_writing(path) as file:
@@ -156,7 +156,7 @@ def test_command(silent, voices, tmp_path, capsys):
         assert all(np.abs(one - other).mean() > 0.05 for other in seconds[:i])
     assert heard.origin == {
         "dataset": "made up",
-        "sound": "simulated, not recorded with the picture",
+        "sound": "simulated, not recorded with the image",
         "ambience_model": model.MODEL_VERSION,
         "ambience_seed": "0",
         "ambience_voices": "hums (8 recordings)",
@@ -207,7 +207,7 @@ def test_bad_input_is_one_line_and_code_2(silent, voices, tmp_path, capsys):
         ((tmp_path / "none.h5", target, "--voices", voices), "no such prepared file"),
         ((broken, target, "--voices", voices), "not a readable HDF5 file"),
         ((silent,), "nothing to do"),
-        ((silent, "--measure"), "1 pictures of 'train' have sound and heads"),  # the recorded one
+        ((silent, "--measure"), "1 images of 'train' have sound and heads"),  # the recorded one
         ((silent, target, "--voices", voices, "--takes", -1), "--takes"),
     ]:
         assert run(*arguments) == 2, reason
@@ -239,9 +239,9 @@ def test_measure_and_plot(voices, tmp_path, capsys):
                 write_sample(file, sample(f"{'AB'[n % 2]}_{split}{n}", split, round(10 ** (0.5 + 3 * n / number))))
     assert run(source, target, "--voices", voices, "--takes", 2, "--measure", "--plot", picture) == 0
     out = capsys.readouterr().out
-    assert "all pictures" in out
+    assert "all images" in out
     assert "part A" in out
-    assert "15 held-out pictures, fitted on 90 seconds" in out
+    assert "15 held-out images, fitted on 90 seconds" in out
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert 0.2 < ambience_report.measure(target)[0].r2 < 0.95
     assert run(target, "--plot", tmp_path / "nowhere" / "plot.png") == 2

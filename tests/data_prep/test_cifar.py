@@ -54,7 +54,7 @@ def rows(n: int, seed: int) -> np.ndarray:
 
 
 def cifar_10(n: int = 20) -> dict[str, dict]:
-    """What the files of a small CIFAR-10 hold: n pictures a batch, as many of each class in all together."""
+    """What the files of a small CIFAR-10 hold: n images a batch, as many of each class in all together."""
     files = {"batches.meta": {b"num_cases_per_batch": n, b"label_names": NAMES, b"num_vis": 3072}}
     for number in range(1, 7):
         name = f"data_batch_{number}" if number < 6 else "test_batch"
@@ -139,10 +139,10 @@ def check_pixels(store: ClassStore, files: dict[str, dict]) -> None:
 def test_cifar_10(batches, tmp_path, capsys):
     assert prepare(batches, tmp_path / "out" / "set.h5") == 0
     assert capsys.readouterr().out.splitlines() == [
-        "set.h5: 120 pictures of 32×32, 10 classes",
-        "  train     80 pictures, 8 a class",
-        "  val       20 pictures, 2 a class",
-        "  test      20 pictures, 2 a class",
+        "set.h5: 120 images of 32×32, 10 classes",
+        "  train     80 images, 8 a class",
+        "  val       20 images, 2 a class",
+        "  test      20 images, 2 a class",
     ]
     store, files = ClassStore(tmp_path / "out" / "set.h5"), cifar_10()
     assert store.classes == [name.decode() for name in NAMES]
@@ -283,13 +283,13 @@ BROKEN = {
     "half": (pickled(changed())[:30000], "damaged, cut short"),
     "no pickle": (b"PNG" * 100, "damaged, cut short"),
     "a list": (pickled([1, 2]), "holds no dictionary"),
-    "no pictures": (pickled({b"labels": []}), "holds no pictures"),
-    "none at all": (pickled(changed(data=rows(0, 0), labels=[])), "holds no pictures"),
-    "other pictures": (pickled(changed(data=rows(20, 0)[:, :784].copy())), "holds no pictures"),
+    "no images": (pickled({b"labels": []}), "holds no images"),
+    "none at all": (pickled(changed(data=rows(0, 0), labels=[])), "holds no images"),
+    "other images": (pickled(changed(data=rows(20, 0)[:, :784].copy())), "holds no images"),
     "three dimensions": (pickled(changed(data=rows(20, 0).reshape(20, 3, 1024))), "not two-dimensional"),
     "floats": (pickled(changed(data=rows(20, 0).astype(np.float32))), "not of type uint8"),
-    "a row too few": (pickled(changed(data=rows(19, 0))), "19 pictures and 20 labels"),
-    "a label too few": (pickled(changed(labels=[0] * 19)), "20 pictures and 19 labels"),
+    "a row too few": (pickled(changed(data=rows(19, 0))), "19 images and 20 labels"),
+    "a label too few": (pickled(changed(labels=[0] * 19)), "20 images and 19 labels"),
     "no labels": (pickled(changed(labels=b"cat")), "holds no labels 'labels'"),
     "odd labels": (pickled(changed(labels=[0] * 19 + [10**30])), "holds no labels 'labels'"),
     "labels below": (pickled(changed(labels=[0] * 19 + [-1])), "holds no labels 'labels'"),
@@ -430,7 +430,7 @@ def test_through_the_true_command(batches, tmp_path):
     command = [sys.executable, "-m", "data_prep.cifar", batches, tmp_path / "set.h5"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("set.h5: 120 pictures")
+    assert done.stdout.startswith("set.h5: 120 images")
 
 
 def test_help_has_an_example(capsys):

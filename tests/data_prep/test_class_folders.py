@@ -45,7 +45,7 @@ def archived(folder, path, arcname="."):
 
 @pytest.fixture
 def halves(tmp_path):
-    """train and test: two classes with twelve pictures to train on and one to test, as PNG so that values stay."""
+    """train and test: two classes with twelve images to train on and one to test, as PNG so that values stay."""
     source = tmp_path / "set"
     for label, name in enumerate(("cat", "dog")):
         for number in range(12):
@@ -56,7 +56,7 @@ def halves(tmp_path):
 
 @pytest.fixture
 def plain(tmp_path):
-    """Class folders alone: two classes of thirty pictures."""
+    """Class folders alone: two classes of thirty images."""
     source = tmp_path / "plain"
     for label, name in enumerate(("cat", "dog")):
         for number in range(30):
@@ -65,7 +65,7 @@ def plain(tmp_path):
 
 
 def everything(path) -> dict[str, tuple[str, int, bytes]]:
-    """Of every picture by its id: split, label, values."""
+    """Of every image by its id: split, label, values."""
     with ClassStore(path) as store:
         return {
             id: (split, int(store.labels(split)[i]), store.image(split, i).tobytes())
@@ -90,8 +90,8 @@ def test_train_and_test_folders(halves, tmp_path, capsys):
     assert store.origin == "class folders of set"
     assert store.ids("train") == sorted(store.ids("train"))
     out = capsys.readouterr().out.splitlines()
-    assert out[0] == "set.h5: 26 pictures of 40×40, 2 classes"
-    assert out[-1] == "  test       2 pictures, 1 a class"
+    assert out[0] == "set.h5: 26 images of 40×40, 2 classes"
+    assert out[-1] == "  test       2 images, 1 a class"
     assert not (tmp_path / "set.h5.part").exists()
 
 
@@ -111,7 +111,7 @@ def test_split_is_a_share_and_fixed():
     for name in ("cat", "dog"):
         assert 80 <= sum(name in id for id in val) <= 120
     assert sorted(val)[:3] == ["train/cat/0012.jpg", "train/cat/0024.jpg", "train/cat/0031.jpg"]
-    # With test pictures too the validation part is the same, and they are as many.
+    # With test images too the validation part is the same, and they are as many.
     both = {id: class_folders.split_of(id, 0.1, test=True) for id in ids}
     assert {id for id, split in both.items() if split == "val"} == val
     assert 160 <= sum(split == "test" for split in both.values()) <= 240
@@ -143,7 +143,7 @@ def test_an_archive_gives_the_same(tmp_path, request, kind, arcname):
 
 
 def two(tmp_path, pixels, **options):
-    """The first of two pictures, prepared at 40×40 through a folder of two classes."""
+    """The first of two images, prepared at 40×40 through a folder of two classes."""
     for name in ("cat", "dog"):
         save(tmp_path / "set" / "train" / name / "a.png", pixels, **options)
     save(tmp_path / "set" / "train" / "dog" / "b.png", pixels, **options)
@@ -153,7 +153,7 @@ def two(tmp_path, pixels, **options):
 
 @pytest.mark.parametrize(("width", "height"), [(120, 80), (80, 120), (60, 20), (400, 33)])
 def test_the_middle_square_is_kept(tmp_path, width, height):
-    """A picture green within its middle square, red outside, its upper half a little blue."""
+    """An image green within its middle square, red outside, its upper half a little blue."""
     pixels = np.zeros((height, width, 3), np.uint8)
     side = min(width, height)
     y, x = (height - side) // 2, (width - side) // 2
@@ -200,19 +200,19 @@ def test_pictures_are_turned_upright(tmp_path):
 
 
 def break_some(train) -> dict[str, str]:
-    """What may go wrong with a picture, each with a part of what the summary has to say of it."""
+    """What may go wrong with an image, each with a part of what the summary has to say of it."""
     whole = BytesIO()
     Image.fromarray(noise(0)).save(whole, "JPEG")
     (train / "cat" / "half.jpg").write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
     (train / "cat" / "empty.jpg").write_bytes(b"")
-    (train / "dog" / "text.jpeg").write_text("no picture")
+    (train / "dog" / "text.jpeg").write_text("no image")
     save(train / "dog" / "thin.png", noise(0, 4000, 3))
     save(train / "dog" / "small.png", noise(0, 20, 20))
     (train / "dog" / "small.png").write_bytes((train / "dog" / "small.png").read_bytes()[:200])
     return {
         "train/cat/half.jpg": "damaged or truncated",
         "train/cat/empty.jpg": "the file is empty",
-        "train/dog/text.jpeg": "not a picture",
+        "train/dog/text.jpeg": "not an image",
         "train/dog/thin.png": "4000×3 is too small",
         "train/dog/small.png": "damaged or truncated",
     }
@@ -228,9 +228,9 @@ def test_damaged_pictures_are_skipped_and_named(halves, tmp_path, capsys, as_arc
     source = archived(halves, tmp_path / "set.tar") if as_archive else halves
     assert prepare(source, tmp_path / "set.h5", "--size", 40) == 0
     out = capsys.readouterr().out.splitlines()
-    assert out[0] == "set.h5: 26 pictures of 40×40, 2 classes"
-    assert "  2 pictures outside the class folders left out" in out
-    assert "  5 pictures skipped:" in out
+    assert out[0] == "set.h5: 26 images of 40×40, 2 classes"
+    assert "  2 images outside the class folders left out" in out
+    assert "  5 images skipped:" in out
     for id, reason in broken.items():
         assert any(line.startswith(f"    {id}: ") and reason in line for line in out), (id, out)
         assert sum(id in line for line in out) == 1
@@ -252,7 +252,7 @@ def test_names_that_are_no_text(halves, tmp_path, capsys):
     for source in (halves, archived(halves, tmp_path / "set.tar")):
         assert prepare(source, tmp_path / "set.h5", "--size", 40) == 0
         out = capsys.readouterr().out
-        assert "2 pictures skipped" in out
+        assert "2 images skipped" in out
         assert "caf\\udce9.png': its name is not plain text" in out
         assert "\x1b" not in out
         assert len(everything(tmp_path / "set.h5")) == 26
@@ -276,17 +276,17 @@ def test_an_empty_class_folder(halves, tmp_path, capsys, folder, as_archive):
     (halves / folder).mkdir(exist_ok=True)
     for file in (halves / folder).iterdir():
         file.unlink()
-    (halves / folder / "notes.txt").write_text("no picture")
+    (halves / folder / "notes.txt").write_text("no image")
     source = archived(halves, tmp_path / "set.tar") if as_archive else halves
     assert prepare(source, tmp_path / "set.h5") == 2
-    assert error(capsys).endswith(f"the class folder {folder} holds no picture")
+    assert error(capsys).endswith(f"the class folder {folder} holds no image")
     assert not list(tmp_path.glob("set.h5*"))
 
 
 def test_an_empty_class_folder_of_classes_alone(plain, tmp_path, capsys):
     (plain / "ape").mkdir()
     assert prepare(plain, tmp_path / "set.h5") == 2
-    assert error(capsys).endswith("the class folder ape holds no picture")
+    assert error(capsys).endswith("the class folder ape holds no image")
 
 
 @pytest.mark.parametrize(("where", "text"), [(["test"], "test"), (["test", "val"], "val and test")])
@@ -302,7 +302,7 @@ def test_a_class_of_nothing_but_damaged_pictures(halves, tmp_path, capsys):
     for file in (halves / "train" / "dog").iterdir():
         file.write_bytes(b"")
     assert prepare(halves, tmp_path / "set.h5") == 2
-    assert error(capsys) == "error: class 'dog' has no picture to train on"
+    assert error(capsys) == "error: class 'dog' has no image to train on"
     assert not list(tmp_path.glob("set.h5*"))
 
 
@@ -313,7 +313,7 @@ def test_a_class_may_be_called_test(plain, tmp_path):
 
 
 def interrupt(monkeypatch, source, target, *options):
-    """A run that Ctrl-C ends after ten pictures, of which eight have been written."""
+    """A run that Ctrl-C ends after ten images, of which eight have been written."""
     made = []
 
     def decode(data, name):
@@ -340,20 +340,20 @@ def test_interrupted_run_goes_on(halves, tmp_path, monkeypatch, capsys):
         (halves / id).write_bytes(b"")
     assert prepare(halves, tmp_path / "set.h5", "--size", 40) == 0
     out = capsys.readouterr().out
-    assert "  8 pictures resumed from an interrupted run" in out
+    assert "  8 images resumed from an interrupted run" in out
     assert "skipped" not in out
     assert everything(tmp_path / "set.h5") == everything(tmp_path / "whole.h5")
     assert ClassStore(tmp_path / "set.h5").ids("train") == ClassStore(tmp_path / "whole.h5").ids("train")
 
 
-@pytest.mark.parametrize("spoil", ["size", "picture more", "archive", "file"])
+@pytest.mark.parametrize("spoil", ["size", "image more", "archive", "file"])
 def test_what_cannot_be_gone_on_with_is_started_anew(halves, tmp_path, monkeypatch, capsys, spoil):
     source = archived(halves, tmp_path / "set.tar") if spoil == "archive" else halves
     target, size = tmp_path / "set.h5", 40
     interrupt(monkeypatch, source, target)
     if spoil == "size":
         size = 20
-    elif spoil == "picture more":
+    elif spoil == "image more":
         save(halves / "train" / "ape" / "a.png", noise(3))  # with which every label is another one
     elif spoil == "archive":
         archived(halves, source)
@@ -365,11 +365,11 @@ def test_what_cannot_be_gone_on_with_is_started_anew(halves, tmp_path, monkeypat
     assert "resumed" not in capsys.readouterr().out
     store = ClassStore(target)
     assert store.size == (size, size)
-    assert store.classes == (["ape", "cat", "dog"] if spoil == "picture more" else ["cat", "dog"])
+    assert store.classes == (["ape", "cat", "dog"] if spoil == "image more" else ["cat", "dog"])
 
 
 def test_killed_run_goes_on(halves, tmp_path, capsys):
-    """SIGKILL, with no time to tidy up: a child kills itself while it reads its tenth picture."""
+    """SIGKILL, with no time to tidy up: a child kills itself while it reads its tenth image."""
     script = (
         "import os, signal, sys\nfrom data_prep import class_folders, common, labelled\n"
         "original, made = class_folders.decode, []\n"
@@ -384,7 +384,7 @@ def test_killed_run_goes_on(halves, tmp_path, capsys):
     assert killed.returncode == -9
     assert not target.exists()
     assert prepare(halves, target, "--size", 40) == 0
-    assert "8 pictures resumed" in capsys.readouterr().out
+    assert "8 images resumed" in capsys.readouterr().out
     assert len(everything(target)) == 26
 
 
@@ -406,7 +406,7 @@ def test_a_damaged_archive(halves, tmp_path, capsys, cut):
 
 
 def test_an_archive_that_points_elsewhere(halves, tmp_path, capsys):
-    """Names that lead out of the archive, links and devices are no pictures of it."""
+    """Names that lead out of the archive, links and devices are no images of it."""
     save(tmp_path / "secret.png", noise(9))
     path = archived(halves, tmp_path / "set.tar")
     with tarfile.open(path, "a") as archive:
@@ -417,7 +417,7 @@ def test_an_archive_that_points_elsewhere(halves, tmp_path, capsys):
             archive.addfile(info)
         archive.add(tmp_path / "secret.png", ".")
     assert prepare(path, tmp_path / "set.h5", "--size", 40) == 0
-    assert capsys.readouterr().out.splitlines()[0] == "set.h5: 26 pictures of 40×40, 2 classes"
+    assert capsys.readouterr().out.splitlines()[0] == "set.h5: 26 images of 40×40, 2 classes"
     assert len(everything(tmp_path / "set.h5")) == 26
 
 
@@ -463,7 +463,7 @@ def test_through_the_true_command(halves, tmp_path):
     command = [sys.executable, "-m", "data_prep.class_folders", halves, tmp_path / "set.h5", "--size", "32"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("set.h5: 26 pictures of 32×32, 2 classes")
+    assert done.stdout.startswith("set.h5: 26 images of 32×32, 2 classes")
     assert "26/26" in done.stderr
 
 

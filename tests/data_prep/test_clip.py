@@ -1,4 +1,4 @@
-"""The clip maker: an annotated excerpt, a still and a made-up crowd, with simulated sound; and the bundled samples."""
+"""The clip maker: an annotated excerpt, a still and a made-up crowd, with simulated audio; and the bundled samples."""
 
 from __future__ import annotations
 

@@ -59,8 +59,8 @@ def test_counts_from_heads_by_workers(source, tmp_path):
     command = [sys.executable, "-m", "data_prep.disco", source, target, "--jobs", "2", "--store-density"]
     done = subprocess.run([*command, "--heads", source / "annotations"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "set.h5: 4 pictures, 15 heads" in done.stdout
-    assert "counts from heads: 4 pictures" in done.stdout
+    assert "set.h5: 4 images, 15 heads" in done.stdout
+    assert "counts from heads: 4 images" in done.stdout
     store = Store(target)
     assert {split: store.counts(split) for split in store.splits()} == {
         "train": {"001": 4, "a_02": 5},
@@ -78,7 +78,7 @@ def test_counts_from_heads_by_workers(source, tmp_path):
 
 def test_counts_from_density(source, tmp_path, capsys):
     assert prepare(source, tmp_path / "set.h5") == 0
-    assert "counts from density: 4 pictures" in capsys.readouterr().out
+    assert "counts from density: 4 images" in capsys.readouterr().out
     store = Store(tmp_path / "set.h5")
     assert store.counts("train") == pytest.approx({"001": 4, "a_02": 5}, rel=1e-4)
     sample = store.read("val", "003")
@@ -92,8 +92,8 @@ def test_ids_without_heads_fall_back(source, tmp_path, capsys):
     (source / "annotations" / "GT_003.txt").unlink()
     assert prepare(source, tmp_path / "set.h5", "--heads", source / "annotations") == 0
     out = capsys.readouterr().out
-    assert "counts from heads: 3 pictures" in out
-    assert "counts from density: 1 pictures" in out
+    assert "counts from heads: 3 images" in out
+    assert "counts from density: 1 images" in out
 
 
 @pytest.mark.parametrize("shape", [(1080, 1920), (576, 1024), (72, 128), (37, 91), (1, 1)])
@@ -107,7 +107,7 @@ def test_density_onto_grid_keeps_the_sum(shape):
 
 
 def test_another_shape_is_filled_up(tmp_path, crowd_picture):
-    """A square picture keeps its shape: what it does not reach is black and has neither heads nor density."""
+    """A square image keeps its shape: what it does not reach is black and has neither heads nor density."""
     source = tmp_path / "DISCO"
     picture, _ = crowd_picture(200, 200, 0)
     add(source, "test", "1", picture, np.array([[100.0, 50.0], [199.9, 199.9]]), 200, 200)
@@ -135,10 +135,10 @@ def test_sparse_matrix_and_size_kept(tmp_path, crowd_picture):
 
 
 BROKEN = {
-    "no sound": ("auds/001.wav", None, "no such audio file"),
+    "no audio": ("auds/001.wav", None, "no such audio file"),
     "cut sound": ("auds/001.wav", 0.5, "cut short"),
-    "no picture": ("imgs/001.jpg", None, "no picture 001.jpg"),
-    "cut picture": ("imgs/001.jpg", 0.5, "001.jpg is damaged"),
+    "no image": ("imgs/001.jpg", None, "no image 001.jpg"),
+    "cut image": ("imgs/001.jpg", 0.5, "001.jpg is damaged"),
     "no density": ("density/train/001.mat", None, "no density matrix"),
     "cut density": ("density/train/001.mat", 0.5, "001.mat is damaged"),
 }
@@ -153,7 +153,7 @@ def test_broken_samples_are_skipped_and_named(source, tmp_path, capsys, name, sh
         (source / name).write_bytes(whole[: int(len(whole) * share)])
     assert prepare(source, tmp_path / "set.h5") == 0
     out = capsys.readouterr().out
-    assert "set.h5: 3 pictures" in out
+    assert "set.h5: 3 images" in out
     assert any("001: " in line and reason in line for line in out.splitlines()), out
     assert prepare(source, tmp_path / "strict.h5", "--strict") == 2
     assert reason in capsys.readouterr().err.splitlines()[-1]
@@ -183,7 +183,7 @@ def test_mismatched_ids(source, tmp_path, capsys):
     assert "001: density matrices in train and val" in out
     assert "003: head files GT_003.txt and other_003.txt" in out
     assert "GT_999: heads of an id" in out
-    assert "set.h5: 2 pictures" in out
+    assert "set.h5: 2 images" in out
 
 
 @pytest.mark.parametrize("missing", ["imgs", "auds", "density", "annotations"])

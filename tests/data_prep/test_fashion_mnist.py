@@ -68,10 +68,10 @@ def test_whole_set(source, tmp_path, capsys, compressed):
             (source / name).write_bytes(data)
     assert prepare(source, tmp_path / "set.h5") == 0
     assert capsys.readouterr().out.splitlines() == [
-        "set.h5: 80 pictures of 28×28, 10 classes",
-        "  train     50 pictures, 5 a class",
-        "  val       10 pictures, 1 a class",
-        "  test      20 pictures, 2 a class",
+        "set.h5: 80 images of 28×28, 10 classes",
+        "  train     50 images, 5 a class",
+        "  val       10 images, 1 a class",
+        "  test      20 images, 2 a class",
     ]
     store = ClassStore(tmp_path / "set.h5")
     assert store.classes[0] == "T-shirt/top"
@@ -102,20 +102,20 @@ IMAGES, LABELS = "train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
 BROKEN = {
     "empty": (IMAGES, b"", "cut short in its first bytes"),
     "ends in the head": (IMAGES, published()[IMAGES][:15], "cut short in its first bytes"),
-    "cut short": (IMAGES, published()[IMAGES][:-1], "declares 60 pictures and ends before the last"),
-    "too long": (IMAGES, published()[IMAGES] + b"\0", "longer than the 60 pictures"),
+    "cut short": (IMAGES, published()[IMAGES][:-1], "declares 60 images and ends before the last"),
+    "too long": (IMAGES, published()[IMAGES] + b"\0", "longer than the 60 images"),
     "labels cut short": (LABELS, published()[LABELS][:-1], "declares 20 labels and ends before the last"),
     "labels too long": (LABELS, published()[LABELS] + b"\0", "longer than the 20 labels"),
     "wrong magic": (IMAGES, idx(pictures(60, 1), magic=0x0D03), "begins 0x00000d03, not 0x00000803"),
     "little-endian": (LABELS, struct.pack("<2I", 0x0801, 20) + bytes(20), "no idx file of labels"),
-    "labels for pictures": (IMAGES, published()[LABELS] + bytes(99), "no idx file of pictures"),
-    "absurd": (IMAGES, idx(pictures(60, 1), shape=(2**32 - 1, 28, 28)), "declares 4,294,967,295 pictures"),
-    "absurd sides": (IMAGES, idx(pictures(60, 1), shape=(60, 2**31, 2**31)), "pictures of 2147483648×2147483648"),
+    "labels for images": (IMAGES, published()[LABELS] + bytes(99), "no idx file of images"),
+    "absurd": (IMAGES, idx(pictures(60, 1), shape=(2**32 - 1, 28, 28)), "declares 4,294,967,295 images"),
+    "absurd sides": (IMAGES, idx(pictures(60, 1), shape=(60, 2**31, 2**31)), "images of 2147483648×2147483648"),
     "absurd labels": (LABELS, idx(labels(20), shape=(2**32 - 1,)), "declares 4,294,967,295 labels"),
-    "other sides": (IMAGES, idx(pictures(60, 1), shape=(60, 14, 56)), "pictures of 56×14, not 28×28"),
-    "none": (IMAGES, idx(pictures(0, 1)), "declares 0 pictures"),
-    "a picture too few": (IMAGES, idx(pictures(59, 1)), "train has 59 pictures and 60 labels"),
-    "a label too many": (LABELS, idx(labels(21)), "t10k has 20 pictures and 21 labels"),
+    "other sides": (IMAGES, idx(pictures(60, 1), shape=(60, 14, 56)), "images of 56×14, not 28×28"),
+    "none": (IMAGES, idx(pictures(0, 1)), "declares 0 images"),
+    "an image too few": (IMAGES, idx(pictures(59, 1)), "train has 59 images and 60 labels"),
+    "a label too many": (LABELS, idx(labels(21)), "t10k has 20 images and 21 labels"),
     "a label too large": (LABELS, idx(np.full(20, 10, np.uint8)), "labels 10 to 10 of 10 classes"),
 }
 
@@ -138,7 +138,7 @@ def test_damaged_compression_is_one_line(source, tmp_path, capsys, damage):
     if damage == "half":
         del data[len(data) // 2 :]
     elif damage == "end":
-        del data[-3:]  # the picture data are all there, but the check sum is not
+        del data[-3:]  # the image data are all there, but the check sum is not
     elif damage == "bits":
         data[1000] ^= 255
     elif damage == "no gzip":
@@ -179,7 +179,7 @@ def test_through_the_true_command(source, tmp_path):
     command = [sys.executable, "-m", "data_prep.fashion_mnist", source, tmp_path / "set.h5"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("set.h5: 80 pictures")
+    assert done.stdout.startswith("set.h5: 80 images")
 
 
 def test_help_has_an_example(capsys):

@@ -58,7 +58,7 @@ def test_heads_lie_on_the_image_that_is_trained_on(tmp_path, capsys, orientation
     shown = np.asarray(ImageOps.exif_transpose(Image.open(BytesIO(data))))
     options = ["--stored-pixels"] if annotated == "stored" else []
     if annotated == "displayed":
-        # Where the heads are in the displayed image, told by Pillow: a picture of nothing but each head's number.
+        # Where the heads are in the displayed image, told by Pillow: an image of nothing but each head's number.
         numbers = np.zeros((HEIGHT, WIDTH), np.uint8)
         for number, (x, y) in enumerate(points.astype(int), 1):
             numbers[y, x] = number

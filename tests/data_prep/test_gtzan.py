@@ -42,10 +42,10 @@ def source(published, tmp_path):
 def test_whole_set(source, tmp_path, capsys):
     assert prepare(source, tmp_path / "set.h5") == 0
     assert capsys.readouterr().out.splitlines() == [
-        "set.h5: 30 pictures of 32×32, 10 classes",
-        "  train     10 pictures, 1 a class",
-        "  val       10 pictures, 1 a class",
-        "  test      10 pictures, 1 a class",
+        "set.h5: 30 images of 32×32, 10 classes",
+        "  train     10 images, 1 a class",
+        "  val       10 images, 1 a class",
+        "  test      10 images, 1 a class",
         "  30 clips too short for ten pieces gave as many as they have",
     ]
     assert ClassStore(tmp_path / "set.h5").classes == list(GENRES)
@@ -93,7 +93,7 @@ def test_a_tenth_of_each_genre_fixed_by_the_names():
 
 
 def test_au_files_and_folders_around(source, tmp_path):
-    """As the set was first published: .au; other copies have it two folders down, with pictures beside it."""
+    """As the set was first published: .au; other copies have it two folders down, with images beside it."""
     assert prepare(source, tmp_path / "one.h5") == 0
     for path in list(source.glob("*/*.wav")):
         write_au(path.with_suffix(".au"), read_audio(path)[0][0])
@@ -199,7 +199,7 @@ SPOILED = {
     "a genre empty": (lambda s: [p.unlink() for p in (s / "metal").iterdir()], "the genre 'metal' has no clip"),
     "a genre damaged": (
         lambda s: [p.write_bytes(b"") for p in (s / "metal").iterdir()],
-        "class 'metal' has no picture to train on",
+        "class 'metal' has no image to train on",
     ),
     "no genre": (lambda s: [shutil.rmtree(s / genre) for genre in GENRES], "holds no folder of a genre"),
 }
@@ -236,7 +236,7 @@ def test_through_the_true_command(source, tmp_path):
     command = [sys.executable, "-m", "data_prep.gtzan", source.parent, tmp_path / "set.h5", "--size", "32"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("set.h5: 30 pictures of 32×32, 10 classes")
+    assert done.stdout.startswith("set.h5: 30 images of 32×32, 10 classes")
 
 
 def test_help_has_an_example(capsys):

@@ -20,7 +20,7 @@ def prepare(*arguments, jobs=1) -> int:
 
 
 def add(half, number, picture, heads, truths="ground-truth"):
-    """One picture and its heads as published: image_info is a cell of a struct of location and number."""
+    """One image and its heads as published: image_info is a cell of a struct of location and number."""
     (half / "images").mkdir(parents=True, exist_ok=True)
     (half / truths).mkdir(exist_ok=True)
     (half / "images" / f"IMG_{number}.jpg").write_bytes(picture)
@@ -31,7 +31,7 @@ def add(half, number, picture, heads, truths="ground-truth"):
 
 @pytest.fixture
 def source(tmp_path, crowd_picture):
-    """Both parts: A of pictures 1 to 9 in train_data and 1 in test_data, B of one picture."""
+    """Both parts: A of images 1 to 9 in train_data and 1 in test_data, B of one image."""
     source = tmp_path / "ShanghaiTech"
     for number in range(1, 10):
         add(source / "part_A" / "train_data", number, *crowd_picture(heads=number, seed=number))
@@ -47,7 +47,7 @@ def test_whole_set_by_workers(source, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
-    assert "set.h5: 11 pictures, 65 heads" in done.stdout
+    assert "set.h5: 11 images, 65 heads" in done.stdout
     store = Store(target)
     expected = {f"A_IMG_{n}": shanghaitech.split_of(f"A_IMG_{n}") for n in range(1, 10)}
     for split in ("train", "val"):
@@ -89,7 +89,7 @@ def test_density_and_smaller_pictures(source, tmp_path, kernel):
 
 
 def break_some(source):
-    """What may go wrong with a picture, each with a part of what the summary has to say of it."""
+    """What may go wrong with an image, each with a part of what the summary has to say of it."""
     half = source / "part_A" / "train_data"
     whole = (half / "images" / "IMG_1.jpg").read_bytes()
     (half / "images" / "IMG_1.jpg").write_bytes(whole[: len(whole) // 2])
@@ -103,7 +103,7 @@ def break_some(source):
     return {
         "A_IMG_1": "IMG_1.jpg is damaged",
         "A_IMG_2": "IMG_2.jpg is damaged",
-        "A_IMG_3": "no picture IMG_3.jpg",
+        "A_IMG_3": "no image IMG_3.jpg",
         "A_IMG_4": "no file GT_IMG_4.mat",
         "A_IMG_5": "GT_IMG_5.mat is damaged",
         "A_IMG_6": "field location, or one array N×2; found image_info 3×3",
@@ -115,7 +115,7 @@ def test_broken_samples_are_skipped_and_named(source, tmp_path, capsys):
     broken = break_some(source)
     assert prepare(source, tmp_path / "set.h5") == 0
     out = capsys.readouterr().out
-    assert "set.h5: 4 pictures" in out
+    assert "set.h5: 4 images" in out
     assert "7 samples skipped" in out
     for id, reason in broken.items():
         assert any(id in line and reason in line for line in out.splitlines()), (id, out)
@@ -124,7 +124,7 @@ def test_broken_samples_are_skipped_and_named(source, tmp_path, capsys):
 def test_strict_stops(source, tmp_path, capsys):
     (source / "part_A/train_data/images/IMG_5.jpg").unlink()
     assert prepare(source, tmp_path / "set.h5", "--strict") == 2
-    assert capsys.readouterr().err.splitlines()[-1] == "error: A_IMG_5: no picture IMG_5.jpg"
+    assert capsys.readouterr().err.splitlines()[-1] == "error: A_IMG_5: no image IMG_5.jpg"
     assert not (tmp_path / "set.h5").exists()
 
 
@@ -133,7 +133,7 @@ def test_heads_outside_are_dropped_and_counted(tmp_path, crowd_picture, capsys):
     add(tmp_path / "part_A/test_data", 1, picture, np.array([[5, 5], [95.9, 63.9], [96, 5], [-1, 5.0]]))
     assert prepare(tmp_path, tmp_path / "set.h5") == 0
     assert Store(tmp_path / "set.h5").counts("test") == {"A_IMG_1": 2}
-    assert "2 heads outside their pictures dropped" in capsys.readouterr().out
+    assert "2 heads outside their images dropped" in capsys.readouterr().out
 
 
 def interrupt(monkeypatch, source, target, *options):
@@ -156,12 +156,12 @@ def interrupt(monkeypatch, source, target, *options):
 def test_interrupted_run_goes_on(source, tmp_path, monkeypatch, capsys):
     target = tmp_path / "set.h5"
     interrupt(monkeypatch, source, target)
-    # Nothing of what was done is done again, not even with the pictures gone.
+    # Nothing of what was done is done again, not even with the images gone.
     (source / "part_A/train_data/images/IMG_2.jpg").unlink()
     assert prepare(source, target) == 0
     out = capsys.readouterr().out
-    assert "4 pictures resumed" in out
-    assert "set.h5: 11 pictures" in out
+    assert "4 images resumed" in out
+    assert "set.h5: 11 images" in out
 
 
 @pytest.mark.parametrize("spoil", ["settings", "file"])
@@ -194,8 +194,8 @@ def test_killed_run_goes_on(source, tmp_path, capsys):
     assert killed.returncode == -9
     assert prepare(source, target) == 0
     out = capsys.readouterr().out
-    assert "4 pictures resumed" in out
-    assert "set.h5: 11 pictures" in out
+    assert "4 images resumed" in out
+    assert "set.h5: 11 images" in out
 
 
 def test_nothing_usable(tmp_path, crowd_picture, capsys):

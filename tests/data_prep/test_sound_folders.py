@@ -69,10 +69,10 @@ def test_class_folders(plain, tmp_path, capsys):
     }
     assert ClassStore(tmp_path / "set.h5").origin == "recordings of set"
     assert capsys.readouterr().out.splitlines() == [
-        "set.h5: 20 pictures of 32×32, 2 classes",
-        "  train     16 pictures, 8 a class",
-        "  val        2 pictures, 1 a class",
-        "  test       2 pictures, 1 a class",
+        "set.h5: 20 images of 32×32, 2 classes",
+        "  train     16 images, 8 a class",
+        "  val        2 images, 1 a class",
+        "  test       2 images, 1 a class",
     ]
 
 
@@ -213,7 +213,7 @@ def test_damaged_recordings_are_skipped_and_named(plain, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "\x1b" not in out
     lines = out.splitlines()
-    assert lines[0] == "set.h5: 21 pictures of 32×32, 2 classes"
+    assert lines[0] == "set.h5: 21 images of 32×32, 2 classes"
     assert "  1 recordings outside the class folders left out" in lines
     assert f"  {len(broken) + 2} recordings skipped:" in lines
     for id, reason in broken.items():
@@ -235,7 +235,7 @@ def test_a_class_of_nothing_but_damage(plain, tmp_path, capsys):
     for path in (plain / "low").iterdir():
         path.write_bytes(b"")
     assert prepare(plain, tmp_path / "set.h5") == 2
-    assert error(capsys) == "error: class 'low' has no picture to train on"
+    assert error(capsys) == "error: class 'low' has no image to train on"
     assert not list(tmp_path.glob("set.h5*"))
 
 

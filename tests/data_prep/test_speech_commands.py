@@ -49,10 +49,10 @@ def source(tmp_path):
 def test_whole_set(source, tmp_path, capsys):
     assert prepare(source, tmp_path / "set.h5") == 0
     assert capsys.readouterr().out.splitlines() == [
-        "set.h5: 72 pictures of 32×32, 12 classes",
-        "  train     48 pictures, 4 a class",
-        "  val       12 pictures, 1 a class",
-        "  test      12 pictures, 1 a class",
+        "set.h5: 72 images of 32×32, 12 classes",
+        "  train     48 images, 4 a class",
+        "  val       12 images, 1 a class",
+        "  test      12 images, 1 a class",
     ]
     assert ClassStore(tmp_path / "set.h5").classes == [*WORDS, "unknown", "silence"]
     found = everything(tmp_path / "set.h5")
@@ -228,11 +228,11 @@ SPOILED = {
     ),
     "a word damaged": (
         lambda s: [p.write_bytes(b"") for p in (s / "go").iterdir()],
-        "class 'go' has no picture to train on",
+        "class 'go' has no image to train on",
     ),
     "all in a list": (
         lambda s: (s / "testing_list.txt").write_text("".join(f"go/{n}a_nohash_0.wav\n" for n in (0, 1, 2, 3, 5))),
-        "class 'go' has no picture to train on",
+        "class 'go' has no image to train on",
     ),
 }
 
@@ -297,7 +297,7 @@ def test_through_the_true_command(source, tmp_path):
     command = [sys.executable, "-m", "data_prep.speech_commands", source, tmp_path / "set.h5", "--size", "32"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"set.h5: 72 pictures of 32×32, {len(CLASSES)} classes")
+    assert done.stdout.startswith(f"set.h5: 72 images of 32×32, {len(CLASSES)} classes")
 
 
 def test_help_has_an_example(capsys):

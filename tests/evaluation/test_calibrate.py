@@ -25,7 +25,7 @@ from crowdexit.utils import command
 
 @pytest.fixture
 def prepared(tmp_path):
-    """Twelve noisy pictures, every third with sound."""
+    """Twelve noisy images, every third with audio."""
     random = np.random.default_rng(0)
     path = tmp_path / "crowd.h5"
     with open_for_writing(path) as file:
@@ -91,10 +91,10 @@ def test_an_export_has_intervals_of_its_own(prepared, checkpoint, picture_file, 
 
 
 def test_too_few_with_sound(prepared, checkpoint, caplog):
-    """Twelve pictures are enough for 0.9, four with sound are not: told, and the rest is kept."""
+    """Twelve images are enough for 0.9, four with audio are not: told, and the rest is kept."""
     arguments = [str(checkpoint), "--data", str(prepared), "--level", "0.9", "--runtime", "eager"]
     assert command.run(app, ["calibrate", *arguments]) == 0
-    assert "not calibrated with sound: 4 pictures are too few for a level of 0.9" in caplog.text
+    assert "not calibrated with sound: 4 images are too few for a level of 0.9" in caplog.text
     made = Intervals.from_dict(zoo.read_spec(checkpoint).meta["intervals"])
     assert (made.samples, made.heard_samples) == (12, 0)
     assert made.heard == made.heard_errors == {}
@@ -202,7 +202,7 @@ def test_count_from_the_command_line(prepared, checkpoint, picture_file, tmp_pat
 
 
 def test_how_many_truths_the_intervals_hold(prepared, checkpoint, capsys):
-    """Of the pictures that calibrated them as many as the rank says: of each third three of four, for 0.6 · 5 = 3."""
+    """Of the images that calibrated them as many as the rank says: of each third three of four, for 0.6 · 5 = 3."""
     arguments = ["--data", str(prepared), "--split", "val", "--no-audio", "--runtime", "eager", "--format", "json"]
 
     def rows() -> dict:

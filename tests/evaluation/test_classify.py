@@ -54,7 +54,7 @@ def test_calibrate_writes_temperatures(colours, checkpoint):
     before = zoo.read_tensors(checkpoint)
     told = CliRunner().invoke(app, ["calibrate", str(checkpoint), "--data", str(colours), "--runtime", "eager"])
     assert told.exit_code == 0, told.output
-    assert "temperatures from 80 pictures" in " ".join(told.stdout.split())
+    assert "temperatures from 80 images" in " ".join(told.stdout.split())
     assert "confidence" in told.stdout
     made = Temperatures.from_dict(zoo.read_spec(checkpoint).meta["temperatures"])
     assert list(made.by_exit) == ["1", "2", "final"]

@@ -113,7 +113,7 @@ def test_by_hand():
     fuse = [cells * 9 * a * b + 32 * 2 * b for a, b in [(32, 32), (32, 32), (32, 32), (32, 16), (16, 8), (8, 4)]]
     assert stages == [2 * vgg, 2 * hears, 2 * fuse[0], 2 * sum(fuse[1:])]
     tokens, d, h = 8 + 1, 8, 2
-    slvit = 8 * 32 * 16 * d + 32 * d  # eight patches, and the sound's through the summed kernel
+    slvit = 8 * 32 * 16 * d + 32 * d  # eight patches, and the audio's through the summed kernel
     slvit += tokens * d * 4 * h * d + 2 * h * tokens**2 * d  # projections; queries by keys, weights by values
     slvit += tokens * 2 * d * 2 * d + (tokens * d * 16 + 16 * 16 + 16)
     cnn = cells * 9 * 32 * 16 + (16 * 8 * 16 + 16 * 16 + 16)

@@ -1,4 +1,4 @@
-"""What a branch sees: a convolution a patch of the picture, attention all of it."""
+"""What a branch sees: a convolution a patch of the image, attention all of it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_attention_is_by_patch_and_adds_up(network, picture):
     for name in ("V1", "AV1"):
         (sight,) = look(network, picture, [name])
         assert sight.attention is not None
-        assert sight.attention.shape == (4, 8)  # the sound's patch is none of the picture's
+        assert sight.attention.shape == (4, 8)  # the audio's patch is none of the image's
         assert sight.attention.sum() == pytest.approx(1, abs=1e-5)
 
 
@@ -71,7 +71,7 @@ def test_attention_weights_are_those_that_the_branch_uses():
 def test_the_command(network, picture, tmp_path):
     cv2.imwrite(str(tmp_path / "street.png"), picture)
     zoo.save(network, zoo.Spec("audiocsrnet", EXITS, CHANGES), tmp_path / "model.safetensors")
-    arguments = ["see", str(tmp_path / "street.png"), "--model", str(tmp_path / "model.safetensors")]
+    arguments = ["visualize", str(tmp_path / "street.png"), "--model", str(tmp_path / "model.safetensors")]
     result = CliRunner().invoke(app, [*arguments, "--exits", "V1,V1-cnn", "--out", str(tmp_path / "see.png")])
     assert result.exit_code == 0, result.output
     assert "V1-cnn" in result.output

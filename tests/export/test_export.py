@@ -89,7 +89,7 @@ print(json.dumps(said))
 
 
 def test_boxes_that_count_below_zero_are_added_like_the_others(tmp_path):
-    """A regressor may undershoot zero in one box of a large picture; both ways of counting clamp the sum alone."""
+    """A regressor may undershoot zero in one box of a large image; both ways of counting clamp the sum alone."""
     picture = np.zeros((200, 700, 3), np.uint8)
     picture[:, 350:] = RANDOM.integers(0, 255, (200, 350, 3))
     boxes = [np.ascontiguousarray(picture[:, :350]), np.ascontiguousarray(picture[:, 350:])]

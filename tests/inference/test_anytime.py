@@ -40,7 +40,7 @@ def picture(seed: int = 0, shape: tuple[int, int] = (64, 128)) -> np.ndarray:
 
 @pytest.fixture
 def expected(counter):
-    """What each exit says of a picture when nobody hurries."""
+    """What each exit says of an image when nobody hurries."""
 
     def of(image: np.ndarray) -> dict[str, float]:
         return {result.exit: result.count for result in counter.stream(image)}
@@ -259,7 +259,7 @@ def test_two_at_once(counter, expected):
 
 
 def test_many_deadlines(counter, expected):
-    """From three threads, of any length: always the first exits of the very picture."""
+    """From three threads, of any length: always the first exits of the very image."""
     tool = slow(counter.network, 0.004, 0.002, 0.002, 0.004)
     pictures = [picture(seed) for seed in range(3)]
     truth = [expected(image) for image in pictures]

@@ -48,7 +48,7 @@ class Simulated:
 
 
 def run(counts, budget_ms, **how):
-    """(exit by picture, milliseconds taken) of pictures with these counts."""
+    """(exit by image, milliseconds taken) of images with these counts."""
     left, took, _ = walked(counts, budget_ms, **how)
     return left, took
 
@@ -177,7 +177,7 @@ def test_a_machine_faster_or_slower_than_its_profile(factor, share):
     least, most = number * 61.0 * factor, number * 105.0 * factor
     budget = least + share * (most - least)
     if (share, factor) == (0.3, 0.7):  # enough for this machine, but who is to know?
-        with pytest.raises(BudgetError, match="too small for 64 pictures"):
+        with pytest.raises(BudgetError, match="too small for 64 images"):
             run(crowds(number), budget, pace=lambda: factor)
         return
     _, took = run(crowds(number), budget, pace=lambda: factor)
@@ -233,9 +233,7 @@ def test_budgets_that_cannot_be():
     for wrong in (0, -3, float("nan")):
         with pytest.raises(BudgetError, match="buys nothing"):
             run(crowds(4), wrong)
-    with pytest.raises(
-        BudgetError, match=r"200 ms is too small for 4 pictures: their first exits alone take about 244"
-    ):
+    with pytest.raises(BudgetError, match=r"200 ms is too small for 4 images: their first exits alone take about 244"):
         run(crowds(4), 200)
     with pytest.raises(BudgetError, match="how wrong the exit a is, is not known"):
         run(crowds(4), 1000, errors={})
@@ -297,7 +295,7 @@ def test_what_the_caller_does_meanwhile_is_not_the_machines_pace():
 def test_first_exits_that_take_longer_than_was_thought():
     """Told long before the time is up; what the profile says would have been enough."""
     machine = []
-    with pytest.raises(BudgetError, match=r"too small for 200 pictures: their first exits .* about 2\d\d\d\d ms"):
+    with pytest.raises(BudgetError, match=r"too small for 200 images: their first exits .* about 2\d\d\d\d ms"):
         walked(crowds(200), 200 * 90.0, preparing=10.0, really=100.0, pace=lambda: machine.append(0) or 1.0)
     assert len(machine) < 100  # of some 250 steps for the first exits alone
     # One step that hangs is not taken for what is to come.
@@ -307,7 +305,7 @@ def test_first_exits_that_take_longer_than_was_thought():
 
 
 def test_a_first_exit_that_stands_late_is_enough():
-    """All pictures of a window go through the stages before it before any comes to it."""
+    """All images of a window go through the stages before it before any comes to it."""
     late = Costs([20.0, 20.0, 20.0, 30.0], dict.fromkeys(EXITS, 1.0), {"a": 2, "b": 2, "c": 3, "final": 3})
     exits, _ = run(crowds(60), 60 * 62.0, costs=late)
     assert "b" in exits

@@ -1,4 +1,4 @@
-"""The counter: the same count whatever the door, the batch or the tiles; exits, deadlines, sounds, bad pictures."""
+"""The counter: the same count whatever the door, the batch or the tiles; exits, deadlines, sounds, bad images."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from crowdexit.runtimes.eager import Eager
 
 
 def noise(width: int, height: int, seed: int = 0) -> np.ndarray:
-    """A picture with rough and smooth parts, so that counts differ from place to place."""
+    """An image with rough and smooth parts, so that counts differ from place to place."""
     random = np.random.default_rng(seed)
     rough = random.integers(0, 255, (height // 8 + 1, width // 8 + 1, 3), np.uint8)
     return np.ascontiguousarray(rough.repeat(8, 0).repeat(8, 1)[:height, :width])
@@ -58,19 +58,19 @@ def test_count_and_stream_say_the_same(counter):
 
 @pytest.mark.parametrize("size", [(128, 64), (256, 128), (100, 100), (64, 200), (300, 40), (61, 33), (511, 255)])
 def test_the_density_sums_to_the_count(counter, size):
-    """Padding counts for nothing, and the map covers the picture alone."""
+    """Padding counts for nothing, and the map covers the image alone."""
     result = counter.count(noise(*size))
     density = result.exits[-1].density
     assert density is not None
     assert density.dtype == np.float32
     assert float(density.sum()) == pytest.approx(result.count, rel=1e-4)
-    # As wide and high as the picture is, up to a cell.
+    # As wide and high as the image is, up to a cell.
     assert abs(density.shape[1] / density.shape[0] - size[0] / size[1]) <= size[0] / size[1] * (2 / min(density.shape))
     assert all(r.density is None for r in result.exits[:-1])
 
 
 def test_what_lies_in_the_padding_is_not_counted(counter):
-    """A letterboxed picture's count comes from the cells of the picture: half of them, about half the count."""
+    """A letterboxed image's count comes from the cells of the picture: half of them, about half the count."""
     whole, half = counter.count(noise(128, 64)), counter.count(noise(64, 64))
     assert half.exits[-1].density.shape == (8, 8)
     assert whole.exits[-1].density.shape == (8, 16)
@@ -128,7 +128,7 @@ def watched(counter: CrowdCounter, **options) -> tuple[CrowdCounter, list[int]]:
 
 
 def test_every_tile_comes_to_an_exit_before_any_goes_on(counter, monkeypatch):
-    """A tiled picture, too, has a first answer early."""
+    """A tiled image, too, has a first answer early."""
     monkeypatch.setattr(module, "PIXELS_AT_ONCE", 2 * 128 * 64)
     tool, ran = watched(counter)
     assert next(tool.stream(noise(1500, 600))).exit == "V1"
@@ -366,7 +366,7 @@ def test_names_too_long_for_the_system_are_no_files(counter, tmp_path):
     ("data", "line"),
     [
         (b"", "empty"),
-        (b"these are words", "not a picture"),
+        (b"these are words", "not an image"),
         (GOOD[: len(GOOD) // 2], "truncated"),
         (encoded(noise(96, 64))[:500], "truncated"),
         (encoded(noise(1, 1)), "too small"),
@@ -374,7 +374,7 @@ def test_names_too_long_for_the_system_are_no_files(counter, tmp_path):
         (header_only(100_000, 100_000), "too large"),
         (header_only(20_000, 8_000), "too large"),
         (header_only(2**31 - 1, 2**31 - 1), "too large"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n%%EndComments\nshowpage\n", "not a picture"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n%%EndComments\nshowpage\n", "not an image"),
     ],
     ids=["empty", "words", "half jpeg", "half png", "1x1", "31x500", "10 GP", "160 MP", "2^62", "postscript"],
 )

@@ -45,7 +45,7 @@ def sounds():
 
 
 def left_between(counter, pictures) -> Confident:
-    """A policy by which about half of the pictures leave at the first exit."""
+    """A policy by which about half of the images leave at the first exit."""
     halves = sorted(WIDTHS["V1"] * (next(counter.stream(picture)).count + 10) for picture in pictures)
     return Confident((halves[2] + halves[3]) / 2)
 
@@ -255,7 +255,7 @@ def test_a_budget_on_pictures(counter, pictures, sounds, tmp_path, monkeypatch):
         assert result.chosen.exit == "final"
         assert result.count == pytest.approx(tool.count(*pair).count, rel=1e-4)
     least = len(pictures) * sum(tool.profile.ms(step) for step in (FIRST, exit_step("V1"), PREPARING)) / 2
-    with pytest.raises(BudgetError, match="too small for 7 pictures: their first exits alone take about"):
+    with pytest.raises(BudgetError, match="too small for 7 images: their first exits alone take about"):
         list(tool.count_many(iter(pairs), budget_ms=least / 3, number=7))
     for options, line in [
         ({"budget_ms": 5e5, "policy": Confident(3.0)}, "a budget is a policy itself"),
@@ -294,7 +294,7 @@ def test_a_profile_of_a_busy_machine_refuses_no_budget(counter, pictures, tmp_pa
 
 
 def test_a_budget_that_is_overrun_is_told(counter, tmp_path, monkeypatch, caplog):
-    """The last picture comes late: there is nothing left to give up."""
+    """The last image comes late: there is nothing left to give up."""
     tool = budgeted(counter, tmp_path, monkeypatch)
 
     def slow_to_come():
@@ -307,7 +307,7 @@ def test_a_budget_that_is_overrun_is_told(counter, tmp_path, monkeypatch, caplog
 
 
 def test_large_pictures_fill_a_window_by_their_rows(counter, tmp_path, monkeypatch):
-    """A window of eight rows holds as many pictures as their tiles fill, not eight."""
+    """A window of eight rows holds as many images as their tiles fill, not eight."""
     tool = budgeted(counter, tmp_path, monkeypatch)
     monkeypatch.setattr(module, "PIXELS_ABREAST", 8 * 128 * 64)
     taken = []
@@ -331,7 +331,7 @@ FALLING = {"V1": 0.6, "AV1": 0.3, "AV2": 0.2, "final": 0.15}
 
 @pytest.mark.parametrize("ms_a_picture", [42.0, 60.0])
 def test_a_middling_budget_is_kept_and_spent(counter, tmp_path, monkeypatch, ms_a_picture):
-    """Forty pictures of which a stage takes 20 ms each: between 20 ms a picture for the first exit and 80 for all."""
+    """Forty images of which a stage takes 20 ms each: between 20 ms an image for the first exit and 80 for all."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(module, "PIXELS_AT_ONCE", 2 * 128 * 64)
     monkeypatch.setattr(module, "PIXELS_ABREAST", 16 * 128 * 64)
@@ -355,7 +355,7 @@ def test_a_middling_budget_is_kept_and_spent(counter, tmp_path, monkeypatch, ms_
 
 
 def test_a_budget_too_small_for_the_first_exits_shows_on_the_way(counter, tmp_path, monkeypatch):
-    """The profile thinks preparing is quick; these pictures are slow to come."""
+    """The profile thinks preparing is quick; these images are slow to come."""
     tool = budgeted(counter, tmp_path, monkeypatch)
     asked = []
 
@@ -366,7 +366,7 @@ def test_a_budget_too_small_for_the_first_exits_shows_on_the_way(counter, tmp_pa
             yield np.zeros((64, 128, 3), np.uint8), None
 
     said = []
-    with pytest.raises(BudgetError, match="too small for 100 pictures: their first exits alone take about"):
+    with pytest.raises(BudgetError, match="too small for 100 images: their first exits alone take about"):
         said.extend(tool.count_many(slow_to_come(), budget_ms=3000, number=100))
     assert len(asked) < 20
     assert [result.chosen.exit for result in said] == ["V1"] * len(said)  # what was answered by then is not lost
@@ -387,7 +387,7 @@ def test_a_budget_for_a_folder(counter, pictures, tmp_path, monkeypatch, capsys)
     assert [row["source"][-5:] for row in rows] == ["0.png", "1.png", "2.png", "3.png", "5.png", "6.png"]
     assert {row["chosen_exit"] for row in rows} == {"final"}
     assert sorted(line.split(":")[0] for line in err.splitlines()) == ["skipped", "warning"]
-    with pytest.raises(BudgetError, match="too small for 7 pictures"):
+    with pytest.raises(BudgetError, match="too small for 7 images"):
         count_inputs(tool, [folder], budget_ms=0.01)
     for options in ({"exit": "V1"}, {"deadline_ms": 5.0}, {"policy": Confident(3.0)}, {"density": tmp_path / "maps"}):
         with pytest.raises(RunError, match="a budget chooses the exits itself"):

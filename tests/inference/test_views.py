@@ -1,4 +1,4 @@
-"""A transformer counts a picture in tiles, or fitted into one view; the counts add up whatever the batch."""
+"""A transformer counts an image in tiles, or fitted into one view; the counts add up whatever the batch."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ OPTIONS = {"fps": 10, "batch": 4}
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> list[Path]:
-    """Two videos with a picture between them, and the first once more."""
+    """Two videos with an image between them, and the first once more."""
     folder = tmp_path_factory.mktemp("inputs")
     times = [i / 10 for i in range(23)]
     first = make_video(folder / "a.mp4", times, sound=tone(2.5, begin=1))
@@ -180,7 +180,7 @@ def test_what_is_done_is_not_done_again(counter, inputs, tmp_path, monkeypatch):
         return answers(self, batch, **options)
 
     monkeypatch.setattr(type(counter), "answers", counting)
-    monkeypatch.setattr(type(counter), "count", None)  # of the picture
+    monkeypatch.setattr(type(counter), "count", None)  # of the image
     count_inputs(counter, inputs, format="json", out=out, resume=True, **OPTIONS)
     assert batches == 1 + 23
 
@@ -241,7 +241,7 @@ def test_what_cannot_go_on(counter, inputs, tmp_path):
         )
     with pytest.raises(RunError, match="name a file"):
         count_inputs(counter, inputs[:1], format="parquet")
-    with pytest.raises(RunError, match="a budget is for all pictures in one run"):
+    with pytest.raises(RunError, match="a budget is for all images in one run"):
         count_inputs(counter, [inputs[1]], budget_ms=1e4, resume=True, format="csv", out=tmp_path / "o")
 
 

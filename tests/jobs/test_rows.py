@@ -142,7 +142,7 @@ def test_csv(counter, street, film, tmp_path):
 
 
 def test_every_row_has_its_interval(counter, street, film, tmp_path, capsys):
-    """As pictures and as frames, in all formats: of the answer that was chosen."""
+    """As images and as frames, in all formats: of the answer that was chosen."""
     widths = {"V1": 0.25, "final": 0.5}
     tool = CrowdCounter(
         counter.network, "tiny", runtime=Eager(), exits=["V1", "final"], intervals=Intervals(0.9, widths, widths, 20)
@@ -258,7 +258,7 @@ def test_table_of_several(counter, street, film, capsys):
 
 
 def test_sounds(counter, street, film, tmp_path, capsys):
-    """The file beside a picture is heard; --audio goes before it, and before a video's own."""
+    """The file beside an image is heard; --audio goes before it, and before a video's own."""
 
     def counts(*inputs, **options) -> list[float]:
         count_inputs(counter, inputs, format="json", **options)
@@ -571,7 +571,7 @@ def test_densities_of_several_go_into_a_folder(counter, street, film, tmp_path):
 
 def test_densities_that_cannot_be(counter, street, film, tmp_path, capsys):
     for inputs, path, options, line in [
-        ([street], "map.mp4", {}, r"of a picture this ends in \.png or \.npy"),
+        ([street], "map.mp4", {}, r"of an image this ends in \.png or \.npy"),
         ([film], "map.png", {}, r"of a video this ends in \.mp4"),
         ([street, film], "map.png", {}, "has to be a folder"),
         ([street], "map.png", {"exit": "V1"}, "the exit V1 makes no map"),

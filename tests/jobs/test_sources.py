@@ -1,4 +1,4 @@
-"""What a user names becomes pictures and videos, or one clear line."""
+"""What a user names becomes images and videos, or one clear line."""
 
 from __future__ import annotations
 
@@ -108,10 +108,10 @@ def test_what_cannot_be_counted_is_said_in_one_line(tmp_path, picture_file):
     (tmp_path / "words.doc").write_text("words")
     for name, line in {
         "missing.jpg": "no such file or folder",
-        "empty": "no picture or video in this folder",
-        "only-deeper": "no picture or video in this folder",
+        "empty": "no image or video in this folder",
+        "only-deeper": "no image or video in this folder",
         "empty.jpg": "the file is empty",
-        "words.doc": "neither a picture nor a video",
+        "words.doc": "neither an image nor a video",
     }.items():
         with pytest.raises(SourceError) as caught:
             expand([picture_file(), tmp_path / name])

@@ -59,7 +59,7 @@ class TorchVGGish(nn.Module):
 
 
 class HuAudioCSRNet(nn.Module):
-    """The module tree and the forward of Hu et al.'s code: picture in their normalisation → map at full size."""
+    """The module tree and the forward of Hu et al.'s code: image in their normalisation → map at full size."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Drawings keep the picture's form, hide nothing where nobody is, and never fail on odd sizes or texts."""
+"""Drawings keep the image's form, hide nothing where nobody is, and never fail on odd sizes or texts."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_banner_is_written_at_any_size(size: tuple[int, int]) -> None:
     assert (picture == 128).all()
     assert out.max() > 180  # letters
     assert (out < 60).any()  # strip
-    assert (out[-max(4, size[1] // 8) :] == 128).all()  # the picture below it is not touched
+    assert (out[-max(4, size[1] // 8) :] == 128).all()  # the image below it is not touched
 
 
 def test_banner_fits_the_width() -> None:

@@ -114,7 +114,7 @@ def test_the_fastest_that_agrees_is_picked_and_remembered(network, tried, caplog
     assert chain.runtime == "quick"
     assert order == ["eager", "slow", "wrong", "quick"]
     [line] = caplog.messages
-    assert line == "runtime auto: quick, 200 ms a picture here (eager 1000 ms)"
+    assert line == "runtime auto: quick, 200 ms an image here (eager 1000 ms)"
     caplog.clear()
     assert Auto().ready(network).runtime == "quick"
     assert not caplog.messages

@@ -218,7 +218,7 @@ def test_nothing_behind_the_exit_is_converted(monkeypatch):
 
 
 def test_sizes_are_bounded_and_come_again(monkeypatch):
-    """Pictures of any size, each converted once; of the sizes that are kept, the one not used for longest goes."""
+    """Images of any size, each converted once; of the sizes that are kept, the one not used for longest goes."""
     network = networks.made("audiocsrnet")
     pieces = take_apart(network)
     converted: list[tuple[str, tuple]] = []
@@ -398,7 +398,7 @@ def test_a_conversion_that_fails_leaves_the_log_as_it_was(monkeypatch):
 
 
 def test_a_compiled_network_is_ready_before_its_first_picture(monkeypatch):
-    """No latency and no deadline counts the compiling, a compiler that is missing is told at once, and what is not
+    """No latency and no deadline counts the compiling, a compiler that is missing is reported at once, and what is not
     served is not compiled."""
     graphs: list[int] = []
 

@@ -50,7 +50,7 @@ def test_what_is_filtered():
 
 
 def test_the_network_answers_alike_and_is_filtered(monkeypatch):
-    """Large maps are; those of the ear, and of small pictures, are not."""
+    """Large maps are; those of the ear, and of small images, are not."""
     torch.manual_seed(0)
     spec = zoo.Spec("audiocsrnet-s", changes={"size": (512, 384)})
     network = zoo.build(spec).eval()

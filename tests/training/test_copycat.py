@@ -1,4 +1,4 @@
-"""Copycat: unlabelled pictures among the real ones, and the backbone's own answers for their truth."""
+"""Copycat: unlabelled images among the real ones, and the backbone's own answers for their truth."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def test_what_cannot_be_copied(store, backbone, branches, pictures, tmp_path):
     with pytest.raises(CrowdExitError, match="not trained classifier-wise"):
         copycat_recipe(backbone, store, pictures)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CrowdExitError, match="no picture of use"):
+    with pytest.raises(CrowdExitError, match="no image of use"):
         mixed(store, branches, tmp_path / "empty")
     with pytest.raises(CrowdExitError, match="no such prepared file"):
         mixed(store, branches, tmp_path / "nowhere")

@@ -44,7 +44,7 @@ def test_a_count_in_a_direction_that_hardly_varies(kind):
 
 
 class Shows(Stage):
-    """A map of the picture's own pixels, and any sound."""
+    """A map of the image's own pixels, and any audio."""
 
     def forward(self, features: Features) -> Features:
         return replace(features, audio=torch.randn(len(features.visual), 5))
@@ -111,7 +111,7 @@ def test_a_run_starts_there(store, tmp_path):
         assert not torch.equal(first, plain[f"branches.{name}.head.0.weight"])
     convolution = fitted["branches.1-add.conv.weight"]  # every channel and place of the window looks the same way
     torch.testing.assert_close(convolution, convolution[:1, :, :1, :1].expand_as(convolution))
-    first = fitted["branches.2-heard.head.0.weight"].unflatten(1, (-1, 4))  # of each patch, the sound's last
+    first = fitted["branches.2-heard.head.0.weight"].unflatten(1, (-1, 4))  # of each patch, the audio's last
     torch.testing.assert_close(first[:, :-1], first[:, :1].expand_as(first[:, :-1]))
     torch.testing.assert_close(first[:, -1], torch.zeros_like(first[:, -1]), rtol=0, atol=1e-7)
     run(tiny(store, "count", fit=10, loss="balanced", **keys), tmp_path / "final")

@@ -1,4 +1,4 @@
-"""The checkpoints a run goes on from: whole on the disk, two of them, and damage is told instead of trained on."""
+"""The checkpoints a run goes on from: whole on the disk, two of them, and damage is reported instead of trained on."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def test_a_table_in_one_command_that_is_not_run_twice(tmp_path, data):
     assert second.endswith("| 79.31 | 81.18 |")
     assert first.count("±") == 4  # two methods, plain and copycat, two seeds each
     assert (tmp_path / "out" / "table.png").stat().st_size > 1000
-    # The figures are what the checkpoints reach on the test pictures.
+    # The figures are what the checkpoints reach on the test images.
     run = tmp_path / "out" / "resnet152" / "branches-0"
     told = json.loads((run / "test.json").read_text())
     assert (told["split"], told["samples"]) == ("test", 6)

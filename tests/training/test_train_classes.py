@@ -28,7 +28,7 @@ EXITS = {"kinds": ["mlp", "cnn-ignore", "slvit"], "places": [1, 2]}
 
 @pytest.fixture(scope="module")
 def colours(tmp_path_factory):
-    """Pictures whose class is the channel that is bright."""
+    """Images whose class is the channel that is bright."""
     random = np.random.default_rng(0)
     path = tmp_path_factory.mktemp("classes") / "colours.h5"
     with write_classes(path, CLASSES, "made for a test") as writer:
@@ -101,7 +101,7 @@ def test_evaluate_gives_every_exits_accuracy(colours, trained, tmp_path):
     assert all(row["latency_ms"] > 0 for row in said["exits"])
     table = CliRunner().invoke(app, ["evaluate", *arguments, "--ids", "test1*"])
     assert "accuracy" in table.stdout
-    assert "(9 pictures)" in " ".join(table.stdout.split())  # a title is folded to its table's width
+    assert "(9 images)" in " ".join(table.stdout.split())  # a title is folded to its table's width
     traded = CliRunner().invoke(app, ["tradeoff", *arguments, "--out", str(tmp_path / "t")])
     assert traded.exit_code == 0, traded.output
     assert "wrong answers, %" in (tmp_path / "t" / "tradeoff.md").read_text("utf-8")
@@ -146,7 +146,7 @@ def test_counting_and_classes_are_not_mixed(colours, store, trained, tmp_path):
         load(trained)
     for extra, problem in (
         (["--brightness", "0.5"], "are for counting"),
-        (["--ids", "nothing*"], "no picture of val matches"),
+        (["--ids", "nothing*"], "no image of val matches"),
         (["--split", "other"], "no split 'other'"),
     ):
         said = CliRunner().invoke(

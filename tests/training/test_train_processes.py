@@ -81,7 +81,7 @@ def test_density_on_two_processes(store, tmp_path):
     said = launch_both(recipe, tmp_path / "two")
     check(recipe, tmp_path / "two")
     assert said.count("epoch 2/2") == 1, "only the first process speaks"
-    # The figures of the best epoch, from one process and one picture at a time.
+    # The figures of the best epoch, from one process and one image at a time.
     network, spec = zoo.load(tmp_path / "two")
     errors: dict[str, list[float]] = {"A": [], "B": []}
     with Store(store) as opened:

@@ -25,7 +25,7 @@ EXITS = [
 
 
 def write_store(path: Path, *, only_density: bool = False) -> Path:
-    """Ten pictures to train on and five to validate, of two parts; all but the last have sound."""
+    """Ten images to train on and five to validate, of two parts; all but the last have sound."""
     random = np.random.default_rng(0)
     with open_for_writing(path) as file:
         for split, number in (("train", 10), ("val", 5)):

@@ -1,6 +1,6 @@
 """Live sources: the newest frame at each time, what is dropped is counted, what stops is opened again.
 
-No camera stands here: one of FFmpeg's own test pictures, at its own pace, takes its place.
+No camera stands here: one of FFmpeg's own test frames, at its own pace, takes its place.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def refuse(line: str) -> None:
 
 
 def transport_stream(path: Path, *, times=TENTHS, sound=True, **options) -> bytes:
-    """The bytes of a video as it would be broadcast, in groups of five pictures."""
+    """The bytes of a video as it would be broadcast, in groups of five frames."""
     own = tone(times[-1] + 0.1, begin=1) if sound else None
     return make_video(path, times, sound=own, key_every=5, **options).read_bytes()
 
@@ -106,7 +106,7 @@ def test_addresses(tmp_path):
 
 
 def test_a_pipe_in_real_time_gives_what_the_file_gives(tmp_path):
-    """Pictures, times and the second of sound around each, though it is half a second late."""
+    """Frames, times and the second of audio around each, though it is half a second late."""
     data = transport_stream(tmp_path / "v.ts")
     expected = list(read_frames(tmp_path / "v.ts", Span(5)))
     with fed(tmp_path / "pipe", data, 2.5) as name:
@@ -117,7 +117,7 @@ def test_a_pipe_in_real_time_gives_what_the_file_gives(tmp_path):
     assert [index_of(f.picture) for f in got] == [index_of(f.picture) for f in expected]
     for live_frame, frame in zip(got, expected, strict=True):
         assert (live_frame.sound is None) == (frame.sound is None)
-        # What lies before the first picture has not been kept.
+        # What lies before the first frame has not been kept.
         begin = max(0, round((0.5 - frame.time_s) * 16_000)) + 400
         assert np.allclose(live_frame.sound[0][begin:], frame.sound[0][begin:], atol=0.02)
 
@@ -238,9 +238,9 @@ def test_what_cannot_be_opened_is_said_at_once(tmp_path, quick):
 
 
 def test_a_camera():
-    """A camera gives its pictures for ever, at its own pace, without sound."""
+    """A camera gives its frames for ever, at its own pace, without audio."""
     if "lavfi" not in av.formats_available:
-        pytest.skip("this FFmpeg has no test pictures")
+        pytest.skip("this FFmpeg has no test frames")
     address = Address("camera:0", "testsrc2=size=96x64:rate=20,realtime", "", format="lavfi")
     begun = time.monotonic()
     got = list(LiveFrames(address, Span(5, end=1.5), refuse))
@@ -251,7 +251,7 @@ def test_a_camera():
 
 
 def test_decoding_that_falls_behind_leaves_pictures_out(tmp_path, monkeypatch):
-    """Groups of pictures are passed over until the newest is reached again."""
+    """Groups of frames are passed over until the newest is reached again."""
     data = transport_stream(tmp_path / "v.ts", sound=False)
     for name, value in (("_BEHIND_S", 0.3), ("_LONG_S", 0.0), ("_MOST_STAMPS", 8)):
         monkeypatch.setattr(live, name, value)
@@ -273,7 +273,7 @@ def test_decoding_that_falls_behind_leaves_pictures_out(tmp_path, monkeypatch):
     assert 6 <= slow <= 20  # of all that came out of the decoder
     assert source.dropped >= 3
     assert [line for line in lines if "too much to decode" in line] == [
-        f"{name}: too much to decode here, pictures are left out"
+        f"{name}: too much to decode here, frames are left out"
     ]
     assert got[-1].time_s > 1.9
     assert [index_of(f.picture) for f in got] == [f.index for f in got]
@@ -360,7 +360,7 @@ def test_what_a_live_source_cannot_do(tmp_path, counter, capsys):
 
 
 def lasting(name: str) -> Address:
-    """A pipe as if it were a camera, which gives its pictures when they show."""
+    """A pipe as if it were a camera, which gives its frames when they show."""
     address = address_of(name)
     assert address is not None
     return Address(name, address.url, address.protocols)
@@ -423,7 +423,7 @@ def test_what_breaks_off_is_told(tmp_path):
 
 
 def test_a_whole_pipe_is_not_called_broken_off(tmp_path):
-    """Though the decoder holds its last pictures until the end."""
+    """Though the decoder holds its last frames until the end."""
     data = make_video(tmp_path / "v.mkv", list(range(12))).read_bytes()
     with fed(tmp_path / "pipe", data, 0.0) as name:
         got = [frame.index for frame in frames_of(name, 1)[0]]
@@ -495,7 +495,7 @@ def test_what_is_held_at_the_end_is_dropped(tmp_path):
             got.append(frame)
             if len(got) == 3:
                 source.stop()
-    assert source.dropped >= 4  # those that wait for half a second of sound
+    assert source.dropped >= 4  # those that wait for half a second of audio
     assert len(got) + source.dropped == source._index + 1
 
 
@@ -520,7 +520,7 @@ def test_live_pictures_that_are_too_large(tmp_path, monkeypatch):
 
 
 def test_behind_damage_no_picture_is_made_of_what_is_lost(tmp_path):
-    """A broadcast with a hole in it: nothing is counted there, and that is told."""
+    """A broadcast with a hole in it: nothing is counted there, and that is reported."""
     write_moving(tmp_path / "v.ts", 100, size=(320, 240))
     data = bytearray((tmp_path / "v.ts").read_bytes())
     data[len(data) * 30 // 100 : len(data) * 60 // 100] = bytes(len(data) * 60 // 100 - len(data) * 30 // 100)

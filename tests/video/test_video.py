@@ -1,4 +1,4 @@
-"""Frames by their time stamps, each with the second of sound around it, in memory that does not grow."""
+"""Frames by their time stamps, each with the second of audio around it, in memory that does not grow."""
 
 from __future__ import annotations
 
@@ -128,14 +128,14 @@ def test_the_ends_of_the_sound_are_padded(tmp_path):
     first, *_, last = frames(path, fps=10)
     assert not first.sound[0][:7_900].any()
     assert np.abs(first.sound[0][8_000:]).mean() > 0.2
-    assert np.abs(last.sound[0][:9_500]).mean() > 0.2  # 2.9 s: 0.6 s of sound are left
+    assert np.abs(last.sound[0][:9_500]).mean() > 0.2  # 2.9 s: 0.6 s of audio are left
     assert not last.sound[0][9_700:].any()
 
 
 def test_beyond_its_sound_a_video_is_not_heard(tmp_path):
     path = make_video(tmp_path / "v.mp4", TENTHS, sound=tone(1.5))
     heard = {f.index: f.sound is not None for f in frames(path, fps=10)}
-    assert heard[14]  # 0.6 s before the end of the sound are in its second
+    assert heard[14]  # 0.6 s before the end of the audio are in its second
     assert not heard[17]
     assert not any(heard[i] for i in range(17, 30))
 
@@ -146,7 +146,7 @@ def test_sound_from_another_file(tmp_path):
     own, replaced = frames(path), frames(path, audio=other)
     assert [loudness(f) > 0.01 for f in own] == [True, False, False]
     assert [loudness(f) > 0.01 for f in replaced] == [False, False, True]
-    with pytest.raises(AudioError, match="no sound track"):
+    with pytest.raises(AudioError, match="no audio track"):
         frames(path, audio=make_video(tmp_path / "mute.mp4", [0, 0.1]))
     with pytest.raises(AudioError, match="no such"):
         frames(path, audio=tmp_path / "none.wav")
@@ -189,7 +189,7 @@ def test_a_frame_counts_what_it_counts_alone(tmp_path, counter, batch):
 
 
 def test_large_pictures_are_scaled_on_the_way(tmp_path, counter):
-    """What the network looks at is smaller; only pictures that are cut into tiles are needed as they are."""
+    """What the network looks at is smaller; only frames that are cut into tiles are needed as they are."""
     assert counter.size == (128, 64)
     for size, looked_at in {(256, 96): (128, 48), (96, 64): (96, 64), (640, 64): None}.items():
         assert counter.size_for(*size) == looked_at
@@ -237,7 +237,7 @@ def test_stamps_of_live_sound():
 
 
 def test_sound_goes_on_where_its_clock_is_set_back(tmp_path):
-    """Two recordings one behind the other: the pictures of the second are heard with its sound."""
+    """Two recordings one behind the other: the frames of the second are heard with its audio."""
     paths = [
         make_video(tmp_path / f"{name}.ts", TENTHS, sound=tone(3, **on), key_every=5)
         for name, on in (("silent", {"begin": 3}), ("loud", {}))
@@ -335,7 +335,7 @@ def test_packets_that_are_missing_are_told(tmp_path):
     got = frames(path, warn=lines.append)
     assert len(got) < 9
     assert len(lines) == 1
-    assert "damaged or without pictures from" in lines[0]
+    assert "damaged or without frames from" in lines[0]
 
 
 def test_by_default_damage_is_a_warning(tmp_path, counter):
@@ -368,7 +368,7 @@ def test_sound_that_is_damaged_is_not_heard_further(tmp_path):
 def test_no_frames(tmp_path):
     path = tmp_path / "v.mp4"
     write_sound_alone(path)
-    with pytest.raises(VideoError, match="no moving picture"):
+    with pytest.raises(VideoError, match="no moving frame"):
         frames(path)
     empty = make_video(tmp_path / "empty.avi", [], codec="mpeg4")
     with pytest.raises(VideoError, match=r"empty\.avi: "):
@@ -411,7 +411,7 @@ def test_expected_rows(tmp_path):
 
 
 def test_annotated_video(tmp_path):
-    """The frames at their times, and the sound in step with them."""
+    """The frames at their times, and the audio in step with them."""
     path = make_video(tmp_path / "v.mp4", [i / 10 for i in range(40)], sound=tone(4, begin=2), size=(97 // 2 * 2, 64))
     out = tmp_path / "out.mp4"
     with AnnotatedVideo(out, path, 0.5) as drawn:
@@ -457,7 +457,7 @@ def test_an_annotated_video_appears_whole_or_not(tmp_path):
 
 
 def remuxed(path: Path, out: Path, *, last_s: float, **options) -> Path:
-    """The same video, its last picture shown for so many seconds."""
+    """The same video, its last frame shown for so many seconds."""
     with av.open(str(path)) as source, av.open(str(out), "w", options=options) as target:
         stream = target.add_stream_from_template(source.streams.video[0])
         packets = [packet for packet in source.demux(source.streams.video[0]) if packet.dts is not None]
@@ -469,17 +469,17 @@ def remuxed(path: Path, out: Path, *, last_s: float, **options) -> Path:
 
 
 def test_a_whole_video_is_not_called_cut_short(tmp_path):
-    """Though pictures stand still for long, the last one too, or only a part is asked for."""
+    """Though frames stand still for long, the last one too, or only a part is asked for."""
     times = [*TENTHS, *(12 + t for t in TENTHS)]
     still = make_video(tmp_path / "still.mp4", times)
     assert [round(f.time_s) for f in frames(still, end=11)] == [0, 1, 2]
-    for codec in ("libx264", "mpeg4"):  # the first stores pictures in another order
+    for codec in ("libx264", "mpeg4"):  # the first stores frames in another order
         path = make_video(tmp_path / f"{codec}.mp4", TENTHS, codec=codec)
         last = remuxed(path, tmp_path / "last.mp4", last_s=8)
         with av.open(str(last)) as container:
             assert container.duration > 10 * av.time_base
         assert len(frames(last)) == 3
-    matroska = make_video(tmp_path / "v.mkv", [*TENTHS, 12])  # which does not say how long pictures are shown
+    matroska = make_video(tmp_path / "v.mkv", [*TENTHS, 12])  # which does not say how long frames are shown
     assert len(frames(matroska, end=11)) == 3
 
 
@@ -488,7 +488,7 @@ def test_holes_outside_of_what_is_asked_for_are_not_told(tmp_path):
     lines: list[str] = []
     whole = frames(path, warn=lines.append)
     assert len(lines) == 1
-    assert "without pictures from 4.0 to 10.0 s" in lines[0]
+    assert "without frames from 4.0 to 10.0 s" in lines[0]
     assert [f.index for f in frames(path, start=11)] == [f.index for f in whole if f.time_s > 10.9]
     assert frames(path, after=whole[5].index)
     assert frames(path, start=3, end=3.9)
@@ -499,7 +499,7 @@ def test_nothing_in_the_span_is_told(tmp_path):
     for span, told in (({"start": 10.0}, "from 10 s on"), ({"start": 4.0, "end": 5.0}, "from 4 s to 5 s")):
         lines: list[str] = []
         assert not frames(path, warn=lines.append, **span)
-        assert lines == [f"{path}: no picture is shown {told}"]
+        assert lines == [f"{path}: no frame is shown {told}"]
     assert not frames(path, after=29)  # a run that goes on had all of it
 
 
@@ -520,7 +520,7 @@ def test_what_is_no_number_is_not_heard(tmp_path, counter):
     assert [f.sound is not None for f in got] == [True, True, False, True]
     assert all(np.isfinite(f.sound[0]).all() for f in got if f.sound is not None)
     assert len(lines) == 1
-    assert "the sound is damaged after 1." in lines[0]
+    assert "the audio is damaged after 1." in lines[0]
     with pytest.raises(AudioError, match="no samples"):
         SoundTrack(write_floats(tmp_path / "n.wav", np.full(16_000, np.nan)), None, lines.append)
     with AnnotatedVideo(tmp_path / "out.mp4", tmp_path / "s.wav", 1) as drawn:
@@ -554,7 +554,7 @@ def test_what_cannot_be_used_is_not_left_open(tmp_path):
     path = tmp_path / "v.mp4"
     write_sound_alone(path)
     before = len(list(Path("/proc/self/fd").iterdir()))
-    with pytest.raises(VideoError, match="no moving picture") as caught:
+    with pytest.raises(VideoError, match="no moving frame") as caught:
         frames(path)
     assert caught.tb is not None  # which holds what was open
     assert len(list(Path("/proc/self/fd").iterdir())) == before

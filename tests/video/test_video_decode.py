@@ -1,4 +1,4 @@
-"""Only what is due is decoded, and it is the same picture with the same number wherever decoding began."""
+"""Only what is due is decoded, and it is the same frame with the same number wherever decoding began."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KINDS = {
     "h264.ts": {},
     "bframes.avi": {"codec": "mpeg4"},
     "h264.avi": {},
-    "hevc.mp4": {"codec": "libx265", "options": {"x265-params": "log-level=none"}},  # open groups of pictures
+    "hevc.mp4": {"codec": "libx265", "options": {"x265-params": "log-level=none"}},  # open groups of frames
     "refresh.mkv": {"options": {"x264-params": "intra-refresh=1"}},  # key frames that are none
     "mpeg2.mpg": {"codec": "mpeg2video"},
     "vp9.webm": {"codec": "libvpx-vp9", "options": {"cpu-used": "8", "deadline": "realtime"}},

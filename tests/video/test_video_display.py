@@ -31,7 +31,7 @@ def write_pictures(
     sound=None,
     sound_codec: str = "aac",
 ) -> Path:
-    """Write pictures H×W×3 (uint8, or uint16 of BT.2020) as a video of ten frames a second."""
+    """Write frames H×W×3 (uint8, or uint16 of BT.2020) as a video of ten frames a second."""
     with av.open(str(path), "w") as container:
         video = container.add_stream(codec, rate=10, options={"crf": "10", **(options or {})})
         video.height, video.width = pictures[0].shape[:2]
@@ -122,7 +122,7 @@ def test_the_shape_of_pixels_may_change(tmp_path):
 
 
 def test_annotated_and_counted_in_square_pixels(tmp_path, counter, capsys):
-    """The count of squeezed pixels is that of the whole picture, and the drawing is not squeezed."""
+    """The count of squeezed pixels is that of the whole frame, and the drawing is not squeezed."""
     full = write_pictures(tmp_path / "full.mp4", [WIDE] * 4)
     path = write_pictures(tmp_path / "v.mp4", [squeezed(96, 144)] * 4, aspect=Fraction(2))
     out = tmp_path / "out.mp4"
@@ -209,7 +209,7 @@ def test_a_damaged_beginning_is_told(tmp_path):
 
 
 def test_whether_each_frame_was_heard(tmp_path, counter, capsys):
-    """No sound track; one that ends before the pictures; one that cannot be decoded."""
+    """No audio track; one that ends before the frames; one that cannot be decoded."""
     mute = write_pictures(tmp_path / "mute.mp4", [WIDE] * 30)
     short = write_pictures(tmp_path / "short.mp4", [WIDE] * 30, sound=tone(1))
     broken = write_pictures(tmp_path / "broken.mkv", [WIDE] * 30, sound=tone(3) * 20.0, sound_codec="pcm_f32le")
@@ -223,7 +223,7 @@ def test_whether_each_frame_was_heard(tmp_path, counter, capsys):
 
 
 def test_float_sound_of_any_scale(tmp_path, counter, capsys):
-    """A sound track, and a file in its place, in ±32768: the counts of ±1, and a warning in the rows that hear it."""
+    """An audio track, and a file in its place, in ±32768: the counts of ±1, and a warning in the rows that hear it."""
     usual = write_pictures(tmp_path / "a.mkv", [WIDE] * 20, sound=tone(2), sound_codec="pcm_f32le")
     loud = write_pictures(tmp_path / "b.mkv", [WIDE] * 20, sound=tone(2) * 32_768, sound_codec="pcm_f32le")
     rows = []

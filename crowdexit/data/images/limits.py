@@ -12,7 +12,7 @@ MAX_BYTES = 900_000_000
 
 
 class PictureError(CrowdExitError):
-    """A picture that cannot be read or is of no use."""
+    """An image that cannot be read or is of no use."""
 
 
 def check_size(name: str, width: int, height: int, bytes_per_pixel: int = 4) -> None:

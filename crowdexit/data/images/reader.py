@@ -113,7 +113,7 @@ def decode_image(data: bytes, name: str = "picture", check: SizeCheck | None = N
         other = OTHER_SUFFIXES.get(PurePath(name).suffix.lower())
         if other is not None:
             raise PictureError(f"{name}: {other} is not supported; save it as JPEG or PNG") from None
-        raise PictureError(f"{name}: not a picture") from None
+        raise PictureError(f"{name}: not an image") from None
     except Image.DecompressionBombError:
         raise PictureError(f"{name}: too large ({MAX_PIXELS // 10**6} megapixels at most)") from None
     except MemoryError:
@@ -124,7 +124,7 @@ def decode_image(data: bytes, name: str = "picture", check: SizeCheck | None = N
         raise PictureError(f"{name}: a TIFF with {error} is not supported; save it with 8 bits") from None
     except Exception as error:  # a library of images may raise whatever a damaged file makes of its state
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise PictureError(f"{name}: a damaged or truncated picture ({reason})") from None
+        raise PictureError(f"{name}: a damaged or truncated image ({reason})") from None
 
 
 def read_image(path: str | Path, check: SizeCheck | None = None) -> DecodedImage:
@@ -164,7 +164,7 @@ def from_pil(picture: Image.Image, name: str = "image") -> DecodedImage:
         raise PictureError(f"{name}: {error} are not supported; convert it to RGB") from None
     except Exception as error:  # a library of images may raise whatever a damaged file makes of its state
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise PictureError(f"{name}: a damaged or truncated picture ({reason})") from None
+        raise PictureError(f"{name}: a damaged or truncated image ({reason})") from None
 
 
 def is_image(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""TIFF beyond Pillow: which page is the picture, camera raw, and samples of more than eight bits."""
+"""TIFF beyond Pillow: which page is the image, camera raw, and samples of more than eight bits."""
 
 from __future__ import annotations
 
@@ -261,7 +261,7 @@ def is_raw(data: bytes, pages: list[Page]) -> bool:
 
 
 def picture_page(pages: list[Page]) -> tuple[Page, int]:
-    """The page to count, and how many other pictures are left out.
+    """The page to count, and how many other images are left out.
 
     It is the largest, the first of several as large; one that says it is a smaller version of another, or a mask, only
     where there is nothing else. Where that is all that the file's own pages are, their sub-images are looked at.

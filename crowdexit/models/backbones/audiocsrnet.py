@@ -44,7 +44,7 @@ class AudioCSRNetConfig:
     """Everything that shapes an AudioCSRNet and its branches. The defaults are the paper's.
 
     Attributes:
-        size: (width, height) of the picture that the branches' grids fit; with ``view`` ``scale`` their product is the
+        size: (width, height) of the image that the branches' grids fit; with ``view`` ``scale`` their product is the
             number of pixels that an image is scaled down to.
         view: ``fit``, or ``scale``: the image's own shape and size, no more than so many pixels, any exit but those
             whose weights belong to positions (:class:`crowdexit.models.network.Config`).
@@ -118,12 +118,12 @@ class AudioCSRNetConfig:
 
     @property
     def bare_step(self) -> int:
-        """What the front divides the picture's sides by."""
+        """What the front divides the image's sides by."""
         return front_kind(self.front).size_divisor
 
     @property
     def scene(self) -> tuple[int, int]:
-        """The whole picture is seen at once."""
+        """The whole image is seen at once."""
         return self.size
 
     @property
@@ -178,10 +178,10 @@ def upsample_sum(density: Tensor, factor: int) -> Tensor:
 
 
 class DensityExit(Exit):
-    """The final exit: 1×1 convolution to one channel, the density of heads, and its sum over the picture.
+    """The final exit: 1×1 convolution to one channel, the density of heads, and its sum over the image.
 
     Cells that are padding count for nothing. In stage two the sum becomes a dense layer over the map at full
-    resolution, started as the sum (weights all one, no bias); that layer is bound to one picture size.
+    resolution, started as the sum (weights all one, no bias); that layer is bound to one image size.
     """
 
     kind = "density"
@@ -196,7 +196,7 @@ class DensityExit(Exit):
             self.start_regressor(config.size)
 
     def start_regressor(self, size: tuple[int, int]) -> None:
-        """Add stage two's dense layer for pictures of ``size`` (width, height), started as a sum."""
+        """Add stage two's dense layer for images of ``size`` (width, height), started as a sum."""
         self.regressor = nn.Linear(size[0] * size[1], 1, bias=False)
         nn.init.ones_(self.regressor.weight)
 
@@ -213,7 +213,7 @@ class DensityExit(Exit):
 class AudioCSRNet(MultiExitNetwork):
     """AudioCSRNet with its exit locations: those of its front (V1), AV1 and AV2.
 
-    At AV1 a branch takes the sound itself; at AV2 the map has it already.
+    At AV1 a branch takes the audio itself; at AV2 the map has it already.
     """
 
     config: AudioCSRNetConfig

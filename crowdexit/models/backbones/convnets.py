@@ -34,7 +34,7 @@ class ConvNetConfig:
 
     Attributes:
         architecture: torchvision's name of it.
-        size: (width, height) of the picture.
+        size: (width, height) of the image.
         outputs: classes.
         stride: of a ResNet with bottlenecks, where a stage halves its map: ``first``, in the first 1×1 convolution
             (He et al., and the paper's tables), or ``middle``, in the 3×3 (torchvision, and its weights).
@@ -45,7 +45,7 @@ class ConvNetConfig:
         second_residual: of the SL-ViT encoder.
 
     Raises:
-        ValueError: for an architecture that is not here, a stride that it has not, or a picture too small for it.
+        ValueError: for an architecture that is not here, a stride that it has not, or an image too small for it.
     """
 
     architecture: str = "resnet152"
@@ -85,12 +85,12 @@ class ConvNetConfig:
 
     @property
     def scene(self) -> tuple[int, int]:
-        """The whole picture is seen at once."""
+        """The whole image is seen at once."""
         return self.size
 
     @property
     def view(self) -> Literal["fit"]:
-        """A picture of another shape is fitted into ``size``."""
+        """An image of another shape is fitted into ``size``."""
         return "fit"
 
     @property
@@ -173,7 +173,7 @@ class ResNetPart(Stage):
 
 def plain(architecture: str, stride: str = "middle") -> Any:
     """torchvision's model of that name with fresh weights; ``first`` moves a ResNet's strides."""
-    # The second classifier of InceptionV3 is not the paper's, and pictures are normalised as all are here.
+    # The second classifier of InceptionV3 is not the paper's, and images are normalised as all are here.
     own: dict[str, Any] = {"aux_logits": False, "init_weights": False} if architecture in INCEPTIONS else {}
     model: Any = torchvision.models.get_model(architecture, weights=None, **own)
     if stride == "first":

@@ -1,4 +1,4 @@
-"""The two convolutional fronts: VGG-16's first ten layers for the picture, VGGish's first six for the sound."""
+"""The two convolutional fronts: VGG-16's first ten layers for the image, VGGish's first six for the audio."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class VGGish(AudioEncoder):
     """The first six convolutions of VGGish (Hershey et al. 2017), averaged over time and frequency.
 
     Log-mel B×1×96×64 → B×512×6×4 → mean → B×512, less a learned stand-in for what is not heard: recorded silence
-    and absent sound are different things. A sample without sound so has the vector zero, and what takes the vector
+    and absent sound are different things. A sample without audio so has the vector zero, and what takes the vector
     (γ and β, an audio patch) answers its bias; its weights can learn to hear while every silent answer stays.
     """
 

@@ -60,12 +60,12 @@ class ViTConfig:
         dim, depth, heads: of the encoder.
         patch: side of a patch in pixels.
         stem: ``patch``, one convolution of a patch's size, or ``conv``, as many of 3×3 and stride 2 with batch
-            normalisation as halve a patch to a pixel, which needs far fewer pictures to learn from, or ``vgg``, the
+            normalisation as halve a patch to a pixel, which needs far fewer images to learn from, or ``vgg``, the
             first seven convolutions of AudioCSRNet's front and one more of stride 2, which can start from weights
             that know crowds.
         stem_width: of the VGG stem.
-        view: how a picture of another shape is seen: ``tiles``, cut into views that are counted as one batch and
-            added (TransCrowd's protocol), or ``fit``, the whole picture in one view.
+        view: how an image of another shape is seen: ``tiles``, cut into views that are counted as one batch and
+            added (TransCrowd's protocol), or ``fit``, the whole image in one view.
         audio_width: width of a VGGish before the chain, for the branches that hear; 0: deaf.
         count_scale: a count per unit of a head's output.
         hidden, dropout: of the branches' MLP heads.
@@ -126,7 +126,7 @@ class ViTConfig:
 
     @property
     def scene(self) -> tuple[int, int]:
-        """(width, height) at which a picture is looked at in all: one view, or three by two tiles (TransCrowd)."""
+        """(width, height) at which an image is looked at in all: one view, or three by two tiles (TransCrowd)."""
         return (3 * self.size[0], 2 * self.size[1]) if self.view == "tiles" else self.size
 
     @property
@@ -160,7 +160,7 @@ def vgg_stem(dim: int, width: float) -> nn.Sequential:
 
 
 class Embedding(Stage):
-    """Picture B×3×H×W → tokens B×(1+N)×D: patches projected, the classification token before them, positions."""
+    """Image B×3×H×W → tokens B×(1+N)×D: patches projected, the classification token before them, positions."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()

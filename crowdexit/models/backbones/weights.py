@@ -82,18 +82,18 @@ def load_published(network: MultiExitNetwork, kind: str, path: str | Path) -> Fi
     - ``yamnet``: YAMNet (``conv.…``, ``bn.…``, ``blockN.depthwise.…``; batch normalisation without scale) → the YAMNet
       audio encoder, without the projection of its embedding.
     - ``csrnet``: a CSRNet (Li et al., ``frontend.N.…``) → the VGG front. Its back end has no batch normalisation
-      and no sound, and stays unused.
+      and no audio, and stays unused.
     - ``audiocsrnet``: a checkpoint of Hu et al.'s code → all but the vector that stands in for absent sound. The
       network has to normalise images as that code does (``image_norm: official``); its output of 100 a head moves into
       the last convolution.
     - ``vit``: timm's or DeiT's vision transformer → patch embedding and encoders; a classifier's last layer too,
-      where it has as many classes. Positions of another picture size are resampled. DeiT's pictures are normalised
+      where it has as many classes. Positions of another image size are resampled. DeiT's images are normalised
       as all are here.
-    - ``augreg``: the same of timm's own ViTs, whose pictures go from -1 to 1: that moves into the patch embedding.
+    - ``augreg``: the same of timm's own ViTs, whose images go from -1 to 1: that moves into the patch embedding.
     - ``transcrowd``: a checkpoint of the official TransCrowd, of the same variant → all.
     - ``imagenet``: torchvision's ResNet, DenseNet or InceptionV3 → all but the top; that too, where it is one dense
       layer (``top: 0``) with as many classes. ``torchvision`` in place of a path has torchvision fetch its ImageNet
-      weights. Its ResNets halve their maps in the 3×3 (``stride: middle``). Its InceptionV3 takes pictures from -1
+      weights. Its ResNets halve their maps in the 3×3 (``stride: middle``). Its InceptionV3 takes images from -1
       to 1: that moves into the first convolution.
 
     Raises:
@@ -350,7 +350,7 @@ def _vit(network: ViT, reader: _Reader) -> dict[str, Tensor]:
 
 
 def _augreg(network: ViT, reader: _Reader) -> dict[str, Tensor]:
-    """timm's own ViTs, whose pictures go from -1 to 1, where DeiT's are normalised as ImageNet's are."""
+    """timm's own ViTs, whose images go from -1 to 1, where DeiT's are normalised as ImageNet's are."""
     new = _vit(network, reader)
     first = f"stages.{network.places['1']}.embedding.patch_embed.proj."
     _renormalise(new, first, torch.full((3,), 0.5), torch.full((3,), 0.5))

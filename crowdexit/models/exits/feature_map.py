@@ -1,4 +1,4 @@
-"""Early exits on feature maps: the CNN baseline and SL-ViT, each also with sound (SL-ViT paper, figures 5, 6)."""
+"""Early exits on feature maps: the CNN baseline and SL-ViT, each also with audio (SL-ViT paper, figures 5, 6)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from crowdexit.models.stages import Features
 
 
 class GammaBeta(nn.Module):
-    """γ and β of equation (3) (Hu et al.): the sound scales and shifts each channel of a map.
+    """γ and β of equation (3) (Hu et al.): the audio scales and shifts each channel of a map.
 
     Starts as the identity (γ = 1, β = 0) plus what little the fresh weights add.
     """
@@ -43,7 +43,7 @@ class CNNExit(Branch):
         filters: of the convolution (16: from the parameter tables).
         pool: of the max pooling: 2 on the classifiers, 4 on AudioCSRNet.
         padding: 1 keeps the size (AudioCSRNet), 0 does not (classifiers).
-        audio: length of the sound's vector to fuse with γ and β (AV1), or 0.
+        audio: length of the audio's vector to fuse with γ and β (AV1), or 0.
         norm: with audio, batch normalisation before γ and β; False deviates from the paper.
         scale: the answer is the head's output times this; 100 keeps a count's weights near one.
     """
@@ -152,7 +152,7 @@ class EncoderLayer(nn.Module):
 class SLViTExit(Branch):
     """Single-layer vision transformer: patches p×p of the map, one encoder, all tokens flattened into the head.
 
-    With sound (AV1), the audio vector is one more patch: tiled over p×p so that the *same* projection takes
+    With audio (AV1), the audio vector is one more patch: tiled over p×p so that the *same* projection takes
     it, with a positional embedding of its own. The audio vector must be as long as the map is deep; where it
     is not (narrow models), ``audio`` differs from ``channels`` and a linear layer first brings it there.
 
@@ -161,7 +161,7 @@ class SLViTExit(Branch):
         size: (height, width) of the map, both divisible by ``patch``.
         outputs: classes, or 1 for a count.
         patch: p. dim: d. heads: h.
-        audio: length of the sound's vector (AV1), or 0.
+        audio: length of the audio's vector (AV1), or 0.
         scale: the answer is the head's output times this; 100 keeps a count's weights near one.
 
     Raises:

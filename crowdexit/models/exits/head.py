@@ -36,7 +36,7 @@ class MLPHead(nn.Sequential):
     def start_tied(self, positions: int) -> None:
         """Start the first layer as a mean over ``positions``: the same weights for each, divided by their number.
 
-        The papers start it at random. From few pictures a head that starts blind to position learns far
+        The papers start it at random. From few images a head that starts blind to position learns far
         sooner that people count the same wherever they stand. The input is position-major: n = positions · d.
         """
         first = self[0]
@@ -52,7 +52,7 @@ class Branch(Exit):
     Attributes:
         head: ends the branch; its input is position-major.
         cells: N, the positions that the head sees. dim: d, the length of each.
-        token_grid: (rows, columns) of the first of them over the picture, or None where they stand for all of it.
+        token_grid: (rows, columns) of the first of them over the image, or None where they stand for all of it.
         scale: the answer is the head's output times this; 100 keeps a count's weights near one.
         rectifies: whether a ReLU follows the ``eye``.
     """

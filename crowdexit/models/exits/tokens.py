@@ -34,7 +34,7 @@ def attend(block: Block, tokens: Tensor) -> Tensor:
 
 
 class _Token(Branch):
-    """A branch whose head sees one token that stands for the whole picture."""
+    """A branch whose head sees one token that stands for the whole image."""
 
     cells = 1
 
