@@ -69,7 +69,7 @@ def expand(inputs: Sequence[str | Path]) -> list[Source]:
         raise SourceError("nothing to count: name an image, a video or a folder")
     sources: list[Source] = []
     for name in inputs:
-        if not str(name).strip() or not name:
+        if not str(name).strip():
             raise SourceError("an input without a name; for the current folder write .")
         path = Path(name)
         if (address := address_of(str(name))) is not None:

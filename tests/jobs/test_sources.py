@@ -118,6 +118,8 @@ def test_what_cannot_be_counted_is_said_in_one_line(tmp_path, picture_file):
         assert str(caught.value) == f"{tmp_path / name}: {line}"
     with pytest.raises(SourceError, match="nothing to count"):
         expand([])
+    with pytest.raises(SourceError, match="an input without a name; for the current folder write"):
+        expand([""])  # a shell variable that is not set
 
 
 def test_a_file_is_what_its_contents_are_not_what_ffmpeg_finds_in_it(tmp_path, picture_file):
