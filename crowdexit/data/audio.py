@@ -186,11 +186,15 @@ class _Track:
 
     def __iter__(self) -> Iterator[NDArray[np.float32]]:
         path, length, values, damaged = self.path, 0, 0, False
-        if is_file(path) and path.stat().st_size == 0:
-            raise AudioError(f"{path}: an empty file")
-        cut = is_file(path) and _wav_cut_short(path)
-        if is_file(path) and (kind := _misread_wav(path)):
-            raise AudioError(f"{path}: {kind} is not supported; save it as WAV with 16 bits")
+        cut = False
+        if is_file(path):
+            with path.open("rb") as file:
+                head = file.read(4096)
+            if not head:
+                raise AudioError(f"{path}: an empty file")
+            if kind := _misread_wav(head):
+                raise AudioError(f"{path}: {kind} is not supported; save it as WAV with 16 bits")
+            cut = _wav_cut_short(head, path.stat().st_size)
         with open_media(path, AudioError, "audio") as container:
             if not container.streams.audio:
                 raise AudioError(f"{path}: no audio track")
@@ -271,10 +275,8 @@ def peak_of(path: Path) -> float:
     return track.peak
 
 
-def _misread_wav(path: Path) -> str | None:
-    """What a WAV file is, if it is of a kind that FFmpeg takes for another and makes noise of."""
-    with path.open("rb") as file:
-        head = file.read(4096)
+def _misread_wav(head: bytes) -> str | None:
+    """What a WAV file is by its beginning, if it is of a kind that FFmpeg takes for another and makes noise of."""
     if head[:4] == b"RIFX":
         return "a big-endian WAV (RIFX)"
     at = head.find(b"fmt ") + 8
@@ -284,10 +286,8 @@ def _misread_wav(path: Path) -> str | None:
     return None
 
 
-def _wav_cut_short(path: Path) -> bool:
-    """Whether a WAV file is shorter than its head says; FFmpeg plays what is left without a word."""
-    with path.open("rb") as file:
-        head = file.read(8)
-    stated = int.from_bytes(head[4:], "little")
+def _wav_cut_short(head: bytes, size: int) -> bool:
+    """Whether a WAV file of that size is shorter than its head says; FFmpeg plays what is left without a word."""
+    stated = int.from_bytes(head[4:8], "little")
     # Programs that write into a pipe do not know the size and put the largest there.
-    return head[:4] == b"RIFF" and stated < 0x7FFFF000 and path.stat().st_size < 0.99 * stated
+    return head[:4] == b"RIFF" and stated < 0x7FFFF000 and size < 0.99 * stated

@@ -20,27 +20,25 @@ def is_image(head: bytes) -> bool:
 
 def is_cut_short(data: bytes) -> bool:
     """Whether a box of the outermost level is longer than the file: decoders make images of what is left."""
-    return any(end > len(data) for _, end in _boxes(data))
+    return any(end > len(data) for end in _ends(data))
 
 
-def nclx(data: bytes) -> tuple[int, int] | None:
-    """(primaries, transfer) of the first colour description, as numbered in ITU-T H.273; None without one."""
+def nclx(data: bytes) -> tuple[int, ...]:
+    """(primaries, transfer) of the first colour description, as numbered in ITU-T H.273; nothing without one."""
     at = data.find(b"colrnclx")
-    if at < 0 or at + 12 > len(data):
-        return None
+    if at < 0:
+        return ()
     return int.from_bytes(data[at + 8 : at + 10], "big"), int.from_bytes(data[at + 10 : at + 12], "big")
 
 
-def _boxes(data: bytes) -> Iterator[tuple[bytes, int]]:
-    """The type of each box of the outermost level, and where it says that it ends."""
+def _ends(data: bytes) -> Iterator[int]:
+    """Where each box of the outermost level says that it ends."""
     at = 0
     while at + 8 <= len(data):
-        size, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        size = int.from_bytes(data[at : at + 4], "big")
         if size == 1:
             size = int.from_bytes(data[at + 8 : at + 16], "big")
-        elif size == 0:  # to the end of the file
-            return
-        if size < 8:
+        if size < 8:  # 0: to the end of the file
             return
         at += size
-        yield kind, at
+        yield at

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import struct
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import cv2
 
@@ -18,6 +19,7 @@ _BEGINS = b"\xff\xd8\xff"
 # In a scan, what is not a stuffed byte, a restart or padding ends it.
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_LOSSLESS = {0xC3, 0xC7, 0xCB, 0xCF}
 _ALONE = {0x01, *range(0xD0, 0xD9)}  # markers without a length
 # libjpeg's words for data that is not as it was written; its other warnings are of headers that do not matter.
 # In a TIFF they come by way of libtiff and OpenCV, who write something before them.
@@ -36,39 +38,42 @@ def sizes(data: bytes) -> Iterator[tuple[int, int]]:
     """
     at = data.find(_BEGINS)
     while at >= 0:
-        size, at = _walk(data, at + 2)
-        if size is not None:
-            yield size
+        frame, at = _walk(data, at + 2)
+        if frame is not None:
+            yield frame.size
         at = data.find(_BEGINS, at)
 
 
 def has_8_bits(data: bytes) -> bool:
     """Whether a JPEG has 8 bits and is compressed with loss, as decoders here know it; True where no header says."""
-    at = 2
-    while (found := _MARKER.search(data, at)) is not None:
-        kind, at = data[found.start() + 1], found.end()
-        if kind in _FRAMES:
-            return data[at + 2 : at + 3] == b"\x08" and kind not in (0xC3, 0xC7, 0xCB, 0xCF)
-        if kind not in _ALONE:
-            at += max(2, int.from_bytes(data[at : at + 2], "big"))
-    return True
+    frame, _ = _walk(data, 2)
+    return frame is None or (frame.bits == 8 and frame.kind not in _LOSSLESS)
 
 
-def _walk(data: bytes, at: int) -> tuple[tuple[int, int] | None, int]:
-    """The size of an image from behind its first marker, and where it ends."""
-    size = None
+class _Frame(NamedTuple):
+    """The header of an image's pixels: its marker, bits of a sample, (width, height)."""
+
+    kind: int
+    bits: int
+    size: tuple[int, int]
+
+
+def _walk(data: bytes, at: int) -> tuple[_Frame | None, int]:
+    """The header of an image from behind its first marker, and where the image ends."""
+    frame = None
     while (found := _MARKER.search(data, at)) is not None:
         kind, at = data[found.start() + 1], found.end()
         if kind == 0xD9:
             break
         if kind == 0xD8:  # another one begins: this one has no end
-            return size, found.start()
+            return frame, found.start()
         if kind in _ALONE:
             continue
-        if kind in _FRAMES and size is None:
-            size = int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 3 : at + 5], "big")
+        if kind in _FRAMES and frame is None and at + 7 <= len(data):
+            bits, height, width = struct.unpack_from(">BHH", data, at + 2)
+            frame = _Frame(kind, bits, (width, height))
         at += max(2, int.from_bytes(data[at : at + 2], "big"))
-    return size, at if found is not None else len(data)
+    return frame, at if found is not None else len(data)
 
 
 def damage(data: bytes) -> str | None:

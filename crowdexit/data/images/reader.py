@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import warnings
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, ImageFile, JpegImagePlugin, UnidentifiedImageError
 
 from crowdexit.data.hdr import Primaries, Transfer, to_sdr
-from crowdexit.data.images import isobmff, jpeg, netpbm, tiff
+from crowdexit.data.images import isobmff, jpeg, netpbm, png, tiff
 from crowdexit.data.images.limits import MAX_PIXELS, PictureError, check_size
 from crowdexit.data.images.opencv import imdecode
 from crowdexit.data.images.ranges import RangeUnknown, to_8_bits
@@ -51,7 +50,6 @@ OTHER_SUFFIXES = {
     **dict.fromkeys((".qoi", ".dds", ".ktx", ".ktx2", ".xcf", ".fits", ".fit", ".dcm"), "this format"),
 }
 PREVIEW_SUFFIX = ".thm"  # which cameras write beside a raw image or a video
-_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _PNG_BYTES = {0: 2, 2: 6}  # of a pixel with 16 bits, by colour type; with opacity eight
 _LARGE = 2**27  # bytes of pixels; a camera's image has fewer
 _ROWS = 256  # of an image that are converted at once
@@ -233,7 +231,7 @@ def _decode(data: bytes, name: str, notes: _Notes, check: SizeCheck) -> NDArray[
             _note_others(picture, data, notes)
         if picture.format in ("HEIF", "AVIF") and isobmff.is_cut_short(data):
             raise ValueError("the file is cut short")
-        if data.startswith(_PNG_MAGIC) and _png_is_damaged(data):
+        if data.startswith(png.MAGIC) and png.is_damaged(data):
             notes.add("the PNG data is damaged (a checksum does not match): the count may be wrong")
         if hdr is not None:
             notes.add(f"high dynamic range ({hdr[0].upper()}): tone-mapped")
@@ -246,12 +244,11 @@ def _decode(data: bytes, name: str, notes: _Notes, check: SizeCheck) -> NDArray[
 
 def _hdr_of(data: bytes) -> tuple[Transfer, Primaries] | None:
     """How a PNG, HEIF or AVIF of high dynamic range encodes light and colours; None of another image."""
-    if data.startswith(b"\x89PNG"):
-        at = data.find(b"cICP", 8, data.find(b"IDAT"))
-        code = (data[at + 4], data[at + 5]) if at > 0 and len(data) > at + 5 else None
+    if data.startswith(png.MAGIC):
+        code = tuple(png.content(data, b"cICP") or ())[:2]
     else:
-        code = isobmff.nclx(data) if isobmff.is_image(data[:16]) else None
-    if code is None or code[1] not in isobmff.TRANSFERS:
+        code = isobmff.nclx(data) if isobmff.is_image(data[:16]) else ()
+    if len(code) < 2 or code[1] not in isobmff.TRANSFERS:
         return None
     return isobmff.TRANSFERS[code[1]], isobmff.PRIMARIES.get(code[0], "bt2020")
 
@@ -390,13 +387,13 @@ def _tiff_page(page: tiff.Page, notes: _Notes) -> NDArray[np.uint8]:
 
 
 def _is_deep_png(data: bytes) -> bool:
-    return data.startswith(_PNG_MAGIC) and data[24:25] == b"\x10"
+    return data.startswith(png.MAGIC) and data[24:25] == b"\x10"
 
 
 def _deep_png(data: bytes, hdr: tuple[Transfer, Primaries] | None, notes: _Notes) -> NDArray[np.uint8]:
     """A PNG with 16 bits. By the standard its samples fill them, whatever ``sBIT`` says; where they do not, that
     chunk tells how many bits they have."""
-    _check_png_chunks(data)
+    png.check_lengths(data)
     samples = imdecode(data)
     if samples is None or samples.dtype != np.uint16:
         raise ValueError("its data cannot be decoded")
@@ -404,41 +401,9 @@ def _deep_png(data: bytes, hdr: tuple[Transfer, Primaries] | None, notes: _Notes
         samples = samples[..., None]
     if hdr is not None and samples.shape[2] >= 3:
         return to_sdr(samples[..., 2::-1], *hdr)
-    at = data.find(b"sBIT", 8, data.find(b"IDAT"))
-    bits = max(data[at + 4 : at + 4 + int.from_bytes(data[at - 4 : at], "big")][:3], default=16) if at > 0 else 16
+    bits = max((png.content(data, b"sBIT") or b"")[:3], default=16)
     opacity = samples[..., 3:] if samples.shape[2] == 4 else None
     return _to_rgb(samples[..., 2::-1], opacity, (1 << bits) - 1 if 8 <= bits < 16 else None, notes)
-
-
-def _png_is_damaged(data: bytes) -> bool:
-    """Whether a chunk with pixels or colours has another checksum than it says; Pillow does not look."""
-    at, view = 8, memoryview(data)
-    while at + 12 <= len(data):
-        length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
-        end = at + 8 + length
-        if kind in (b"IHDR", b"PLTE", b"IDAT", b"tRNS"):
-            if zlib.crc32(view[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
-                return True
-        elif kind == b"IEND":
-            break
-        at = end + 4
-    return False
-
-
-def _check_png_chunks(data: bytes) -> None:
-    """Refuse a PNG with a chunk that is longer than the file: OpenCV reserves what a chunk claims, up to 2 GB.
-
-    Raises:
-        ValueError: for such a file.
-    """
-    at = 8
-    while at + 8 <= len(data):
-        length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
-        at += 12 + length  # the length, the kind, the data, the checksum
-        if at > len(data):
-            raise ValueError("a part of it is cut off, or its length is wrong")
-        if kind == b"IEND":
-            return
 
 
 def _to_rgb(
