@@ -7,7 +7,7 @@ arXiv 1612.03144). The first stage ends at stride 8, where an exit sees after a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import timm
 from torch import Tensor, nn
@@ -43,6 +43,8 @@ class LitePyramid(FrontStage):
         blocks: the four blocks of layers from stride 8 on; the second ends at stride 16, the fourth at stride 32.
         width: channels of the joined map.
     """
+
+    norms_of_sums: ClassVar[dict[str, tuple[str, ...]]] = {"norm": ("lateral_8", "lateral_16", "lateral_32")}
 
     def __init__(self, blocks: Sequence[nn.Module], width: int) -> None:
         super().__init__()
