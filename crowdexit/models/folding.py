@@ -24,7 +24,7 @@ def fold_norms(network: nn.Module) -> int:
         before: nn.Module | None = None
         for name, module in [*parent.named_children()]:
             if isinstance(module, _BatchNorm):
-                summed = [parent.get_submodule(conv) for conv in norms_of_sums.get(name, ())]
+                summed: list[nn.Module | None] = [parent.get_submodule(conv) for conv in norms_of_sums.get(name, ())]
                 convs = [conv for conv in summed or [before] if isinstance(conv, nn.Conv2d) and _fits(conv, module)]
                 if len(convs) == max(1, len(summed)):
                     _fold(module, convs)
