@@ -149,7 +149,7 @@ def count(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that was stopped there.")] = False,
     density: Annotated[
-        Path | None, typer.Option(help="Density over the picture: PNG, .npy, .mp4 for a video, or a folder.")
+        Path | None, typer.Option(help="Density over the image: PNG, .npy, .mp4 for a video, or a folder.")
     ] = None,
     annotate: Annotated[
         Path | None, typer.Option(help="A video's counted frames with density and count: .mp4, or a folder.")
