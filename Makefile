@@ -2,6 +2,8 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/.installed
+# The first run caches bytecode for all later ones: without it every command compiles PyTorch anew, for seconds.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test lint app bench clean
 

@@ -11,16 +11,20 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
+from crowdexit.errors import CrowdExitError
 from crowdexit.models.network import MultiExitNetwork
+from crowdexit.runtimes.arrays import Port, Ports
 from crowdexit.runtimes.engines import Shapes
+from crowdexit.utils.files import atomic_write
 from crowdexit.utils.machine import cache_folder
 from crowdexit.utils.paths import PACKAGE
 
@@ -130,6 +134,26 @@ class KeptModels(Generic[M]):
             for old in others[:-MOST_NETWORKS]:
                 shutil.rmtree(old, ignore_errors=True)
 
+    def ports(self, make: Callable[[], dict[str, Ports]]) -> dict[str, Ports]:
+        """Kept ports of every piece, or ones that are made and kept: to trace a network takes as long as to import it.
+
+        Like a model's, their digest is kept beside them.
+        """
+        path = None if self._folder is None else self._folder / "ports.json"
+        if path is not None:
+            with suppress(Exception):  # missing, or damaged in any way
+                digest, text = path.read_text("utf-8").split("\n", 1)
+                if hashlib.blake2b(text.encode()).hexdigest() == digest:
+                    return {piece: _ports_of(sides) for piece, sides in json.loads(text).items()}
+        made = make()
+        if path is not None:
+            text = json.dumps({piece: asdict(ports) for piece, ports in made.items()})
+            with suppress(OSError, CrowdExitError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_write(path) as part:
+                    part.write_text(f"{hashlib.blake2b(text.encode()).hexdigest()}\n{text}", "utf-8")
+        return made
+
     def model(self, piece: str, shapes: Shapes, make: Callable[[], M]) -> M:
         """A kept model, or one that is made and kept."""
         kept = self.get(piece, shapes)
@@ -138,6 +162,14 @@ class KeptModels(Generic[M]):
         made = make()
         self.keep(piece, shapes, made)
         return made
+
+
+def _ports_of(sides: dict[str, list[dict[str, Any]]]) -> Ports:
+    takes, gives = (
+        tuple(Port(port["name"], port["dtype"], tuple(port["shape"])) for port in sides[side])
+        for side in ("takes", "gives")
+    )
+    return Ports(takes, gives)
 
 
 def _stem(piece: str, shapes: Shapes) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from crowdexit.models.network import MultiExitNetwork
 from crowdexit.runtimes.base import ArrayReady, ReadyChain, Runtime
 from crowdexit.runtimes.engines import OnnxEngine, Shapes, installed
 from crowdexit.runtimes.kept import KeptModels
-from crowdexit.runtimes.pieces import Piece, chain_of, take_apart
+from crowdexit.runtimes.pieces import Piece, chain_of, take_apart, takes_any_size
 
 
 class Onnx(Runtime):
@@ -32,14 +33,19 @@ class Onnx(Runtime):
         self.name = name
 
     def ready(self, network: MultiExitNetwork) -> ReadyChain:
-        pieces = take_apart(network.cpu())
+        network.cpu()
         kept = KeptModels(network, self.name, ".onnx", Path.read_bytes, _write)
 
-        def model(piece: str, shapes: Shapes) -> bytes:
-            of = () if pieces[piece].any_size else shapes
-            return kept.model(piece, of, lambda: convert(pieces[piece], of or None))
+        @cache
+        def pieces() -> dict[str, Piece]:  # only made where something is not kept yet
+            return take_apart(network)
 
-        return ArrayReady(network, self.name, chain_of(network, pieces, OnnxEngine(model)))
+        def model(piece: str, shapes: Shapes) -> bytes:
+            of = () if takes_any_size(network) else shapes
+            return kept.model(piece, of, lambda: convert(pieces()[piece], of or None))
+
+        ports = kept.ports(lambda: {name: piece.ports for name, piece in pieces().items()})
+        return ArrayReady(network, self.name, chain_of(network, ports, OnnxEngine(model)))
 
 
 def _write(model: bytes, path: Path) -> None:

@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -18,7 +19,7 @@ from crowdexit.runtimes.base import ArrayReady, ReadyChain, Runtime
 from crowdexit.runtimes.engines import OpenVINOEngine, Shapes, installed, openvino_core
 from crowdexit.runtimes.int8 import quantised
 from crowdexit.runtimes.kept import KeptModels
-from crowdexit.runtimes.pieces import Piece, chain_of, take_apart
+from crowdexit.runtimes.pieces import Piece, chain_of, take_apart, takes_any_size
 
 _CONVERTING = Lock()
 
@@ -39,24 +40,25 @@ class OpenVINO(Runtime):
         self.name = name
 
     def ready(self, network: MultiExitNetwork) -> ReadyChain:
-        run = network.cpu() if self.name != "openvino-int8" else _quantised(network.cpu())
-        pieces = take_apart(run)
+        network.cpu()
+        int8 = self.name == "openvino-int8"
+        if int8 and not network.activation_ranges:
+            raise RuntimeUnavailable(
+                "openvino-int8: the checkpoint has no activation ranges; `crowdexit calibrate-int8` measures them"
+            )
         kept = _kept(network, "openvino" if self.name == "openvino-bf16" else self.name)
 
+        @cache
+        def pieces() -> dict[str, Piece]:  # only made where something is not kept yet
+            return take_apart(quantised(network, network.activation_ranges) if int8 else network)
+
         def model(piece: str, shapes: Shapes) -> Any:
-            of = () if pieces[piece].any_size else shapes
-            return kept.model(piece, of, lambda: convert(pieces[piece], of or None))
+            of = () if takes_any_size(network) else shapes
+            return kept.model(piece, of, lambda: convert(pieces()[piece], of or None))
 
+        ports = kept.ports(lambda: {name: piece.ports for name, piece in pieces().items()})
         engine = OpenVINOEngine(model, half=self.name != "openvino")
-        return ArrayReady(network, self.name, chain_of(run, pieces, engine))
-
-
-def _quantised(network: MultiExitNetwork) -> MultiExitNetwork:
-    if not network.activation_ranges:
-        raise RuntimeUnavailable(
-            "openvino-int8: the checkpoint has no activation ranges; `crowdexit calibrate-int8` measures them"
-        )
-    return quantised(network, network.activation_ranges)
+        return ArrayReady(network, self.name, chain_of(network, ports, engine))
 
 
 def _kept(network: MultiExitNetwork, runtime: str) -> KeptModels[Any]:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -67,12 +66,19 @@ class Piece(nn.Module):
         )
 
 
+def takes_any_size(network: MultiExitNetwork) -> bool:
+    """Whether pieces' graphs, made at one image size, hold for all."""
+    return network.config.view == "scale"
+
+
 def take_apart(network: MultiExitNetwork) -> dict[str, Piece]:
     """All pieces of a network by name, in the order in which they run; the network is put in evaluation mode."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import, and not wanted where all is cached
+
     network.eval()
     width, height = network.config.size
     pieces: dict[str, Piece] = {}
-    any_size = network.config.view == "scale"
+    any_size = takes_any_size(network)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         state = inputs(torch.empty(1, 3, height, width), torch.empty(1, 1, 96, 64))
         for index in range(len(network.stages)):
@@ -89,10 +95,10 @@ def record_of(features: Features) -> Record:
     return {name: tensor.contiguous().numpy() for name, tensor in _tensors(features).items()}
 
 
-def chain_of(network: MultiExitNetwork, pieces: Mapping[str, Piece], engine: Engine) -> ArrayChain:
-    """The pieces of a network that an engine runs."""
+def chain_of(network: MultiExitNetwork, ports: Mapping[str, Ports], engine: Engine) -> ArrayChain:
+    """The pieces of a network that an engine runs, by their ports."""
     exits = {name: network.stage_of(name) for name in network.exit_names}
-    return ArrayChain(exits, {name: piece.ports for name, piece in pieces.items()}, engine)
+    return ArrayChain(exits, ports, engine)
 
 
 def _watched(module: Stage | Exit, state: Features, any_size: bool) -> tuple[Piece, Any]:

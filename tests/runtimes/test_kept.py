@@ -43,6 +43,16 @@ def test_what_was_converted_is_found_again(converted):
     assert not list(cache_folder().rglob("part-*"))
 
 
+def test_a_cached_network_is_not_traced_again(monkeypatch):
+    network = networks.made("transcrowd-fit")
+    features = networks.batch(network, 1)
+    first = dict(OpenVINO().ready(network).stream(features))
+    monkeypatch.setattr(openvino, "take_apart", lambda *_: pytest.fail("traced"))
+    again = dict(OpenVINO().ready(network).stream(features))
+    for name, answer in first.items():
+        torch.testing.assert_close(again[name].value, answer.value, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("suffix", [".xml", ".bin", ".json"])
 def test_what_is_damaged_is_made_anew(suffix, converted):
     """A readable model whose weights are others above all: it would count, and wrongly."""

@@ -11,11 +11,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
-import torchvision.models
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from crowdexit.models.exits import CNNExit, SLViTExit, patch_size
 from crowdexit.models.network import MultiExitNetwork
@@ -115,15 +113,15 @@ class Layers(Stage):
 
 
 class ResidualPart(nn.Module):
-    """Some consecutive convolutions of a residual block, each with its batch normalisation.
+    """Some consecutive convolutions of torchvision's ``BasicBlock`` or ``Bottleneck``, with their batch normalisation.
 
     A ReLU follows each but the block's last, whose sum with the shortcut has it.
     """
 
-    def __init__(self, block: BasicBlock | Bottleneck, first: int, end: int) -> None:
+    def __init__(self, block: Any, first: int, end: int) -> None:
         super().__init__()
         pairs = [(block.conv1, block.bn1), (block.conv2, block.bn2)]
-        if isinstance(block, Bottleneck):
+        if hasattr(block, "conv3"):  # a bottleneck
             pairs.append((block.conv3, block.bn3))
         layers: list[nn.Module] = []
         for index, (conv, norm) in enumerate(pairs[first:end], first):
@@ -173,6 +171,9 @@ class ResNetPart(Stage):
 
 def plain(architecture: str, stride: str = "middle") -> Any:
     """torchvision's model of that name with fresh weights; ``first`` moves a ResNet's strides."""
+    import torchvision.models  # slow to import, and only wanted here
+    from torchvision.models.resnet import Bottleneck
+
     # The second classifier of InceptionV3 is not the paper's, and images are normalised as all are here.
     own: dict[str, Any] = {"aux_logits": False, "init_weights": False} if architecture in INCEPTIONS else {}
     model: Any = torchvision.models.get_model(architecture, weights=None, **own)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,20 +20,3 @@ class SameConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(F.pad(x, self.around))
-
-
-def fix_same_padding(network: nn.Module) -> None:
-    """Put a :class:`SameConv2d` with the same weights in the place of each of timm's ``Conv2dSame``."""
-    for module in list(network.modules()):
-        for name, conv in list(module.named_children()):
-            if isinstance(conv, Conv2dSame):
-                assert conv.bias is None
-                fixed = SameConv2d(
-                    conv.in_channels,
-                    conv.out_channels,
-                    conv.kernel_size[0],
-                    stride=conv.stride[0],
-                    groups=conv.groups,
-                )
-                fixed.weight = conv.weight
-                setattr(module, name, fixed)

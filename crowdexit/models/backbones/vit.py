@@ -11,9 +11,6 @@ from functools import partial
 from typing import Any, Literal, cast
 
 import torch
-from timm.layers import PatchEmbed
-from timm.models.levit import ConvNorm
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from crowdexit.models.backbones.vgg import VGG_FRONT, VGGish, conv_chain
@@ -28,7 +25,7 @@ from crowdexit.models.exits import (
     patch_size,
 )
 from crowdexit.models.exits.head import as_answer
-from crowdexit.models.exits.tokens import attend
+from crowdexit.models.exits.tokens import attend, encoder_layer
 from crowdexit.models.network import MultiExitNetwork
 from crowdexit.models.stages import Answer, Exit, Features, Stage
 
@@ -144,6 +141,8 @@ def conv_stem(dim: int, patch: int) -> nn.Sequential:
 
     Each has half of the next one's channels.
     """
+    from timm.models.levit import ConvNorm  # timm takes as long to import as PyTorch, and only transformers use it
+
     layers: list[nn.Module] = []
     channels = 3
     halvings = patch.bit_length() - 1
@@ -155,6 +154,8 @@ def conv_stem(dim: int, patch: int) -> nn.Sequential:
 
 def vgg_stem(dim: int, width: float) -> nn.Sequential:
     """VGG-16 up to its third pooling, then a 3×3 convolution of stride 2: B×3×H×W → B×dim×H/16×W/16."""
+    from timm.models.levit import ConvNorm
+
     front = conv_chain(VGG_FRONT[:10], 3, width, norm=True)
     return nn.Sequential(front, ConvNorm(round(256 * width), dim, 3, stride=2, padding=1))
 
@@ -171,6 +172,8 @@ class Embedding(Stage):
         elif config.stem == "vgg":
             self.patch_embed = vgg_stem(config.dim, config.stem_width)
         else:
+            from timm.layers import PatchEmbed
+
             size = config.size[1], config.size[0]
             self.patch_embed = PatchEmbed(size, config.patch, embed_dim=config.dim, flatten=False)
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.dim))
@@ -191,7 +194,7 @@ class Encoder(Stage):
     def __init__(self, config: ViTConfig, embedding: Embedding | None = None) -> None:
         super().__init__()
         self.embedding = embedding
-        self.block = Block(config.dim, config.heads, qkv_bias=True, norm_layer=cast(Any, _Norm))
+        self.block = encoder_layer(config.dim, config.heads)
 
     def forward(self, features: Features) -> Features:
         if self.embedding is not None:

@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from safetensors.torch import load_file
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from crowdexit.data.picture import MEAN, STD
@@ -177,6 +175,8 @@ def _torchvision(network: MultiExitNetwork) -> Tensors:
 
 def _timm(network: MultiExitNetwork) -> Tensors:
     """timm's ImageNet weights of EfficientNet-Lite0."""
+    import timm  # slow to import, and only wanted here
+
     name = "tf_efficientnet_lite0"
     try:
         weights: dict[str, Tensor] = timm.create_model(name, pretrained=True).state_dict()
@@ -313,6 +313,8 @@ def _renormalise(new: dict[str, Tensor], layer: str, its_mean: Tensor, its_std: 
 
 def _encoders(network: ViT, reader: _Reader) -> dict[str, Tensor]:
     """Patch embedding and encoders by timm's names."""
+    from timm.layers import resample_abs_pos_embed
+
     new: dict[str, Tensor] = {}
     layer = 0
     for index, stage in enumerate(network.stages):

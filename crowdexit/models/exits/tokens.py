@@ -10,9 +10,6 @@ from functools import partial
 from typing import Any, Literal, cast
 
 import torch
-from timm.layers import Mlp
-from timm.models.mlp_mixer import MixerBlock, ResBlock, SpatialGatingBlock
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,7 +20,15 @@ EPSILON = 1e-6  # of every layer normalisation, as in ViT
 _Norm = partial(nn.LayerNorm, eps=EPSILON)
 
 
-def attend(block: Block, tokens: Tensor) -> Tensor:
+def encoder_layer(dim: int, heads: int) -> nn.Module:
+    """timm's encoder layer of ViT: pre-norm, with biases, an MLP four times as wide."""
+    # timm takes as long to import as PyTorch; the networks that count by default have no tokens.
+    from timm.models.vision_transformer import Block
+
+    return Block(dim, heads, qkv_bias=True, norm_layer=cast(Any, _Norm))
+
+
+def attend(block: nn.Module, tokens: Tensor) -> Tensor:
     """An encoder layer over tokens B×N×D.
 
     On processors its products are written out, which is faster than the fused kernel there, backwards above all.
@@ -119,7 +124,7 @@ class ViTExit(_Token):
         self, dim: int, heads: int, outputs: int = 1, *, hidden: int = 256, dropout: float = 0.5, scale: float = 1.0
     ) -> None:
         super().__init__(dim, outputs, hidden, dropout, scale)
-        self.encoder = Block(dim, heads, qkv_bias=True, norm_layer=cast(Any, _Norm))
+        self.encoder = encoder_layer(dim, heads)
         self.norm = _Norm(dim)
 
     def tokens(self, features: Features) -> Tensor:
@@ -164,6 +169,8 @@ class MixingExit(_Token):
         elif kind == "resmlp":
             self.mix = ResMLPBlock(dim, length, shift)
         else:
+            from timm.models.mlp_mixer import MixerBlock, SpatialGatingBlock
+
             self.mix = {"mixer": MixerBlock, "gmlp": SpatialGatingBlock}[kind](dim, length)
         self.norm: nn.Module = nn.Identity() if kind in ("mixer", "resmlp") else _Norm(dim)
 
@@ -172,7 +179,7 @@ class MixingExit(_Token):
         return mixed.mean(1, keepdim=True)
 
 
-class ResMLPBlock(ResBlock):
+class ResMLPBlock(nn.Module):
     """ResMLP's layer (arXiv 2105.03404): timm's, and the β of the affine behind its linear layer over tokens.
 
     Of that affine timm has α alone, its layer scale. The affine behind the channel MLP has no β of its own here
@@ -184,7 +191,12 @@ class ResMLPBlock(ResBlock):
     """
 
     def __init__(self, dim: int, length: int, shift: bool = True) -> None:
-        super().__init__(dim, length)
+        super().__init__()
+        from timm.models.mlp_mixer import ResBlock
+
+        block = ResBlock(dim, length)
+        self.norm1, self.linear_tokens, self.ls1 = block.norm1, block.linear_tokens, block.ls1
+        self.norm2, self.mlp_channels, self.ls2 = block.norm2, block.mlp_channels, block.ls2
         self.beta = nn.Parameter(torch.zeros(dim)) if shift else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -201,6 +213,8 @@ class FourierBlock(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
+        from timm.layers import Mlp
+
         self.norm1 = _Norm(dim)
         self.norm2 = _Norm(dim)
         self.mlp = Mlp(dim, 4 * dim)
@@ -234,6 +248,8 @@ class PerceiverExit(_Token):
         scale: float = 1.0,
     ) -> None:
         super().__init__(dim, outputs, hidden, dropout, scale)
+        from timm.layers import Mlp
+
         self.heads = heads
         self.latents = nn.Parameter(torch.empty(1, latents, dim))
         nn.init.trunc_normal_(self.latents, std=0.02)
@@ -243,7 +259,7 @@ class PerceiverExit(_Token):
         self.proj = nn.Linear(dim, dim)
         self.norm_mlp = _Norm(dim)
         self.mlp = Mlp(dim, 4 * dim)
-        self.among = Block(dim, heads, qkv_bias=True, norm_layer=cast(Any, _Norm))
+        self.among = encoder_layer(dim, heads)
         self.norm = _Norm(dim)
 
     def tokens(self, features: Features) -> Tensor:
