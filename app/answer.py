@@ -15,8 +15,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from crowdexit.data.image import decode_image, tile_boxes
 from crowdexit.data.mel import AudioInput, AudioStatus
-from crowdexit.data.picture import decode_image, tile_boxes
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.counter import CrowdCounter, ExitResult
 from crowdexit.inference.scene import audio_input
@@ -54,13 +54,13 @@ class Shown:
         headline: HTML, the count in words and the reader's warnings, or what is wrong.
         table: HTML, one row an exit; empty: no table.
         chart: count and latency for each exit, once all are there.
-        picture: H×W×3 uint8 RGB, the density over the image, once the final exit has answered.
+        image: H×W×3 uint8 RGB, the density over the image, once the final exit has answered.
     """
 
     headline: str
     table: str = ""
     chart: Figure | None = None
-    picture: NDArray[np.uint8] | None = None
+    image: NDArray[np.uint8] | None = None
 
 
 def in_model_thread(work: Callable[[], T]) -> T:
@@ -69,34 +69,34 @@ def in_model_thread(work: Callable[[], T]) -> T:
 
 
 def answers(
-    counter: CrowdCounter, picture: str | Path | None, sound: str | Path | None, use_sound: bool = True
+    counter: CrowdCounter, image_path: str | Path | None, audio_path: str | Path | None, use_audio: bool = True
 ) -> Iterator[Shown]:
     """What to show, moment by moment: at once, at each exit's answer, and at the end with chart and image.
 
     Args:
-        picture: the uploaded file; nothing is taken from its name.
-        sound: the uploaded file, if any.
-        use_sound: whether it is heard.
+        image_path: the uploaded file; nothing is taken from its name.
+        audio_path: the uploaded file, if any.
+        use_audio: whether it is heard.
 
     Input that cannot be used gives one moment with the reason, and no exception. Where an answer takes long, the last
     moment is given again every second: that is when the framework closes this for a client that has gone, and closing
     it breaks off what is being computed.
     """
-    if picture is None:
+    if image_path is None:
         yield problem("Choose an image first.")
         return
     large = False
     try:
         fits = partial(tile_boxes, native=counter.size)
-        image = decode_image(Path(picture).read_bytes(), "The image file", fits)
-        heard = _read_sound(sound, use_sound)
-        pixels, warned = image.pixels, warning_lines((*image.warnings, *heard.warnings))
+        decoded = decode_image(Path(image_path).read_bytes(), "The image file", fits)
+        audio = _read_audio(audio_path, use_audio)
+        pixels, warned = decoded.pixels, warning_lines((*decoded.warnings, *audio.warnings))
         tiled = len(tile_boxes(pixels.shape[1], pixels.shape[0], counter.size)) > 1
         large = pixels.nbytes > LARGE
         results: list[ExitResult] = []
         shown = Shown('<p class="ce-hint" role="status">Counting…</p>' + warned, table([], counter.exits))
         yield shown
-        for result in _ahead(counter.stream(pixels, heard)):
+        for result in _ahead(counter.stream(pixels, audio)):
             if result is None:
                 yield shown
                 continue
@@ -115,7 +115,7 @@ def answers(
         yield problem("The file is no longer there. Choose it again.")
     finally:
         if large:
-            image = pixels = None  # type: ignore[assignment]
+            decoded = pixels = None  # type: ignore[assignment]
             return_freed_memory()
 
 
@@ -191,27 +191,27 @@ def _text(plain: str) -> str:
     return escaped.replace("{", "&#123;").replace("}", "&#125;").replace("$", "&#36;").replace("`", "&#96;")
 
 
-def _read_sound(sound: str | Path | None, use_sound: bool) -> AudioInput:
-    if sound is None or not use_sound:
-        return AudioInput(None, "none" if sound is None else "switched off")
+def _read_audio(audio_path: str | Path | None, use_audio: bool) -> AudioInput:
+    if audio_path is None or not use_audio:
+        return AudioInput(None, "none" if audio_path is None else "switched off")
 
     def named(line: str) -> str:
         # The reader names the file; its name here is one that the page gave it.
-        return line.replace(str(sound), "The audio file")
+        return line.replace(str(audio_path), "The audio file")
 
     try:
-        heard = audio_input(sound)
+        audio = audio_input(audio_path)
     except CrowdExitError as error:
         raise CrowdExitError(named(str(error))) from None
-    return replace(heard, warnings=tuple(map(named, heard.warnings)))
+    return replace(audio, warnings=tuple(map(named, audio.warnings)))
 
 
-def _shrunk(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    scale = LONGEST_SIDE / max(picture.shape[:2])
+def _shrunk(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    scale = LONGEST_SIDE / max(image.shape[:2])
     if scale >= 1:
-        return picture
-    size = (max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[0] * scale)))
-    return np.asarray(cv2.resize(picture, size, interpolation=cv2.INTER_AREA), np.uint8)
+        return image
+    size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
+    return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
 
 
 def _ahead(items: Iterator[T]) -> Iterator[T | None]:

@@ -124,14 +124,14 @@ def make_page(model: CrowdCounter | str | Path = "audiocsrnet-lite", *, runtime:
     models.get(None)
 
     def handler(
-        picture: dict[str, Any] | None, sound: dict[str, Any] | None, use_sound: bool, name: str | None = None
+        image: dict[str, Any] | None, audio: dict[str, Any] | None, use_audio: bool, name: str | None = None
     ) -> Iterator[tuple[Any, ...]]:
         try:
             counter = models.get(name)
         except CrowdExitError as error:
             yield _updates(problem(str(error)))
             return
-        for shown in answers(counter, _path(picture), _path(sound), use_sound):
+        for shown in answers(counter, _path(image), _path(audio), use_audio):
             yield _updates(shown)
 
     # A folder of its own for uploads and results: what is in there may be deleted, and goes with the process.
@@ -143,7 +143,7 @@ def make_page(model: CrowdCounter | str | Path = "audiocsrnet-lite", *, runtime:
         gr.HTML(_HEADING, elem_classes="ce-heading")
         with gr.Row():
             with gr.Column(scale=4, min_width=300):
-                picture = gr.Image(
+                image = gr.Image(
                     label="Picture",
                     type="filepath",
                     image_mode=None,
@@ -151,7 +151,7 @@ def make_page(model: CrowdCounter | str | Path = "audiocsrnet-lite", *, runtime:
                     height=260,
                     elem_id="picture",
                 )
-                sound = gr.Audio(
+                audio = gr.Audio(
                     label="Sound of the place (optional)",
                     type="filepath",
                     sources=["upload", "microphone"],
@@ -159,14 +159,14 @@ def make_page(model: CrowdCounter | str | Path = "audiocsrnet-lite", *, runtime:
                     buttons=[],
                     elem_id="sound",
                 )
-                use_sound = gr.Checkbox(True, label="Use the audio", container=False)
-                inputs: list[Any] = [picture, sound, use_sound]
+                use_audio = gr.Checkbox(True, label="Use the audio", container=False)
+                inputs: list[Any] = [image, audio, use_audio]
                 if len(models.names) > 1:
                     inputs.append(gr.Dropdown(models.names, value=models.first, label="Model"))
                 button = gr.Button("Count", variant="primary", elem_id="count")
                 examples = gr.Examples(
                     [[str(SAMPLES / file) if file else None for file in files] for files in EXAMPLES.values()],
-                    [picture, sound],
+                    [image, audio],
                     example_labels=list(EXAMPLES),
                     cache_examples=False,
                     api_visibility="private",
@@ -213,7 +213,7 @@ def _updates(shown: Shown) -> tuple[Any, ...]:
     return (
         shown.headline,
         gr.HTML(shown.table, visible=bool(shown.table)),
-        gr.Image(shown.picture, visible=shown.picture is not None),
+        gr.Image(shown.image, visible=shown.image is not None),
         gr.Plot(shown.chart, visible=shown.chart is not None),
     )
 

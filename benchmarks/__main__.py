@@ -57,9 +57,9 @@ _RUBBISH = 1.0
 
 
 def _runtimes(figures: Figures) -> list[Target]:
-    sound = {name: r for name, r in figures["runtimes"].items() if r["off_plain"] < _RUBBISH}
-    runtimes = {name: r for name, r in sound.items() if not name.startswith("cuda")}
-    on_gpu = {name: r for name, r in sound.items() if name.startswith("cuda")}  # against a plain forward there
+    audio = {name: r for name, r in figures["runtimes"].items() if r["off_plain"] < _RUBBISH}
+    runtimes = {name: r for name, r in audio.items() if not name.startswith("cuda")}
+    on_gpu = {name: r for name, r in audio.items() if name.startswith("cuda")}  # against a plain forward there
 
     def best(ending: str) -> str | None:
         of_kind = [name for name in runtimes if name.endswith(ending)]
@@ -85,7 +85,7 @@ def _runtimes(figures: Figures) -> list[Target]:
         found = f"{on_gpu[fastest_there]['faster_than_plain']:.2f}× ({fastest_there})"
         told.append(Target(f"{what} on the GPU, best runtime there", "shown", found, None))
     for name in dict.fromkeys(name for name in (best(""), exact, fastest_there) if name is not None):
-        r = sound[name]
+        r = audio[name]
         share = f"{r['share_of_matrix_rate']:.0%}"
         told.append(Target(f"{name}: of the rate of plain matrix products of its type", "shown", share, None))
         cost = r["exits_cost"]

@@ -31,15 +31,15 @@ KINDS = ("mlp", "cnn-ignore", "cnn-add", "cnn-project", "vit", "mixer", "resmlp"
 PLACES = tuple(str(layer) for layer in range(1, 12))
 
 
-def write_store(path: Path, pictures: int) -> None:
+def write_store(path: Path, images: int) -> None:
     """Random images of one view, each with some heads, to train on and to validate with."""
     random = np.random.default_rng(0)
     with open_for_writing(path) as file:
-        for number in range(2 * pictures):
+        for number in range(2 * images):
             points = random.uniform(0, 384, (20 + number, 2)).astype(np.float32)
-            picture = cv2.imencode(".png", random.integers(0, 255, (384, 384, 3), np.uint8))[1]
-            split = "train" if number < pictures else "val"
-            write_sample(file, StoredSample(str(number), split, picture, points, 384, 384, len(points)))
+            image = cv2.imencode(".png", random.integers(0, 255, (384, 384, 3), np.uint8))[1]
+            split = "train" if number < images else "val"
+            write_sample(file, StoredSample(str(number), split, image, points, 384, 384, len(points)))
 
 
 def epoch(exits: list[dict[str, Any]], start: Path, data: Path, out: Path, batch: int) -> float:
@@ -80,7 +80,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         data, start = root / "data.h5", root / "start.safetensors"
-        write_store(data, args.pictures)
+        write_store(data, args.images)
         torch.manual_seed(0)
         zoo.save(zoo.build(zoo.Spec(MODEL)), zoo.Spec(MODEL), start)
         epoch(exits[:1], start, data, root / "warm", args.batch)
@@ -92,7 +92,7 @@ def main() -> None:
             own = zoo.read_spec(root / e["name"] / "model.safetensors").meta["validation"][e["name"]]
             apart = max(apart, abs(own["error"] - said[e["name"]]["error"]) / own["error"])
             print(f"\r{e['name']:16} {alone:7.1f} s one by one", end="", flush=True)
-    print(f"\n{len(exits)} branches of {MODEL}, {args.pictures} images an epoch, batch {args.batch}")
+    print(f"\n{len(exits)} branches of {MODEL}, {args.images} images an epoch, batch {args.batch}")
     print(f"together   {together:7.1f} s")
     print(f"one by one {alone:7.1f} s   {alone / together:.1f}× as long")
     print(f"validation errors differ by {apart:.1e} of themselves at most")

@@ -97,7 +97,7 @@ def main() -> None:
     counter = load(args.model, runtime=args.runtime)
     with Store(args.data) as store:
         read = [read_for_counting(store, args.split, id, audio=False) for id in store.ids(args.split, "*")]
-    told = compare(counter, [(picture, None) for picture, *_ in read], [count for _, _, count, _ in read])
+    told = compare(counter, [(image, None) for image, *_ in read], [count for _, _, count, _ in read])
     machine, runtime = describe(), counter.chain.runtime
     print(f"{counter.model} on {runtime}, {len(read)} images of {args.split} without audio; {in_a_line(machine)}")
     for row in told["exits"]:

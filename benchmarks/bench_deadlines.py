@@ -26,7 +26,7 @@ import numpy as np
 
 import crowdexit
 from benchmarks.machine import describe, in_a_line, keep
-from crowdexit.data.picture import read_picture
+from crowdexit.data.image import read_pixels
 from crowdexit.inference.anytime import DeadlineMissed
 from crowdexit.inference.counter import CrowdCounter, load
 from crowdexit.inference.policies import policy_named
@@ -55,17 +55,17 @@ def busy(cores: int) -> Iterator[None]:
 
 
 def measure(
-    counter: CrowdCounter, picture: Any, requests: int, alone: int, back_to_back: bool, policy_name: str
+    counter: CrowdCounter, image: Any, requests: int, alone: int, back_to_back: bool, policy_name: str
 ) -> dict[str, Any]:
     """Requests that nobody hurries, then those with a deadline; times in milliseconds."""
     policy = policy_named(policy_name)
     _ = counter.profile  # measured here, not in the first request
-    warm_up = [counter.count(picture, deadline_ms=FOREVER_MS).exits[-1].latency_ms for _ in range(WARM_UP)]
+    warm_up = [counter.count(image, deadline_ms=FOREVER_MS).exits[-1].latency_ms for _ in range(WARM_UP)]
     pause_s = 0 if back_to_back else float(np.median(warm_up)) / 2000
     unhurried = []
     for _ in range(alone):
         time.sleep(pause_s)  # a machine that has rested is slower at first
-        unhurried.append(counter.count(picture, deadline_ms=FOREVER_MS).exits)
+        unhurried.append(counter.count(image, deadline_ms=FOREVER_MS).exits)
     first = float(np.quantile([exits[0].latency_ms for exits in unhurried], 0.99))
     whole = float(np.median([exits[-1].latency_ms for exits in unhurried]))
     least = first if back_to_back else first / 2
@@ -75,7 +75,7 @@ def measure(
         time.sleep(pause_s)
         begun = time.perf_counter()
         try:
-            chosen[counter.count(picture, deadline_ms=deadline, late="fail", policy=policy).chosen.exit] += 1
+            chosen[counter.count(image, deadline_ms=deadline, late="fail", policy=policy).chosen.exit] += 1
             answered = True
         except DeadlineMissed:
             answered = False
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--alone", type=int, default=100, help="counts without a deadline, for the first exit's p99")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the figures here")
     args = parser.parse_args()
-    counter, picture = load(args.model, runtime=args.runtime), read_picture(STREET)
+    counter, image = load(args.model, runtime=args.runtime), read_pixels(STREET)
     told: dict[str, Any] = {
         "machine": describe(),
         "model": counter.model,
@@ -117,7 +117,7 @@ def main() -> None:
     for name, (cores, back_to_back) in STATES.items():
         with busy(cores):
             requests = -(-args.requests // 4) if back_to_back else args.requests
-            r = measure(counter, picture, requests, args.alone, back_to_back, args.policy)
+            r = measure(counter, image, requests, args.alone, back_to_back, args.policy)
         told[name] = r
         print(
             f"\n{name}: first exit p99 {r['first_exit_p99_ms']:.1f} ms, "

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from benchmarks.machine import describe, in_a_line, keep
 from crowdexit.data.classes import ClassStore
+from crowdexit.data.image import decode_pixels, read_pixels
 from crowdexit.data.negatives import cut, mosaic, pattern, shapes
-from crowdexit.data.picture import decode_picture, read_picture
 from crowdexit.data.store import Store
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.counter import CrowdCounter, load
@@ -66,7 +66,7 @@ def close_ups(store: Store, split: str, number: int) -> Iterator[tuple[NDArray[n
 
         if 1 <= inside(8) <= 3 and inside(8) == inside(-8):
             made += 1
-            yield cut(decode_picture(sample.image.tobytes()), (x, y, width, height), CANVAS), inside(8)
+            yield cut(decode_pixels(sample.image.tobytes()), (x, y, width, height), CANVAS), inside(8)
 
 
 def unfamiliar_or_near(counter: CrowdCounter, image: NDArray[np.uint8], truth: float, by: float) -> tuple[bool, bool]:
@@ -106,7 +106,7 @@ def main() -> None:
         told("mosaics", [unfamiliar_or_near(counter, im, 0, 1) for im in mosaics(args.small, args.number)], empty)
     if args.empty is not None:
         paths = sorted(path for path in args.empty.rglob("*") if path.suffix.lower() in ENDINGS)
-        told("folder", [unfamiliar_or_near(counter, read_picture(path), 0, 1) for path in paths], empty)
+        told("folder", [unfamiliar_or_near(counter, read_pixels(path), 0, 1) for path in paths], empty)
     with Store(args.data) as store:
         near = [unfamiliar_or_near(counter, image, n, 1) for image, n in close_ups(store, args.split, args.number)]
         told("close-ups", near, "not familiar or within 1 person")
@@ -115,7 +115,7 @@ def main() -> None:
                 ids = store.ids(args.split, group)
             except CrowdExitError:
                 continue
-            images = (decode_picture(store.read(args.split, id).image.tobytes()) for id in ids)
+            images = (decode_pixels(store.read(args.split, id).image.tobytes()) for id in ids)
             flags = [
                 not counter.familiarity.is_familiar(sums)
                 for i in images

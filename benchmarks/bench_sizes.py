@@ -95,8 +95,8 @@ def main() -> None:
         works: dict[tuple[str, str], Callable[[], object]] = {}
         for size, counter in served.items():
             width, height = counter.size
-            pictures = random.integers(0, 255, (BATCH, height, width, 3), np.uint8)
-            ready = counter.prepare([(picture, None) for picture in pictures])
+            images = random.integers(0, 255, (BATCH, height, width, 3), np.uint8)
+            ready = counter.prepare([(image, None) for image in images])
             works |= {(size, name): partial(counter.answers, ready, exit=name) for name in counter.exits}
         times = in_turn(works, args.rounds)
         off = {size: errors(counter, store, args.split, groups) for size, counter in served.items()}

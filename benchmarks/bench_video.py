@@ -24,7 +24,7 @@ from benchmarks.machine import describe, in_a_line, keep
 from crowdexit.inference.counter import CrowdCounter, Prepared, load
 from crowdexit.inference.scene import hear
 from crowdexit.jobs.pipeline import BATCH, How, count_frames
-from crowdexit.video.decode import DuePictures, Span
+from crowdexit.video.decode import FrameSampler, Span
 from crowdexit.video.frames import read_frames
 
 EVERY = Span(fps=1000.0)  # all frames that there are
@@ -34,11 +34,13 @@ def write_video(path: Path, frames: int, size: tuple[int, int], rate: int = 25) 
     """A window moving over an image of noise of several sizes, with a sound of noise."""
     random = np.random.default_rng(0)
     width, height = size
-    picture = np.zeros((height + 2 * 200, width + 2 * 200, 3), np.float32)
+    background = np.zeros((height + 2 * 200, width + 2 * 200, 3), np.float32)
     for cells in (8, 32, 128):
-        noise = random.uniform(0, 85, (picture.shape[0] // cells, picture.shape[1] // cells, 3)).astype(np.float32)
-        picture += cv2.resize(noise, picture.shape[1::-1], interpolation=cv2.INTER_CUBIC)
-    ground = np.clip(picture, 0, 255).astype(np.uint8)
+        noise = random.uniform(0, 85, (background.shape[0] // cells, background.shape[1] // cells, 3)).astype(
+            np.float32
+        )
+        background += cv2.resize(noise, background.shape[1::-1], interpolation=cv2.INTER_CUBIC)
+    ground = np.clip(background, 0, 255).astype(np.uint8)
     with av.open(str(path), "w") as container:
         video = container.add_stream("libx264", rate=rate, options={"preset": "fast", "crf": "23"})
         video.width, video.height, video.pix_fmt = width, height, "yuv420p"
@@ -47,11 +49,11 @@ def write_video(path: Path, frames: int, size: tuple[int, int], rate: int = 25) 
         for index in range(frames):
             x, y = (int(200 + 190 * f(index / 40)) for f in (np.sin, np.cos))
             shown = np.ascontiguousarray(ground[y : y + height, x : x + width])
-            image = av.VideoFrame.from_ndarray(shown, format="rgb24")
-            image.pts, image.time_base = index, Fraction(1, rate)
-            container.mux(video.encode(image))
-        sound = random.normal(0, 0.1, (1, 48_000 * (frames // rate + 1))).astype(np.float32)
-        block = av.AudioFrame.from_ndarray(sound, format="fltp", layout="mono")
+            frame_out = av.VideoFrame.from_ndarray(shown, format="rgb24")
+            frame_out.pts, frame_out.time_base = index, Fraction(1, rate)
+            container.mux(video.encode(frame_out))
+        waveform = random.normal(0, 0.1, (1, 48_000 * (frames // rate + 1))).astype(np.float32)
+        block = av.AudioFrame.from_ndarray(waveform, format="fltp", layout="mono")
         block.sample_rate, block.pts = 48_000, 0
         container.mux(audio.encode(block))
         container.mux([*video.encode(), *audio.encode()])
@@ -66,9 +68,9 @@ def seconds_of(work: Callable[[], int]) -> float:
 
 def decoding(path: Path) -> int:
     """Decode every frame."""
-    pictures = DuePictures(path, EVERY)
-    count = sum(1 for _ in pictures)
-    pictures.close()
+    images = FrameSampler(path, EVERY)
+    count = sum(1 for _ in images)
+    images.close()
     return count
 
 
@@ -98,7 +100,7 @@ def main() -> None:
         path = Path(folder) / "video.mp4"
         write_video(path, args.frames, (width, height))
         first = list(islice(read_frames(path, EVERY), args.batch))
-        ready = counter.prepare([(f.scaled(counter.size_for(*f.size) or f.size), hear(f.sound)) for f in first])
+        ready = counter.prepare([(f.scaled(counter.size_for(*f.size) or f.size), hear(f.waveform)) for f in first])
         how = How(args.exit, batch=args.batch)
         parts: dict[str, Callable[[], int]] = {
             "decoding": lambda: decoding(path),

@@ -16,7 +16,7 @@ from crowdexit.errors import CrowdExitError
 PARTS = ("A_", "B_")  # ShanghaiTech's, by the beginning of the id
 MOST_SECONDS = 6_000  # of training: the kernel matrix then takes 290 MB
 KERNEL_WIDTH, RIDGE = 0.1, 1.0
-LEAST_PICTURES = 10  # for an R² that says anything
+MIN_IMAGES = 10  # for an R² that says anything
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class Explained:
 
     part: str
     r2: float
-    pictures: int
+    images: int
     seconds: int
 
     def __str__(self) -> str:
         return (
             f"R² of log count from audio alone, {self.part}: {self.r2:.3f} "
-            f"({self.pictures} held-out images, fitted on {self.seconds} seconds)"
+            f"({self.images} held-out images, fitted on {self.seconds} seconds)"
         )
 
 
@@ -63,7 +63,7 @@ def measure(path: Path) -> list[Explained]:
     for part in PARTS:
         train_part = train.only(np.char.startswith(train.ids, part))
         held_out_part = held_out.only(np.char.startswith(held_out.ids, part))
-        if min(len(train_part.ids), len(held_out_part.ids)) >= LEAST_PICTURES:
+        if min(len(train_part.ids), len(held_out_part.ids)) >= MIN_IMAGES:
             results.append(_explained(f"part {part.rstrip('_')}", train_part, held_out_part))
     return results
 
@@ -82,10 +82,9 @@ def hear(path: Path, split: str) -> Heard:
             log_mels += [second.astype(np.float32) for second in seconds]
             counts += [sample.count] * len(seconds)
             ids += [id] * len(seconds)
-    if len(set(ids)) < LEAST_PICTURES:
+    if len(set(ids)) < MIN_IMAGES:
         raise CrowdExitError(
-            f"{path}: {len(set(ids))} images of {split!r} have sound and heads; "
-            f"measuring takes at least {LEAST_PICTURES}"
+            f"{path}: {len(set(ids))} images of {split!r} have sound and heads; measuring takes at least {MIN_IMAGES}"
         )
     return Heard(np.stack(log_mels), np.array(counts), np.array(ids))
 
@@ -156,8 +155,8 @@ def plot(path: Path, target: Path, results: Sequence[Explained]) -> None:
     shown = order[np.linspace(0, len(order) - 1, 4).round().astype(int)]
     lowest, highest = np.quantile(held_out.log_mels[shown], [0.01, 0.999])
     figure = pyplot.figure(figsize=(12, 7), layout="constrained")
-    pictures, scatter = figure.subfigures(2, 1, squeeze=False, height_ratios=[1, 1.15])[:, 0]
-    axes = pictures.subplots(1, 4, sharey=True)
+    images, scatter = figure.subfigures(2, 1, squeeze=False, height_ratios=[1, 1.15])[:, 0]
+    axes = images.subplots(1, 4, sharey=True)
     for axis, i in zip(axes, shown, strict=True):
         image = axis.imshow(
             held_out.log_mels[i].T,
@@ -169,7 +168,7 @@ def plot(path: Path, target: Path, results: Sequence[Explained]) -> None:
         )
         axis.set(title=f"{held_out.counts[i]:.0f} heads ({held_out.ids[i]})", xlabel="time (s)")
     axes[0].set_ylabel("mel band (125 to 7500 Hz)")
-    pictures.colorbar(image, ax=axes, label="log(mel + 0.01)")
+    images.colorbar(image, ax=axes, label="log(mel + 0.01)")
     axis = scatter.subplots()
     level = 20 / np.log(10) * np.log(np.mean(np.exp(held_out.log_mels), axis=(1, 2)))
     groups = {part: np.char.startswith(held_out.ids, part) for part in PARTS}
@@ -183,7 +182,7 @@ def plot(path: Path, target: Path, results: Sequence[Explained]) -> None:
     axis.grid(alpha=0.3)
     told = ", ".join(f"{result.part} {result.r2:.2f}" for result in results)
     axis.set_title(f"level is part of what is heard; all of it explains, of log count (R²): {told}")
-    figure.suptitle(f"Audio of held-out images: {_kind_of_sound(path)}")
+    figure.suptitle(f"Audio of held-out images: {_audio_kind(path)}")
     try:
         figure.savefig(target, dpi=110)
     except (OSError, ValueError) as error:
@@ -192,7 +191,7 @@ def plot(path: Path, target: Path, results: Sequence[Explained]) -> None:
         pyplot.close(figure)
 
 
-def _kind_of_sound(path: Path) -> str:
+def _audio_kind(path: Path) -> str:
     with Store(path) as store:
         kinds = {store.info("val", id).audio_source for id in store.ids("val")} - {"none"}
     return " and ".join(sorted(kinds))

@@ -20,7 +20,7 @@ import typer
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from crowdexit.data.picture import FORMATS, MIN_SIDE, SUFFIXES, PictureError, decode_picture
+from crowdexit.data.image import FORMATS, MIN_SIDE, SUFFIXES, ImageError, decode_pixels
 from crowdexit.data.store import SPLITS
 from crowdexit.errors import CrowdExitError
 from data_prep.common import Destination, Size, Strict, Val, check_size, plain, run, shown
@@ -33,7 +33,7 @@ Place = tuple[str, ...]  # a path as its parts
 
 
 @dataclass(frozen=True)
-class Picture(Labelled):
+class LabelledImage(Labelled):
     """``place`` is where in the source it is; the id is that below the set's own folder."""
 
     place: Place
@@ -72,14 +72,14 @@ def main(
     if src.resolve() == dst.resolve():
         raise CrowdExitError(f"{dst}: would replace what it is made from")
     with open_source(src) as source:
-        found = find_pictures(source, src, val)
-        settings = f"class_folders {src.resolve()} {source.state()} {size} {val} {found.pictures}"
+        found = find_images(source, src, val)
+        settings = f"class_folders {src.resolve()} {source.state()} {size} {val} {found.images}"
         prepare_classes(
             dst,
             found.classes,
             f"class folders of {src.name}",
-            found.pictures,
-            lambda picture: square(decode(source.read(picture.place), picture.id), size),
+            found.images,
+            lambda image: square(decode(source.read(image.place), image.id), size),
             settings=settings,
             what="images",
             notes=lambda _: [f"{found.astray} images outside the class folders left out"] if found.astray else [],
@@ -113,11 +113,11 @@ class Folder:
         try:
             about = path.stat()
             if not stat.S_ISREG(about.st_mode):  # a pipe would keep us waiting
-                raise PictureError("not a file")
+                raise ImageError("not a file")
             check_size(about.st_size, "image")
             return path.read_bytes()
         except OSError as error:
-            raise PictureError(f"cannot be read ({error.strerror})") from error
+            raise ImageError(f"cannot be read ({error.strerror})") from error
 
     def state(self) -> str:
         return "folder"
@@ -152,7 +152,7 @@ class Archive:
             file = self._tar.extractfile(member)
             return file.read() if file else b""
         except (tarfile.TarError, OSError) as error:
-            raise PictureError("damaged or cut short in the archive") from error
+            raise ImageError("damaged or cut short in the archive") from error
 
     def state(self) -> str:
         about = self.path.stat()
@@ -190,11 +190,11 @@ class Found:
     """The classes of a source, its images, and how many more lie in no class folder."""
 
     classes: list[str]
-    pictures: list[Picture]
+    images: list[LabelledImage]
     astray: int
 
 
-def find_pictures(source: Source, src: Path, val: float) -> Found:
+def find_images(source: Source, src: Path, val: float) -> Found:
     """The images in class folders, each with its split and label; classes in alphabetical order.
 
     Raises:
@@ -207,8 +207,8 @@ def find_pictures(source: Source, src: Path, val: float) -> Found:
             return split_of(id, val, test=True)
         return half if half != "train" or "val" in samples.halves else split_of(id, val)
 
-    pictures = [Picture(one.id, split(one.id, one.half), one.label, one.place) for one in samples.found]
-    return Found(samples.classes, pictures, samples.astray)
+    images = [LabelledImage(one.id, split(one.id, one.half), one.label, one.place) for one in samples.found]
+    return Found(samples.classes, images, samples.astray)
 
 
 @dataclass(frozen=True)
@@ -309,36 +309,36 @@ def split_of(id: str, val: float, *, test: bool = False) -> str:
 
 
 def decode(data: bytes, name: str) -> NDArray[np.uint8]:
-    """An image as :func:`crowdexit.data.picture.decode_picture` reads it, H×W×3 RGB, and also a smaller one.
+    """An image as :func:`crowdexit.data.image.decode_pixels` reads it, H×W×3 RGB, and also a smaller one.
 
     Raises:
-        PictureError: if it is damaged or no image.
+        ImageError: if it is damaged or no image.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of sizes, which decode_picture judges
-            picture = Image.open(BytesIO(data), formats=FORMATS)
+            warnings.simplefilter("ignore")  # of sizes, which decode_pixels judges
+            image = Image.open(BytesIO(data), formats=FORMATS)
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
-        return decode_picture(data, name)  # which says what is wrong
-    with picture:
-        small = min(picture.size) < MIN_SIDE and max(picture.size) <= MIN_SIDE**2
-        if not small or picture.mode.startswith("I"):  # of 16 bits, which need more than a conversion
-            return decode_picture(data, name)
+        return decode_pixels(data, name)  # which says what is wrong
+    with image:
+        small = min(image.size) < MIN_SIDE and max(image.size) <= MIN_SIDE**2
+        if not small or image.mode.startswith("I"):  # of 16 bits, which need more than a conversion
+            return decode_pixels(data, name)
         try:
-            return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
         except (OSError, SyntaxError, ValueError, EOFError) as error:
-            raise PictureError(f"{name}: a damaged or truncated image ({error})") from None
+            raise ImageError(f"{name}: a damaged or truncated image ({error})") from None
 
 
-def square(picture: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+def square(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """The middle square of an image, its shorter side wide, at size×size; one of that size stays as it is.
 
     It is cut out before it is resized: a long thin image would grow beyond all memory the other way round.
     """
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     side = min(height, width)
     y, x = (height - side) // 2, (width - side) // 2
-    middle = np.ascontiguousarray(picture[y : y + side, x : x + side])
+    middle = np.ascontiguousarray(image[y : y + side, x : x + side])
     if side == size:
         return middle
     interpolation = cv2.INTER_AREA if size < side else cv2.INTER_LINEAR

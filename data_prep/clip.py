@@ -75,12 +75,12 @@ def excerpt(
     counts = {frame: len(points) for frame, points in read_heads(heads, images[0], range(0, frames, every)).items()}
     bank = read_voices(voices)[VOICES]
     seconds = [int(second * rate) for second in range(math.ceil(frames / rate))]
-    sound = simulate_track([counts[frame // every * every] for frame in seconds], bank, seed)
+    audio = simulate_track([counts[frame // every * every] for frame in seconds], bank, seed)
     source = f"frames {start} to {start + frames - 1} of {video.name}, encoded again"
-    about_sound = marks(bank, voices_origin or voices.resolve().name, seed)
-    comment = "; ".join([source, *(f"{key}: {text}" for key, text in about_sound.items())])
+    audio_note = marks(bank, voices_origin or voices.resolve().name, seed)
+    comment = "; ".join([source, *(f"{key}: {text}" for key, text in audio_note.items())])
     with _whole(out) as part:
-        write_clip(part, images, sound[: round(frames / rate * SAMPLE_RATE)], rate=rate, comment=comment)
+        write_clip(part, images, audio[: round(frames / rate * SAMPLE_RATE)], rate=rate, comment=comment)
     with _whole(out.with_suffix(".csv")) as part:
         rows = [(frame, f"{float(frame / rate):.3f}", count) for frame, count in counts.items()]
         _write_csv(part, ["frame", "time_s", "count"], rows)
@@ -112,7 +112,7 @@ def still(
     points = read_heads(heads, image).get(frame)
     if not points:
         raise CrowdExitError(f"{heads}: no heads in frame {frame}")
-    sound = simulate(len(points), read_voices(voices)[VOICES], generator(seed, "still", 0))
+    audio = simulate(len(points), read_voices(voices)[VOICES], generator(seed, "still", 0))
     with _whole(out) as part:
         comment = f"frame {start + frame} of {video.name}"
         image.to_image().save(part, "JPEG", quality=JPEG_QUALITY, comment=comment)
@@ -122,7 +122,7 @@ def still(
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(SAMPLE_RATE)
-        file.writeframes(np.round(sound * 32_767).astype("<i2").tobytes())
+        file.writeframes(np.round(audio * 32_767).astype("<i2").tobytes())
     print(f"{out.name}: {image.width}×{image.height}, {len(points)} heads, a second of simulated audio")
 
 
@@ -258,15 +258,15 @@ def simulate_track(counts: list[int], bank: VoiceBank, seed: int) -> NDArray[np.
     """
     fade = np.sin(np.pi * (np.arange(LENGTH) + 0.5) / LENGTH)  # its square and its neighbours' add up to one
     half = LENGTH // 2
-    sound = np.zeros(len(counts) * LENGTH + LENGTH)
+    audio = np.zeros(len(counts) * LENGTH + LENGTH)
     for i in range(2 * len(counts) + 1):
         # This second is loudest at i / 2 seconds.
         second = simulate(counts[min(i // 2, len(counts) - 1)], bank, generator(seed, "clip", i))
-        sound[i * half : i * half + LENGTH] += fade * second
-    return np.clip(sound[half:-half], -1, 1).astype(np.float32)
+        audio[i * half : i * half + LENGTH] += fade * second
+    return np.clip(audio[half:-half], -1, 1).astype(np.float32)
 
 
-def write_clip(path: Path, images: list[Any], sound: NDArray[np.float32], *, rate: Fraction, comment: str) -> None:
+def write_clip(path: Path, images: list[Any], waveform: NDArray[np.float32], *, rate: Fraction, comment: str) -> None:
     """Write H.264 (square pixels) and AAC (mono, 16 kHz) into an MP4 file, with a comment in its metadata."""
     with av.open(str(path), "w") as container:
         container.metadata["comment"] = comment
@@ -279,7 +279,7 @@ def write_clip(path: Path, images: list[Any], sound: NDArray[np.float32], *, rat
             image.pict_type = 0  # the encoder chooses the type, not the source
             container.mux(video.encode(image))
         container.mux(video.encode())
-        block = av.AudioFrame.from_ndarray(sound[None], format="fltp", layout="mono")
+        block = av.AudioFrame.from_ndarray(waveform[None], format="fltp", layout="mono")
         block.sample_rate, block.pts, block.time_base = SAMPLE_RATE, 0, Fraction(1, SAMPLE_RATE)
         container.mux(audio.encode(block))
         container.mux(audio.encode())

@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from scipy.io import loadmat
 
 from crowdexit.data.density import split_inside
-from crowdexit.data.picture import ImageHeader, PictureError, decode_picture, read_header
+from crowdexit.data.image import ImageError, ImageHeader, decode_pixels, read_header
 from crowdexit.data.store import CHECKSUMS, FORMAT, StoredSample, open_for_writing, write_sample
 from crowdexit.errors import CrowdExitError
 from crowdexit.utils import command
@@ -77,7 +77,7 @@ class Report:
     destination: Path
     resumed: int = 0
     skipped: Skipped = field(default_factory=list)
-    pictures: Counter[str] = field(default_factory=Counter)
+    images: Counter[str] = field(default_factory=Counter)
     heads: Counter[str] = field(default_factory=Counter)
     origins: Counter[str] = field(default_factory=Counter)
     outside: Counter[str] = field(default_factory=Counter)
@@ -90,11 +90,11 @@ class Report:
         return self.outside.total()
 
     def print(self) -> None:
-        print(f"{self.destination.name}: {self.pictures.total()} images, {self.heads.total():,.0f} heads")
-        for split, pictures in self.pictures.items():
-            print(f"  {split:5} {pictures:6} images {self.heads[split]:10,.0f} heads")
-        for origin, pictures in self.origins.items():
-            print(f"  counts from {origin}: {pictures} images")
+        print(f"{self.destination.name}: {self.images.total()} images, {self.heads.total():,.0f} heads")
+        for split, images in self.images.items():
+            print(f"  {split:5} {images:6} images {self.heads[split]:10,.0f} heads")
+        for origin, images in self.origins.items():
+            print(f"  counts from {origin}: {images} images")
         if self.resumed:
             print(f"  {self.resumed} images resumed from an interrupted run")
         if self.heads_outside:
@@ -189,7 +189,7 @@ def prepare(
                 file.flush()  # what is on the disk stays readable if the run is killed
                 written += 1
             _read_back(file, report)
-            if not report.pictures:
+            if not report.images:
                 file.close()
                 part.unlink()
                 first = ": ".join(report.skipped[0]) if report.skipped else "there is none"
@@ -222,7 +222,7 @@ def _already_done(part: Path, fingerprint: str) -> set[tuple[str, str]]:
 def _read_back(file: h5py.File, report: Report) -> None:
     for split, group in file.items():
         for id, sample in group.items():
-            report.pictures[split] += 1
+            report.images[split] += 1
             report.heads[split] += sample.attrs["count"]
             if outside := int(sample.attrs.get("heads_outside", 0)):
                 report.outside[id] = outside
@@ -345,9 +345,9 @@ def read_image(path: Path) -> SourceImage:
     check_size(path.stat().st_size, "image")
     data = path.read_bytes()
     try:
-        pixels = decode_picture(data, path.name)
+        pixels = decode_pixels(data, path.name)
         return SourceImage(np.frombuffer(data, np.uint8), read_header(data, path.name), pixels)
-    except PictureError as error:
+    except ImageError as error:
         reason = str(error).removeprefix(f"{path.name}: ")
         raise CrowdExitError(f"the image {path.name} is damaged or of no use ({reason})") from error
 
@@ -449,14 +449,14 @@ def resized(
     With ``canvas``, a width and height, it lies in the upper left of a black image of that size.
     """
     size = np.array([width, height], np.float32)
-    picture = Image.fromarray(pixels)
-    scaled = picture.resize((width, height), Image.Resampling.LANCZOS)
+    image = Image.fromarray(pixels)
+    scaled = image.resize((width, height), Image.Resampling.LANCZOS)
     if canvas:
         scaled = scaled.crop((0, 0, *canvas))
     buffer = BytesIO()
     scaled.save(buffer, "JPEG", quality=JPEG_QUALITY)
     # A head just inside must not come to lie on the border through rounding.
-    moved = np.minimum(points * (size / picture.size).astype(np.float32), np.nextafter(size, np.float32(0)))
+    moved = np.minimum(points * (size / image.size).astype(np.float32), np.nextafter(size, np.float32(0)))
     return np.frombuffer(buffer.getvalue(), np.uint8), moved
 
 

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from scipy.sparse import issparse
 
 from crowdexit.data.density import Kernel, density_map
+from crowdexit.data.image import SUFFIXES, ImageHeader
 from crowdexit.data.log_mel import log_mel, read_audio
-from crowdexit.data.picture import SUFFIXES, ImageHeader
 from crowdexit.data.store import SPLITS, StoredSample
-from crowdexit.data.unlabelled import SOUND_SUFFIXES
+from crowdexit.data.unlabelled import AUDIO_SUFFIXES
 from crowdexit.errors import CrowdExitError
 from data_prep.common import (
     CORES,
@@ -48,7 +48,7 @@ class Recording(Task):
     """One id's files; ``heads`` only where there is one. ``problem`` says why it cannot be a sample."""
 
     image: Path
-    sound: Path
+    audio: Path
     density: Path
     heads: Path | None = None
     problem: str = ""
@@ -102,20 +102,20 @@ def find_recordings(src: Path, heads: Path | None = None) -> list[Recording]:
             densities.setdefault(id, []).extend(paths)
     if not densities:
         raise CrowdExitError(f"{src / 'density'}: no matrix ID.mat in {', '.join(SPLITS)}")
-    images, sounds = files_by_stem(src / "imgs", SUFFIXES), files_by_stem(src / "auds", SOUND_SUFFIXES)
-    ids = images.keys() | sounds.keys() | densities.keys()
+    images, audio_files = files_by_stem(src / "imgs", SUFFIXES), files_by_stem(src / "auds", AUDIO_SUFFIXES)
+    ids = images.keys() | audio_files.keys() | densities.keys()
     texts_and_mats = files_by_stem(heads, (".txt", ".mat")) if heads else {}
     annotations, strangers = _match_heads([path for paths in texts_and_mats.values() for path in paths], ids)
 
     recordings = []
     for id in sorted(ids):
         matrices, texts = densities.get(id, []), annotations.get(id, [])
-        image, sound = images.get(id, [src / "imgs" / f"{id}.jpg"]), sounds.get(id, [src / "auds" / f"{id}.wav"])
+        image, audio = images.get(id, [src / "imgs" / f"{id}.jpg"]), audio_files.get(id, [src / "auds" / f"{id}.wav"])
         problem = ""
         if len(matrices) != 1:
             splits = " and ".join(path.parent.name for path in matrices)
             problem = f"density matrices in {splits}" if matrices else "no density matrix, so of no split"
-        for what, paths in (("images", image), ("sounds", sound), ("head files", texts)):
+        for what, paths in (("images", image), ("sounds", audio), ("head files", texts)):
             if not problem and len(paths) > 1:
                 problem = f"{what} {' and '.join(path.name for path in paths)}"
         recordings.append(
@@ -123,7 +123,7 @@ def find_recordings(src: Path, heads: Path | None = None) -> list[Recording]:
                 id=id,
                 split="" if problem else matrices[0].parent.name,
                 image=image[0],
-                sound=sound[0],
+                audio=audio[0],
                 density=matrices[0] if matrices else Path(),
                 heads=texts[0] if texts else None,
                 problem=problem,
@@ -184,7 +184,7 @@ def make_sample(task: Recording, *, kernel: Kernel | None, stored_pixels: bool) 
         width=WIDTH,
         height=HEIGHT,
         count=count,
-        log_mel=log_mel(*read_audio(task.sound)),
+        log_mel=log_mel(*read_audio(task.audio)),
         audio_source="recorded",
         density=density,
         origin={

@@ -34,7 +34,7 @@ CLASSES = (
 FILES = tuple(f"{half}-{kind}-ubyte" for half in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
 SIDE = 28
 TRAIN_PER_VAL = 6  # of 60,000 training images one in six is for validation
-_MAX_PICTURES = 200_000  # more are no Fashion MNIST, and might not fit into memory
+_MAX_IMAGES = 200_000  # more are no Fashion MNIST, and might not fit into memory
 
 app = typer.Typer(add_completion=False)
 
@@ -115,7 +115,7 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
                 )
             if tuple(sides) != shape_of_one:
                 raise CrowdExitError(f"{path.name} declares images of {sides[1]}×{sides[0]}, not {SIDE}×{SIDE}")
-            if not 0 < n <= _MAX_PICTURES:
+            if not 0 < n <= _MAX_IMAGES:
                 raise CrowdExitError(f"{path.name} declares {n:,} {kind}; that cannot be")
             size = n * int(np.prod(shape_of_one, dtype=int))
             data = file.read(size + 1)

@@ -16,7 +16,7 @@ from crowdexit.data.classes import ClassStore
 from crowdexit.data.spectrogram import MUSIC_RATE, MUSIC_SECONDS, Spectrogram, beginning
 from crowdexit.errors import CrowdExitError
 from data_prep.common import Destination, Size, Skipped, Strict, divided, run, shown
-from data_prep.labelled import Labelled, prepare_classes, read_sound
+from data_prep.labelled import Labelled, prepare_classes, read_recording
 
 GENRES = ("blues", "classical", "country", "disco", "hiphop", "jazz", "metal", "pop", "reggae", "rock")
 FOLDERS = ("", "genres", "genres_original", "Data/genres_original")  # in which the genres may lie
@@ -47,24 +47,24 @@ def main(
     A clip (.wav or .au) gives ten pieces, or as many as it is long enough for. Of each genre's clips a tenth is
     `val` and a tenth `test`, by the hashes of their names; the pieces of a clip stay together. The set has no
     official split, and clips of one artist may come to lie in two. The images are those of
-    crowdexit.data.spectrogram.gtzan_picture. An interrupted run goes on where it was.
+    crowdexit.data.spectrogram.gtzan_image. An interrupted run goes on where it was.
 
     Example: python -m data_prep.gtzan genres data/gtzan.h5
     """
     if not src.is_dir():
         raise CrowdExitError(f"{src}: no such folder")
     skipped: Skipped = []
-    sound = Spectrogram("gtzan", size, MUSIC_SECONDS)
+    spectrogram = Spectrogram("gtzan", size, MUSIC_SECONDS)
     clips = find_clips(src, skipped)
     prepare_classes(
         dst,
         GENRES,
         "GTZAN (Tzanetakis and Cook, 2002)",
         clips,
-        lambda clip: make(clip.path, sound),
+        lambda clip: make(clip.path, spectrogram),
         settings=f"gtzan {src.resolve()} {size} {clips}",
         what="clips",
-        sound=sound,
+        spectrogram=spectrogram,
         notes=note_short,
         skipped=skipped,
         strict=strict,
@@ -101,20 +101,20 @@ def find_clips(src: Path, skipped: Skipped) -> list[Clip]:
     return clips
 
 
-def make(path: Path, sound: Spectrogram) -> NDArray[np.uint8]:
+def make(path: Path, spectrogram: Spectrogram) -> NDArray[np.uint8]:
     """The spectrograms of a clip's pieces, (n, size, size, 3) uint8; n is at most ten.
 
     Raises:
         CrowdExitError: if it cannot be read, is no usable sound or too short for one piece.
     """
-    waveform, rate = read_sound(path)
+    waveform, rate = read_recording(path)
     # The whole clip is resampled, so that pieces have no borders of their own.
     samples = beginning(waveform, rate, MUSIC_RATE, PIECES * MUSIC_SECONDS)
     each = MUSIC_SECONDS * MUSIC_RATE
     pieces = [samples[n * each : (n + 1) * each] for n in range(min(PIECES, len(samples) // each))]
     if not pieces:
         raise CrowdExitError(f"shorter than a piece of {MUSIC_SECONDS} s")
-    return np.stack([sound.of(piece, MUSIC_RATE) for piece in pieces])
+    return np.stack([spectrogram.of(piece, MUSIC_RATE) for piece in pieces])
 
 
 def note_short(store: ClassStore) -> list[str]:

@@ -43,7 +43,7 @@ def prepare_classes(
     *,
     settings: str,
     what: str,
-    sound: Spectrogram | None = None,
+    spectrogram: Spectrogram | None = None,
     notes: Callable[[ClassStore], Sequence[str]] = lambda _: (),
     skipped: Skipped | None = None,
     strict: bool = False,
@@ -61,7 +61,7 @@ def prepare_classes(
             It raises ``CrowdExitError`` for a sample that cannot be used.
         settings: all that the images depend on.
         what: how the tasks are called in the summary.
-        sound: how the images are made, if they are of sounds.
+        spectrogram: how the images are made, if they are of sounds.
         notes: further lines for the summary, from the finished file.
         skipped: what has been found unusable already, with names that can be shown.
         strict: raise at the first sample that cannot be used.
@@ -72,12 +72,12 @@ def prepare_classes(
     skipped = list(skipped or [])
     if strict and skipped:
         raise CrowdExitError(": ".join(skipped[0]))
-    with write_classes(destination, classes, origin, settings=settings, sound=sound) as writer:
+    with write_classes(destination, classes, origin, settings=settings, spectrogram=spectrogram) as writer:
         todo = [
             task for task in tasks if (task.split, task.id) not in writer and (task.split, f"{task.id}/0") not in writer
         ]
         with progress_bar() as progress:
-            skipped += _write_pictures(writer, progress.track(todo), make, strict=strict)
+            skipped += _write_images(writer, progress.track(todo), make, strict=strict)
     with ClassStore(destination) as store:
         print(store.describe())
         further = notes(store)
@@ -88,7 +88,7 @@ def prepare_classes(
     print_skipped(skipped, what)
 
 
-def _write_pictures(
+def _write_images(
     writer: ClassWriter, tasks: Iterable[L], make: Callable[[L], NDArray[np.uint8]], *, strict: bool
 ) -> Skipped:
     skipped: Skipped = []
@@ -107,7 +107,7 @@ def _write_pictures(
         if made.ndim == 3:
             waiting.append((task, task.id, made))
         else:
-            waiting.extend((task, f"{task.id}/{n}", picture) for n, picture in enumerate(made))
+            waiting.extend((task, f"{task.id}/{n}", image) for n, image in enumerate(made))
         if len(waiting) >= BATCH:
             _write(writer, waiting)
             waiting.clear()
@@ -124,7 +124,7 @@ def _write(writer: ClassWriter, waiting: Sequence[tuple[L, str, NDArray[np.uint8
             writer.add(split, images, [task.label for task, _, _ in mine], [id for _, id, _ in mine])
 
 
-def read_sound(path: Path) -> tuple[NDArray[np.float32], int]:
+def read_recording(path: Path) -> tuple[NDArray[np.float32], int]:
     """A file of bounded size as :func:`crowdexit.data.log_mel.read_audio` reads it; errors do not name it again.
 
     Raises:

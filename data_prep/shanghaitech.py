@@ -14,7 +14,7 @@ from zlib import crc32
 import typer
 
 from crowdexit.data.density import Kernel, density_map
-from crowdexit.data.picture import SUFFIXES
+from crowdexit.data.image import SUFFIXES
 from crowdexit.data.store import StoredSample
 from crowdexit.errors import CrowdExitError
 from data_prep.common import (
@@ -38,7 +38,7 @@ _SALT = 1  # see split_of
 
 
 @dataclass(frozen=True)
-class Picture(Task):
+class ImageTask(Task):
     """``image`` and ``truth`` are where the image and its heads should be; both may turn out missing.
 
     ``problem`` says why it cannot be a sample.
@@ -82,7 +82,7 @@ def main(
         task
         for part, folder in find_parts(src)
         for half in ("train_data", "test_data")
-        for task in find_pictures(folder / half, part)
+        for task in find_images(folder / half, part)
     ]
     if not tasks:
         raise CrowdExitError(f"{src}: no images IMG_n.jpg in train_data/images or test_data/images")
@@ -116,7 +116,7 @@ def find_parts(src: Path) -> list[tuple[str, Path]]:
     return parts
 
 
-def find_pictures(half: Path, part: str) -> list[Picture]:
+def find_images(half: Path, part: str) -> list[ImageTask]:
     """A task for every number that has an image or heads, in order; ids as ``A_IMG_12``."""
     truths = next((half / name for name in ("ground-truth", "ground_truth") if (half / name).is_dir()), half)
     images = {name: paths for name, paths in files_by_stem(half / "images", SUFFIXES).items() if name[:4] == "IMG_"}
@@ -126,11 +126,11 @@ def find_pictures(half: Path, part: str) -> list[Picture]:
         digits = name.removeprefix("IMG_")
         return (int(digits) if digits.isdecimal() else sys.maxsize, name)
 
-    def picture(name: str) -> Picture:
+    def sample_of(name: str) -> ImageTask:
         image = images.get(name, [half / "images" / f"{name}.jpg"])
         truth = heads.get(name, [truths / f"GT_{name}.mat"])
         several = next((paths for paths in (image, truth) if len(paths) > 1), [])
-        return Picture(
+        return ImageTask(
             id=f"{part}_{name}",
             split=split_of(f"{part}_{name}") if half.name == "train_data" else "test",
             part=part,
@@ -139,7 +139,7 @@ def find_pictures(half: Path, part: str) -> list[Picture]:
             problem=f"{' and '.join(path.name for path in several)}: only one can be meant" if several else "",
         )
 
-    return [picture(name) for name in sorted({*images, *heads}, key=number)]
+    return [sample_of(name) for name in sorted({*images, *heads}, key=number)]
 
 
 def split_of(id: str) -> str:
@@ -152,7 +152,7 @@ def split_of(id: str) -> str:
     return "val" if crc32(f"{_SALT} {id}".encode()) % 8 == 0 else "train"
 
 
-def make_sample(task: Picture, *, kernel: Kernel | None, max_side: int | None, stored_pixels: bool) -> StoredSample:
+def make_sample(task: ImageTask, *, kernel: Kernel | None, max_side: int | None, stored_pixels: bool) -> StoredSample:
     """Read one image and its heads.
 
     Raises:

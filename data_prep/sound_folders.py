@@ -16,7 +16,7 @@ from crowdexit.data.store import SPLITS
 from crowdexit.errors import CrowdExitError
 from data_prep.class_folders import Folder, Place, Sample, Samples, find_samples, hidden
 from data_prep.common import Destination, Size, Skipped, Strict, Val, divided, plain, run, shown
-from data_prep.labelled import Labelled, prepare_classes, read_sound
+from data_prep.labelled import Labelled, prepare_classes, read_recording
 
 SUFFIXES = (".wav", ".flac", ".ogg")
 
@@ -55,7 +55,7 @@ def main(
     Without val/, a share of the training recordings becomes `val`; of CLASS or files alone, another one as large
     becomes `test`. The hashes of the names decide, so that each class gets its share; with --group, those of the
     text that it matches in the file names (its first group, if it has one), so that nobody's voice is in two splits.
-    The images are those of crowdexit.data.spectrogram.stft_picture. An interrupted run goes on where it was.
+    The images are those of crowdexit.data.spectrogram.stft_image. An interrupted run goes on where it was.
 
     Example: python -m data_prep.sound_folders recordings digits.h5 --label name --size 64 --group '_(.+)'
     """
@@ -64,7 +64,7 @@ def main(
     source = Folder(src)
     samples = find_named(source, src) if label == "name" else find_samples(source, src, SUFFIXES, "recording")
     skipped: Skipped = []
-    sound = Spectrogram("stft", size, seconds)
+    spectrogram = Spectrogram("stft", size, seconds)
     recordings = split_up(samples, src, val, group, skipped)
     where = "the class folders" if label == "folder" else "the folder itself"
     prepare_classes(
@@ -72,10 +72,10 @@ def main(
         samples.classes,
         f"recordings of {src.resolve().name}",
         recordings,
-        lambda recording: sound.of(*read_sound(src.joinpath(*recording.place))),
+        lambda recording: spectrogram.of(*read_recording(src.joinpath(*recording.place))),
         settings=f"sound_folders {src.resolve()} {size} {seconds} {recordings}",
         what="recordings",
-        sound=sound,
+        spectrogram=spectrogram,
         notes=lambda _: [f"{samples.astray} recordings outside {where} left out"] if samples.astray else [],
         skipped=skipped,
         strict=strict,

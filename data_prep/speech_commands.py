@@ -17,7 +17,7 @@ from crowdexit.data.spectrogram import SPEECH_RATE, Spectrogram, beginning
 from crowdexit.data.store import SPLITS
 from crowdexit.errors import CrowdExitError
 from data_prep.common import Destination, Size, Skipped, Strict, by_hash, check_size, plain, read_lines, run, shown
-from data_prep.labelled import Labelled, prepare_classes, read_sound
+from data_prep.labelled import Labelled, prepare_classes, read_recording
 
 WORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
 CLASSES = (*WORDS, "unknown", "silence")
@@ -54,7 +54,7 @@ def main(
     The splits are the official lists'. `unknown` are recordings of the other words, `silence` seconds of the
     background noise; in each split they are as many as the ten words have on average there. Which recordings
     these are is fixed by the hashes of their names; each split has its own stretch of every noise file. The
-    images are those of crowdexit.data.spectrogram.stft_picture. An interrupted run goes on where it was.
+    images are those of crowdexit.data.spectrogram.stft_image. An interrupted run goes on where it was.
 
     Example: python -m data_prep.speech_commands speech_commands_v0.02 data/speech-commands.h5
     """
@@ -67,13 +67,13 @@ def main(
     noise = lru_cache(maxsize=1)(lambda path: read_noise(src / path))  # the seconds come file by file
     seconds += find_silence(src, wanted, noise, skipped)
 
-    sound = Spectrogram("stft", size)
+    spectrogram = Spectrogram("stft", size)
 
     def make(second: Second) -> NDArray[np.uint8]:
         if second.label == SILENCE:
             samples = noise(second.path)[second.start : second.start + SPEECH_RATE] * second.volume
-            return sound.of(samples, SPEECH_RATE)
-        return sound.of(*read_sound(src / second.path))
+            return spectrogram.of(samples, SPEECH_RATE)
+        return spectrogram.of(*read_recording(src / second.path))
 
     prepare_classes(
         dst,
@@ -83,7 +83,7 @@ def main(
         make,
         settings=f"speech_commands {src.resolve()} {size} {seconds}",
         what="recordings",
-        sound=sound,
+        spectrogram=spectrogram,
         notes=lambda _: notes,
         skipped=skipped,
         strict=strict,
@@ -235,7 +235,7 @@ def read_noise(path: Path) -> NDArray[np.float64]:
     Raises:
         CrowdExitError: if it cannot be read, or is no usable sound.
     """
-    waveform, rate = read_sound(path)
+    waveform, rate = read_recording(path)
     return beginning(waveform, rate, SPEECH_RATE, _NOISE_SECONDS)
 
 

@@ -47,11 +47,11 @@ def homeless(monkeypatch):
     monkeypatch.setattr(Path, "home", classmethod(home))
 
 
-CrowdPicture = Callable[..., tuple[bytes, NDArray[np.float64]]]
+CrowdImage = Callable[..., tuple[bytes, NDArray[np.float64]]]
 
 
 @pytest.fixture
-def crowd_picture() -> CrowdPicture:
+def crowd_image() -> CrowdImage:
     """Makes a JPEG of light heads on a dark ground, and where they are: (bytes, (heads, 2) x y)."""
 
     def make(width: int = 96, height: int = 64, heads: int = 5, seed: int = 0) -> tuple[bytes, NDArray[np.float64]]:
@@ -73,13 +73,13 @@ def counter() -> CrowdCounter:
 
 
 @pytest.fixture
-def picture_file(tmp_path, crowd_picture):
+def image_file(tmp_path, crowd_image):
     """Writes a JPEG of that name into the test's folder."""
 
     def write(name: str = "crowd.jpg", **options) -> Path:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(crowd_picture(**options)[0])
+        path.write_bytes(crowd_image(**options)[0])
         return path
 
     return write

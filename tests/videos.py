@@ -19,26 +19,26 @@ def grey(index: int) -> int:
     return 10 + 6 * (index % 40)
 
 
-def index_of(picture: NDArray[np.uint8]) -> int:
+def index_of(image: NDArray[np.uint8]) -> int:
     """Which frame of a made video this is, of the first forty."""
-    return round((float(picture.mean()) - 10) / 6)
+    return round((float(image.mean()) - 10) / 6)
 
 
 def make_video(
     path: Path,
     times: Sequence[float],
     *,
-    sound: NDArray[np.float32] | None = None,
+    audio: NDArray[np.float32] | None = None,
     rate: int = 16_000,
-    sound_at: float = 0.0,
+    audio_start: float = 0.0,
     size: tuple[int, int] = (96, 64),
     rotation: int = 0,
     codec: str = "libx264",
-    sound_codec: str = "aac",
+    audio_codec: str = "aac",
     left_dark: bool = False,
     key_every: int = 250,
 ) -> Path:
-    """Write a video of grey frames at these times, with a sound (samples,) that begins at ``sound_at``."""
+    """Write a video of grey frames at these times, with a sound (samples,) that begins at ``audio_start``."""
     with av.open(str(path), "w") as container:
         video = container.add_stream(codec, rate=10)
         video.width, video.height, video.pix_fmt = *size, "yuv420p"
@@ -46,23 +46,23 @@ def make_video(
         video.codec_context.gop_size = key_every
         if rotation:
             video.set_display_rotation(rotation)
-        if sound is not None:
-            audio = container.add_stream(sound_codec, rate=rate, layout="mono")
+        if audio is not None:
+            audio_stream = container.add_stream(audio_codec, rate=rate, layout="mono")
         for index, time in enumerate(times):
-            picture = np.full((size[1], size[0], 3), grey(index), np.uint8)
+            image = np.full((size[1], size[0], 3), grey(index), np.uint8)
             if left_dark:
-                picture[:, : size[0] // 2] = 0
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+                image[:, : size[0] // 2] = 0
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             frame.pts, frame.time_base = round(time * 1000), Fraction(1, 1000)
             container.mux(video.encode(frame))
         container.mux(video.encode())
-        if sound is not None:
-            format = "s16" if sound_codec == "pcm_s16le" else "fltp"
-            samples = (sound * 32767).astype(np.int16) if format == "s16" else sound.astype(np.float32)
+        if audio is not None:
+            format = "s16" if audio_codec == "pcm_s16le" else "fltp"
+            samples = (audio * 32767).astype(np.int16) if format == "s16" else audio.astype(np.float32)
             block = av.AudioFrame.from_ndarray(samples[None], format=format, layout="mono")
-            block.sample_rate, block.pts, block.time_base = rate, round(sound_at * rate), Fraction(1, rate)
-            container.mux(audio.encode(block))
-            container.mux(audio.encode())
+            block.sample_rate, block.pts, block.time_base = rate, round(audio_start * rate), Fraction(1, rate)
+            container.mux(audio_stream.encode(block))
+            container.mux(audio_stream.encode())
     return path
 
 
@@ -113,7 +113,7 @@ def write_moving(
         container.mux(video.encode())
 
 
-def write_sound_alone(path: Path) -> None:
+def write_audio_only(path: Path) -> None:
     """A file with a second of audio and no frame."""
     with av.open(str(path), "w") as container:
         audio = container.add_stream("aac", rate=16_000, layout="mono")

@@ -328,8 +328,8 @@ def tradeoff(
     measure = "MAE" if "mae" in result["exits"][0] else "wrong answers, %"
     errors = {row["exit"]: row["mae"] if "mae" in row else 100 - row["accuracy"] for row in result["exits"]}
     made = analysis.points(spec, errors)
-    sound = f", sound: {result['audio']}" if "audio" in result else ""
-    title = f"{spec.model} on {data.name}, {split} ({result['samples']} images{sound})"
+    audio_note = f", sound: {result['audio']}" if "audio" in result else ""
+    title = f"{spec.model} on {data.name}, {split} ({result['samples']} images{audio_note})"
     paths = analysis.write(made, out, title=title, measure_name=measure, budgets=wanted)
     print(paths[1].read_text("utf-8"), end="")
     print(f"Written: {', '.join(map(str, paths))}", file=sys.stderr)
@@ -523,11 +523,11 @@ def visualize(
     out: Annotated[Path, typer.Option(help="The PNG to write.", callback=command.output_file)] = Path("visualized.png"),
 ) -> None:
     """Draw the effective receptive field of each branch, and the attention of an SL-ViT branch."""
-    from crowdexit.data.picture import read_picture
+    from crowdexit.data.image import read_pixels
     from crowdexit.evaluation import receptive
     from crowdexit.models import zoo
 
-    shown = read_picture(image)
+    shown = read_pixels(image)
     network, _ = zoo.load(model)
     sights = receptive.look(network, shown, None if exits is None else exits.split(","))
     receptive.write(network, shown, sights, out)

@@ -109,8 +109,8 @@ def simulate(count: float, voices: VoiceBank, rng: np.random.Generator) -> NDArr
     heads = round(count)
     share = min(SHARE_MEDIAN * np.exp(rng.normal(0, SHARE_SPREAD)), SHARE_MOST)
     talkers = int(rng.binomial(heads, share))
-    sound = _room(_talk(heads, talkers, voices, rng), rng) + _background(rng)
-    return np.clip(sound * _from_db(rng.normal(0, GAIN_SPREAD_DB)), -1, 1).astype(np.float32)
+    audio = _room(_talk(heads, talkers, voices, rng), rng) + _background(rng)
+    return np.clip(audio * _from_db(rng.normal(0, GAIN_SPREAD_DB)), -1, 1).astype(np.float32)
 
 
 def _talk(heads: int, talkers: int, voices: VoiceBank, rng: np.random.Generator) -> NDArray[np.float64]:

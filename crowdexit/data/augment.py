@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from crowdexit.data.picture import Placement, place, scaled_size
+from crowdexit.data.image import Placement, place, scaled_size
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class Conditions:
     noise: float = 0.0
     black: float = 0.0
 
-    def apply(self, picture: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    def apply(self, image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
         """The image H×W×3 as a camera under these conditions would give it (8 bits, clipped)."""
-        height, width = picture.shape[:2]
+        height, width = image.shape[:2]
         if self.brightness != 1.0:
-            picture = np.asarray(cv2.convertScaleAbs(picture, alpha=self.brightness), np.uint8)
+            image = np.asarray(cv2.convertScaleAbs(image, alpha=self.brightness), np.uint8)
         if self.noise > 0:
-            picture = add_noise(picture, self.noise, rng)
+            image = add_noise(image, self.noise, rng)
         if self.black > 0:
             aspect = np.exp(rng.uniform(-0.5, 0.5))
             # No narrower than a stripe from top to bottom has to be, or the share could not be reached.
@@ -40,9 +40,9 @@ class Conditions:
             w = int(np.clip(round(width * np.sqrt(self.black) * aspect), narrowest, width))
             h = int(min(height, round(self.black * width * height / max(w, 1))))
             x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-            picture = picture.copy()
-            picture[y : y + h, x : x + w] = 0
-        return picture
+            image = image.copy()
+            image[y : y + h, x : x + w] = 0
+        return image
 
 
 def add_noise(image: NDArray[np.uint8], sigma: float, rng: np.random.Generator) -> NDArray[np.uint8]:
@@ -174,14 +174,14 @@ class View:
 
 
 def random_view(
-    picture: NDArray[np.uint8], points: NDArray[np.float32], view: View, rng: np.random.Generator
+    image: NDArray[np.uint8], points: NDArray[np.float32], view: View, rng: np.random.Generator
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32], Placement]:
     """Crop, scale and mirror an image onto the canvas.
 
     Returns:
         The canvas (H, W, 3) uint8, the heads that lie on it (N, 2) in its pixels, and where the image lies.
     """
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     wide = view.wide_share > 0 and rng.random() < view.wide_share
     factors = np.log(view.wide_scale if wide else view.scale)
     scale = view.base_scale(width, height) * float(np.exp(rng.uniform(*factors)))
@@ -191,7 +191,7 @@ def random_view(
     want = (view.canvas[0] / across, view.canvas[1] / down)
     w, h = (max(1, min(width, round(want[0]))), max(1, min(height, round(want[1]))))
     x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-    window = picture[y : y + h, x : x + w]
+    window = image[y : y + h, x : x + w]
     size = (
         min(view.canvas[0], max(1, round(w * across))),
         min(view.canvas[1], max(1, round(h * down))),

@@ -29,10 +29,10 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Dataset
 
-from crowdexit.data.picture import normalise, place
+from crowdexit.data.image import normalise, place
 from crowdexit.data.spectrogram import Spectrogram
 from crowdexit.data.store import SPLITS, PreparedFile, StoreError, open_for_writing, reserve
-from crowdexit.data.unlabelled import PictureFolder, SoundFolder
+from crowdexit.data.unlabelled import AudioFolder, ImageFolder
 from crowdexit.errors import CrowdExitError
 from crowdexit.utils.files import DiskFullError, checksum, write_problem
 
@@ -180,7 +180,7 @@ def write_classes(
     origin: str,
     *,
     settings: str | None = None,
-    sound: Spectrogram | None = None,
+    spectrogram: Spectrogram | None = None,
 ) -> Iterator[ClassWriter]:
     """Write a classification set, which appears under its name only when the block has ended well.
 
@@ -190,7 +190,7 @@ def write_classes(
         origin: where the set comes from, kept in the file.
         settings: all that the images depend on. With it, what an interrupted run of the same settings has
             left in ``path`` + ``.part`` is gone on with; without, nothing is left.
-        sound: how the images were made, if they are of sounds.
+        spectrogram: how the images were made, if they are of sounds.
 
     Raises:
         StoreError: if the classes are not at least two different names, one has no image to train on in the
@@ -209,8 +209,8 @@ def write_classes(
             with open_for_writing(path, seal=lambda _: None) as file:
                 writer = ClassWriter(file, classes)
                 file.attrs.update({"classes": json.dumps(list(classes)), "origin": origin})
-                if sound is not None:
-                    file.attrs["sound"] = json.dumps(sound.to_dict())
+                if spectrogram is not None:
+                    file.attrs["sound"] = json.dumps(spectrogram.to_dict())
                 if fingerprint:
                     file.attrs["prepared_with"] = fingerprint
                 yield writer
@@ -261,7 +261,7 @@ class _Opened:
 
     file: h5py.File
     classes: list[str]
-    sound: Spectrogram | None
+    spectrogram: Spectrogram | None
     images: dict[str, h5py.Dataset]
     labels: dict[str, NDArray[np.int64]]
     ids: dict[str, list[str]]
@@ -300,8 +300,8 @@ class ClassStore(PreparedFile):
         classes = json.loads(file.attrs["classes"])
         if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
             raise StoreError(f"{self.path}: its classes are not a list of names")
-        sound = Spectrogram(**json.loads(file.attrs["sound"])) if "sound" in file.attrs else None
-        opened = _Opened(file, classes, sound, {}, {}, {}, {})
+        spectrogram = Spectrogram(**json.loads(file.attrs["sound"])) if "sound" in file.attrs else None
+        opened = _Opened(file, classes, spectrogram, {}, {}, {}, {})
         format = file.attrs.get("format")
         if format not in (None, FORMAT):
             raise StoreError(f"{self.path}: written by another version ({format!r}); prepare it again")
@@ -347,9 +347,9 @@ class ClassStore(PreparedFile):
         return str(self._open().file.attrs.get("origin", ""))
 
     @property
-    def sound(self) -> Spectrogram | None:
+    def spectrogram(self) -> Spectrogram | None:
         """How the images were made of sounds, or None: they are images of something else."""
-        return self._open().sound
+        return self._open().spectrogram
 
     @property
     def size(self) -> tuple[int, int]:
@@ -433,7 +433,7 @@ class ClassDataset(Dataset[dict[str, Any]]):
 
     def __init__(
         self,
-        store: ClassStore | PictureFolder | SoundFolder,
+        store: ClassStore | ImageFolder | AudioFolder,
         split: str,
         *,
         size: tuple[int, int],
@@ -450,30 +450,30 @@ class ClassDataset(Dataset[dict[str, Any]]):
         index, draw = key if isinstance(key, tuple) else (key, 0)
         id = self.ids[index]  # an index beyond the end is an IndexError, by which loops know where to stop
         rng = np.random.default_rng((self.seed, index, draw))
-        picture = self.store.image(self.split, index)
+        image = self.store.image(self.split, index)
         if self.augment:
-            picture = shifted(picture, rng)
-        if picture.shape[1::-1] != self.size:
-            shrinks = self.size[0] * self.size[1] < picture.shape[0] * picture.shape[1]
+            image = shifted(image, rng)
+        if image.shape[1::-1] != self.size:
+            shrinks = self.size[0] * self.size[1] < image.shape[0] * image.shape[1]
             interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-            picture = np.asarray(
-                cv2.resize(np.ascontiguousarray(picture), self.size, interpolation=interpolation), np.uint8
+            image = np.asarray(
+                cv2.resize(np.ascontiguousarray(image), self.size, interpolation=interpolation), np.uint8
             )
         return {
-            "image": torch.from_numpy(normalise(picture)),
+            "image": torch.from_numpy(normalise(image)),
             "label": torch.tensor(int(self.store.labels(self.split)[index]), dtype=torch.int64),
             "id": id,
         }
 
 
-def shifted(picture: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+def shifted(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
     """A random crop of an image padded by an eighth of each side, mirrored half of the time; the shape stays.
 
     The padding has the mean colour, which is zero once normalised.
     """
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     x_room, y_room = width // 8, height // 8
-    padded = place(picture, (width + 2 * x_room, height + 2 * y_room), (x_room, y_room))
+    padded = place(image, (width + 2 * x_room, height + 2 * y_room), (x_room, y_room))
     x, y = int(rng.integers(2 * x_room + 1)), int(rng.integers(2 * y_room + 1))
     window = padded[y : y + height, x : x + width]
     return window[:, ::-1] if rng.random() < 0.5 else window

@@ -16,11 +16,11 @@ from torch.utils.data import Dataset, Sampler
 from crowdexit.data.ambience import MAX_COUNT, SAMPLE_RATE, VoiceBank, simulate
 from crowdexit.data.augment import ConditionRange, Conditions, View, keep_inside, random_view
 from crowdexit.data.density import density_map
+from crowdexit.data.image import Placement, normalise, tiles, views
 from crowdexit.data.log_mel import log_mel
 from crowdexit.data.negatives import Negatives, cut, is_headless, random_box
-from crowdexit.data.picture import Placement, normalise, tiles, views
 from crowdexit.data.store import Store, StoredSample, StoreError, decode_image
-from crowdexit.data.unlabelled import PictureFolder
+from crowdexit.data.unlabelled import ImageFolder
 
 STRIDE = 8
 _TRIES = 30  # to find a part of an image without heads
@@ -103,7 +103,7 @@ class CrowdDataset(Dataset[dict[str, Any]]):
 
     def __init__(
         self,
-        store: Store | PictureFolder,
+        store: Store | ImageFolder,
         split: str,
         ids: Sequence[str],
         setting: Setting,
@@ -129,14 +129,14 @@ class CrowdDataset(Dataset[dict[str, Any]]):
         wanted = s.conditions
         conditions = wanted.draw(rng) if isinstance(wanted, ConditionRange) else wanted
         # Before any scaling: the camera is in the dark, and its grain grows with the image.
-        picture = conditions.apply(self._decoded(sample), rng)
+        image = conditions.apply(self._decoded(sample), rng)
         common = {
             "total": torch.tensor(sample.count, dtype=torch.float32),
             "dark": torch.tensor(conditions.brightness < 1),
             "id": sample.id,
         }
         if s.tiles:
-            seen = [torch.from_numpy(normalise(tile)) for tile in tiles(picture, s.canvas)]
+            seen = [torch.from_numpy(normalise(tile)) for tile in tiles(image, s.canvas)]
             inside = torch.ones(len(seen), 1, s.canvas[1] // STRIDE, s.canvas[0] // STRIDE)
             audio = self._audio(sample, sample.count, for_audio)
             return {"image": torch.stack(seen), "inside": inside, "count": common["total"], **common, **audio}
@@ -145,21 +145,21 @@ class CrowdDataset(Dataset[dict[str, Any]]):
         if s.view is not None:
             if laid is not None:
                 raise StoreError(f"{self.store.path}: {sample.id} has only a density map: it can only be shown whole")
-            picture, points, placement = random_view(picture, sample.points, s.view, rng)
+            image, points, placement = random_view(image, sample.points, s.view, rng)
             count = float(len(points))
             canvas = s.view.canvas
         else:
             points = sample.points
             if s.flip and rng.random() < 0.5:
-                points = np.stack([picture.shape[1] - points[:, 0], points[:, 1]], axis=1)
-                picture = np.ascontiguousarray(picture[:, ::-1])
+                points = np.stack([image.shape[1] - points[:, 0], points[:, 1]], axis=1)
+                image = np.ascontiguousarray(image[:, ::-1])
                 laid = None if laid is None else np.ascontiguousarray(laid[:, ::-1])
-            picture, placement = views(picture, s.canvas, "scale" if s.own_shape else "fit")[0]
+            image, placement = views(image, s.canvas, "scale" if s.own_shape else "fit")[0]
             points, count = keep_inside(placement.points(points), placement), sample.count
-            canvas = (picture.shape[1], picture.shape[0])
+            canvas = (image.shape[1], image.shape[0])
         density = self._density(points, canvas) if laid is None else lay_density(laid, placement, canvas, s.stride)
         return {
-            "image": torch.from_numpy(normalise(np.ascontiguousarray(picture))),
+            "image": torch.from_numpy(normalise(np.ascontiguousarray(image))),
             "density": torch.from_numpy(density)[None],
             "inside": torch.from_numpy(placement.inside(canvas))[None],
             "count": torch.tensor(count, dtype=torch.float32),

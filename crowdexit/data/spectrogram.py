@@ -21,7 +21,7 @@ MUSIC_SECONDS = 3
 MUSIC_STFT = (512, 256)  # window and step, samples
 MUSIC_MELS = ((2205, 1102, 4096), (1102, 551, 2048))  # 100 and 50 ms, steps of 50 and 25 ms, FFT
 MEL_BANDS = 128
-FLOOR_DB, TOP_DB = -120.0, 0.0  # see stft_picture
+FLOOR_DB, TOP_DB = -120.0, 0.0  # see stft_image
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Spectrogram:
     """How the sounds of a set have become images, so that others can be made like them.
 
     Attributes:
-        form: ``stft`` (:func:`stft_picture`) or ``gtzan`` (:func:`gtzan_picture`).
+        form: ``stft`` (:func:`stft_image`) or ``gtzan`` (:func:`gtzan_image`).
         size: width and height. seconds: of the audio's beginning.
 
     Raises:
@@ -51,15 +51,15 @@ class Spectrogram:
             AudioError: if the waveform or the rate is of no use.
         """
         if self.form == "gtzan":
-            return gtzan_picture(waveform, sample_rate, size=self.size)
-        return stft_picture(waveform, sample_rate, size=self.size, seconds=self.seconds)
+            return gtzan_image(waveform, sample_rate, size=self.size)
+        return stft_image(waveform, sample_rate, size=self.size, seconds=self.seconds)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for a prepared file."""
         return asdict(self)
 
 
-def stft_picture(
+def stft_image(
     waveform: NDArray[np.generic] | torch.Tensor, sample_rate: int, *, size: int = 224, seconds: float = 1.0
 ) -> NDArray[np.uint8]:
     """The spectrogram of speech, as the paper has it for Speech Commands.
@@ -86,10 +86,10 @@ def stft_picture(
     """
     samples = _exactly(beginning(waveform, sample_rate, SPEECH_RATE, seconds), round(seconds * SPEECH_RATE))
     magnitudes = _magnitudes(samples, SPEECH_WINDOW, SPEECH_STEP, SPEECH_FFT)
-    return np.repeat(_picture(20 * _log10(magnitudes), size)[..., None], 3, axis=2)
+    return np.repeat(_image(20 * _log10(magnitudes), size)[..., None], 3, axis=2)
 
 
-def gtzan_picture(
+def gtzan_image(
     waveform: NDArray[np.generic] | torch.Tensor, sample_rate: int, *, size: int = 224
 ) -> NDArray[np.uint8]:
     """The three spectrograms of three seconds of music, as the paper has them for GTZAN.
@@ -97,7 +97,7 @@ def gtzan_picture(
     22,050 Hz mono, periodic Hann windows (no centring). Red: the Fourier transform, windows of 512 samples every
     256. Green and blue: 128 triangular bands from 0 Hz to half the rate, linear in HTK mel, of the powers under
     windows of 100 ms every 50 ms, and of 50 ms every 25 ms (rounded down to samples). Decibels, direction and
-    colour scale as in :func:`stft_picture`.
+    colour scale as in :func:`stft_image`.
 
     Args:
         waveform: as there, but three seconds of it.
@@ -115,7 +115,7 @@ def gtzan_picture(
     channels = [20 * _log10(_magnitudes(samples, window, step, window))]
     for window, step, fft in MUSIC_MELS:
         channels.append(10 * _log10(_mel_matrix(fft) @ _magnitudes(samples, window, step, fft) ** 2))
-    return np.stack([_picture(decibels, size) for decibels in channels], axis=2)
+    return np.stack([_image(decibels, size) for decibels in channels], axis=2)
 
 
 def beginning(
@@ -162,7 +162,7 @@ def _log10(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.log10(np.maximum(values, 1e-30))  # far below the floor
 
 
-def _picture(decibels: NDArray[np.float64], size: int) -> NDArray[np.uint8]:
+def _image(decibels: NDArray[np.float64], size: int) -> NDArray[np.uint8]:
     """Frequencies by frames, in decibels → (size, size) uint8, low frequencies at the bottom."""
     shades = ((np.clip(decibels, FLOOR_DB, TOP_DB) - FLOOR_DB) * (255 / (TOP_DB - FLOOR_DB)))[::-1].astype(np.float32)
     height, width = shades.shape

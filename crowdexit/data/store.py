@@ -37,7 +37,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from crowdexit.data.picture import PictureError, decode_picture, read_header
+from crowdexit.data.image import ImageError, decode_pixels, read_header
 from crowdexit.errors import CrowdExitError
 from crowdexit.utils.files import DiskFullError, checksum, sync, sync_folder
 from crowdexit.utils.paths import is_file
@@ -105,16 +105,16 @@ def decode_image(sample: StoredSample) -> NDArray[np.uint8]:
     """
     name = f"{sample.split}/{sample.id}"
     try:
-        picture = decode_picture(sample.image.tobytes(), name)
-    except PictureError as error:
+        image = decode_pixels(sample.image.tobytes(), name)
+    except ImageError as error:
         raise StoreError(f"{name}: the stored image is damaged ({str(error).removeprefix(f'{name}: ')})") from error
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     if (width, height) != (sample.width, sample.height):
         raise StoreError(
             f"{name}: the image is displayed at {width}×{height}, but its width and height say "
             f"{sample.width}×{sample.height}, so its heads may not fit it; prepare it again"
         )
-    return picture
+    return image
 
 
 def write_sample(file: h5py.File, sample: StoredSample) -> None:
@@ -390,7 +390,7 @@ class Store(PreparedFile):
             if width is None or height is None:
                 try:
                     header = read_header(image.tobytes(), f"{self.path}: {split}/{id}")
-                except PictureError as error:
+                except ImageError as error:
                     raise StoreError(str(error)) from error
                 width, height = header.width, header.height
             log_mel = sample.array("log_mel", np.float32) if "log_mel" in sample.shapes else None

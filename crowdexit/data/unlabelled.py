@@ -8,25 +8,25 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from crowdexit.data.image import MAX_PIXELS, MIN_SIDE, SUFFIXES, ImageError, read_header, read_pixels
 from crowdexit.data.log_mel import read_audio
 from crowdexit.data.mel import AudioError
-from crowdexit.data.picture import MAX_PIXELS, MIN_SIDE, SUFFIXES, PictureError, read_header, read_picture
 from crowdexit.data.spectrogram import Spectrogram
 from crowdexit.data.store import StoredSample, StoreError
 
-SOUND_SUFFIXES = (".wav", ".flac", ".ogg", ".au")
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".au")
 
 
-def unlabelled_folder(path: Path, sound: Spectrogram | None) -> PictureFolder | SoundFolder:
+def unlabelled_folder(path: Path, spectrogram: Spectrogram | None) -> ImageFolder | AudioFolder:
     """A folder of recordings, to be made the images that a set of sounds has; or for any other set, of images.
 
     Raises:
         StoreError: if nothing in it is of use.
     """
-    return PictureFolder(path) if sound is None else SoundFolder(path, sound)
+    return ImageFolder(path) if spectrogram is None else AudioFolder(path, spectrogram)
 
 
-class PictureFolder:
+class ImageFolder:
     """A folder of images in the place of a prepared file: as many samples as it holds images, none with a truth.
 
     Attributes:
@@ -65,13 +65,13 @@ class PictureFolder:
         """The middle square of an image, (S, S, 3) uint8, RGB.
 
         Raises:
-            PictureError: if it cannot be read.
+            ImageError: if it cannot be read.
         """
-        picture = read_picture(self.path / self._names[index])
-        height, width = picture.shape[:2]
+        pixels = read_pixels(self.path / self._names[index])
+        height, width = pixels.shape[:2]
         side = min(height, width)
         y, x = (height - side) // 2, (width - side) // 2
-        return picture[y : y + side, x : x + side]
+        return pixels[y : y + side, x : x + side]
 
     def read(self, split: str, id: str, *, with_takes: bool = False) -> StoredSample:
         """An image as a sample without heads and without audio.
@@ -87,12 +87,12 @@ class PictureFolder:
         return StoredSample(id, split, data, np.zeros((0, 2), np.float32), width, height, 0.0)
 
 
-class SoundFolder:
+class AudioFolder:
     """A folder of recordings in the place of a prepared file of spectrograms, none with a truth.
 
     Args:
         path: the folder, looked through to the bottom; links to folders are not followed.
-        sound: how their images are made; of each recording its beginning is used.
+        spectrogram: how their images are made; of each recording its beginning is used.
 
     Attributes:
         skipped: how many files that are named like recordings hold no usable sound. Each is read once to know.
@@ -101,11 +101,11 @@ class SoundFolder:
         StoreError: if there is no such folder, or no recording of use in it.
     """
 
-    def __init__(self, path: Path, sound: Spectrogram) -> None:
-        self.path, self.sound = path, sound
+    def __init__(self, path: Path, spectrogram: Spectrogram) -> None:
+        self.path, self.spectrogram = path, spectrogram
         if not path.is_dir():
             raise StoreError(f"{path}: no such folder of recordings")
-        named = sorted(p for p in path.rglob("*") if p.suffix.lower() in SOUND_SUFFIXES and p.is_file())
+        named = sorted(p for p in path.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES and p.is_file())
         self._names = [p.relative_to(path).as_posix() for p in named if self._usable(p)]
         self.skipped = len(named) - len(self._names)
         if not self._names:
@@ -129,11 +129,11 @@ class SoundFolder:
         Raises:
             AudioError: if it cannot be read any more.
         """
-        return self.sound.of(*read_audio(self.path / self._names[index]))
+        return self.spectrogram.of(*read_audio(self.path / self._names[index]))
 
     def _usable(self, path: Path) -> bool:
         try:
-            self.sound.of(*read_audio(path))
+            self.spectrogram.of(*read_audio(path))
         except AudioError:
             return False
         return True
@@ -147,7 +147,7 @@ def _size(path: Path) -> tuple[int, int] | None:
     """(width, height) of an image file as it is displayed, from its header, or None if it is of no use."""
     try:
         header = read_header(path)
-    except PictureError:
+    except ImageError:
         return None
     width, height = header.width, header.height
     return (width, height) if min(width, height) >= MIN_SIDE and width * height <= MAX_PIXELS else None

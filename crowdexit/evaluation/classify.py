@@ -80,12 +80,12 @@ def evaluate(
     Raises:
         CrowdExitError: if the network was made for another number of classes, or the set is damaged.
     """
-    pictures = _opened(chain, store, split)
+    images = _opened(chain, store, split)
     names = chain.exit_names
     right = dict.fromkeys(names, 0)
     served = served_exits(chain.network)
     sure, left = 0, dict.fromkeys(served, 0)
-    for batch, labels in _batches(pictures, wanted):
+    for batch, labels in _batches(images, wanted):
         for name, answer in chain.stream(batch, names):
             right[name] += int((answer.value.argmax(1).numpy() == labels).sum())
         if leaving is not None:
@@ -100,7 +100,7 @@ def evaluate(
     times: dict[str, list[float]] = {name: [] for name in names}
     until_sure: list[float] = []
     for index in [wanted[0], *wanted[:TIMED]]:  # the first once more, for the warm-up
-        one = inputs(pictures[index]["image"][None])
+        one = inputs(images[index]["image"][None])
         begun = time.perf_counter()
         for name, _ in chain.stream(one, names):
             times[name].append(1e3 * (time.perf_counter() - begun))
@@ -145,10 +145,10 @@ def scores_of(
     Raises:
         CrowdExitError: as :func:`evaluate`.
     """
-    pictures = _opened(chain, store, split)
+    images = _opened(chain, store, split)
     scores: dict[str, list[NDArray[np.float32]]] = {name: [] for name in exits or chain.exit_names}
     truth = []
-    for batch, labels in _batches(pictures, wanted):
+    for batch, labels in _batches(images, wanted):
         for name, answer in chain.stream(batch, exits):
             scores[name].append(answer.value.numpy())
         truth.append(labels)
@@ -191,9 +191,9 @@ def _opened(chain: ReadyChain, store: ClassStore, split: str) -> ClassDataset:
     return ClassDataset(store, split, size=config.size)
 
 
-def _batches(pictures: ClassDataset, wanted: Sequence[int]) -> Iterator[tuple[Features, NDArray[np.int64]]]:
+def _batches(images: ClassDataset, wanted: Sequence[int]) -> Iterator[tuple[Features, NDArray[np.int64]]]:
     """Images and their classes (n,), a batch at a time."""
     for start in range(0, len(wanted), BATCH):
-        items = [pictures[index] for index in wanted[start : start + BATCH]]
+        items = [images[index] for index in wanted[start : start + BATCH]]
         labels = torch.stack([item["label"] for item in items])
         yield inputs(torch.stack([item["image"] for item in items])), labels.numpy()

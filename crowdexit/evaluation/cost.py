@@ -133,7 +133,7 @@ def cost_of(spec: zoo.Spec, model: str) -> CostTable:
     Raises:
         CrowdExitError: if the description fits no network.
     """
-    network, features = at_one_picture(spec)
+    network, features = for_one_image(spec)
     width, height = network.config.size
     stages, at_exit = measure(network, features)
     backbone = sum(stages) + at_exit[FINAL]
@@ -145,7 +145,7 @@ def cost_of(spec: zoo.Spec, model: str) -> CostTable:
     return CostTable(model, f"{width}x{height}", backbone, tuple(costs))
 
 
-def at_one_picture(spec: zoo.Spec) -> tuple[MultiExitNetwork, Features]:
+def for_one_image(spec: zoo.Spec) -> tuple[MultiExitNetwork, Features]:
     """The network without numbers, and one view with one second of audio for it."""
     with torch.device("meta"):
         network = zoo.build(spec).eval().requires_grad_(False)

@@ -17,7 +17,7 @@ from crowdexit.calibration.intervals import IntervalError, Intervals, Thirds, ex
 from crowdexit.calibration.temperatures import Measure, Temperatures
 from crowdexit.data.augment import Conditions
 from crowdexit.data.classes import ClassStore
-from crowdexit.data.picture import decode_picture
+from crowdexit.data.image import decode_pixels
 from crowdexit.data.store import Store
 from crowdexit.errors import CrowdExitError
 from crowdexit.evaluation import classify
@@ -33,10 +33,10 @@ def read_for_counting(
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32] | None, float, str]:
     """(image, log-mel or None, count, audio source) of a stored sample under conditions fixed by its id."""
     sample = store.read(split, id)
-    picture = decode_picture(sample.image.tobytes(), f"{split}/{id}")
+    image = decode_pixels(sample.image.tobytes(), f"{split}/{id}")
     seed = np.frombuffer(id.encode(), np.uint8)
-    picture = conditions.apply(picture, np.random.default_rng(seed))
-    return picture, sample.log_mel if audio else None, sample.count, sample.audio_source
+    image = conditions.apply(image, np.random.default_rng(seed))
+    return image, sample.log_mel if audio else None, sample.count, sample.audio_source
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Counted:
 
     id: str
     truth: float
-    sound: str
+    audio: str
     results: tuple[ExitResult, ...]
 
 
@@ -72,14 +72,14 @@ def count_samples(
     """
     warm = False
     for id in ids:
-        picture, mel, count, source = read_for_counting(store, split, id, audio=audio, conditions=conditions)
-        heard = mel is not None and counter.size_for(picture.shape[1], picture.shape[0]) is not None
+        image, mel, count, source = read_for_counting(store, split, id, audio=audio, conditions=conditions)
+        heard = mel is not None and counter.size_for(image.shape[1], image.shape[0]) is not None
         if heard or not heard_alone:
             if not warm:
-                for _ in counter.stream(picture, mel):
+                for _ in counter.stream(image, mel):
                     pass
                 warm = True
-            yield Counted(id, count, source if heard else "none", tuple(counter.stream(picture, mel)))
+            yield Counted(id, count, source if heard else "none", tuple(counter.stream(image, mel)))
         if progress is not None:
             progress()
 
@@ -103,7 +103,7 @@ def evaluate(
         ``covered``, how many they do; of the very images that calibrated them that many do by construction.
     """
     counted = list(count_samples(counter, store, split, ids, audio=audio, conditions=conditions, progress=progress))
-    sources = {sample.sound for sample in counted}
+    sources = {sample.audio for sample in counted}
     errors = {name: np.array([_of(s, name).count - s.truth for s in counted]) for name in counter.exits}
     result: dict[str, Any] = {
         "split": split,
@@ -171,16 +171,16 @@ def calibrate(
 
     others = cross_fitted or {}
     rank(len(ids), level)  # refuses before anything is counted
-    without_sound = list(count_samples(counter, store, split, ids, audio=False, progress=progress))
-    silent, silent_errors, silent_thirds = tables(without_sound)
+    without_audio = list(count_samples(counter, store, split, ids, audio=False, progress=progress))
+    silent, silent_errors, silent_thirds = tables(without_audio)
     heard, heard_errors, heard_thirds = dict[str, float](), dict[str, float](), dict[str, Thirds]()
-    with_sound = list(count_samples(counter, store, split, ids, heard_alone=True, progress=progress))
-    if with_sound:
+    with_audio = list(count_samples(counter, store, split, ids, heard_alone=True, progress=progress))
+    if with_audio:
         try:
-            heard, heard_errors, heard_thirds = tables(with_sound)
+            heard, heard_errors, heard_thirds = tables(with_audio)
         except IntervalError as error:
             log.warning("not calibrated with sound: %s; what is heard has no interval and is never confident", error)
-            with_sound = []
+            with_audio = []
     return Intervals(
         level,
         silent,
@@ -188,7 +188,7 @@ def calibrate(
         samples=len(ids),
         silent_errors=silent_errors,
         heard_errors=heard_errors,
-        heard_samples=len(with_sound),
+        heard_samples=len(with_audio),
         silent_thirds=silent_thirds,
         heard_thirds=heard_thirds,
     )
@@ -204,7 +204,7 @@ def measure_familiarity(
     """
     sums = []
     for id in ids:
-        of_one = counter.feature_sums(decode_picture(store.read(split, id).image.tobytes(), f"{split}/{id}"))
+        of_one = counter.feature_sums(decode_pixels(store.read(split, id).image.tobytes(), f"{split}/{id}"))
         if of_one is None:
             return None
         sums.append(of_one)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from crowdexit.evaluation.cost import at_one_picture, measure
+from crowdexit.evaluation.cost import for_one_image, measure
 from crowdexit.models import zoo
 
 
@@ -31,7 +31,7 @@ class LeavingPoint:
 
 def costs_on_the_way(spec: zoo.Spec, exits: Sequence[str]) -> dict[str, float]:
     """Multiply-adds of one view up to and including each of these exits, when all of them before it are asked, too."""
-    network, features = at_one_picture(spec)
+    network, features = for_one_image(spec)
     stages, own = measure(network, features)
     asked, costs = 0, {}
     for name in exits:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from crowdexit.data.picture import normalise, views
+from crowdexit.data.image import normalise, views
 from crowdexit.errors import CrowdExitError
 from crowdexit.evaluation.files import blank, write_files
 from crowdexit.models.exits import Branch, SLViTExit
@@ -41,11 +41,11 @@ class Sight:
     attention: NDArray[np.float32] | None
 
 
-def look(network: MultiExitNetwork, picture: NDArray[np.uint8], exits: Sequence[str] | None = None) -> list[Sight]:
+def look(network: MultiExitNetwork, image: NDArray[np.uint8], exits: Sequence[str] | None = None) -> list[Sight]:
     """What branches see of an image (of an image in tiles, of the first).
 
     Args:
-        picture: H×W×3 uint8, RGB.
+        image: H×W×3 uint8, RGB.
         exits: names; default: all early exits.
 
     Raises:
@@ -58,24 +58,24 @@ def look(network: MultiExitNetwork, picture: NDArray[np.uint8], exits: Sequence[
     if not wanted:
         raise CrowdExitError("this model has no early exits to look through")
     network.eval().requires_grad_(False)
-    canvas, _ = views(picture, network.config.size, network.config.view)[0]
-    image = torch.from_numpy(normalise(canvas))[None].requires_grad_()
-    features: Features = inputs(image)
+    canvas, _ = views(image, network.config.size, network.config.view)[0]
+    tensor = torch.from_numpy(normalise(canvas))[None].requires_grad_()
+    features: Features = inputs(tensor)
     sights = []
     for index in range(max(network.stage_of(name) for name in wanted) + 1):
         features = network.stages[index](features)
         for name in wanted:
             branch = network.exit_module(name)
             if network.stage_of(name) == index and isinstance(branch, Branch):
-                sights.append(_sight(name, branch, features, image))
+                sights.append(_sight(name, branch, features, tensor))
     return sights
 
 
-def _sight(name: str, branch: Branch, features: Features, image: Tensor) -> Sight:
+def _sight(name: str, branch: Branch, features: Features, tensor: Tensor) -> Sight:
     tokens = branch.tokens(features)
     rows, columns = branch.token_grid or (1, 1)
     middle = tokens[0, rows // 2 * columns + columns // 2]
-    (slope,) = torch.autograd.grad(middle.abs().sum(), image, retain_graph=True)
+    (slope,) = torch.autograd.grad(middle.abs().sum(), tensor, retain_graph=True)
     field = slope[0].abs().sum(0).double()
     order = field.flatten().sort(descending=True).values.cumsum(0)
     wide = float((order < 0.9 * order[-1]).double().mean())
@@ -93,19 +93,19 @@ def _attention(branch: SLViTExit, features: Features) -> NDArray[np.float32]:
     return shown
 
 
-def draw(picture: NDArray[np.uint8], sights: Sequence[Sight], path: Path) -> None:
+def draw(image: NDArray[np.uint8], sights: Sequence[Sight], path: Path) -> None:
     """A row for each branch: the image, the field (its square root, so that its edges show), the attention."""
     height, width = sights[0].field.shape
     figure = blank(10, 0.6 + 10 / 3 * height / width * len(sights))
     axes = figure.subplots(len(sights), 3, squeeze=False)
     for row, sight in zip(axes, sights, strict=True):
-        row[0].imshow(picture)
+        row[0].imshow(image)
         row[0].set_title(f"{sight.exit} ({sight.kind})")
         row[1].imshow(np.sqrt(sight.field), cmap="magma")
         row[1].set_title(f"field: nine tenths in {sight.wide:.1%}")
         row[2].axis("off")
         if sight.attention is not None:
-            row[2].imshow(picture)
+            row[2].imshow(image)
             extent = (0.0, float(width), float(height), 0.0)
             row[2].imshow(sight.attention, cmap="magma", alpha=0.6, extent=extent, interpolation="bilinear")
             row[2].set_title("attention")
@@ -114,7 +114,7 @@ def draw(picture: NDArray[np.uint8], sights: Sequence[Sight], path: Path) -> Non
     figure.savefig(path)
 
 
-def write(network: MultiExitNetwork, picture: NDArray[np.uint8], sights: Sequence[Sight], path: Path) -> None:
+def write(network: MultiExitNetwork, image: NDArray[np.uint8], sights: Sequence[Sight], path: Path) -> None:
     """Write the image of :func:`draw`, whole.
 
     Raises:
@@ -122,5 +122,5 @@ def write(network: MultiExitNetwork, picture: NDArray[np.uint8], sights: Sequenc
     """
     if path.suffix.lower() != ".png":
         raise CrowdExitError(f"{path}: the image is a PNG; name it .png")
-    canvas, _ = views(picture, network.config.size, network.config.view)[0]
+    canvas, _ = views(image, network.config.size, network.config.view)[0]
     write_files(path.parent, {path.name: partial(draw, canvas, sights)})

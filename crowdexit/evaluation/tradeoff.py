@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from crowdexit.errors import CrowdExitError
-from crowdexit.evaluation.cost import at_one_picture, measure
+from crowdexit.evaluation.cost import for_one_image, measure
 from crowdexit.evaluation.files import blank, csv_text, markdown_table, write_files
 from crowdexit.models import zoo
 from crowdexit.models.network import FINAL
@@ -41,7 +41,7 @@ class Point:
 
 def costs(network_of: zoo.Spec) -> dict[str, int]:
     """Multiply-adds up to and including each exit that a network has, by name; of one view, one second of audio."""
-    network, features = at_one_picture(network_of)
+    network, features = for_one_image(network_of)
     stages, exits = measure(network, features)
     return {name: (sum(stages[: network.stage_of(name) + 1]) + exits[name]) // 2 for name in network.exit_names}
 

@@ -23,21 +23,21 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from crowdexit.data.mel import checked_log_mel
-from crowdexit.data.picture import (
+from crowdexit.data.image import (
     MEAN,
     PIXELS_ABREAST,
     PIXELS_AT_ONCE,
     PIXELS_OF_TILES_AT_ONCE,
     STD,
     Placement,
-    checked_picture,
+    checked_image,
     normalise,
-    read_picture,
+    read_pixels,
     same_size_groups,
     tile_boxes,
     views,
 )
+from crowdexit.data.mel import checked_log_mel
 from crowdexit.errors import CrowdExitError
 from crowdexit.models.chain import walk
 from crowdexit.runtimes.arrays import ANSWER, RECORD, ArrayChain, Port, Ports, Record, exit_piece, stage_piece
@@ -214,7 +214,7 @@ class Exported:
 
     def stream(
         self,
-        picture: NDArray[np.uint8] | str | Path,
+        image: NDArray[np.uint8] | str | Path,
         log_mel: NDArray[np.float32] | None = None,
         exits: Collection[str] | None = None,
     ) -> Iterator[tuple[str, float]]:
@@ -224,7 +224,7 @@ class Exported:
         does, and then counted without audio.
 
         Args:
-            picture: H×W×3 uint8 RGB, or a file, whose reader's warnings go to the log.
+            image: H×W×3 uint8 RGB, or a file, whose reader's warnings go to the log.
             log_mel: (96, 64) of the second around it, or None: not heard.
             exits: names; default: all.
 
@@ -240,16 +240,16 @@ class Exported:
             raise ExportError("no exit is asked")
         if log_mel is not None:
             log_mel = checked_log_mel(log_mel)
-        if isinstance(picture, (str, Path)):
-            picture = read_picture(picture, partial(tile_boxes, native=self.manifest.scene))
-        pixels = checked_picture(picture)
+        if isinstance(image, (str, Path)):
+            image = read_pixels(image, partial(tile_boxes, native=self.manifest.scene))
+        pixels = checked_image(image)
         boxes = tile_boxes(pixels.shape[1], pixels.shape[0], self.manifest.scene)
         seen = [
             view
             for x, y, w, h in boxes
             for view in views(pixels[y : y + h, x : x + w], self.manifest.size, self.manifest.view)
         ]
-        sound = log_mel if len(boxes) == 1 else None
+        audio = log_mel if len(boxes) == 1 else None
         wanted = self.chain.exit_names if exits is None else exits
         width, height = self.manifest.size
         at_once, tiles, abreast = (
@@ -260,7 +260,7 @@ class Exported:
         # An image of an absurd shape has too many boxes to go through the network abreast: the last of them tell.
         counts = dict.fromkeys(wanted, 0.0)
         for start in range(0, len(seen), abreast):
-            batches = (self._record(rows, sound) for rows in same_size_groups(seen[start : start + abreast], at_once))
+            batches = (self._record(rows, audio) for rows in same_size_groups(seen[start : start + abreast], at_once))
             for name, count in walk(_Abreast(self.chain), batches, wanted):
                 counts[name] += count
                 if start + abreast >= len(seen):
@@ -268,12 +268,12 @@ class Exported:
 
     def count(
         self,
-        picture: NDArray[np.uint8] | str | Path,
+        image: NDArray[np.uint8] | str | Path,
         log_mel: NDArray[np.float32] | None = None,
         exits: Collection[str] | None = None,
     ) -> dict[str, float]:
         """All counts of an image by exit; see :meth:`stream`."""
-        return dict(self.stream(picture, log_mel, exits))
+        return dict(self.stream(image, log_mel, exits))
 
     def _checked_count(self, name: str, count: float) -> float:
         if not math.isfinite(count):
@@ -285,10 +285,10 @@ class Exported:
     ) -> Record:
         """Views on canvases of one size as a batch before the first stage."""
         height, width = seen[0][0].shape[:2]
-        sound = np.zeros((96, 64), np.float32) if log_mel is None else log_mel
+        audio = np.zeros((96, 64), np.float32) if log_mel is None else log_mel
         return {
             "visual": np.stack([normalise(canvas) for canvas, _ in seen]),
-            "log_mel": np.repeat(sound[None, None], len(seen), axis=0),
+            "log_mel": np.repeat(audio[None, None], len(seen), axis=0),
             "heard": np.full(len(seen), log_mel is not None),
             "inside": np.stack([placement.inside((width, height)) for _, placement in seen])[:, None],
         }

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from crowdexit.data.picture import MEAN, STD
+from crowdexit.data.image import MEAN, STD
 from crowdexit.errors import CrowdExitError
 from crowdexit.export.runner import (
     FORMAT,

@@ -18,27 +18,27 @@ from PIL import Image
 
 from crowdexit.calibration.familiarity import Familiarity
 from crowdexit.calibration.intervals import Intervals
-from crowdexit.data.mel import AudioStatus
-from crowdexit.data.picture import (
+from crowdexit.data.image import (
     PIXELS_ABREAST,
     PIXELS_AT_ONCE,
     PIXELS_OF_TILES_AT_ONCE,
     DecodedImage,
-    PictureError,
-    decode_picture,
+    ImageError,
+    decode_pixels,
     read_header,
     same_size_groups,
     scaled_size,
     tile_boxes,
     views,
 )
+from crowdexit.data.mel import AudioStatus
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.anytime import DeadlineMissed, answers_by
 from crowdexit.inference.budget import TOLERANCE, Budget, BudgetTooSmall, Costs, check_budget
 from crowdexit.inference.models import calibration_of, open_model
 from crowdexit.inference.policies import ANYTIME, Confident, DeepestThatFits
 from crowdexit.inference.profile import LAYING, PREPARING, Profile, exit_step, profile_of, stage_step
-from crowdexit.inference.scene import Picture, Row, Scene, Sound, photo, prepared
+from crowdexit.inference.scene import AudioLike, ImageLike, Row, Scene, photo, prepared
 from crowdexit.inference.turn import Turn
 from crowdexit.inference.walk import Batch, Part, Policy, Told, Walk
 from crowdexit.models.network import FINAL, MultiExitNetwork
@@ -223,13 +223,13 @@ class CrowdCounter:
         return self.network.config.scene
 
     def stream(
-        self, image: Picture, audio: Sound | None = None, *, exits: Sequence[str] | None = None
+        self, image: ImageLike, audio: AudioLike | None = None, *, exits: Sequence[str] | None = None
     ) -> Iterator[ExitResult]:
         """Yield each exit's answer as soon as it is there; what the caller no longer asks for is not computed.
 
         Args:
             image: H×W×3 uint8 RGB or H×W grey, a Pillow image, or a file; a
-                :class:`crowdexit.data.picture.DecodedImage` brings its warnings.
+                :class:`crowdexit.data.image.DecodedImage` brings its warnings.
             audio: a file, (waveform, sample rate) or (sample rate, waveform with its channels last, as
                 ``scipy.io.wavfile`` and Gradio give it), a log-mel (96, 64), or None: no audio; an
                 :class:`crowdexit.data.mel.AudioInput` says why there is none, or brings warnings.
@@ -248,8 +248,8 @@ class CrowdCounter:
 
     def count(
         self,
-        image: Picture,
-        audio: Sound | None = None,
+        image: ImageLike,
+        audio: AudioLike | None = None,
         *,
         exit: str = "auto",
         deadline_ms: float | None = None,
@@ -310,7 +310,7 @@ class CrowdCounter:
 
     def count_many(
         self,
-        samples: Iterable[tuple[Picture, Sound | None] | None],
+        samples: Iterable[tuple[ImageLike, AudioLike | None] | None],
         *,
         exits: Sequence[str] | None = None,
         policy: Policy = ANYTIME,
@@ -370,7 +370,7 @@ class CrowdCounter:
         scale = min(1.0, config.size[0] / width, config.size[1] / height)
         return max(1, round(width * scale)), max(1, round(height * scale))
 
-    def prepare(self, samples: Iterable[tuple[Picture, Sound | None]]) -> Prepared:
+    def prepare(self, samples: Iterable[tuple[ImageLike, AudioLike | None]]) -> Prepared:
         """Make images with their sounds, as of :meth:`stream`, ready for the network: all but the counting.
 
         It may be done in another thread while this counter counts others. All of them are in memory at once.
@@ -406,7 +406,7 @@ class CrowdCounter:
             self._write_down(told, said, ready.scenes, walk, begun)
         return [self._last_chosen(of_one) for of_one in said]
 
-    def feature_sums(self, image: Picture) -> NDArray[np.float64] | None:
+    def feature_sums(self, image: ImageLike) -> NDArray[np.float64] | None:
         """What tells how familiar an image is, (2C + 1,), by the first stage alone; None of a network of tokens.
 
         Raises:
@@ -457,7 +457,7 @@ class CrowdCounter:
     def _run_through(self, jpeg: bytes, rows: int, exits: Sequence[str], times: Profile) -> None:
         """Run an image through everything, as a batch of so many, and note how long each step takes."""
         begun = time.perf_counter()
-        _, (row, *_) = prepared(decode_picture(jpeg), None, self.network.config)
+        _, (row, *_) = prepared(decode_pixels(jpeg), None, self.network.config)
         times.note(PREPARING, 1, 1000 * (time.perf_counter() - begun))
         walk = Walk(self.chain, rows, exits, times, turn=self._turn)
         for _ in walk.run([self._part(0, [[row]] * rows, times)], ANYTIME):
@@ -585,8 +585,8 @@ class CrowdCounter:
 
     def _steps(
         self,
-        image: Picture,
-        audio: Sound | None,
+        image: ImageLike,
+        audio: AudioLike | None,
         exits: Sequence[str],
         policy: Policy,
         begun: float,
@@ -626,7 +626,7 @@ class CrowdCounter:
                     continue
                 yield self._result(told.exit, counts[told.exit], maps[told.exit], scene, sums.get(0), begun)
 
-    def _is_tiled(self, image: Picture) -> bool:
+    def _is_tiled(self, image: ImageLike) -> bool:
         """Whether an image will be cut into tiles, by its header alone; False of what cannot be read."""
         try:
             if isinstance(image, (str, Path)):
@@ -638,7 +638,7 @@ class CrowdCounter:
                 pixels = image.pixels if isinstance(image, DecodedImage) else image
                 height, width = pixels.shape[:2]
             return len(tile_boxes(width, height, self.network.config.scene)) > 1
-        except (PictureError, AttributeError, ValueError):  # counting it says what is wrong
+        except (ImageError, AttributeError, ValueError):  # counting it says what is wrong
             return False
 
     def _exits_in_time(
@@ -681,7 +681,7 @@ class CrowdCounter:
 
     def _many(
         self,
-        samples: Iterator[tuple[Picture, Sound | None] | None],
+        samples: Iterator[tuple[ImageLike, AudioLike | None] | None],
         exits: Sequence[str],
         policy: Policy,
         abreast: int,
@@ -734,7 +734,7 @@ class CrowdCounter:
         self,
         budget_ms: float,
         number: int,
-        samples: Iterator[tuple[Picture, Sound | None] | None],
+        samples: Iterator[tuple[ImageLike, AudioLike | None] | None],
         exits: Sequence[str],
     ) -> Iterator[CountResult | None]:
         """Count a known number of samples within a time."""
@@ -772,7 +772,7 @@ class CrowdCounter:
 
     def _parts(
         self,
-        samples: Iterable[tuple[Picture, Sound | None] | None],
+        samples: Iterable[tuple[ImageLike, AudioLike | None] | None],
         scenes: list[Scene],
         order: list[int | None],
         budget: Budget | None,

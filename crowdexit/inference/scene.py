@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from crowdexit.data.audio import Warn, read_middle_second, refuse
+from crowdexit.data.image import DecodedImage, Placement, checked_image, from_pil, read_image, tile_boxes, views
 from crowdexit.data.log_mel import log_mel
 from crowdexit.data.mel import AudioError, AudioInput, AudioStatus, checked_log_mel
-from crowdexit.data.picture import DecodedImage, Placement, checked_picture, from_pil, read_image, tile_boxes, views
 from crowdexit.models.backbones.audiocsrnet import STRIDE
 from crowdexit.models.network import Config
 
-Picture = NDArray[np.uint8] | Image.Image | DecodedImage | str | Path
-Sound = tuple[Any, Any] | NDArray[np.float32] | AudioInput | str | Path
+ImageLike = NDArray[np.uint8] | Image.Image | DecodedImage | str | Path
+AudioLike = tuple[Any, Any] | NDArray[np.float32] | AudioInput | str | Path
 Box = tuple[int, int, int, int]  # x, y, width, height
 # A row of a network's batch before it is laid out: canvas (h, w, 3), how the image lies there, log-mel.
 Row = tuple[NDArray[np.uint8], Placement, NDArray[np.float32] | None]
@@ -73,7 +73,7 @@ class Scene:
         return out
 
 
-def hear(sound: Sound | None, *, warn: Warn = refuse) -> NDArray[np.float32] | None:
+def hear(audio: AudioLike | None, *, warn: Warn = refuse) -> NDArray[np.float32] | None:
     """Any form of audio as a log-mel (96, 64): a file, (waveform, sample rate) in either order, or a log-mel already.
 
     Args:
@@ -82,21 +82,21 @@ def hear(sound: Sound | None, *, warn: Warn = refuse) -> NDArray[np.float32] | N
     Raises:
         AudioError: if it cannot be read or holds no audio, or an array is not (96, 64).
     """
-    if sound is None:
+    if audio is None:
         return None
-    if isinstance(sound, AudioInput):
-        for warning in sound.warnings:
+    if isinstance(audio, AudioInput):
+        for warning in audio.warnings:
             warn(warning)
-        return sound.log_mel
-    if isinstance(sound, (str, Path)):
-        waveform, rate = read_middle_second(sound, warn=warn)
+        return audio.log_mel
+    if isinstance(audio, (str, Path)):
+        waveform, rate = read_middle_second(audio, warn=warn)
         try:
             return log_mel(waveform, rate)
         except AudioError as error:
-            raise AudioError(f"{sound}: {error}") from None
-    if isinstance(sound, tuple):
-        return log_mel(*_waveform_and_rate(sound), warn=warn)
-    return checked_log_mel(sound)
+            raise AudioError(f"{audio}: {error}") from None
+    if isinstance(audio, tuple):
+        return log_mel(*_waveform_and_rate(audio), warn=warn)
+    return checked_log_mel(audio)
 
 
 def _waveform_and_rate(pair: tuple[Any, Any]) -> tuple[NDArray[Any], int]:
@@ -112,19 +112,19 @@ def _waveform_and_rate(pair: tuple[Any, Any]) -> tuple[NDArray[Any], int]:
     return (waveform.T if waveform.ndim == 2 else waveform), pair[0]  # type: ignore[return-value]
 
 
-def audio_input(sound: Sound | None) -> AudioInput:
+def audio_input(audio: AudioLike | None) -> AudioInput:
     """Any form of audio as a network takes it, with what its reader had to say.
 
     Raises:
         AudioError: as :func:`hear`.
     """
-    if isinstance(sound, AudioInput):
-        return sound
+    if isinstance(audio, AudioInput):
+        return audio
     warnings: list[str] = []
-    return AudioInput(hear(sound, warn=warnings.append), warnings=tuple(warnings))
+    return AudioInput(hear(audio, warn=warnings.append), warnings=tuple(warnings))
 
 
-def prepared(image: Picture, audio: Sound | None, config: Config) -> tuple[Scene, list[Row]]:
+def prepared(image: ImageLike, audio: AudioLike | None, config: Config) -> tuple[Scene, list[Row]]:
     """An image and a sound as rows for a network of this configuration.
 
     An image more than four times the network's scene is cut into tiles; the audio belongs to all of it and is then
@@ -139,22 +139,22 @@ def prepared(image: Picture, audio: Sound | None, config: Config) -> tuple[Scene
         image = from_pil(image)
     elif not isinstance(image, DecodedImage):
         image = DecodedImage(image)
-    picture = checked_picture(image.pixels)
-    heard = audio_input(audio)
-    mel = heard.log_mel
-    status: AudioStatus = heard.missing if mel is None else "used"
-    height, width = picture.shape[:2]
+    pixels = checked_image(image.pixels)
+    given = audio_input(audio)
+    mel = given.log_mel
+    status: AudioStatus = given.missing if mel is None else "used"
+    height, width = pixels.shape[:2]
     boxes = tile_boxes(width, height, config.scene)
     if mel is not None and len(boxes) > 1:
         mel, status = None, "tiled"
-    seen = [
+    rows = [
         (box, view)
         for box in boxes
-        for view in views(picture[box[1] : box[1] + box[3], box[0] : box[0] + box[2]], config.size, config.view)
+        for view in views(pixels[box[1] : box[1] + box[3], box[0] : box[0] + box[2]], config.size, config.view)
     ]
-    warnings = (*image.warnings, *heard.warnings)
-    scene = Scene((width, height), status, [(box, placement) for box, (_, placement) in seen], warnings)
-    return scene, [(canvas, placement, mel) for _, (canvas, placement) in seen]
+    warnings = (*image.warnings, *given.warnings)
+    scene = Scene((width, height), status, [(box, placement) for box, (_, placement) in rows], warnings)
+    return scene, [(canvas, placement, mel) for _, (canvas, placement) in rows]
 
 
 def photo(size: tuple[int, int]) -> bytes:

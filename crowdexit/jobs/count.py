@@ -21,13 +21,13 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from crowdexit.data.image import DecodedImage, ImageError, read_image, tile_boxes
 from crowdexit.data.mel import AudioError, AudioInput, AudioStatus
-from crowdexit.data.picture import DecodedImage, PictureError, read_image, tile_boxes
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.anytime import DeadlineMissed
 from crowdexit.inference.counter import CountResult, CrowdCounter, Late
 from crowdexit.inference.policies import ANYTIME
-from crowdexit.inference.scene import Sound, audio_input
+from crowdexit.inference.scene import AudioLike, audio_input
 from crowdexit.inference.walk import Policy
 from crowdexit.jobs.pipeline import How, count_frames
 from crowdexit.jobs.resume import Left, note_of, recipe, resumable, take_up, was_stopped
@@ -132,7 +132,7 @@ def count_inputs(
     if format == "parquet" and out is None:
         raise RunError("--format parquet: name a file with --out")
     if budget_ms is not None:
-        if any(source.kind != "picture" for source in sources):
+        if any(source.kind != "image" for source in sources):
             raise RunError("--budget-ms: images share a budget, a video has none")
         if exit != "auto" or deadline_ms is not None or policy is not ANYTIME or density is not None:
             raise RunError(
@@ -185,8 +185,8 @@ def count_inputs(
         if deadline_ms is not None:
             counter.warm_up(exit)
             _tell_too_short(counter, exit, deadline_ms)
-        only_picture = single and sources[0].kind == "picture"
-        lines = writer(format, file, names, single=only_picture, begun=left.rows > 0)
+        only_image = single and sources[0].kind == "image"
+        lines = writer(format, file, names, single=only_image, begun=left.rows > 0)
         job = _Job(counter, audio, how, span, lines, drawings, advance)
         rows = left.rows
         for _ in job.all_rows(sources, left) if budget_ms is None else job.rows_within(budget_ms, sources):
@@ -219,7 +219,7 @@ def check_outputs(
     """
     single = len(sources) == 1 and sources[0].named
     named: set[Path] = set()
-    given = {path.resolve() for s in sources for path in (s.path, s.sound, audio) if path is not None}
+    given = {path.resolve() for s in sources for path in (s.path, s.audio, audio) if path is not None}
     for option, path in (("--out", out), ("--density", density), ("--annotate", annotate)):
         if path is None:
             continue
@@ -236,9 +236,9 @@ def check_outputs(
             raise RunError(f"{option} {path}: {min(overwritten)} would be overwritten, choose another name")
         named |= written
     kinds = {s.kind for s in sources}
-    if annotate is not None and kinds == {"picture"}:
+    if annotate is not None and kinds == {"image"}:
         raise RunError(f"--annotate {annotate}: this is for videos; of images, --density shows the map")
-    if annotate is not None and density is not None and "picture" not in kinds:
+    if annotate is not None and density is not None and "image" not in kinds:
         raise RunError(f"--density {density}: of a video, --annotate draws it; name one of the two")
     for option, path in (("--density", density), ("--annotate", annotate)):
         if path is None:
@@ -249,9 +249,9 @@ def check_outputs(
                 raise RunError(f"{option} {path}: for several inputs this has to be a folder")
             continue
         kind = sources[0].kind
-        suffixes = (".png", ".npy") if kind == "picture" else (".mp4",)
+        suffixes = (".png", ".npy") if kind == "image" else (".mp4",)
         if suffix not in suffixes:
-            of = {"live": "a live source", "video": "a video", "picture": "an image"}[kind]
+            of = {"live": "a live source", "video": "a video", "image": "an image"}[kind]
             raise RunError(f"{option} {path}: of {of} this ends in {' or '.join(suffixes)}")
     return given | named
 
@@ -273,15 +273,15 @@ class _Job:
     def all_rows(self, sources: Sequence[Source], left: Left) -> Iterator[None]:
         """Count sources one after the other, from where a stopped run has left; yield after each row written."""
         for number, source in enumerate(sources):
-            if number < left.source or (number == left.source and source.kind == "picture"):
+            if number < left.source or (number == left.source and source.kind == "image"):
                 continue
             at = left if number == left.source else Left(Smoother(left.smoother.half_life))
             try:
-                if source.kind == "picture":
-                    yield from self._picture(source)
+                if source.kind == "image":
+                    yield from self._image(source)
                 else:
                     yield from self._live(source, at) if source.kind == "live" else self._video(source, at)
-            except (PictureError, VideoError, AudioError, DeadlineMissed) as error:
+            except (ImageError, VideoError, AudioError, DeadlineMissed) as error:
                 _pass_over(source, error)
 
     def rows_within(self, budget_ms: float, sources: Sequence[Source]) -> Iterator[None]:
@@ -292,21 +292,21 @@ class _Job:
                 self._write(source, result)
                 yield
 
-    def _picture(self, source: Source) -> Iterator[None]:
+    def _image(self, source: Source) -> Iterator[None]:
         try:
-            result = self._count(source, self.audio or source.sound)
+            result = self._count(source, self.audio or source.audio)
         except AudioError as error:
             if self.audio is not None:
                 raise
             result = self._count(source, _unreadable(error))
         self._write(source, result)
-        self.drawings.picture(source, result)
+        self.drawings.image(source, result)
         yield
 
     def _write(self, source: Source, result: CountResult) -> None:
         """Write the row of an image, and tell its warnings."""
         self.late += result.in_time is False
-        self.lines.picture(source.name, result)
+        self.lines.image(source.name, result)
         for warning in result.warnings:
             _warn(f"{source.path}: {warning}")
         self._tell_unused({result.audio})
@@ -325,7 +325,7 @@ class _Job:
         for status in sorted(statuses):
             _warn(f"--audio {self.audio}: not used, {_NOT_USED[status]}")
 
-    def _count(self, source: Source, audio: Sound | None) -> CountResult:
+    def _count(self, source: Source, audio: AudioLike | None) -> CountResult:
         how = self.how
         by: dict[str, Any] = {"exit": how.exit, "deadline_ms": how.deadline_ms, "late": how.late}
         try:
@@ -337,16 +337,16 @@ class _Job:
         """An image with its audio; None of one that cannot be counted."""
         try:
             fits = partial(tile_boxes, native=self.counter.size)
-            picture, sound = read_image(source.path, fits), audio_input(self.audio)
-        except (PictureError, AudioError) as error:
+            image, audio = read_image(source.path, fits), audio_input(self.audio)
+        except (ImageError, AudioError) as error:
             _pass_over(source, error)
             return None
         if self.audio is None:
             try:
-                sound = audio_input(source.sound)
+                audio = audio_input(source.audio)
             except AudioError as error:
-                sound = _unreadable(error)
-        return picture, sound
+                audio = _unreadable(error)
+        return image, audio
 
     def _video(self, source: Source, left: Left) -> Iterator[None]:
         span = replace(self.span, after=left.after)
@@ -357,7 +357,7 @@ class _Job:
             _warn(line)
 
         frames = read_frames(source.path, span, audio=self.audio, warn=warn)
-        for _ in self._frames(source, frames, left, told, sound=self.audio or source.path):
+        for _ in self._frames(source, frames, left, told, audio=self.audio or source.path):
             self.advance("")
             yield
 
@@ -370,21 +370,21 @@ class _Job:
             frames.stop()
 
         with _on_interrupt(interrupt):
-            for _ in self._frames(source, frames, left, set(), sound=None):
+            for _ in self._frames(source, frames, left, set(), audio=None):
                 rows += 1
                 self.advance(f"{frames.dropped} dropped")
                 yield
         _tell(f"{source.name}: {rows} frames counted, {frames.dropped} dropped")
 
     def _frames(
-        self, source: Source, frames: Iterable[Frame], left: Left, told: set[str], *, sound: Path | None
+        self, source: Source, frames: Iterable[Frame], left: Left, told: set[str], *, audio: Path | None
     ) -> Iterator[None]:
         """Count frames; ``told`` are the reader's warnings that have been printed, of which rows may hold some too."""
         counted, rows, missed = count_frames(self.counter, frames, source.name, self.how), left.frames, 0
         within = f"no exit answered within {self.how.deadline_ms or 0:g} ms"
         statuses: set[AudioStatus] = set()
         with ExitStack() as stack:
-            drawn = self.drawings.video(source, sound, 1 / self.span.fps)
+            drawn = self.drawings.video(source, audio, 1 / self.span.fps)
             if drawn is not None:
                 stack.enter_context(drawn)
             stack.callback(counted.close)
@@ -444,7 +444,7 @@ class _Drawings:
                 except OSError as error:
                     raise RunError(f"{option} {path}: cannot be made ({error.strerror})") from None
 
-    def picture(self, source: Source, result: CountResult) -> None:
+    def image(self, source: Source, result: CountResult) -> None:
         """Write an image's density, if that is wanted."""
         if self.density is None:
             return
@@ -464,12 +464,12 @@ class _Drawings:
         except OSError as error:
             raise RunError(f"{target}: cannot be written ({error.strerror})") from None
 
-    def video(self, source: Source, sound: Path | None, usual: float) -> AnnotatedVideo | None:
+    def video(self, source: Source, audio: Path | None, usual: float) -> AnnotatedVideo | None:
         """A video to draw the counted frames into, if that is wanted."""
         path = self.annotate or self.density
         if path is None:
             return None
-        return AnnotatedVideo(self._target(path, source, ".mp4"), sound, usual, endless=source.kind == "live")
+        return AnnotatedVideo(self._target(path, source, ".mp4"), audio, usual, endless=source.kind == "live")
 
     def _target(self, path: Path, source: Source, suffix: str) -> Path:
         if self.single:
@@ -493,8 +493,8 @@ def _density_of(result: CountResult) -> NDArray[np.float32] | None:
 def _annotated(frame: Frame, result: CountResult) -> NDArray[np.uint8]:
     """A frame with its density, where there is one, and its count."""
     density = _density_of(result)
-    picture = frame.picture if density is None else overlay(frame.picture, density)
-    return banner(picture, f"{frame.time_s:.1f} s: {result.count:.0f} people ({result.chosen.exit})")
+    image = frame.image if density is None else overlay(frame.image, density)
+    return banner(image, f"{frame.time_s:.1f} s: {result.count:.0f} people ({result.chosen.exit})")
 
 
 @contextmanager
@@ -531,7 +531,7 @@ def _bar(sources: Sequence[Source], span: Span, done: int, *, shown: bool) -> It
     if not (shown and console.is_terminal):
         yield lambda word: None
         return
-    total = {"picture": lambda s: 1, "video": lambda s: expected_rows(s.path, span), "live": lambda s: 0}
+    total = {"image": lambda s: 1, "video": lambda s: expected_rows(s.path, span), "live": lambda s: 0}
     rows = sum(total[s.kind](s) for s in sources)
     columns = (TextColumn("counting"), BarColumn(), TextColumn("{task.completed:.0f} {task.description}"))
     timing = (TimeElapsedColumn(), TimeRemainingColumn())

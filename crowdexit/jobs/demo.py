@@ -63,17 +63,17 @@ def run_demo(counter: CrowdCounter, out: Path, console: Console) -> None:
         rows.writerow(["frame", "time_s", "true_count", *names])
         task = progress.add_task("", total=expected_rows(clip, Span(FPS)))
         for frame in read_frames(clip, Span(FPS)):
-            picture = frame.picture
+            image = frame.image
             if not answers:  # the first run warms up, and no latency should tell of it
-                list(counter.stream(picture, frame.sound))
-            results = list(counter.stream(picture, frame.sound))
+                list(counter.stream(image, frame.waveform))
+            results = list(counter.stream(image, frame.waveform))
             counts.append(truth[frame.index])
             answers.append(results)
             numbers = [f"{x:.2f}" for r in results for x in (r.count, r.latency_ms)]
             rows.writerow([frame.index, f"{frame.time_s:.3f}", counts[-1], *numbers])
             last = results[-1]
-            picture = picture if last.density is None else overlay(picture, last.density)
-            drawn.add(banner(picture, f"counted {last.count:.0f}, true {counts[-1]} (simulated audio)"), frame)
+            image = image if last.density is None else overlay(image, last.density)
+            drawn.add(banner(image, f"counted {last.count:.0f}, true {counts[-1]} (simulated audio)"), frame)
             progress.advance(task)
     console.print(_summary(counts, answers))
     console.print(

@@ -11,8 +11,8 @@ from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
+from crowdexit.data.image import DecodedImage, ImageError
 from crowdexit.data.mel import AudioInput
-from crowdexit.data.picture import DecodedImage, PictureError
 from crowdexit.inference.anytime import DeadlineMissed
 from crowdexit.inference.counter import CountResult, CrowdCounter, Late
 from crowdexit.inference.policies import ANYTIME
@@ -174,7 +174,7 @@ def count_frames(
                 except DeadlineMissed:  # with a deadline each frame is a group of its own
                     counted = [None]
                 yield from zip(group, counted, strict=True)
-        except PictureError as error:  # too small: it knows no name
+        except ImageError as error:  # too small: it knows no name
             raise VideoError(f"{name}: {error}") from None
 
 
@@ -183,27 +183,27 @@ def _prepared(counter: CrowdCounter, frames: Iterable[Frame], how: How) -> Itera
     group: list[tuple[Frame, DecodedImage, AudioInput]] = []
 
     def ready() -> _Ready:
-        batch = counter.prepare([(picture, sound) for _, picture, sound in group])
+        batch = counter.prepare([(image, audio) for _, image, audio in group])
         of_frames = [frame for frame, *_ in group]
         group.clear()
         return _Ready(of_frames, partial(counter.answers, batch, exit=how.exit, policy=how.policy))
 
     for frame in frames:
         size = counter.size_for(*frame.size)
-        picture, sound = DecodedImage(frame.scaled(size or frame.size), frame.warnings), frame.audio
+        image, audio = DecodedImage(frame.scaled(size or frame.size), frame.warnings), frame.audio
         if size is not None and how.deadline_ms is None:
-            group.append((frame, picture, sound))
+            group.append((frame, image, audio))
             if len(group) == how.at_once:
                 yield ready()
             continue
         if group:
             yield ready()
         # To be cut into tiles, or to be counted exit by exit until the time is up.
-        yield _Ready([frame], partial(_alone, counter, picture, sound, how))
+        yield _Ready([frame], partial(_alone, counter, image, audio, how))
     if group:
         yield ready()
 
 
-def _alone(counter: CrowdCounter, picture: DecodedImage, sound: AudioInput, how: How) -> list[CountResult]:
+def _alone(counter: CrowdCounter, image: DecodedImage, audio: AudioInput, how: How) -> list[CountResult]:
     by: dict[str, Any] = {"exit": how.exit, "deadline_ms": how.deadline_ms, "late": how.late}
-    return [counter.count(picture, sound, **by, policy=how.policy)]
+    return [counter.count(image, audio, **by, policy=how.policy)]

@@ -59,7 +59,7 @@ def recipe(counter: CrowdCounter, sources: Sequence[Source], audio: Path | None,
         "model": [counter.chain.fingerprint(), str(network), counter.exits, counter.intervals.to_dict(), familiarity],
         "runtime": counter.chain.runtime,
         "columns": COLUMNS,
-        "inputs": [[*_size_of(source.path), *_size_of(source.sound)] for source in sources],
+        "inputs": [[*_size_of(source.path), *_size_of(source.audio)] for source in sources],
         "audio": _size_of(audio),
         **options,
     }

@@ -79,7 +79,7 @@ class FrameRow:
 class Rows(Protocol):
     """Takes counted images and frames, and writes each at once."""
 
-    def picture(self, source: str, result: CountResult) -> None: ...
+    def image(self, source: str, result: CountResult) -> None: ...
 
     def frame(self, row: FrameRow) -> None: ...
 
@@ -254,7 +254,7 @@ class JSONRows:
     def __init__(self, file: TextIO) -> None:
         self.file = file
 
-    def picture(self, source: str, result: CountResult) -> None:
+    def image(self, source: str, result: CountResult) -> None:
         self._write(result.to_dict(source))
 
     def frame(self, row: FrameRow) -> None:
@@ -282,7 +282,7 @@ class CSVRows:
         self.csv = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         self._begun = begun
 
-    def picture(self, source: str, result: CountResult) -> None:
+    def image(self, source: str, result: CountResult) -> None:
         self._write(result.to_dict(source))
 
     def frame(self, row: FrameRow) -> None:
@@ -306,7 +306,7 @@ class TableRows:
         self.file, self.width = file, max(6, width)
         self._begun = False
 
-    def picture(self, source: str, result: CountResult) -> None:
+    def image(self, source: str, result: CountResult) -> None:
         chosen = result.chosen
         ends = (chosen.exit, chosen.latency_ms, chosen.familiar)
         self._write(source, "", "", result.count, chosen.interval, "", *ends)
@@ -350,7 +350,7 @@ class ExitTable:
     def __init__(self, file: TextIO) -> None:
         self.file = file
 
-    def picture(self, source: str, result: CountResult) -> None:
+    def image(self, source: str, result: CountResult) -> None:
         with_interval = any(e.interval for e in result.exits)
         table = Table()
         table.add_column("exit")

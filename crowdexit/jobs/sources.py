@@ -16,12 +16,12 @@ VIDEO_SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts"),
     *(".wmv", ".flv", ".ogv", ".3gp", ".mjpeg", ".mjpg"),
 )
-SOUND_SUFFIX = ".wav"
+AUDIO_SUFFIX = ".wav"
 # FFmpeg would show a text as a video of its letters, and an image as a video of one frame.
 _NOT_VIDEO = ("tty", "image2", "_pipe", "gif", "ico", "ass", "srt", "webvtt")
 _JPEG_STREAMS = (".mjpeg", ".mjpg")
 
-Kind = Literal["picture", "video", "live"]
+Kind = Literal["image", "video", "live"]
 
 
 class SourceError(CrowdExitError):
@@ -35,14 +35,14 @@ class Source:
     Attributes:
         path: of the file; of a live source its name.
         kind: which of the three.
-        sound: of an image ``x.jpg``, the file ``x.wav`` (or ``x.WAV``) beside it, if there is one.
+        audio: of an image ``x.jpg``, the file ``x.wav`` (or ``x.WAV``) beside it, if there is one.
         named: the user named the file itself, not just its folder.
         address: of a live source.
     """
 
     path: Path
     kind: Kind
-    sound: Path | None = None
+    audio: Path | None = None
     named: bool = True
     address: Address | None = None
 
@@ -86,13 +86,13 @@ def kind_of(path: Path) -> Kind | None:
     suffix = path.suffix.lower()
     # What is not supported is refused when it is read, by name.
     if suffix in SUFFIXES or suffix in RAW_SUFFIXES or suffix in OTHER_SUFFIXES or suffix == PREVIEW_SUFFIX:
-        return "picture"
+        return "image"
     if suffix in VIDEO_SUFFIXES:  # FFmpeg would show each tile of a HEIC under such a name as a video
-        return "picture" if suffix not in _JPEG_STREAMS and is_image(path) else "video"
-    if suffix == SOUND_SUFFIX:
+        return "image" if suffix not in _JPEG_STREAMS and is_image(path) else "video"
+    if suffix == AUDIO_SUFFIX:
         return None
     if is_image(path):
-        return "picture"
+        return "image"
     try:
         with open_file(path) as container:
             moving = any(not s.disposition & s.disposition.attached_pic for s in container.streams.video)
@@ -119,7 +119,7 @@ def _named(path: Path) -> Source:
     kind = kind_of(path)
     if kind is None:
         raise SourceError(f"{path}: neither an image nor a video")
-    return Source(path, kind, _sound_of(path, kind, None))
+    return Source(path, kind, _audio_of(path, kind, None))
 
 
 def _folder(folder: Path) -> list[Source]:
@@ -129,22 +129,22 @@ def _folder(folder: Path) -> list[Source]:
         raise SourceError(f"{folder}: the folder cannot be read ({error.strerror})") from None
     kinds = [(path, kind_of(path)) for path in files]
     sources = [
-        Source(path, kind, _sound_of(path, kind, files), named=False) for path, kind in kinds if kind is not None
+        Source(path, kind, _audio_of(path, kind, files), named=False) for path, kind in kinds if kind is not None
     ]
     if not sources:
         raise SourceError(f"{folder}: no image or video in this folder")
     return sources
 
 
-def _sound_of(path: Path, kind: Kind, beside: Sequence[Path] | None) -> Path | None:
+def _audio_of(path: Path, kind: Kind, beside: Sequence[Path] | None) -> Path | None:
     """The audio of an image, whatever the case of its suffix.
 
     Args:
         beside: the files of the image's folder; None: they are looked up.
     """
-    if kind != "picture":
+    if kind != "image":
         return None
-    usual = path.with_suffix(SOUND_SUFFIX)
+    usual = path.with_suffix(AUDIO_SUFFIX)
     if usual.is_file():
         return usual
     if beside is None:
@@ -152,5 +152,5 @@ def _sound_of(path: Path, kind: Kind, beside: Sequence[Path] | None) -> Path | N
             beside = sorted(path.parent.iterdir())
         except OSError:
             return None
-    fits = (p for p in beside if p.stem == path.stem and p.suffix.lower() == SOUND_SUFFIX and p.is_file())
+    fits = (p for p in beside if p.stem == path.stem and p.suffix.lower() == AUDIO_SUFFIX and p.is_file())
     return next(fits, None)

@@ -8,7 +8,7 @@ from typing import Any
 from crowdexit.errors import CrowdExitError
 
 CLASSES: Mapping[str, int] = {"cifar10": 10, "cifar100": 100, "speech-commands": 12, "gtzan": 10}
-SOUNDS = ("speech-commands", "gtzan")
+AUDIO_KINDS = ("speech-commands", "gtzan")
 
 
 def classes_of(dataset: str) -> int:
@@ -34,7 +34,7 @@ def branch_options(model: str, dataset: str, place: str, kind: str) -> dict[str,
     classes_of(dataset)
     if kind != "slvit":
         return {}
-    if model == "resnet152" and dataset in SOUNDS and place == "2":
+    if model == "resnet152" and dataset in AUDIO_KINDS and place == "2":
         return {"heads": 24, "second_residual": False} if dataset == "gtzan" else {"heads": 24}
     if model == "inceptionv3" and dataset == "cifar100":
         return {"dim": 36, "heads": 8}

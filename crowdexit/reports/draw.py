@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from crowdexit.inference.counter import ExitResult
 
-Picture = NDArray[np.uint8]
+Pixels = NDArray[np.uint8]
 
 # Below this many heads a cell the map of an empty place would be its own noise, blown up to full colour.
 _LEAST_PEAK = 0.01
@@ -29,18 +29,18 @@ _TO_ASCII = str.maketrans(
 )
 
 
-def overlay(picture: Picture, density: NDArray[np.float32], *, strength: float = 0.85) -> Picture:
+def overlay(image: Pixels, density: NDArray[np.float32], *, strength: float = 0.85) -> Pixels:
     """A density map over its picture: clear where nobody is, from violet to yellow where people stand.
 
     Args:
-        picture: H×W×3 uint8, RGB.
+        image: H×W×3 uint8, RGB.
         density: (h, w), heads per cell over the whole image, of any resolution.
         strength: 0 (only the image) to 1 (the crowd hides it).
 
     Returns:
         H×W×3 uint8, RGB, a new array.
     """
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     # A little smoothing first: single cells are squares, and a crowd is none.
     people = np.maximum(np.nan_to_num(density), 0).astype(np.float32)
     smooth = np.asarray(cv2.GaussianBlur(people, (0, 0), 0.8), np.float32)
@@ -51,7 +51,7 @@ def overlay(picture: Picture, density: NDArray[np.float32], *, strength: float =
     colours = cv2.cvtColor(cv2.applyColorMap(levels, cv2.COLORMAP_PLASMA), cv2.COLOR_BGR2RGB)
     # Opacity climbs faster than the colour and is zero for the faint noise that any network leaves.
     alpha = strength * np.clip((shade - 0.06) / 0.4, 0, 1)
-    return np.asarray(cv2.blendLinear(picture, colours, 1 - alpha, alpha), np.uint8)
+    return np.asarray(cv2.blendLinear(image, colours, 1 - alpha, alpha), np.uint8)
 
 
 def _peak(density: NDArray[np.float32]) -> float:
@@ -61,19 +61,19 @@ def _peak(density: NDArray[np.float32]) -> float:
     return max(_LEAST_PEAK, float(np.percentile(occupied, 98)) if occupied.size else 0)
 
 
-def banner(picture: Picture, text: str) -> Picture:
+def banner(image: Pixels, text: str) -> Pixels:
     """The image with one line of text on a dark strip along its top, scaled to fit.
 
     Args:
-        picture: H×W×3 uint8, RGB.
+        image: H×W×3 uint8, RGB.
         text: any line; what OpenCV's font lacks is written in ASCII. Cut short with dots where the image is
             too narrow for it to be read.
 
     Returns:
         H×W×3 uint8, RGB, a new array.
     """
-    out = picture.copy()
-    height, width = picture.shape[:2]
+    out = image.copy()
+    height, width = image.shape[:2]
     text = _ascii(text)
     wanted = max(14.0, min(height, width) / 24)  # pixels of a capital
     margin = max(2, round(wanted * 0.55))

@@ -8,26 +8,26 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from crowdexit.data.picture import Placement, normalised, views
+from crowdexit.data.image import Placement, normalised, views
 from crowdexit.models.network import Config
 from crowdexit.models.stages import Features, inputs
 
 
 def batch_of(
     laid: Sequence[tuple[NDArray[np.uint8], Placement]],
-    sounds: Sequence[NDArray[np.float32] | None],
+    log_mels: Sequence[NDArray[np.float32] | None],
 ) -> Features:
     """Images on canvases of one size and their log-mels as the network's input."""
     height, width = laid[0][0].shape[:2]
     image = torch.from_numpy(normalised([canvas for canvas, _ in laid]))
     inside = torch.from_numpy(np.stack([placement.inside((width, height)) for _, placement in laid]))[:, None]
     silence = np.zeros((96, 64), np.float32)
-    mels = torch.from_numpy(np.stack([silence if s is None else s for s in sounds]))[:, None]
-    heard = torch.tensor([s is not None for s in sounds])
+    mels = torch.from_numpy(np.stack([silence if s is None else s for s in log_mels]))[:, None]
+    heard = torch.tensor([s is not None for s in log_mels])
     return inputs(image, mels, heard, inside)
 
 
-def look(picture: NDArray[np.uint8], sound: NDArray[np.float32] | None, config: Config) -> Features:
+def look(image: NDArray[np.uint8], audio: NDArray[np.float32] | None, config: Config) -> Features:
     """All that a network sees of an image H×W×3, in one view or several, each with the log-mel (96, 64) or None."""
-    laid = views(picture, config.size, config.view)
-    return batch_of(laid, [sound] * len(laid))
+    laid = views(image, config.size, config.view)
+    return batch_of(laid, [audio] * len(laid))

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crowdexit.data.classes import ClassDataset, ClassStore
+from crowdexit.data.image import decode_pixels, read_pixels
 from crowdexit.data.log_mel import log_mel, read_audio
-from crowdexit.data.picture import decode_picture, read_picture
 from crowdexit.data.store import Store
 from crowdexit.models.network import MultiExitNetwork
 from crowdexit.models.stages import Features, inputs
@@ -23,12 +23,12 @@ SAMPLES = PACKAGE / "samples"
 
 def sample() -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """The street that comes with the project, H×W×3, and its log-mel (96, 64)."""
-    return read_picture(SAMPLES / "street.jpg"), log_mel(*read_audio(SAMPLES / "street-simulated.wav"))
+    return read_pixels(SAMPLES / "street.jpg"), log_mel(*read_audio(SAMPLES / "street-simulated.wav"))
 
 
 def made_up_crowd() -> NDArray[np.uint8]:
     """The crowd that comes with the project, H×W×3."""
-    return read_picture(SAMPLES / "crowd.jpg")
+    return read_pixels(SAMPLES / "crowd.jpg")
 
 
 def of_file(data: Path, split: str, network: MultiExitNetwork) -> Iterator[Features]:
@@ -40,16 +40,16 @@ def of_file(data: Path, split: str, network: MultiExitNetwork) -> Iterator[Featu
     config = network.config
     if network.classifies:
         with ClassStore(data) as classes:
-            pictures = ClassDataset(classes, split, size=config.size)
-            for number in _spread(len(pictures)):
-                yield inputs(pictures[number]["image"][None])
+            images = ClassDataset(classes, split, size=config.size)
+            for number in _spread(len(images)):
+                yield inputs(images[number]["image"][None])
         return
     with Store(data) as store:
         ids = store.ids(split)
         for count, number in enumerate(_spread(len(ids))):
             stored = store.read(split, ids[number])
-            picture = decode_picture(stored.image.tobytes(), f"{split}/{stored.id}")
-            yield look(picture, None if count % 2 else stored.log_mel, config)
+            image = decode_pixels(stored.image.tobytes(), f"{split}/{stored.id}")
+            yield look(image, None if count % 2 else stored.log_mel, config)
 
 
 def _spread(length: int) -> list[int]:

@@ -13,7 +13,7 @@ from crowdexit.training.recipe import Recipe, checked
 def copycat_recipe(
     run: Path,
     data: Path,
-    pictures: Path,
+    images: Path,
     *,
     split: str = "train",
     ratio: float = 2.0,
@@ -28,7 +28,7 @@ def copycat_recipe(
     Args:
         run: a checkpoint that was trained classifier-wise.
         data: the prepared file that it was trained on.
-        pictures: a folder of images, or a prepared file. split: of it.
+        images: a folder of images, or a prepared file. split: of it.
         ratio: how many unlabelled samples there are for each labelled one.
         teacher: shipped name or checkpoint whose final exit labels them; default: the run's own backbone.
         epochs: default: the run's own.
@@ -53,7 +53,7 @@ def copycat_recipe(
         "cache": None,
         "optimiser": optimiser,
         "data": {**(told.get("data") or {}), "store": data},
-        "copycat": {"pictures": pictures, "split": split, "ratio": ratio, "teacher": teacher},
+        "copycat": {"pictures": images, "split": split, "ratio": ratio, "teacher": teacher},
     }
     if epochs is not None:
         own["epochs"] = epochs

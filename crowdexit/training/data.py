@@ -14,10 +14,10 @@ from crowdexit.data.augment import ConditionRange, Conditions, Degradations, Vie
 from crowdexit.data.classes import ClassDataset, ClassStore
 from crowdexit.data.dataset import CrowdDataset, EpochPlan, Kernel, MixedDataset, MixedPlan, Setting
 from crowdexit.data.folds import in_fold
+from crowdexit.data.image import read_pixels
 from crowdexit.data.negatives import Negatives
-from crowdexit.data.picture import read_picture
 from crowdexit.data.store import Store
-from crowdexit.data.unlabelled import PictureFolder, unlabelled_folder
+from crowdexit.data.unlabelled import ImageFolder, unlabelled_folder
 from crowdexit.data.voices import read_voices
 from crowdexit.models.network import Config, MultiExitNetwork
 from crowdexit.training.cache import CachedDataset, collate
@@ -44,13 +44,13 @@ def negatives_of(part: NegativesPart) -> Negatives | None:
     """
     if not part.share:
         return None
-    images: PictureFolder | ClassStore | None = None
+    images: ImageFolder | ClassStore | None = None
     if part.images is not None:
-        images = PictureFolder(part.images) if part.images.is_dir() else ClassStore(part.images)
+        images = ImageFolder(part.images) if part.images.is_dir() else ClassStore(part.images)
         images.labels(part.split)
         if isinstance(images, ClassStore):
             images.close()
-    background = None if part.background is None else read_picture(part.background)
+    background = None if part.background is None else read_pixels(part.background)
     return Negatives(part.share, images, part.split, background)
 
 
@@ -186,8 +186,8 @@ class CrowdData(RecipeData):
         self.train_set = CrowdDataset(store, data.train, ids, setting, recipe.seed, negatives_of(data.negatives))
         if recipe.copycat is not None:
             path, split = recipe.copycat.pictures, recipe.copycat.split
-            others = PictureFolder(path) if path.is_dir() else Store(path)
-            self.note = others.describe() if isinstance(others, PictureFolder) else ""
+            others = ImageFolder(path) if path.is_dir() else Store(path)
+            self.note = others.describe() if isinstance(others, ImageFolder) else ""
             # In daylight: what the backbone says of the dark is no truth.
             lit = replace(setting, conditions=Conditions())
             self.unlabelled = CrowdDataset(others, split, others.ids(split), lit, recipe.seed)
@@ -217,11 +217,11 @@ class ClassData(RecipeData):
                 raise TrainingError(f"{self.path}: no split {data.val!r} to validate with (it has {', '.join(there)})")
             size, seed = config.size, recipe.seed
             # Half of a spectrogram's images would run backwards.
-            augment = not data.whole and store.sound is None
+            augment = not data.whole and store.spectrogram is None
             self.train_set = ClassDataset(store, data.train, size=size, augment=augment, seed=seed)
             if recipe.copycat is not None:
                 path, split = recipe.copycat.pictures, recipe.copycat.split
-                others = unlabelled_folder(path, store.sound) if path.is_dir() else ClassStore(path)
+                others = unlabelled_folder(path, store.spectrogram) if path.is_dir() else ClassStore(path)
                 self.note = "" if isinstance(others, ClassStore) else others.describe()
                 self.unlabelled = ClassDataset(others, split, size=size, augment=augment, seed=seed)
             self.val_set = ClassDataset(store, data.val, size=size)

@@ -52,7 +52,7 @@ def record(batch: Batch) -> Features:
     return inputs(image.contiguous(memory_format=torch.channels_last), log_mel, heard, inside)
 
 
-def of_pictures(values: Tensor, batch: Batch) -> Tensor:
+def of_images(values: Tensor, batch: Batch) -> Tensor:
     """Counts B of the batch's images, from those of all their tiles; class scores B×K stay."""
     return values.view(len(batch["id"]), -1).sum(1) if values.dim() == 1 else values
 
@@ -107,7 +107,7 @@ def validated(
         for name, module in exits.items():
             if stage_of(name) == stage:
                 for way in ways if network.hears or module.hears else ways[:1]:
-                    yield name, ids, of_pictures(module(way).value, batch)[some], true[some]
+                    yield name, ids, of_images(module(way).value, batch)[some], true[some]
 
 
 def make_optimiser(
@@ -502,7 +502,7 @@ class BackboneTraining(Experiment):
             for stage in network.stages[1:]:
                 features = stage(features)
             name = FINAL if network.classifies else name
-            self._note(name, batch, of_pictures(network.final(features).value, batch), of)
+            self._note(name, batch, of_images(network.final(features).value, batch), of)
 
     def _note(self, name: str, batch: Batch, values: Tensor, of: Tensor) -> None:
         """Note the values B or B×K of some samples of a batch (B bool)."""

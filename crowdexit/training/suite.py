@@ -131,13 +131,13 @@ def merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
     return whole
 
 
-def runs_of(suite: Suite, data: Path, out: Path, seeds: int, pictures: Path | None = None) -> list[Run]:
+def runs_of(suite: Suite, data: Path, out: Path, seeds: int, images: Path | None = None) -> list[Run]:
     """All trainings of a suite: the backbones, then the branches, then copycat.
 
     Args:
         data: the prepared file. out: folder of the suite.
         seeds: how many; the branches of each backbone are trained with 0, 1, …
-        pictures: unlabelled ones, for copycat on top of each.
+        images: unlabelled ones, for copycat on top of each.
 
     Raises:
         CrowdExitError: if a recipe that comes out means nothing.
@@ -164,9 +164,9 @@ def runs_of(suite: Suite, data: Path, out: Path, seeds: int, pictures: Path | No
             recipe = merged(own, suite.branches, part.branches, {"data": {"store": str(data)}})
             name = f"{backbone}/branches-{seed}"
             runs.append(Run(name, backbone, "branches", seed, recipe, needs))
-            if pictures is not None:
+            if images is not None:
                 run = str(out / name / "model.safetensors")
-                more = {"start": run, "branches_from": run, "copycat": {"pictures": str(pictures)}, "fit": 0}
+                more = {"start": run, "branches_from": run, "copycat": {"pictures": str(images)}, "fit": 0}
                 again = merged(recipe, more, taught, suite.copycat)
                 runs.append(Run(f"{backbone}/copycat-{seed}", backbone, "copycat", seed, again, (name, *teacher)))
     for run_ in runs:

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from crowdexit.data.mel import AudioError
 from crowdexit.errors import CrowdExitError
+from crowdexit.video.audio import audio_blocks
 from crowdexit.video.frames import Frame
-from crowdexit.video.sound import sound_blocks
 
 _AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 _LONGEST_SIDE = 1920
@@ -36,19 +36,19 @@ class AnnotatedVideo:
 
     Args:
         path: ends in .mp4.
-        sound: the file with the audio, or None.
+        audio: the file with the audio, or None.
         usual: seconds from one frame to the next, for the last one's sound.
         endless: written in pieces, so that memory does not grow; what a kill leaves beside can be played.
     """
 
-    def __init__(self, path: Path, sound: Path | None, usual: float, *, endless: bool = False) -> None:
+    def __init__(self, path: Path, audio: Path | None, usual: float, *, endless: bool = False) -> None:
         self.path, self._part = path, path.with_name(path.name + ".part")
-        self._sound_path, self._usual = sound, usual
+        self._audio_path, self._usual = audio, usual
         self._begins = self._time = 0.0  # of the first frame and the last one, by their frames
-        self._sound: Generator[tuple[int, NDArray[np.float32], int], None, None] | None = None
+        self._audio_blocks: Generator[tuple[int, NDArray[np.float32], int], None, None] | None = None
         self._written = 0
         self._video: Any = None
-        self._audio: Any = None
+        self._audio_stream: Any = None
         options = _PIECES if endless else {"movflags": "faststart"}
         try:
             self._part.touch()  # PyAV opens it with the first frame only; this says at once that it cannot be
@@ -61,25 +61,25 @@ class AnnotatedVideo:
     def __enter__(self) -> AnnotatedVideo:
         return self
 
-    def add(self, picture: NDArray[np.uint8], frame: Frame) -> None:
+    def add(self, image: NDArray[np.uint8], frame: Frame) -> None:
         """Write a frame H×W×3 (of the first one's size) at the time of a frame."""
         try:
             if self._video is None:
-                self._begin(picture, frame)
+                self._begin(image, frame)
             self._time = frame.time_s
             size = (self._video.width, self._video.height)
-            if picture.shape[1::-1] != size:
-                picture = np.asarray(cv2.resize(picture, size, interpolation=cv2.INTER_AREA), np.uint8)
-            image = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            image.pts, image.time_base = round((self._time - self._begins) * 1000), Fraction(1, 1000)
-            self._container.mux(self._video.encode(image))
-            self._sound_until(self._time)
+            if image.shape[1::-1] != size:
+                image = np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
+            encoded = av.VideoFrame.from_ndarray(image, format="rgb24")
+            encoded.pts, encoded.time_base = round((self._time - self._begins) * 1000), Fraction(1, 1000)
+            self._container.mux(self._video.encode(encoded))
+            self._write_audio_until(self._time)
         except (av.FFmpegError, OSError, ValueError) as error:
             raise VideoWriteError(f"{self.path}: cannot be written ({error})") from None
 
-    def _begin(self, picture: NDArray[np.uint8], frame: Frame) -> None:
+    def _begin(self, image: NDArray[np.uint8], frame: Frame) -> None:
         self._begins = frame.time_s
-        height, width = picture.shape[:2]
+        height, width = image.shape[:2]
         scale = min(1.0, _LONGEST_SIDE / max(width, height))
         options = {"crf": "23", "preset": "veryfast"}
         self._video = self._container.add_stream("libx264", rate=max(1, round(1 / self._usual)), options=options)
@@ -87,37 +87,39 @@ class AnnotatedVideo:
         self._video.width, self._video.height = (max(2, round(side * scale) // 2 * 2) for side in (width, height))
         self._video.pix_fmt = "yuv420p"
         self._video.codec_context.time_base = Fraction(1, 1000)
-        if self._sound_path is None:
+        if self._audio_path is None:
             return
         try:
-            self._sound = sound_blocks(self._sound_path, frame.sound_begins_s, lambda line: None, rates=_AAC_RATES)
-            first = next(self._sound, None)
+            self._audio_blocks = audio_blocks(
+                self._audio_path, frame.audio_begins_s, lambda line: None, rates=_AAC_RATES
+            )
+            first = next(self._audio_blocks, None)
         except AudioError:  # reading the frames has said so already
             first = None
         if first is None:
-            self._sound = None
+            self._audio_blocks = None
             return
-        self._next: tuple[int, NDArray[np.float32], int] | None = first
-        self._audio = self._container.add_stream("aac", rate=first[2], layout="mono")
+        self._next_block: tuple[int, NDArray[np.float32], int] | None = first
+        self._audio_stream = self._container.add_stream("aac", rate=first[2], layout="mono")
 
-    def _sound_until(self, time: float) -> None:
+    def _write_audio_until(self, time: float) -> None:
         """Write the audio up to a frame's time, gaps as silence."""
-        while self._sound is not None and self._next is not None:
-            start, samples, rate = self._next
+        while self._audio_blocks is not None and self._next_block is not None:
+            start, samples, rate = self._next_block
             if start > time * rate:
                 return
             start -= round(self._begins * rate)
             samples = samples[max(0, self._written - start) :]  # begun before the first frame, or twice there
             while self._written < start:
-                self._write_sound(np.zeros(min(rate, start - self._written), np.float32), rate)
+                self._write_audio(np.zeros(min(rate, start - self._written), np.float32), rate)
             if len(samples):
-                self._write_sound(samples, rate)
-            self._next = next(self._sound, None)
+                self._write_audio(samples, rate)
+            self._next_block = next(self._audio_blocks, None)
 
-    def _write_sound(self, samples: NDArray[np.float32], rate: int) -> None:
+    def _write_audio(self, samples: NDArray[np.float32], rate: int) -> None:
         block = av.AudioFrame.from_ndarray(samples[None], format="fltp", layout="mono")
         block.sample_rate, block.pts, block.time_base = rate, self._written, Fraction(1, rate)
-        self._container.mux(self._audio.encode(block))
+        self._container.mux(self._audio_stream.encode(block))
         self._written += len(samples)
 
     def __exit__(
@@ -125,10 +127,10 @@ class AnnotatedVideo:
     ) -> None:
         try:
             if error is None and self._video is not None:
-                self._sound_until(self._time + self._usual)
+                self._write_audio_until(self._time + self._usual)
                 self._container.mux(self._video.encode())
-                if self._audio is not None:
-                    self._container.mux(self._audio.encode())
+                if self._audio_stream is not None:
+                    self._container.mux(self._audio_stream.encode())
                 self._container.close()
                 self._part.replace(self.path)
         except (av.FFmpegError, OSError, ValueError) as failure:
@@ -136,6 +138,6 @@ class AnnotatedVideo:
         finally:
             with suppress(av.FFmpegError, OSError, ValueError):
                 self._container.close()
-            if self._sound is not None:
-                self._sound.close()
+            if self._audio_blocks is not None:
+                self._audio_blocks.close()
             self._part.unlink(missing_ok=True)

@@ -9,8 +9,8 @@ from typing import Any
 import av
 from av.stream import Discard
 
+from crowdexit.data.image import MAX_PIXELS
 from crowdexit.data.media import open_media
-from crowdexit.data.picture import MAX_PIXELS
 from crowdexit.errors import CrowdExitError
 
 
@@ -31,7 +31,7 @@ def open_file(path: Path) -> Any:
     return open_media(path, VideoError, "video")
 
 
-def pictures_of(container: Any, name: str, threads: str = "AUTO") -> Any:
+def video_stream(container: Any, name: str, threads: str = "AUTO") -> Any:
     """The stream of moving frames, the only one that is read; a cover on a sound file is none.
 
     Args:

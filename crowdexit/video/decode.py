@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from crowdexit.data.media import FAULTS, MOST_FAULTS
-from crowdexit.video.container import VideoError, open_file, pictures_of, read_only, stated_length, usual_step
+from crowdexit.video.container import VideoError, open_file, read_only, stated_length, usual_step, video_stream
 from crowdexit.video.display import Display, StreamDisplay
 
 DEFAULT_FPS = 1.0
@@ -97,7 +97,7 @@ class Shown(NamedTuple):
     behind_hole: tuple[float, float] | None = None
 
 
-class DuePictures:
+class FrameSampler:
     """Iterates over the frames of a video file that are due.
 
     After damage it goes on with the next key frame; the frames in between are lost.
@@ -125,7 +125,7 @@ class DuePictures:
         self.begins, self.past = self.span.start, False
         self.container = open_file(self.path)
         try:
-            self.stream = pictures_of(self.container, str(self.path))
+            self.stream = video_stream(self.container, str(self.path))
         except VideoError:
             self.close()
             raise
@@ -166,7 +166,7 @@ class DuePictures:
         # AVI has no time stamps but the order of storing, whatever FFmpeg makes of it.
         timed = "avi" not in self.container.format.name and all(p.pts is not None for p in first)
         everything = chain(first, packets)
-        return _Planned(self, span, leaping).pictures(everything) if timed else self._all(everything, span)
+        return _Planned(self, span, leaping).images(everything) if timed else self._all(everything, span)
 
     def _hole(self, fps: float) -> float:
         """Seconds without a frame from which on frames are taken to be missing, where ``fps`` are asked for."""
@@ -315,7 +315,7 @@ class _Planned:
     is due or not. From key frame to key frame, what nothing due depends on is not decoded.
     """
 
-    def __init__(self, video: DuePictures, span: Span, leaping: bool) -> None:
+    def __init__(self, video: FrameSampler, span: Span, leaping: bool) -> None:
         self.video, self.due, self.leaping = video, Due(span), leaping
         self.codec = video.stream.codec_context
         self.leaves_out = self.codec.name in _LEAVES_OUT
@@ -335,7 +335,7 @@ class _Planned:
         self.entry: int | None = None  # the stamp of the key frame that has to come out next, after a leap
         self.floor = -math.inf  # what is shown before that cannot be decoded after a leap
 
-    def pictures(self, packets: Iterable[Any]) -> Iterator[Shown]:
+    def images(self, packets: Iterable[Any]) -> Iterator[Shown]:
         for packet in packets:
             self._hold(packet)
             while len(self.stamps) > _REORDER:

@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 
 from crowdexit.data.audio import Warn
 from crowdexit.data.hdr import to_sdr
+from crowdexit.data.image import ImageError
 from crowdexit.data.media import FAULTS
 from crowdexit.data.mel import AudioError, AudioInput
-from crowdexit.data.picture import PictureError
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.scene import hear
-from crowdexit.video.container import VideoError, check_size, open_file, pictures_of, stated_length
-from crowdexit.video.decode import DuePictures, Span
+from crowdexit.video.audio import AudioTrack, Second
+from crowdexit.video.container import VideoError, check_size, open_file, stated_length, video_stream
+from crowdexit.video.decode import FrameSampler, Span
 from crowdexit.video.display import AS_STORED, Display
-from crowdexit.video.sound import Second, SoundTrack
 
 _MOST_GAPS_TOLD = 5
 _UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED
@@ -37,37 +37,37 @@ class Frame:
     Attributes:
         index: among all frames of the video in the order of time, from 0.
         time_s: seconds since the video's first frame.
-        image: as FFmpeg decoded it.
-        sound: mono samples from half a second before the frame to half a second after it, zeros where there
+        decoded: as FFmpeg decoded it.
+        waveform: mono samples from half a second before the frame to half a second after it, zeros where there
             are none, and their rate in Hz; None where too little is heard.
-        sound_begins_s: the video's first frame on the clock of the file that the audio is in; None: the
+        audio_begins_s: the video's first frame on the clock of the file that the audio is in; None: the
             sound is from another file, which begins with the first frame, or live.
         display: how it is shown.
         lost: (from, to) in seconds where frames before this one are damaged, since the last frame.
         behind_hole: (from, to) in seconds where there are no frames, if this one is made from what may be lost there.
-        sound_unreadable: whether there is no audio because what there is cannot be read.
-        sound_warnings: about the audio, one line each.
+        audio_unreadable: whether there is no audio because what there is cannot be read.
+        audio_warnings: about the audio, one line each.
     """
 
     index: int
     time_s: float
-    image: Any
-    sound: Second | None
-    sound_begins_s: float | None
+    decoded: Any
+    waveform: Second | None
+    audio_begins_s: float | None
     display: Display = AS_STORED
     lost: tuple[float, float] | None = None
-    sound_unreadable: bool = False
-    sound_warnings: tuple[str, ...] = ()
+    audio_unreadable: bool = False
+    audio_warnings: tuple[str, ...] = ()
     behind_hole: tuple[float, float] | None = None
 
     @property
     def size(self) -> tuple[int, int]:
         """(width, height) in square pixels, upright."""
-        width, height = self.display.size(self.image.width, self.image.height)
+        width, height = self.display.size(self.decoded.width, self.decoded.height)
         return (height, width) if self._quarter_turns % 2 else (width, height)
 
     @property
-    def picture(self) -> NDArray[np.uint8]:
+    def image(self) -> NDArray[np.uint8]:
         """H×W×3 uint8, RGB, upright, in square pixels; made anew at every call."""
         return self.scaled(self.size)
 
@@ -78,9 +78,9 @@ class Frame:
         Raises:
             AudioError: if it is of no use.
         """
-        if self.sound is None:
-            return AudioInput(None, "unreadable" if self.sound_unreadable else "none", self.sound_warnings)
-        return AudioInput(hear(self.sound), warnings=self.sound_warnings)
+        if self.waveform is None:
+            return AudioInput(None, "unreadable" if self.audio_unreadable else "none", self.audio_warnings)
+        return AudioInput(hear(self.waveform), warnings=self.audio_warnings)
 
     @property
     def loss_warning(self) -> str | None:
@@ -102,34 +102,34 @@ class Frame:
         """The frame, scaled to (width, height): H×W×3 uint8, RGB, upright; HDR is tone-mapped.
 
         Raises:
-            PictureError: if its format is one that nothing here can convert.
+            ImageError: if its format is one that nothing here can convert.
         """
         turns, transfer = self._quarter_turns, self.display.transfer
         width, height = reversed(size) if turns % 2 else size
         # FFmpeg scales into planes faster than into pixels, and keeps every pixel's colour rather than every other's.
-        form = "rgb24" if (width, height) == (self.image.width, self.image.height) else "gbrp"
-        shrinks = width <= self.image.width and height <= self.image.height
+        form = "rgb24" if (width, height) == (self.decoded.width, self.decoded.height) else "gbrp"
+        shrinks = width <= self.decoded.width and height <= self.decoded.height
         to: dict[str, Any] = {"width": width, "height": height, "format": form}
         to["interpolation"] = "AREA" if shrinks else "BICUBIC"  # AREA blurs what grows
         if transfer is not None:
             to["format"] = "gbrp16le"
-            if self.image.colorspace == _UNSPECIFIED:  # FFmpeg would take the matrix of SDR
+            if self.decoded.colorspace == _UNSPECIFIED:  # FFmpeg would take the matrix of SDR
                 to["src_colorspace"] = "BT2020"
         try:
             try:
-                rgb = self.image.reformat(**to).to_ndarray()
+                rgb = self.decoded.reformat(**to).to_ndarray()
             except OSError:  # colours by a matrix that FFmpeg knows by name alone (YCgCo, ICtCp): by the usual one
                 to["src_colorspace"] = "ITU709" if transfer is None else "BT2020"
-                rgb = self.image.reformat(**to).to_ndarray()
+                rgb = self.decoded.reformat(**to).to_ndarray()
         except (*FAULTS, OSError) as error:
-            raise PictureError(f"a frame that cannot be converted ({error})") from None
+            raise ImageError(f"a frame that cannot be converted ({error})") from None
         if transfer is not None:
             rgb = to_sdr(rgb, transfer, self.display.primaries)
         return np.ascontiguousarray(np.rot90(rgb, turns))
 
     @property
     def _quarter_turns(self) -> int:
-        return round(self.image.rotation / 90) % 4  # anticlockwise, as the display matrix asks
+        return round(self.decoded.rotation / 90) % 4  # anticlockwise, as the display matrix asks
 
 
 def read_frames(
@@ -151,28 +151,28 @@ def read_frames(
     """
     span = span or Span()
     with ExitStack() as stack:
-        pictures = DuePictures(path, span)
-        stack.callback(pictures.close)
-        sound: SoundTrack | None = None
+        images = FrameSampler(path, span)
+        stack.callback(images.close)
+        track: AudioTrack | None = None
         begun = unreadable = False
-        for index, time, image, display, lost, behind_hole in pictures:
+        for index, time, decoded, display, lost, behind_hole in images:
             if not begun:
                 begun = True
-                sound, unreadable = _sound_track(path, audio, pictures.origin, warn)
-                if sound is not None:
-                    stack.callback(sound.close)
-            second = None if sound is None else sound.second_around(time)
-            begins = None if audio is not None else pictures.origin
-            lines = () if sound is None else tuple(sound.warnings)
-            frame = Frame(index, time, image, second, begins, display, lost, unreadable, lines, behind_hole)
+                track, unreadable = _audio_track(path, audio, images.origin, warn)
+                if track is not None:
+                    stack.callback(track.close)
+            second = None if track is None else track.second_around(time)
+            begins = None if audio is not None else images.origin
+            lines = () if track is None else tuple(track.warnings)
+            frame = Frame(index, time, decoded, second, begins, display, lost, unreadable, lines, behind_hole)
             check_size(str(path), *frame.size)
             yield frame
-        if pictures.length == 0:
+        if images.length == 0:
             raise VideoError(f"{path}: no frames in it, or none that can be read")
         if not begun and span.after < 0:
             until = "on" if math.isinf(span.end) else f"to {span.end:g} s"
             warn(f"{path}: no frame is shown from {span.start:g} s {until}")
-        _tell(pictures, warn)
+        _tell(images, warn)
 
 
 def _merged(gaps: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -185,7 +185,7 @@ def _merged(gaps: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return out
 
 
-def _tell(video: DuePictures, warn: Warn) -> None:
+def _tell(video: FrameSampler, warn: Warn) -> None:
     """What of the video was not there to be counted."""
     stated, length = stated_length(video.container, video.stream, video.origin), video.length
     gaps = _merged([(a, b) for a, b in video.gaps if b is not None and b > video.begins])
@@ -207,7 +207,7 @@ def expected_rows(path: Path, span: Span | None = None) -> int:
     span = span or Span()
     try:
         with open_file(path) as container:
-            stream = pictures_of(container, str(path))
+            stream = video_stream(container, str(path))
             rate = float(stream.average_rate or stream.guessed_rate or span.fps)
             seconds = min(stated_length(container, stream), span.end) - span.start
             return max(0, math.ceil(seconds * min(span.fps, rate)))
@@ -229,15 +229,15 @@ def parse_time(text: str) -> float:
     return seconds
 
 
-def _sound_track(path: Path, audio: Path | None, origin: float, warn: Warn) -> tuple[SoundTrack | None, bool]:
+def _audio_track(path: Path, audio: Path | None, origin: float, warn: Warn) -> tuple[AudioTrack | None, bool]:
     """The audio of a video, and whether there is none because it cannot be read."""
     if audio is not None:
-        return SoundTrack(audio, None, warn), False
+        return AudioTrack(audio, None, warn), False
     with open_file(path) as container:
         if not container.streams.audio:
             return None, False
     try:
-        return SoundTrack(path, origin, warn), False
+        return AudioTrack(path, origin, warn), False
     except AudioError as error:
         warn(f"{error}; the video is counted without it")
         return None, True

@@ -18,19 +18,19 @@ from av.format import Flags
 
 from crowdexit.data.audio import Converter, Warn
 from crowdexit.data.media import FAULTS, MOST_FAULTS, PLAYLISTS
+from crowdexit.video.audio import AudioWindow, Places, usable
 from crowdexit.video.container import (
     TooLarge,
     VideoError,
     check_size,
-    pictures_of,
     read_only,
     stated_length,
     usual_step,
+    video_stream,
 )
 from crowdexit.video.decode import HOLE_S, Due, Span
 from crowdexit.video.display import StreamDisplay
 from crowdexit.video.frames import Frame
-from crowdexit.video.sound import Places, SoundWindow, usable
 
 # What an address may lead to: never to a file, nor from one network to another kind.
 _RTSP, _HTTP = "rtsp,rtsps,rtp,srtp,udp,tcp,tls", "http,https,httpproxy,tcp,tls,crypto"
@@ -38,7 +38,7 @@ _PROTOCOLS = {"rtsp": _RTSP, "rtsps": _RTSP, "http": _HTTP, "https": _HTTP}
 _TIMEOUT_S = 10.0  # without a packet, until a source counts as gone
 _WAITS_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # between one try to open a source again and the next
 _LOOK_MICROSECONDS = 1_000_000  # of the source, to find out what it is
-_SOUND_S = 0.5  # that a frame waits for, and no longer than
+_AUDIO_S = 0.5  # that a frame waits for, and no longer than
 _MORE_S = 0.1  # at most, for it to come
 _BEHIND_S = 1.0  # by which decoding may fall behind the source before it leaves frames out
 _DRIFT = 1e-3  # by which the source's clock may be slower than ours while nothing is waited for
@@ -46,7 +46,7 @@ _IDLE_SHARE, _IDLE_S = 0.1, 0.05  # who waits for more than this share of the ti
 _LONG_S = 10.0  # of leaving out, until it is reported
 _BACK_S, _AHEAD_S = 1.0, 60.0  # by which stamps may leap before the source's clock counts as set anew
 _MOST_STAMPS = 512
-_SOUND_KEPT_S = 3.0
+_AUDIO_HELD_S = 3.0
 _PATIENCE_S = 1.0  # for the reading to end
 _MOST_WITHOUT_KEY = 300  # packets behind damage, until what is refreshed bit by bit is believed again
 _SUSPECT = 4  # packets before one of which others may be missing, from a corrupt one on
@@ -132,7 +132,7 @@ class LiveFrames:
             with self._changed:
                 # Reading ends by itself with the span, unless the source has fallen silent.
                 since = asked if self._begun is None else self._begun
-                left = since + self._span.end + _SOUND_S + _PATIENCE_S - monotonic()
+                left = since + self._span.end + _AUDIO_S + _PATIENCE_S - monotonic()
                 come = self._changed.wait_for(
                     lambda: self._newest is not None or self._ended or self._stopped.is_set(),
                     None if left > threading.TIMEOUT_MAX else max(0.0, left),
@@ -232,7 +232,7 @@ class LiveFrames:
     def _over(self) -> bool:
         return self._stopped.is_set() or max(self._time, self._elapsed()) >= self._span.end
 
-    def _picture(self, time: float | None, skipped: int) -> tuple[int, float]:
+    def _image(self, time: float | None, skipped: int) -> tuple[int, float]:
         """The index and time of the next frame, behind some skipped; without a time, it is of now."""
         self._index += 1 + skipped
         self._time = max(self._time, self._elapsed() if time is None else time)
@@ -261,14 +261,14 @@ class _Session:
 
     def __init__(self, live: LiveFrames, container: Any, *, paced: bool) -> None:
         self.live, self.container, self.paced = live, container, paced
-        self.video = pictures_of(container, live.address.name, "SLICE")  # frames decoded abreast come late
+        self.video = video_stream(container, live.address.name, "SLICE")  # frames decoded abreast come late
         self.display = StreamDisplay(self.video)
-        self.audio = next((s for s in container.streams.audio if s.codec_context is not None and s.rate), None)
+        self.audio_stream = next((s for s in container.streams.audio if s.codec_context is not None and s.rate), None)
         read_only(container, *self._streams())
         self.origin: float | None = None  # the first frame on the source's clock
         self.timed = not container.format.flags & Flags.no_timestamps.value  # else FFmpeg makes them up
         self.shift: float | None = None  # from the source's clock to seconds since the first frame of all
-        self.sound: SoundWindow | None = None
+        self.audio_window: AudioWindow | None = None
         self.early: deque[Any] = deque(maxlen=_MOST_EARLY)  # blocks of audio from before the first frame
         self.waiting: deque[Frame] = deque()  # for their audio
         self.stamps: list[int] = []  # a heap: of the packets whose frames have not come out
@@ -283,7 +283,7 @@ class _Session:
         self.suspect, self.stored = 0, None  # packets behind a corrupt one to look at; when the last was stored
 
     def _streams(self) -> list[Any]:
-        return [self.video] if self.audio is None else [self.video, self.audio]
+        return [self.video] if self.audio_stream is None else [self.video, self.audio_stream]
 
     def read(self) -> float | None:
         """Read to the end of it.
@@ -330,13 +330,13 @@ class _Session:
             self.idle, self.new = 0.0, True
 
     def _take(self, packet: Any) -> None:
-        if packet.stream is self.audio:
+        if packet.stream is self.audio_stream:
             with suppress(*FAULTS):  # one damaged packet is not the end
                 for block in packet.decode():
                     self._hear(block)
         elif not self._left_out(packet):
             self._look(packet)
-        while self.waiting and (self.sound is None or self._heard(self.waiting[0].time_s)):
+        while self.waiting and (self.audio_window is None or self._heard(self.waiting[0].time_s)):
             self._hand()
 
     def _look(self, packet: Any) -> None:
@@ -384,8 +384,8 @@ class _Session:
 
     def _heard(self, time: float) -> bool:
         """Whether the audio around a time is there, or will not come."""
-        assert self.sound is not None
-        return self.sound.end >= time + _SOUND_S or self.live._time >= time + _SOUND_S + _MORE_S
+        assert self.audio_window is not None
+        return self.audio_window.end >= time + _AUDIO_S or self.live._time >= time + _AUDIO_S + _MORE_S
 
     def _see(self, image: Any) -> None:
         live = self.live
@@ -403,7 +403,7 @@ class _Session:
         while self.stamps and image.pts is not None and self.stamps[0] <= image.pts:
             skipped += heappop(self.stamps) < image.pts
         before = live._time
-        index, time = live._picture(None if stamp is None else stamp + shift, skipped)
+        index, time = live._image(None if stamp is None else stamp + shift, skipped)
         if self.lost_from is not None:
             live.lost(self.lost_from, time)
             self.lost = (self.lost_from if self.lost is None else self.lost[0], time)
@@ -432,37 +432,37 @@ class _Session:
             live._warn(f"{live.address.name}: back after {now - live._time:.1f} s")
         # One that is made to wait has not gone on with our clock.
         self.shift = (now if first or self.paced else live._time + usual_step(self.video)) - stamp
-        if self.audio is not None:
-            self.place = Places(self.audio.rate, -self.shift, goes_on=False)
-            self.convert = Converter(self.audio.rate)
-            self.sound = SoundWindow(self.audio.rate, kept=_SOUND_KEPT_S)
+        if self.audio_stream is not None:
+            self.place = Places(self.audio_stream.rate, -self.shift, goes_on=False)
+            self.convert = Converter(self.audio_stream.rate)
+            self.audio_window = AudioWindow(self.audio_stream.rate, kept=_AUDIO_HELD_S)
             while self.early:
                 self._hear(self.early.popleft())
         return self.shift
 
     def _hear(self, block: Any) -> None:
-        if self.sound is None:
+        if self.audio_window is None:
             self.early.append(block)
             return
         for even in self.convert(block):
             start, samples = self.place(even)
             # What is still on a clock that has been set back would never be let go of.
-            known = start < (max(self.live._time, self.live._elapsed()) + _AHEAD_S) * self.sound.rate
+            known = start < (max(self.live._time, self.live._elapsed()) + _AHEAD_S) * self.audio_window.rate
             if not usable(samples):
                 if not self.live._told_unusable:
                     self.live._told_unusable = True
                     self.live._warn(f"{self.live.address.name}: sound with values that cannot be used is left out")
             elif known:
-                self.sound.add(start, samples)
+                self.audio_window.add(start, samples)
 
     def _hand(self) -> None:
         frame = self.waiting.popleft()
-        second = None if self.sound is None else self.sound.second_around(frame.time_s)
-        self.live._hand(replace(frame, sound=second), paced=self.paced)
+        second = None if self.audio_window is None else self.audio_window.second_around(frame.time_s)
+        self.live._hand(replace(frame, waveform=second), paced=self.paced)
 
     def _left_out(self, packet: Any) -> bool:
         """Whether decoding has fallen behind the source, and not reached a key frame since."""
-        if packet.stream is self.audio or packet.pts is None or not self.timed:
+        if packet.stream is self.audio_stream or packet.pts is None or not self.timed:
             return False
         if self.shift is not None or packet.is_keyframe or self.stamps:  # from the first one that can be decoded on
             heappush(self.stamps, packet.pts)

@@ -14,11 +14,11 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import cast
 
+import audio_files as audio_files
 import cv2
 import gradio as gr
 import numpy as np
 import pytest
-import sounds as tones
 from branches import both_kinds
 from PIL import Image
 
@@ -52,7 +52,7 @@ def counter(checkpoint: Path) -> CrowdCounter:
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> Path:
+def image(tmp_path: Path) -> Path:
     path = tmp_path / "picture.png"
     cv2.imwrite(str(path), np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8))
     return path
@@ -67,15 +67,15 @@ def write_wav(path: Path, samples: int) -> Path:
     return path
 
 
-def test_the_table_fills_exit_by_exit_and_the_picture_comes_last(counter: CrowdCounter, picture: Path) -> None:
-    shown = list(answers(counter, picture, None))
+def test_table_fills_exit_by_exit_and_the_image_comes_last(counter: CrowdCounter, image: Path) -> None:
+    shown = list(answers(counter, image, None))
     assert [moment.table.count('class="done"') for moment in shown] == [0, 1, 2, 3, 4]
     assert all(re.findall(r'scope="row">(.*?)<', moment.table) == EXITS for moment in shown)
-    assert [moment.picture is not None for moment in shown] == [False] * 4 + [True]
+    assert [moment.image is not None for moment in shown] == [False] * 4 + [True]
     assert [moment.chart is not None for moment in shown] == [False] * 4 + [True]
     last = shown[-1]
-    assert last.picture is not None
-    assert last.picture.shape == (90, 120, 3)
+    assert last.image is not None
+    assert last.image.shape == (90, 120, 3)
     assert "the image alone" in last.headline
 
 
@@ -88,23 +88,23 @@ def test_warnings_of_the_reader_are_shown(counter: CrowdCounter, tmp_path: Path)
 
 @pytest.mark.parametrize("familiar", [True, False, None])
 def test_the_page_tells_what_is_unlike_the_training_images(
-    counter: CrowdCounter, picture: Path, monkeypatch: pytest.MonkeyPatch, familiar: bool | None
+    counter: CrowdCounter, image: Path, monkeypatch: pytest.MonkeyPatch, familiar: bool | None
 ) -> None:
     monkeypatch.setattr(counter, "_is_familiar", lambda sums: familiar)
-    told = ["unlike those the network was trained on" in moment.headline for moment in answers(counter, picture, None)]
+    told = ["unlike those the network was trained on" in moment.headline for moment in answers(counter, image, None)]
     assert told == [False, *[familiar is False] * 4]
 
 
-def test_the_first_answer_is_there_before_the_last_is_computed(counter: CrowdCounter, picture: Path) -> None:
-    moments = answers(counter, picture, None)
+def test_the_first_answer_is_there_before_the_last_is_computed(counter: CrowdCounter, image: Path) -> None:
+    moments = answers(counter, image, None)
     next(moments)
     assert "exit V1" in next(moments).headline
     moments.close()  # type: ignore[attr-defined]  # a visitor who leaves does no harm to the next one
-    assert len(list(answers(counter, picture, None))) == 5
+    assert len(list(answers(counter, image, None))) == 5
 
 
-def test_sound_is_heard_unless_it_is_switched_off(
-    counter: CrowdCounter, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_audio_is_used_unless_switched_off(
+    counter: CrowdCounter, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard: list[bool] = []
     stream = counter.stream
@@ -114,11 +114,11 @@ def test_sound_is_heard_unless_it_is_switched_off(
         return stream(image, audio, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(counter, "stream", listening)
-    sound = write_wav(tmp_path / "sound.wav", 16_000)
-    with_sound = list(answers(counter, picture, sound))[-1]
-    without = list(answers(counter, picture, sound, use_sound=False))[-1]
+    audio = write_wav(tmp_path / "sound.wav", 16_000)
+    with_audio = list(answers(counter, image, audio))[-1]
+    without = list(answers(counter, image, audio, use_audio=False))[-1]
     assert heard == [True, False]
-    assert "image and audio" in with_sound.headline
+    assert "image and audio" in with_audio.headline
     assert "switched off" in without.headline
 
 
@@ -151,7 +151,7 @@ def bad_silence(folder: Path) -> tuple[Path, Path | None]:
     return SAMPLES / "street.jpg", write_wav(folder / "a.wav", 0)
 
 
-def bad_sound(folder: Path) -> tuple[Path, Path | None]:
+def bad_audio(folder: Path) -> tuple[Path, Path | None]:
     (folder / "a.wav").write_text("not a sound")
     return SAMPLES / "street.jpg", folder / "a.wav"
 
@@ -169,45 +169,45 @@ def bad_gone(folder: Path) -> tuple[Path, Path | None]:
         (bad_small, "10×10 is too small"),
         (bad_large, "too large"),
         (bad_silence, "audio file: "),
-        (bad_sound, "audio file: not a readable audio file"),
+        (bad_audio, "audio file: not a readable audio file"),
         (bad_gone, "no longer there"),
     ],
 )
 def test_bad_input_is_told_in_one_line(
     counter: CrowdCounter, tmp_path: Path, make: Callable[[Path], tuple[Path, Path | None]], words: str
 ) -> None:
-    picture, sound = make(tmp_path)
-    (shown,) = answers(counter, picture, sound)
+    image, audio = make(tmp_path)
+    (shown,) = answers(counter, image, audio)
     assert words in shown.headline
     assert "ce-problem" in shown.headline
     assert "\n" not in shown.headline
     assert str(tmp_path) not in shown.headline
-    assert (shown.table, shown.chart, shown.picture) == ("", None, None)
+    assert (shown.table, shown.chart, shown.image) == ("", None, None)
 
 
-def test_no_picture_is_asked_for(counter: CrowdCounter) -> None:
+def test_no_image_given(counter: CrowdCounter) -> None:
     (shown,) = answers(counter, None, None)
     assert "Choose an image" in shown.headline
 
 
-def test_a_failure_on_the_way_is_told(counter: CrowdCounter, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_on_the_way_is_told(counter: CrowdCounter, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*_: object) -> Iterator[ExitResult]:
         yield ExitResult("V1", 1.0, None, 1.0)
         raise CrowdExitError("it went wrong")
 
     monkeypatch.setattr(counter, "stream", failing)
-    assert "it went wrong" in list(answers(counter, picture, None))[-1].headline
+    assert "it went wrong" in list(answers(counter, image, None))[-1].headline
 
 
-def test_a_very_large_picture_is_shown_small_and_its_sound_not_claimed(counter: CrowdCounter, tmp_path: Path) -> None:
+def test_very_large_image_is_shown_small_without_audio(counter: CrowdCounter, tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "a.jpg"), np.full((300, 2000, 3), 90, np.uint8))
     last = list(answers(counter, tmp_path / "a.jpg", write_wav(tmp_path / "a.wav", 16_000)))[-1]
-    assert last.picture is not None
-    assert last.picture.shape == (240, answer.LONGEST_SIDE, 3)
+    assert last.image is not None
+    assert last.image.shape == (240, answer.LONGEST_SIDE, 3)
     assert "audio was not used" in last.headline
 
 
-def test_a_client_that_has_gone_stops_the_computing(counter: CrowdCounter, picture: Path) -> None:
+def test_a_client_that_has_gone_stops_the_computing(counter: CrowdCounter, image: Path) -> None:
     """Closing what the framework iterates breaks off the exits that are still to come; the next request is served."""
     begun, go_on, ended = threading.Event(), threading.Event(), threading.Event()
 
@@ -225,19 +225,19 @@ def test_a_client_that_has_gone_stops_the_computing(counter: CrowdCounter, pictu
                 ended.set()
                 raise
 
-    moments = answers(cast(CrowdCounter, Slow()), picture, None)
+    moments = answers(cast(CrowdCounter, Slow()), image, None)
     next(moments), next(moments)
     assert begun.wait(30)
     moments.close()
     go_on.set()
     assert ended.wait(30)
-    assert len(list(answers(counter, picture, None))) > 1
+    assert len(list(answers(counter, image, None))) > 1
 
 
-def test_what_the_sound_s_reader_noticed_is_shown(counter: CrowdCounter, picture: Path, tmp_path: Path) -> None:
-    sound = tmp_path / "a.wav"
-    tones.write_wav(sound, tones.tone() * 32_768, floats=True)
-    last = list(answers(counter, picture, sound))[-1]
+def test_audio_reader_warnings_are_shown(counter: CrowdCounter, image: Path, tmp_path: Path) -> None:
+    audio = tmp_path / "a.wav"
+    audio_files.write_wav(audio, audio_files.tone() * 32_768, floats=True)
+    last = list(answers(counter, image, audio))[-1]
     assert "Warning: The audio file: samples reach" in last.headline
     assert str(tmp_path) not in last.headline
 
@@ -443,9 +443,9 @@ CHROMIUM_ARGS = [
 
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine (Debian: apt-get install chromium)")
-def test_in_a_browser(checkpoint: Path, picture: Path, tmp_path: Path) -> None:
+def test_in_a_browser(checkpoint: Path, image: Path, tmp_path: Path) -> None:
     sync_api = pytest.importorskip("playwright.sync_api", reason="the Python package playwright is not installed")
-    sound = write_wav(tmp_path / "sound.wav", 16_000)
+    audio = write_wav(tmp_path / "sound.wav", 16_000)
     fake = tmp_path / "fake.jpg"
     fake.write_text("not an image")
     page = make_page(checkpoint, runtime="eager")
@@ -460,9 +460,9 @@ def test_in_a_browser(checkpoint: Path, picture: Path, tmp_path: Path) -> None:
             tab = browser.new_page()
             tab.set_default_timeout(30_000)
             tab.goto(address)
-            tab.set_input_files("#image input[type=file]", picture)
+            tab.set_input_files("#image input[type=file]", image)
             tab.locator("#image img").wait_for()
-            tab.set_input_files("#sound input[type=file]", sound)
+            tab.set_input_files("#sound input[type=file]", audio)
             tab.locator("#sound [aria-label=Clear]").wait_for()
             tab.click("#count")
             tab.locator("#density img").wait_for()

@@ -9,13 +9,13 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from sounds import hiss, tone, write_encoded, write_wav
+from audio_files import hiss, tone, write_encoded, write_wav
 
 from crowdexit.data import audio as audio_module
 from crowdexit.data.audio import full_scale, read_audio, read_middle_second
 from crowdexit.data.log_mel import log_mel
 from crowdexit.data.mel import AudioError
-from data_prep.labelled import read_sound
+from data_prep.labelled import read_recording
 
 
 def encode(path: Path, samples, codec: str, format: str, *, rate=16_000, bit_rate=None, options=None) -> Path:
@@ -35,28 +35,28 @@ def encode(path: Path, samples, codec: str, format: str, *, rate=16_000, bit_rat
 @pytest.mark.parametrize("bits", [16, 24, 32])
 def test_floats_that_are_integers(tmp_path, bits):
     """Scaled to ±1 with a warning, by the loudest sample of the whole file; or refused where nobody sees a warning."""
-    sound = np.concatenate([tone(amplitude=0.001, seconds=1), tone(seconds=2)])
-    path = write_wav(tmp_path / "a.wav", sound * 2.0 ** (bits - 1), floats=True)
+    audio = np.concatenate([tone(amplitude=0.001, seconds=1), tone(seconds=2)])
+    path = write_wav(tmp_path / "a.wav", audio * 2.0 ** (bits - 1), floats=True)
     warnings: list[str] = []
     waveform, rate = read_audio(path, warn=warnings.append)
-    np.testing.assert_allclose(waveform[0], sound, atol=1e-6)
+    np.testing.assert_allclose(waveform[0], audio, atol=1e-6)
     begin, _ = read_audio(path, seconds=1, warn=warnings.append)
-    np.testing.assert_allclose(begin[0], sound[:rate], atol=1e-6)
+    np.testing.assert_allclose(begin[0], audio[:rate], atol=1e-6)
     middle, _ = read_middle_second(path, warn=warnings.append)
-    np.testing.assert_allclose(middle[0], sound[rate : 2 * rate], atol=1e-6)
+    np.testing.assert_allclose(middle[0], audio[rate : 2 * rate], atol=1e-6)
     assert len(set(warnings)) == 1
     assert len(warnings) == 3
     assert warnings[0].startswith(f"{path}: samples reach ")
     assert f"{bits}-bit integers" in warnings[0]
-    for read in (read_audio, read_middle_second, read_sound):
+    for read in (read_audio, read_middle_second, read_recording):
         with pytest.raises(AudioError, match=f"{bits}-bit integers"):
             read(path)
 
 
 def test_floats_a_little_over_one(tmp_path):
-    sound = tone(amplitude=3.5).astype(np.float32)
-    waveform, _ = read_audio(write_wav(tmp_path / "a.wav", sound, floats=True))
-    np.testing.assert_array_equal(waveform[0], sound)
+    audio = tone(amplitude=3.5).astype(np.float32)
+    waveform, _ = read_audio(write_wav(tmp_path / "a.wav", audio, floats=True))
+    np.testing.assert_array_equal(waveform[0], audio)
 
 
 @pytest.mark.parametrize("peak", [5.0, 100.0, 1e12])
@@ -182,7 +182,7 @@ def test_a_long_file_is_not_held_in_memory(tmp_path):
     assert most < 60e6  # all of it is 92 MB as float32
 
 
-def test_a_sound_beyond_all_bounds(tmp_path, monkeypatch):
+def test_audio_beyond_all_bounds(tmp_path, monkeypatch):
     monkeypatch.setattr(audio_module, "_MOST_VALUES", 10_000)
     path = write_wav(tmp_path / "a.wav", tone())
     with pytest.raises(AudioError, match=r"a\.wav: longer than .* minutes"):

@@ -24,12 +24,12 @@ def rng(seed: int = 0) -> np.random.Generator:
     canvas=st.sampled_from([(64, 64), (128, 64), (256, 256)]),
     scale=st.sampled_from([(1.0, 1.0), (0.3, 0.6), (0.75, 1.3), (2.0, 4.0)]),
 )
-def test_heads_stay_on_the_picture(seed, size, canvas, scale):
+def test_heads_stay_on_the_image(seed, size, canvas, scale):
     width, height = size
-    picture = np.zeros((height, width, 3), np.uint8)
+    image = np.zeros((height, width, 3), np.uint8)
     corners = [[0, 0], [np.nextafter(np.float32(width), 0), np.nextafter(np.float32(height), 0)]]
     points = np.concatenate([rng(seed).uniform((0, 0), size, (30, 2)), corners]).astype(np.float32)
-    seen, moved, placement = random_view(picture, points, View(canvas, (256, 128), scale), rng(seed))
+    seen, moved, placement = random_view(image, points, View(canvas, (256, 128), scale), rng(seed))
     assert seen.shape == (canvas[1], canvas[0], 3)
     first, last = np.array(placement.offset), np.array(placement.offset) + placement.size
     assert (moved >= first).all()
@@ -45,21 +45,21 @@ def test_heads_stay_on_the_picture(seed, size, canvas, scale):
 @pytest.mark.parametrize("flip", [False, True])
 def test_heads_move_with_what_they_stand_on(flip):
     """A light square a head: wherever the view puts the heads, it is light there."""
-    picture = np.zeros((128, 256, 3), np.uint8)
+    image = np.zeros((128, 256, 3), np.uint8)
     points = np.array([[40, 30], [200, 90], [130, 64]], np.float32)
     for x, y in points.astype(int):
-        picture[y - 6 : y + 6, x - 6 : x + 6] = 255
+        image[y - 6 : y + 6, x - 6 : x + 6] = 255
     mirrored = 0
     for seed in range(20):
         view = View((128, 128), (256, 128), (0.75, 1.3), flip=flip, jitter=0.0)
-        seen, moved, _ = random_view(picture, points, view, rng(seed))
+        seen, moved, _ = random_view(image, points, view, rng(seed))
         for x, y in moved.astype(int):
             near = seen[max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2]
             assert near.max() > 200
-        wide, _, _ = random_view(picture, points, View((256, 128), (256, 128), (1.0, 1.0), flip, 0.0), rng(seed))
-        mirrored += not np.array_equal(wide, picture)
-        if not np.array_equal(wide, picture):
-            assert np.array_equal(wide, picture[:, ::-1])
+        wide, _, _ = random_view(image, points, View((256, 128), (256, 128), (1.0, 1.0), flip, 0.0), rng(seed))
+        mirrored += not np.array_equal(wide, image)
+        if not np.array_equal(wide, image):
+            assert np.array_equal(wide, image[:, ::-1])
     assert (0 < mirrored < 20) if flip else mirrored == 0
 
 
@@ -71,9 +71,9 @@ def test_jitter_moves_the_light_and_nothing_else():
 
 
 def test_brightness_scales_every_channel():
-    picture = rng().integers(0, 256, (50, 60, 3), np.uint8)
-    dark = Conditions(brightness=0.25).apply(picture, rng())
-    np.testing.assert_allclose(dark, picture * 0.25, atol=0.51)
+    image = rng().integers(0, 256, (50, 60, 3), np.uint8)
+    dark = Conditions(brightness=0.25).apply(image, rng())
+    np.testing.assert_allclose(dark, image * 0.25, atol=0.51)
 
 
 @pytest.mark.parametrize("sigma", [25.0, 50.0])
@@ -138,15 +138,15 @@ EACH = {name: Degradations(**{name: 1.0}) for name in ("tone", "grey", "cast", "
 
 @pytest.mark.parametrize("name", EACH)
 def test_every_degradation_is_seeded_and_leaves_the_input(name):
-    picture = np.asarray(rng(7).integers(0, 256, PHOTO.shape), np.uint8) // 4 + PHOTO // 2
-    before = picture.copy()
+    image = np.asarray(rng(7).integers(0, 256, PHOTO.shape), np.uint8) // 4 + PHOTO // 2
+    before = image.copy()
     for seed in range(5):
-        spoiled = EACH[name].apply(picture, rng(seed))
-        assert spoiled.shape == picture.shape
+        spoiled = EACH[name].apply(image, rng(seed))
+        assert spoiled.shape == image.shape
         assert spoiled.dtype == np.uint8
-        assert not np.array_equal(spoiled, picture)
-        assert np.array_equal(spoiled, EACH[name].apply(picture, rng(seed)))
-    assert np.array_equal(picture, before)
+        assert not np.array_equal(spoiled, image)
+        assert np.array_equal(spoiled, EACH[name].apply(image, rng(seed)))
+    assert np.array_equal(image, before)
 
 
 def test_what_the_degradations_do():
@@ -183,7 +183,7 @@ def test_degradations_leave_the_padding_alone():
     assert np.ptp(outside, axis=(0, 1)).max() == 0
 
 
-def test_own_size_shrinks_large_pictures_alone():
+def test_own_size_shrinks_only_large_images():
     view = View((64, 64), (200, 100), own_size=True)
     assert view.base_scale(100, 50) == 1
     assert view.base_scale(200, 100) == 1
@@ -193,12 +193,12 @@ def test_own_size_shrinks_large_pictures_alone():
 
 def test_a_mixture_of_scales_and_aspects():
     """Two marks a picture: how far they are apart across and down is the scale."""
-    picture = np.full((400, 400, 3), 128, np.uint8)
+    image = np.full((400, 400, 3), 128, np.uint8)
     points = np.array([[190, 190], [210, 190], [190, 210]], np.float32)
 
     def drawn(**keys) -> np.ndarray:
         view = View((2048, 2048), (400, 400), (0.6, 1.6), False, 0.0, own_size=True, **keys)
-        moved = [random_view(picture, points, view, rng(seed))[1] for seed in range(40)]
+        moved = [random_view(image, points, view, rng(seed))[1] for seed in range(40)]
         return np.array([[m[1, 0] - m[0, 0], m[2, 1] - m[0, 1]] for m in moved]) / 20
 
     plain = drawn()

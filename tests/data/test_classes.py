@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from crowdexit.data.classes import FORMAT, ClassDataset, ClassStore, shifted, stratified, write_classes
 from crowdexit.data.dataset import EpochPlan
-from crowdexit.data.picture import MEAN, STD
+from crowdexit.data.image import MEAN, STD
 from crowdexit.data.store import StoredSample, StoreError, open_for_writing, write_sample
 
 CLASSES = ["cat", "dög", "ship"]
@@ -275,7 +275,7 @@ def test_what_is_not_there(path):
             store.image("train", index)
 
 
-def test_items_are_the_stored_pictures(path):
+def test_items_are_the_stored_images(path):
     data = ClassDataset(ClassStore(path), "train", size=(WIDTH, HEIGHT))
     assert len(data) == len(list(data)) == 6
     item = data[4]
@@ -289,11 +289,11 @@ def test_items_are_the_stored_pictures(path):
 @pytest.mark.parametrize("size", [(20, 12), (80, 48), (32, 32)])
 def test_items_have_the_size_asked_for(tmp_path, size):
     """An image red on the left and blue below stays so, however it is stretched."""
-    picture = np.zeros((1, HEIGHT, WIDTH, 3), np.uint8)
-    picture[:, :, : WIDTH // 2, 0] = 200
-    picture[:, HEIGHT // 2 :, :, 2] = 100
+    image = np.zeros((1, HEIGHT, WIDTH, 3), np.uint8)
+    image[:, :, : WIDTH // 2, 0] = 200
+    image[:, HEIGHT // 2 :, :, 2] = 100
     with write_classes(tmp_path / "set.h5", ["a", "b"], "") as writer:
-        writer.add("train", np.repeat(picture, 2, 0), [0, 1], ["a", "b"])
+        writer.add("train", np.repeat(image, 2, 0), [0, 1], ["a", "b"])
     seen = pixels(ClassDataset(ClassStore(tmp_path / "set.h5"), "train", size=size)[1])
     width, height = size
     assert seen.shape == (height, width, 3)
@@ -326,19 +326,19 @@ def test_draws_are_fixed_by_the_seed(path):
     assert len({images[0, draw].numpy().tobytes() for draw in range(5)}) > 1
 
 
-def test_pictures_of_one_draw_are_moved_differently(tmp_path):
+def test_images_of_one_draw_are_shifted_differently(tmp_path):
     with write_classes(tmp_path / "set.h5", ["a", "b"], "") as writer:
         writer.add("train", np.repeat(some(1), 6, 0), [0, 1] * 3, list("abcdef"))
     data = augmented(tmp_path / "set.h5")
     assert len({data[index, 0]["image"].numpy().tobytes() for index in range(6)}) > 1
 
 
-def test_shifted_pictures_are_crops_of_the_padded_one():
-    picture = some(1)[0]
+def test_shifted_images_are_crops_of_the_padded_one():
+    image = some(1)[0]
     x_room, y_room = WIDTH // 8, HEIGHT // 8
     padded = np.empty((HEIGHT + 2 * y_room, WIDTH + 2 * x_room, 3), np.uint8)
     padded[:] = np.round(MEAN * 255)
-    padded[y_room : y_room + HEIGHT, x_room : x_room + WIDTH] = picture
+    padded[y_room : y_room + HEIGHT, x_room : x_room + WIDTH] = image
     crops = {
         np.ascontiguousarray(padded[y : y + HEIGHT, x : x + WIDTH][:, ::step]).tobytes(): (x, y, step)
         for x in range(2 * x_room + 1)
@@ -346,7 +346,7 @@ def test_shifted_pictures_are_crops_of_the_padded_one():
         for step in (1, -1)
     }
     rng = np.random.default_rng(0)
-    found = [crops[np.ascontiguousarray(shifted(picture, rng)).tobytes()] for _ in range(400)]
+    found = [crops[np.ascontiguousarray(shifted(image, rng)).tobytes()] for _ in range(400)]
     xs, ys, steps = (Counter(values) for values in zip(*found, strict=True))
     assert set(xs) == set(range(2 * x_room + 1))
     assert set(ys) == set(range(2 * y_room + 1))

@@ -16,8 +16,8 @@ from crowdexit.data import dataset
 from crowdexit.data.ambience import VoiceBank, simulate
 from crowdexit.data.augment import ConditionRange, Conditions, View
 from crowdexit.data.dataset import CrowdDataset, EpochPlan, Kernel, Setting
+from crowdexit.data.image import MEAN, STD, normalise, scale_down
 from crowdexit.data.negatives import Negatives
-from crowdexit.data.picture import MEAN, STD, normalise, scale_down
 from crowdexit.data.store import Store, StoredSample, StoreError, open_for_writing, write_sample
 
 CANVAS = (128, 128)
@@ -26,10 +26,10 @@ CANVAS = (128, 128)
 def written(path, **changes) -> Store:
     """One sample a split, 160×96, its left half light, with audio and two further takes."""
     random = np.random.default_rng(0)
-    picture = np.full((96, 160, 3), 60, np.uint8)
-    picture[:, :80] = 180
+    image = np.full((96, 160, 3), 60, np.uint8)
+    image[:, :80] = 180
     values = {
-        "image": cv2.imencode(".png", picture)[1],
+        "image": cv2.imencode(".png", image)[1],
         "points": random.uniform((0, 0), (160, 96), (9, 2)).astype(np.float32),
         "width": 160,
         "height": 96,
@@ -72,7 +72,7 @@ def test_density_sums_to_the_count(store, view, stride):
             assert item["count"] == 9
 
 
-def test_whole_pictures_are_mirrored_with_their_heads(tmp_path):
+def test_whole_images_are_mirrored_with_their_heads(tmp_path):
     points = np.array([[0, 10], [10, 50], [70, 90]], np.float32)  # all on the light half
     store = written(tmp_path / "left.h5", points=points, count=3.0)
     sides = Counter()
@@ -157,7 +157,7 @@ def test_conditions_leave_the_padding_alone(store):
         assert not torch.equal(item["image"][:, ~padding], plain["image"][:, ~padding])
 
 
-def test_inside_is_where_the_picture_lies(store):
+def test_valid_mask_is_where_the_image_lies(store):
     item = items(store, Setting((128, 128)), 1)[0]  # 160×96 fitted: 128×77 from row 24 on
     share = item["inside"][0]
     assert share.sum().item() * 64 == pytest.approx(128 * 77)
@@ -202,7 +202,7 @@ def test_an_item_depends_on_seed_index_and_draw_alone(store):
     assert not torch.equal(first[0]["image"], other_seed["image"])
 
 
-def test_a_damaged_picture(tmp_path):
+def test_damaged_image(tmp_path):
     broken = written(tmp_path / "broken.h5", image=np.zeros(100, np.uint8))
     with pytest.raises(StoreError, match="train/A_1: the stored image is damaged"):
         items(broken, Setting(CANVAS), 1)

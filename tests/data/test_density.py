@@ -15,7 +15,7 @@ KERNELS: tuple[Kernel, Kernel] = ("gaussian", "adaptive")
 
 
 @st.composite
-def pictures(draw):
+def make_images(draw):
     height, width = draw(st.integers(1, 90)), draw(st.integers(1, 90))
     x, y = st.integers(0, 8 * width - 1), st.integers(0, 8 * height - 1)
     points = draw(st.lists(st.tuples(x, y), max_size=12))
@@ -31,9 +31,9 @@ def blocks(density, stride):
 
 
 @settings(deadline=None, max_examples=60)
-@given(pictures(), st.sampled_from(KERNELS), st.integers(1, 40))
-def test_sum_and_blocks(picture, kernel, stride):
-    points, height, width = picture
+@given(make_images(), st.sampled_from(KERNELS), st.integers(1, 40))
+def test_sum_and_blocks(image, kernel, stride):
+    points, height, width = image
     full = density_map(points, height, width, kernel=kernel)
     coarse = density_map(points, height, width, kernel=kernel, stride=stride)
     assert full.shape == (height, width)

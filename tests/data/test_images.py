@@ -22,7 +22,7 @@ from PIL import Image, ImageCms, ImageFile, TiffImagePlugin
 from tiffs import BITS, COMPRESSION, ORIENTATION, PHOTOMETRIC, PLANAR, SUBFILE, Page, tiff
 
 from crowdexit.data.images import jpeg, reader
-from crowdexit.data.images.limits import PictureError
+from crowdexit.data.images.limits import ImageError
 from crowdexit.data.images.ranges import to_8_bits
 from crowdexit.data.images.reader import decode_image, is_image, read_image
 
@@ -44,9 +44,9 @@ RGB = scene()
 GREY = RGB[..., 1].copy()
 
 
-def encoded(picture: Pixels | Image.Image, format: str, **options: Any) -> bytes:
+def encoded(image: Pixels | Image.Image, format: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    (Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture).save(buffer, format, **options)
+    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(buffer, format, **options)
     return buffer.getvalue()
 
 
@@ -203,7 +203,7 @@ def test_a_range_that_is_guessed_is_told(name: str) -> None:
     ],
 )
 def test_a_range_that_nobody_knows_is_refused(samples: NDArray[Any], words: str) -> None:
-    with pytest.raises(PictureError, match=words):
+    with pytest.raises(ImageError, match=words):
         decode_image(tiff([Page(samples)]))
 
 
@@ -230,16 +230,16 @@ def test_truths_and_bits() -> None:
     ],
 )
 def test_modes_of_eight_bits(mode: str, format: str, off: int) -> None:
-    picture = Image.fromarray(RGB).convert(mode)
+    image = Image.fromarray(RGB).convert(mode)
     options = {"quality": 100} if format == "JPEG" else {"lossless": True} if format == "WEBP" else {}
-    assert_like(encoded(picture, format, **options), np.asarray(picture.convert("RGB")), off=off)
+    assert_like(encoded(image, format, **options), np.asarray(image.convert("RGB")), off=off)
 
 
 def test_lab() -> None:
     srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
-    picture = ImageCms.applyTransform(Image.fromarray(RGB), ImageCms.buildTransform(srgb, lab, "RGB", "LAB"))
-    assert picture is not None
-    assert np.abs(decode_image(encoded(picture, "TIFF")).pixels.astype(int) - RGB).mean() < 2
+    image = ImageCms.applyTransform(Image.fromarray(RGB), ImageCms.buildTransform(srgb, lab, "RGB", "LAB"))
+    assert image is not None
+    assert np.abs(decode_image(encoded(image, "TIFF")).pixels.astype(int) - RGB).mean() < 2
 
 
 @pytest.mark.parametrize("deep", [False, True])
@@ -252,17 +252,17 @@ def test_transparent_pixels_are_white_and_told(deep: bool) -> None:
 
 
 def test_a_palette_with_a_transparent_colour() -> None:
-    picture = Image.fromarray(np.where(GREY > 100, 3, 0).astype(np.uint8), "P")
-    picture.putpalette([200, 10, 10, *[0] * 6, 20, 30, 40])
+    image = Image.fromarray(np.where(GREY > 100, 3, 0).astype(np.uint8), "P")
+    image.putpalette([200, 10, 10, *[0] * 6, 20, 30, 40])
     expected = np.where(GREY[..., None] > 100, [20, 30, 40], 255).astype(np.uint8)
-    assert_like(encoded(picture, "PNG", transparency=0), expected, warned="counted on white")
+    assert_like(encoded(image, "PNG", transparency=0), expected, warned="counted on white")
 
 
 # HEIC and AVIF
 
 
-def heif(*pictures: Pixels, format: str = "HEIF", **options: Any) -> bytes:
-    first, *others = (Image.fromarray(picture) for picture in pictures)
+def heif(*images: Pixels, format: str = "HEIF", **options: Any) -> bytes:
+    first, *others = (Image.fromarray(image) for image in images)
     return encoded(first, format, quality=95, save_all=bool(others), append_images=others, **options)
 
 
@@ -363,7 +363,7 @@ def test_no_error_of_a_library_leaves_the_reader(error: type[Exception], format:
     data = encoded(RGB, format)
     for kind in (ImageFile.ImageFile, TiffImagePlugin.TiffImageFile):
         monkeypatch.setattr(kind, "load", failing)
-    with pytest.raises(PictureError) as caught:
+    with pytest.raises(ImageError) as caught:
         decode_image(data, "a.img")
     assert str(caught.value).startswith("a.img: ")
     assert "\n" not in str(caught.value)
@@ -372,7 +372,7 @@ def test_no_error_of_a_library_leaves_the_reader(error: type[Exception], format:
 # Previews, pages, frames
 
 
-def test_a_preview_before_the_picture_is_not_counted() -> None:
+def test_preview_before_the_image_is_not_counted() -> None:
     small = Page(RGB[::4, ::4].copy(), {SUBFILE: [1]})
     assert_like(tiff([small, Page(RGB)]), RGB, off=0)
     assert_like(tiff([Page(RGB), small]), RGB, off=0)
@@ -438,10 +438,10 @@ def test_camera_raw_is_refused() -> None:
         "ORF": b"IIRO\x08\x00\x00\x00" + bytes(100),
     }
     for name, data in raw.items():
-        with pytest.raises(PictureError, match="photo: camera raw is not supported; export it as JPEG or TIFF"):
+        with pytest.raises(ImageError, match="photo: camera raw is not supported; export it as JPEG or TIFF"):
             decode_image(data, "photo")
         assert name
-    with pytest.raises(PictureError, match=r"photo\.NEF: camera raw is not supported"):
+    with pytest.raises(ImageError, match=r"photo\.NEF: camera raw is not supported"):
         decode_image(tiff([Page(RGB)]), "photo.NEF")
 
 
@@ -468,7 +468,7 @@ def test_shapes_that_nobody_has_are_refused_before_they_are_decoded(monkeypatch)
         (tiff([Page(wide(GREY, 16), {256: [13_000], 257: [12_000]})]), "too large"),
         (tiff([Page(wide(GREY, 16), {256: [13_000], 257: [12_000]})], big=True), "too large"),
     ]:
-        with pytest.raises(PictureError, match=words):
+        with pytest.raises(ImageError, match=words):
             decode_image(data)
 
 
@@ -476,12 +476,12 @@ def test_a_check_sees_the_upright_size_before_anything_is_decoded(monkeypatch) -
     monkeypatch.setattr(reader, "_rgb_of", None)
 
     def check(width: int, height: int) -> None:
-        raise PictureError(f"{width}×{height}")
+        raise ImageError(f"{width}×{height}")
 
     exif = Image.Exif()
     exif[0x0112] = 6
     for data in (encoded(RGB, "JPEG", exif=exif), tiff([Page(RGB, {ORIENTATION: [6]})])):
-        with pytest.raises(PictureError, match=r"^photo: 96×160$"):
+        with pytest.raises(ImageError, match=r"^photo: 96×160$"):
             decode_image(data, "photo", check)
 
 
@@ -504,7 +504,7 @@ def test_damage_that_libjpeg_decodes_through_is_told(capfd) -> None:
     for _ in range(20):
         try:
             image = decode_image(flipped(data, random.integers(begin, len(data) - 10, 4)))
-        except PictureError:
+        except ImageError:
             continue
         told += any("the JPEG data is damaged (" in warning for warning in image.warnings)
     assert told >= 10
@@ -555,7 +555,7 @@ def test_a_png_chunk_that_claims_gigabytes(tmp_path):
     at = data.index(b"IDAT") - 4
     data[at : at + 4] = (2**31 - 1).to_bytes(4, "big")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(PictureError, match="its length is wrong"):
+    with pytest.raises(ImageError, match="its length is wrong"):
         read_image(_written(tmp_path / "claims.png", data))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
 
@@ -584,24 +584,24 @@ def test_floats_up_to_a_hundred_are_told() -> None:
 @pytest.mark.parametrize("transfer", ["pq", "hlg"])
 def test_high_dynamic_range_is_tone_mapped_and_told(transfer: str) -> None:
     """As a 16-bit PNG, and as HEIC and AVIF by their colour description."""
-    picture = (RGB * 0.9).astype(np.uint8)  # without highlights
+    image = (RGB * 0.9).astype(np.uint8)  # without highlights
     code = {"pq": 16, "hlg": 18}[transfer]
-    signal = encode_hdr(picture, transfer, 203)
+    signal = encode_hdr(image, transfer, 203)
     png = with_chunk(by_opencv(".png", signal), b"cICP", bytes([9, code, 0, 1]))
-    assert_like(png, picture, off=6, warned=f"({transfer.upper()}): tone-mapped")
+    assert_like(png, image, off=6, warned=f"({transfer.upper()}): tone-mapped")
     for form in ("HEIF", "AVIF"):
         data = heif((signal >> 8).astype(np.uint8), format=form)
         at = data.index(b"colrnclx") + 8
         data = data[:at] + bytes([0, 9, 0, code]) + data[at + 4 :]
-        image = decode_image(data)
-        assert image.warnings == (f"high dynamic range ({transfer.upper()}): tone-mapped",)
-        assert np.abs(image.pixels.astype(int) - picture).mean() < 6
+        decoded = decode_image(data)
+        assert decoded.warnings == (f"high dynamic range ({transfer.upper()}): tone-mapped",)
+        assert np.abs(decoded.pixels.astype(int) - image).mean() < 6
 
 
 @pytest.mark.parametrize("format", ["HEIF", "AVIF"])
 def test_a_heif_that_is_cut_short_is_refused(format: str) -> None:
     data = heif(RGB, format=format)
-    with pytest.raises(PictureError, match="cut short"):
+    with pytest.raises(ImageError, match="cut short"):
         decode_image(data[: len(data) - len(data) // 10])
 
 
@@ -628,7 +628,7 @@ def test_a_fourth_byte_of_a_bitmap_that_nobody_wrote_is_no_opacity() -> None:
 def test_a_jpeg_that_no_decoder_here_knows_is_refused(at: int, value: int) -> None:
     data = bytearray(encoded(RGB, "JPEG"))
     data[data.index(b"\xff\xc0") + at] = value
-    with pytest.raises(PictureError, match="not supported; save it as PNG"):
+    with pytest.raises(ImageError, match="not supported; save it as PNG"):
         decode_image(bytes(data))
 
 
@@ -643,7 +643,7 @@ def test_kinds_that_are_not_supported_are_named() -> None:
         "x.PSD": "Photoshop is not supported",
         "IMG_1.THM": "a camera's preview is not counted",
     }.items():
-        with pytest.raises(PictureError, match=words):
+        with pytest.raises(ImageError, match=words):
             decode_image(encoded(RGB, "JPEG") if "THM" in name else bytes(range(200)), name)
 
 
@@ -662,7 +662,7 @@ def test_damage_of_a_jpeg_within_a_tiff_is_told(capfd) -> None:
     for _ in range(20):
         try:
             image = decode_image(flipped(data, random.integers(len(data) // 4, len(data) * 3 // 4, 8)))
-        except PictureError:
+        except ImageError:
             continue
         told += any("the JPEG data is damaged (" in warning for warning in image.warnings)
     assert told >= 10

@@ -52,9 +52,9 @@ def speech():
     return 0.2 * voice * syllables + 0.01 * (1 - syllables) * noise()
 
 
-@pytest.mark.parametrize("sound", [noise, tone, speech, lambda: np.zeros(16_000)])
-def test_equals_the_formulas(sound):
-    second = sound()
+@pytest.mark.parametrize("audio", [noise, tone, speech, lambda: np.zeros(16_000)])
+def test_equals_the_formulas(audio):
+    second = audio()
     result = log_mel(second, 16_000)
     assert result.shape == (96, 64)
     assert result.dtype == np.float32
@@ -110,7 +110,7 @@ def test_length():
         *((np.zeros(100), rate) for rate in (0, -1, 10, 10**9, float("nan"), 44_100.5)),
     ],
 )
-def test_no_sound(waveform, rate):
+def test_no_audio(waveform, rate):
     with pytest.raises(AudioError) as error:
         log_mel(waveform, rate)
     assert "\n" not in str(error.value)
@@ -133,7 +133,7 @@ def test_read_wav(tmp_path):
     np.testing.assert_allclose(waveform, [left, right], atol=1e-4)
 
 
-def test_read_what_is_no_sound(tmp_path, crowd_picture):
+def test_reading_a_file_that_is_not_audio(tmp_path, crowd_image):
     whole = write_wav(tmp_path / "whole.wav", tone()).read_bytes()
     contents = {
         "empty.wav": b"",
@@ -141,7 +141,7 @@ def test_read_what_is_no_sound(tmp_path, crowd_picture):
         "cut.wav": whole[: len(whole) // 2],
         "head.wav": whole[:30],
         "silent.wav": write_wav(tmp_path / "silent.wav", []).read_bytes(),
-        "picture.jpg": crowd_picture()[0],
+        "picture.jpg": crowd_image()[0],
     }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)

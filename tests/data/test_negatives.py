@@ -118,13 +118,13 @@ def store(tmp_path: Path) -> Store:
     with open_for_writing(tmp_path / "crowd.h5") as file:
         for i in range(4):
             points = random.uniform((5, 5), (100, 187), (6, 2)).astype(np.float32)
-            picture = np.full((192, 320, 3), 40, np.uint8)
+            pixels = np.full((192, 320, 3), 40, np.uint8)
             for x, y in points.astype(int):
-                picture[y - 4 : y + 5, x - 4 : x + 5] = 255
+                pixels[y - 4 : y + 5, x - 4 : x + 5] = 255
             density = None
             if i == 3:
-                picture[:], points, density = 255, points[:0], np.full((24, 40), 0.1, np.float32)
-            image = cv2.imencode(".png", picture)[1]
+                pixels[:], points, density = 255, points[:0], np.full((24, 40), 0.1, np.float32)
+            image = cv2.imencode(".png", pixels)[1]
             audio = random.normal(size=(96, 64)).astype(np.float32)
             told = {"log_mel": audio, "audio_source": "simulated", "density": density}
             count = 6.0 if density is None else 96.0

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from sounds import hiss, tone
+from audio_files import hiss, tone
 
 from crowdexit.data import spectrogram
 from crowdexit.data.mel import AudioError
-from crowdexit.data.spectrogram import gtzan_picture, stft_picture
+from crowdexit.data.spectrogram import gtzan_image, stft_image
 
 
 def brightest(channel) -> float:
@@ -24,29 +24,29 @@ def mel(hertz):
 @pytest.mark.parametrize("size", [32, 64, 224])
 @pytest.mark.parametrize("hertz", [250, 1000, 3000, 7500])
 def test_a_tone_lights_its_row(size, hertz):
-    picture = stft_picture(tone(hertz), 16_000, size=size)
-    assert (picture.shape, picture.dtype) == ((size, size, 3), np.uint8)
-    np.testing.assert_array_equal(picture[..., 0], picture[..., 1])
-    np.testing.assert_array_equal(picture[..., 0], picture[..., 2])
-    assert brightest(picture[..., 0]) == pytest.approx(hertz / 8000, abs=1.5 / size)
+    image = stft_image(tone(hertz), 16_000, size=size)
+    assert (image.shape, image.dtype) == ((size, size, 3), np.uint8)
+    np.testing.assert_array_equal(image[..., 0], image[..., 1])
+    np.testing.assert_array_equal(image[..., 0], image[..., 2])
+    assert brightest(image[..., 0]) == pytest.approx(hertz / 8000, abs=1.5 / size)
 
 
 @pytest.mark.parametrize("amplitude", [1.0, 0.1, 0.01])
 def test_loudness_is_in_decibels_of_full_scale(amplitude):
     """At 129 rows none is mixed with another, and the tone is on one of them all the time."""
-    picture = stft_picture(tone(2000, amplitude=amplitude), 16_000, size=129)[..., 0]
+    image = stft_image(tone(2000, amplitude=amplitude), 16_000, size=129)[..., 0]
     expected = 255 * (1 + 20 * np.log10(amplitude) / 120)
-    np.testing.assert_allclose(picture[128 - 32, 2:-2], expected, atol=1)
+    np.testing.assert_allclose(image[128 - 32, 2:-2], expected, atol=1)
 
 
-def test_no_sound_leaves_the_scale():
+def test_no_audio_exceeds_the_scale():
     """The noise of rounding to 16 bits lies near the floor and not below it; a clipped tone tops it by little."""
     rounded = np.random.default_rng(0).integers(-1, 2, 16_000) / 32_768
-    assert (stft_picture(rounded, 16_000) == 0).mean() < 0.01
+    assert (stft_image(rounded, 16_000) == 0).mean() < 0.01
     for loud in (hiss() * 2, tone(amplitude=1.0), np.sign(tone(440))):
-        assert (stft_picture(loud, 16_000) == 255).mean() < 0.02
-        assert (gtzan_picture(np.tile(loud, 5)[:66_150], 22_050) == 255).mean() < 0.05
-    assert not stft_picture(np.zeros(16_000), 16_000).any()
+        assert (stft_image(loud, 16_000) == 255).mean() < 0.02
+        assert (gtzan_image(np.tile(loud, 5)[:66_150], 22_050) == 255).mean() < 0.05
+    assert not stft_image(np.zeros(16_000), 16_000).any()
 
 
 @pytest.mark.parametrize(
@@ -82,62 +82,62 @@ def test_mel_bands_equal_the_formula(window, step, fft):
 
 @pytest.mark.parametrize("hertz", [100, 440, 5000])
 def test_a_tone_in_music_lights_a_row_of_each_channel(hertz):
-    picture = gtzan_picture(tone(hertz, rate=22_050, seconds=3), 22_050, size=128)
-    assert (picture.shape, picture.dtype) == ((128, 128, 3), np.uint8)
-    assert brightest(picture[..., 0]) == pytest.approx(hertz / 11_025, abs=0.015)
+    image = gtzan_image(tone(hertz, rate=22_050, seconds=3), 22_050, size=128)
+    assert (image.shape, image.dtype) == ((128, 128, 3), np.uint8)
+    assert brightest(image[..., 0]) == pytest.approx(hertz / 11_025, abs=0.015)
     for channel in (1, 2):
-        assert brightest(picture[..., channel]) == pytest.approx(mel(hertz) / mel(11_025), abs=0.015)
+        assert brightest(image[..., channel]) == pytest.approx(mel(hertz) / mel(11_025), abs=0.015)
 
 
 def test_the_three_channels_see_time_differently():
     """A click is the longer the longer the window: 100 ms in green, 50 in blue, 23 in red; all at its place."""
     samples = np.zeros(66_150)
     samples[33_075] = 1
-    lit = (gtzan_picture(samples, 22_050, size=224) > 0).any(axis=0)
+    lit = (gtzan_image(samples, 22_050, size=224) > 0).any(axis=0)
     assert lit[:, 1].sum() > 1.5 * lit[:, 2].sum() > 2 * lit[:, 0].sum() > 0
     for channel in range(3):
         assert np.flatnonzero(lit[:, channel]).mean() == pytest.approx(112, abs=4)
 
 
-def test_time_runs_to_the_right_and_short_sounds_end_in_silence():
+def test_time_runs_right_and_short_audio_ends_in_silence():
     half = tone(seconds=0.5)
-    picture = stft_picture(half, 16_000, size=64)
-    assert picture[:, :30].max() > 200
-    assert not picture[:, 34:].any()
-    np.testing.assert_array_equal(picture, stft_picture(np.pad(half, (0, 8000)), 16_000, size=64))
-    assert stft_picture([0.5], 48_000, size=64).shape == (64, 64, 3)
+    image = stft_image(half, 16_000, size=64)
+    assert image[:, :30].max() > 200
+    assert not image[:, 34:].any()
+    np.testing.assert_array_equal(image, stft_image(np.pad(half, (0, 8000)), 16_000, size=64))
+    assert stft_image([0.5], 48_000, size=64).shape == (64, 64, 3)
 
 
 def test_only_the_beginning_is_looked_at():
     second = hiss()
     longer = np.concatenate([second, np.full(9999, np.nan)])
-    np.testing.assert_array_equal(stft_picture(longer, 16_000, size=32), stft_picture(second, 16_000, size=32))
+    np.testing.assert_array_equal(stft_image(longer, 16_000, size=32), stft_image(second, 16_000, size=32))
     music = hiss(samples=66_150)
     longer = np.concatenate([music, np.full(9999, np.nan)])
-    np.testing.assert_array_equal(gtzan_picture(longer, 22_050, size=32), gtzan_picture(music, 22_050, size=32))
+    np.testing.assert_array_equal(gtzan_image(longer, 22_050, size=32), gtzan_image(music, 22_050, size=32))
 
 
 def test_seconds():
-    sound = np.concatenate([tone(1000), tone(6000)])
-    picture = stft_picture(sound, 16_000, size=64, seconds=2)
-    assert brightest(picture[:, :31, 0]) == pytest.approx(1 / 8, abs=0.03)
-    assert brightest(picture[:, 33:, 0]) == pytest.approx(6 / 8, abs=0.03)
+    audio = np.concatenate([tone(1000), tone(6000)])
+    image = stft_image(audio, 16_000, size=64, seconds=2)
+    assert brightest(image[:, :31, 0]) == pytest.approx(1 / 8, abs=0.03)
+    assert brightest(image[:, 33:, 0]) == pytest.approx(6 / 8, abs=0.03)
 
 
 @pytest.mark.parametrize("rate", [8000, 22_050, 44_100, 44_101, 192_000])
 def test_any_rate(rate):
-    expected = stft_picture(tone(), 16_000, size=32)[:, 2:-2].astype(int)
-    found = stft_picture(tone(rate=rate), rate, size=32)[:, 2:-2].astype(int)
+    expected = stft_image(tone(), 16_000, size=32)[:, 2:-2].astype(int)
+    found = stft_image(tone(rate=rate), rate, size=32)[:, 2:-2].astype(int)
     # The tone; the rest is far below it, where resampling leaves what it may.
     np.testing.assert_allclose(found[expected > 130], expected[expected > 130], atol=2)
     assert brightest(found[..., 0]) == brightest(expected[..., 0])
-    music = gtzan_picture(tone(rate=rate, seconds=3), rate, size=32)
+    music = gtzan_image(tone(rate=rate, seconds=3), rate, size=32)
     assert brightest(music[..., 0]) == pytest.approx(1000 / 11_025, abs=0.05)
 
 
 def test_every_form_of_a_waveform():
     floats = np.round(hiss() * 32_000) / 32_768
-    expected = stft_picture(floats, 16_000, size=32)
+    expected = stft_image(floats, 16_000, size=32)
     pcm = np.int16(floats * 32_768)
     for same in (
         torch.from_numpy(floats).requires_grad_(),
@@ -146,14 +146,12 @@ def test_every_form_of_a_waveform():
         np.stack([floats * 1.5, floats * 0.5]),
         torch.from_numpy(pcm)[None],
     ):
-        np.testing.assert_array_equal(stft_picture(same, 16_000, size=32), expected)
+        np.testing.assert_array_equal(stft_image(same, 16_000, size=32), expected)
     left = np.stack([tone(1000), np.zeros(16_000)])
-    np.testing.assert_array_equal(
-        stft_picture(left, 16_000, size=32), stft_picture(tone(amplitude=0.25), 16_000, size=32)
-    )
+    np.testing.assert_array_equal(stft_image(left, 16_000, size=32), stft_image(tone(amplitude=0.25), 16_000, size=32))
 
 
-@pytest.mark.parametrize("make", [stft_picture, gtzan_picture])
+@pytest.mark.parametrize("make", [stft_image, gtzan_image])
 @pytest.mark.parametrize(
     ("waveform", "rate"),
     [
@@ -169,7 +167,7 @@ def test_every_form_of_a_waveform():
         *((np.zeros(100), rate) for rate in (0, -1, 10, 10**9, float("nan"), 44_100.5)),
     ],
 )
-def test_no_sound(make, waveform, rate):
+def test_no_audio(make, waveform, rate):
     with pytest.raises(AudioError) as error:
         make(waveform, rate, size=32)
     assert "\n" not in str(error.value)

@@ -86,16 +86,16 @@ def contents(path) -> dict[str, object]:
     return found
 
 
-def level(sound) -> float:
-    return float(10 * np.log10(np.mean(np.square(sound))))
+def level(audio) -> float:
+    return float(10 * np.log10(np.mean(np.square(audio))))
 
 
 @pytest.mark.parametrize("count", [0, 1, 2.4, 33, 3_138, 10_000])
 def test_any_count_gives_a_second(bank, count):
-    sound = model.simulate(count, bank, np.random.default_rng(1))
-    assert (sound.shape, sound.dtype) == ((16_000,), np.float32)
-    assert np.abs(sound).max() <= 1
-    assert -80 < level(sound) < 0
+    audio = model.simulate(count, bank, np.random.default_rng(1))
+    assert (audio.shape, audio.dtype) == ((16_000,), np.float32)
+    assert np.abs(audio).max() <= 1
+    assert -80 < level(audio) < 0
 
 
 def test_nobody_means_background_alone(bank):
@@ -125,8 +125,8 @@ def test_louder_on_average_with_more_people_but_never_surely(bank):
 
 def test_many_voices_fill_the_gaps(bank):
     def unevenness(count):
-        sounds = [model.simulate(count, bank, ambience.generator(0, str(count), i)) for i in range(20)]
-        return np.mean([np.std([level(piece) for piece in np.split(sound, 20)]) for sound in sounds])
+        recordings = [model.simulate(count, bank, ambience.generator(0, str(count), i)) for i in range(20)]
+        return np.mean([np.std([level(piece) for piece in np.split(audio, 20)]) for audio in recordings])
 
     assert unevenness(15) > 1.5 * unevenness(2_000)
 
@@ -232,16 +232,16 @@ def test_count_beyond_the_model_is_skipped_or_strict(silent, voices, tmp_path, c
 
 def test_measure_and_plot(voices, tmp_path, capsys):
     """On a set where the count spans far, sound explains some of it and not all."""
-    source, target, picture = (tmp_path / name for name in ("in.h5", "out.h5", "plot.png"))
+    source, target, image = (tmp_path / name for name in ("in.h5", "out.h5", "plot.png"))
     with open_for_writing(source) as file:
         for split, number in (("train", 60), ("val", 30)):
             for n in range(number):
                 write_sample(file, sample(f"{'AB'[n % 2]}_{split}{n}", split, round(10 ** (0.5 + 3 * n / number))))
-    assert run(source, target, "--voices", voices, "--takes", 2, "--measure", "--plot", picture) == 0
+    assert run(source, target, "--voices", voices, "--takes", 2, "--measure", "--plot", image) == 0
     out = capsys.readouterr().out
     assert "all images" in out
     assert "part A" in out
     assert "15 held-out images, fitted on 90 seconds" in out
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert image.read_bytes().startswith(b"\x89PNG")
     assert 0.2 < ambience_report.measure(target)[0].r2 < 0.95
     assert run(target, "--plot", tmp_path / "nowhere" / "plot.png") == 2

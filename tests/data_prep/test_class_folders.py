@@ -175,21 +175,21 @@ def test_what_has_the_size_keeps_its_values(tmp_path, width, height):
     )
 
 
-def test_shrunk_pictures_are_averages(tmp_path):
+def test_shrunk_images_are_averages(tmp_path):
     expected = noise(1, 160, 160).reshape(40, 4, 40, 4, 3).mean(axis=(1, 3))
     np.testing.assert_allclose(two(tmp_path, noise(1, 160, 160)), expected, atol=0.6)
 
 
 @pytest.mark.parametrize("side", [8, 28])
-def test_small_pictures_are_read_too(tmp_path, side):
+def test_small_images_are_read(tmp_path, side):
     pixels = np.full((side, side, 3), (10, 100, 250), np.uint8)
     np.testing.assert_array_equal(two(tmp_path, pixels), np.full((40, 40, 3), (10, 100, 250)))
     assert two(tmp_path, np.full((side, side), 77, np.uint8))[0, 0].tolist() == [77, 77, 77]
 
 
-def test_pictures_are_turned_upright(tmp_path):
+def test_images_are_turned_upright(tmp_path):
     """EXIF says: turn by 90° clockwise. What is stored at the left comes to lie at the top."""
-    for side in (20, 80):  # read here and by decode_picture
+    for side in (20, 80):  # read here and by decode_pixels
         pixels = np.zeros((side, side, 3), np.uint8)
         pixels[:, : side // 2] = (0, 0, 240)
         exif = Image.Exif()
@@ -219,7 +219,7 @@ def break_some(train) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("as_archive", [False, True])
-def test_damaged_pictures_are_skipped_and_named(halves, tmp_path, capsys, as_archive):
+def test_damaged_images_are_skipped_and_named(halves, tmp_path, capsys, as_archive):
     broken = break_some(halves / "train")
     (halves / "train" / "cat" / "notes.txt").write_text("left alone")
     (halves / "train" / "cat" / "._00.png").write_bytes(b"of a Macintosh")
@@ -258,7 +258,7 @@ def test_names_that_are_no_text(halves, tmp_path, capsys):
         assert len(everything(tmp_path / "set.h5")) == 26
 
 
-def test_a_picture_that_is_no_file_or_absurdly_large(halves, tmp_path, capsys):
+def test_image_that_is_no_file_or_absurdly_large(halves, tmp_path, capsys):
     os.mkfifo(halves / "train" / "cat" / "pipe.png")
     with (halves / "train" / "cat" / "large.png").open("wb") as file:
         file.truncate(2**40)  # takes no room on the disk
@@ -298,7 +298,7 @@ def test_a_class_that_is_not_in_train(halves, tmp_path, capsys, where, text):
     assert not list(tmp_path.glob("set.h5*"))
 
 
-def test_a_class_of_nothing_but_damaged_pictures(halves, tmp_path, capsys):
+def test_class_with_only_damaged_images(halves, tmp_path, capsys):
     for file in (halves / "train" / "dog").iterdir():
         file.write_bytes(b"")
     assert prepare(halves, tmp_path / "set.h5") == 2

@@ -84,7 +84,7 @@ def test_excerpt(inputs, tmp_path):
     assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.csv", "out.mp4"]
 
 
-def test_the_sound_follows_the_counts(inputs, tmp_path):
+def test_audio_follows_the_counts(inputs, tmp_path):
     bank = clip.read_voices(tmp_path)["test"]
     track = clip.simulate_track([0, 0, 0, 2_000, 2_000, 2_000], bank, seed=0)
     seconds = np.square(track.reshape(6, -1)).mean(axis=1)
@@ -224,6 +224,6 @@ def test_bundled_images():
         assert image.info["comment"].startswith(b"768 squares around heads in vtest.avi")
 
 
-def test_bundled_sound_is_a_second():
+def test_bundled_audio_is_one_second():
     waveform, rate = read_audio(SAMPLES / "street-simulated.wav")
     assert (waveform.shape, rate) == ((1, 16_000), 16_000)

@@ -25,23 +25,23 @@ def prepare(*arguments, jobs=1) -> int:
     return common.run(disco.app, [*map(str, arguments), "--jobs", str(jobs)])
 
 
-def add(source, split, id, picture, heads, width=WIDTH, height=HEIGHT):
+def add(source, split, id, image, heads, width=WIDTH, height=HEIGHT):
     """One id as published, and its heads in ``annotations``."""
     for folder in ("imgs", "auds", f"density/{split}", "annotations"):
         (source / folder).mkdir(parents=True, exist_ok=True)
-    (source / "imgs" / f"{id}.jpg").write_bytes(picture)
+    (source / "imgs" / f"{id}.jpg").write_bytes(image)
     savemat(source / "density" / split / f"{id}.mat", {"map": density_map(heads, height, width)})
     (source / "annotations" / f"GT_{id}.txt").write_text("".join(f"{x:.2f} {y:.2f}\n" for x, y in heads))
-    sound = np.random.default_rng(len(heads)).normal(0, 3000, 48_000).astype(np.int16)
+    audio = np.random.default_rng(len(heads)).normal(0, 3000, 48_000).astype(np.int16)
     with wave.open(str(source / "auds" / f"{id}.wav"), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(48_000)
-        file.writeframes(sound.tobytes())
+        file.writeframes(audio.tobytes())
 
 
 @pytest.fixture
-def source(tmp_path, crowd_picture):
+def source(tmp_path, crowd_image):
     source = tmp_path / "DISCO"
     for split, id, heads in (
         ("train", "001", 4),
@@ -49,7 +49,7 @@ def source(tmp_path, crowd_picture):
         ("val", "003", 6),
         ("test", "004", 0),
     ):
-        add(source, split, id, *crowd_picture(WIDTH, HEIGHT, heads))
+        add(source, split, id, *crowd_image(WIDTH, HEIGHT, heads))
     return source
 
 
@@ -106,11 +106,11 @@ def test_density_onto_grid_keeps_the_sum(shape):
         np.testing.assert_allclose(grid, matrix.reshape(72, 15, 128, 15).sum(axis=(1, 3)), rtol=1e-4)
 
 
-def test_another_shape_is_filled_up(tmp_path, crowd_picture):
+def test_another_shape_is_filled_up(tmp_path, crowd_image):
     """A square image keeps its shape: what it does not reach is black and has neither heads nor density."""
     source = tmp_path / "DISCO"
-    picture, _ = crowd_picture(200, 200, 0)
-    add(source, "test", "1", picture, np.array([[100.0, 50.0], [199.9, 199.9]]), 200, 200)
+    image, _ = crowd_image(200, 200, 0)
+    add(source, "test", "1", image, np.array([[100.0, 50.0], [199.9, 199.9]]), 200, 200)
     for target, options in (("heads", ["--heads", source / "annotations"]), ("density", [])):
         assert prepare(source, tmp_path / target, *options) == 0
     sample = Store(tmp_path / "heads").read("test", "1")
@@ -123,15 +123,15 @@ def test_another_shape_is_filled_up(tmp_path, crowd_picture):
     assert density.sum() == pytest.approx(2, rel=1e-4)
 
 
-def test_sparse_matrix_and_size_kept(tmp_path, crowd_picture):
+def test_sparse_matrix_and_size_kept(tmp_path, crowd_image):
     source = tmp_path / "DISCO"
-    picture, heads = crowd_picture(1024, 576, 3)
-    add(source, "val", "1", picture, heads)
+    image, heads = crowd_image(1024, 576, 3)
+    add(source, "val", "1", image, heads)
     savemat(source / "density/val/1.mat", {"map": csc_matrix(density_map(heads, 576, 1024).astype(float))})
     assert prepare(source, tmp_path / "set.h5") == 0
     sample = Store(tmp_path / "set.h5").read("val", "1")
     assert sample.count == pytest.approx(3, rel=1e-4)
-    assert sample.image.tobytes() == picture  # of the right size already: kept byte by byte
+    assert sample.image.tobytes() == image  # of the right size already: kept byte by byte
 
 
 BROKEN = {

@@ -22,7 +22,7 @@ def idx(array: np.ndarray, magic: int | None = None, shape: tuple[int, ...] | No
     return struct.pack(f">{1 + len(shape)}I", magic or 0x0800 + array.ndim, *shape) + array.tobytes()
 
 
-def pictures(n: int, seed: int) -> np.ndarray:
+def make_images(n: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (n, 28, 28), np.uint8)
 
 
@@ -32,9 +32,9 @@ def labels(n: int) -> np.ndarray:
 
 def published() -> dict[str, bytes]:
     return {
-        "train-images-idx3-ubyte": idx(pictures(TRAIN, 1)),
+        "train-images-idx3-ubyte": idx(make_images(TRAIN, 1)),
         "train-labels-idx1-ubyte": idx(labels(TRAIN)),
-        "t10k-images-idx3-ubyte": idx(pictures(TEST, 2)),
+        "t10k-images-idx3-ubyte": idx(make_images(TEST, 2)),
         "t10k-labels-idx1-ubyte": idx(labels(TEST)),
     }
 
@@ -77,7 +77,9 @@ def test_whole_set(source, tmp_path, capsys, compressed):
     assert store.classes[0] == "T-shirt/top"
     assert store.classes[9] == "Ankle boot"
     for split in store.splits():
-        images, right = (pictures(TEST, 2), labels(TEST)) if split == "test" else (pictures(TRAIN, 1), labels(TRAIN))
+        images, right = (
+            (make_images(TEST, 2), labels(TEST)) if split == "test" else (make_images(TRAIN, 1), labels(TRAIN))
+        )
         for index, id in enumerate(store.ids(split)):
             half, number = id.split("/")
             assert half == ("t10k" if split == "test" else "train")
@@ -106,15 +108,15 @@ BROKEN = {
     "too long": (IMAGES, published()[IMAGES] + b"\0", "longer than the 60 images"),
     "labels cut short": (LABELS, published()[LABELS][:-1], "declares 20 labels and ends before the last"),
     "labels too long": (LABELS, published()[LABELS] + b"\0", "longer than the 20 labels"),
-    "wrong magic": (IMAGES, idx(pictures(60, 1), magic=0x0D03), "begins 0x00000d03, not 0x00000803"),
+    "wrong magic": (IMAGES, idx(make_images(60, 1), magic=0x0D03), "begins 0x00000d03, not 0x00000803"),
     "little-endian": (LABELS, struct.pack("<2I", 0x0801, 20) + bytes(20), "no idx file of labels"),
     "labels for images": (IMAGES, published()[LABELS] + bytes(99), "no idx file of images"),
-    "absurd": (IMAGES, idx(pictures(60, 1), shape=(2**32 - 1, 28, 28)), "declares 4,294,967,295 images"),
-    "absurd sides": (IMAGES, idx(pictures(60, 1), shape=(60, 2**31, 2**31)), "images of 2147483648×2147483648"),
+    "absurd": (IMAGES, idx(make_images(60, 1), shape=(2**32 - 1, 28, 28)), "declares 4,294,967,295 images"),
+    "absurd sides": (IMAGES, idx(make_images(60, 1), shape=(60, 2**31, 2**31)), "images of 2147483648×2147483648"),
     "absurd labels": (LABELS, idx(labels(20), shape=(2**32 - 1,)), "declares 4,294,967,295 labels"),
-    "other sides": (IMAGES, idx(pictures(60, 1), shape=(60, 14, 56)), "images of 56×14, not 28×28"),
-    "none": (IMAGES, idx(pictures(0, 1)), "declares 0 images"),
-    "an image too few": (IMAGES, idx(pictures(59, 1)), "train has 59 images and 60 labels"),
+    "other sides": (IMAGES, idx(make_images(60, 1), shape=(60, 14, 56)), "images of 56×14, not 28×28"),
+    "none": (IMAGES, idx(make_images(0, 1)), "declares 0 images"),
+    "an image too few": (IMAGES, idx(make_images(59, 1)), "train has 59 images and 60 labels"),
     "a label too many": (LABELS, idx(labels(21)), "t10k has 20 images and 21 labels"),
     "a label too large": (LABELS, idx(np.full(20, 10, np.uint8)), "labels 10 to 10 of 10 classes"),
 }

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from scipy.io import savemat
 
 from crowdexit.data.dataset import CrowdDataset, Setting
-from crowdexit.data.picture import MEAN, STD, ImageHeader, decode_picture
+from crowdexit.data.image import MEAN, STD, ImageHeader, decode_pixels
 from crowdexit.data.store import Store, StoreError
 from data_prep import common, disco, shanghaitech, speech_commands
 
@@ -72,7 +72,7 @@ def test_heads_lie_on_the_image_that_is_trained_on(tmp_path, capsys, orientation
     assert (sample.height, sample.width) == shown.shape[:2]
     assert len(sample.points) == 9
     assert sample.image.tobytes() == data
-    decoded = decode_picture(data)
+    decoded = decode_pixels(data)
     assert all(decoded[y, x].min() > 150 for x, y in sample.points.astype(int))
     item = CrowdDataset(store, "test", ["A_IMG_1"], Setting((sample.width, sample.height)))[0]
     light = (item["image"].numpy().transpose(1, 2, 0) * STD + MEAN).mean(axis=2) > 0.6

@@ -9,11 +9,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from sounds import break_some, error, everything, hiss, tone, write_au, write_wav
+from audio_files import break_some, error, everything, hiss, tone, write_au, write_wav
 
 from crowdexit.data.classes import ClassStore
 from crowdexit.data.log_mel import read_audio
-from crowdexit.data.spectrogram import gtzan_picture
+from crowdexit.data.spectrogram import gtzan_image
 from data_prep import common, gtzan, labelled
 from data_prep.gtzan import GENRES
 
@@ -53,7 +53,7 @@ def test_whole_set(source, tmp_path, capsys):
     for id, (_, name, values) in found.items():
         genre, clip, piece = id.split("/")
         assert (genre, clip.split(".")[0], piece) == (name, name, "0")
-        assert values == gtzan_picture(*read_audio(source / genre / f"{clip}.wav"), size=32).tobytes()
+        assert values == gtzan_image(*read_audio(source / genre / f"{clip}.wav"), size=32).tobytes()
 
 
 def test_ten_pieces_of_a_clip_stay_together(source, tmp_path, capsys):
@@ -68,7 +68,7 @@ def test_ten_pieces_of_a_clip_stay_together(source, tmp_path, capsys):
     waveform = read_audio(source / "jazz" / "jazz.00001.wav")[0]
     for n, (_, _, values) in enumerate(found.values()):
         piece = waveform[:, n * PIECE : (n + 1) * PIECE]
-        assert values == gtzan_picture(piece, 22_050, size=32).tobytes()
+        assert values == gtzan_image(piece, 22_050, size=32).tobytes()
 
 
 @pytest.mark.parametrize(("samples", "pieces"), [(2 * PIECE - 1, 1), (2 * PIECE, 2), (3 * PIECE - 1, 2)])
@@ -126,9 +126,9 @@ def test_a_clip_of_another_rate(source, tmp_path):
     assert prepare(source, tmp_path / "set.h5") == 0
     found = everything(tmp_path / "set.h5")
     for n in range(2):
-        picture = np.frombuffer(found[f"pop/pop.00000/{n}"][2], np.uint8).reshape(32, 32, 3)[..., 0]
-        assert 32 - picture.mean(axis=1).argmax() == pytest.approx(1000 / 11_025 * 32, abs=1)
-        assert picture[:, 2:-2].max() > picture[:, 2:-2].mean() + 60
+        image = np.frombuffer(found[f"pop/pop.00000/{n}"][2], np.uint8).reshape(32, 32, 3)[..., 0]
+        assert 32 - image.mean(axis=1).argmax() == pytest.approx(1000 / 11_025 * 32, abs=1)
+        assert image[:, 2:-2].max() > image[:, 2:-2].mean() + 60
 
 
 def test_damaged_clips_are_skipped_and_named(source, tmp_path, capsys):
@@ -172,11 +172,11 @@ def test_interrupted_run_goes_on(source, tmp_path, monkeypatch, capsys):
     assert prepare(source, tmp_path / "whole.h5") == 0
     made = []
 
-    def make(path, sound):
+    def make(path, audio):
         if len(made) == 3:
             raise KeyboardInterrupt
         made.append(path)
-        return original(path, sound)
+        return original(path, audio)
 
     original = gtzan.make
     with monkeypatch.context() as patch:

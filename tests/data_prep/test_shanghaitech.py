@@ -19,24 +19,24 @@ def prepare(*arguments, jobs=1) -> int:
     return common.run(shanghaitech.app, [*map(str, arguments), "--jobs", str(jobs)])
 
 
-def add(half, number, picture, heads, truths="ground-truth"):
+def add(half, number, image, heads, truths="ground-truth"):
     """One image and its heads as published: image_info is a cell of a struct of location and number."""
     (half / "images").mkdir(parents=True, exist_ok=True)
     (half / truths).mkdir(exist_ok=True)
-    (half / "images" / f"IMG_{number}.jpg").write_bytes(picture)
+    (half / "images" / f"IMG_{number}.jpg").write_bytes(image)
     cell = np.empty((1, 1), object)
     cell[0, 0] = {"location": heads, "number": len(heads)}
     savemat(half / truths / f"GT_IMG_{number}.mat", {"image_info": cell})
 
 
 @pytest.fixture
-def source(tmp_path, crowd_picture):
+def source(tmp_path, crowd_image):
     """Both parts: A of images 1 to 9 in train_data and 1 in test_data, B of one image."""
     source = tmp_path / "ShanghaiTech"
     for number in range(1, 10):
-        add(source / "part_A" / "train_data", number, *crowd_picture(heads=number, seed=number))
-    add(source / "part_A" / "test_data", 1, *crowd_picture(heads=20), truths="ground_truth")
-    add(source / "part_B" / "train_data", 7, *crowd_picture(100, 75, heads=0))
+        add(source / "part_A" / "train_data", number, *crowd_image(heads=number, seed=number))
+    add(source / "part_A" / "test_data", 1, *crowd_image(heads=20), truths="ground_truth")
+    add(source / "part_B" / "train_data", 7, *crowd_image(100, 75, heads=0))
     return source
 
 
@@ -69,14 +69,14 @@ def test_validation_split_is_an_eighth_and_fixed():
 
 
 @pytest.mark.parametrize(("name", "letter"), [("part_B_final", "B"), ("Part-A", "A"), ("pictures", "X")])
-def test_one_part(tmp_path, crowd_picture, name, letter):
-    add(tmp_path / name / "test_data", 3, *crowd_picture())
+def test_one_part(tmp_path, crowd_image, name, letter):
+    add(tmp_path / name / "test_data", 3, *crowd_image())
     assert prepare(tmp_path / name, tmp_path / "set.h5") == 0
     assert Store(tmp_path / "set.h5").ids("test") == [f"{letter}_IMG_3"]
 
 
 @pytest.mark.parametrize("kernel", ["gaussian", "adaptive"])
-def test_density_and_smaller_pictures(source, tmp_path, kernel):
+def test_density_and_smaller_images(source, tmp_path, kernel):
     options = ["--store-density", "--kernel", kernel, "--max-side", 60]
     assert prepare(source / "part_A", tmp_path / "set.h5", *options) == 0
     sample = Store(tmp_path / "set.h5").read("test", "A_IMG_1")
@@ -128,9 +128,9 @@ def test_strict_stops(source, tmp_path, capsys):
     assert not (tmp_path / "set.h5").exists()
 
 
-def test_heads_outside_are_dropped_and_counted(tmp_path, crowd_picture, capsys):
-    picture, _ = crowd_picture()
-    add(tmp_path / "part_A/test_data", 1, picture, np.array([[5, 5], [95.9, 63.9], [96, 5], [-1, 5.0]]))
+def test_heads_outside_are_dropped_and_counted(tmp_path, crowd_image, capsys):
+    image, _ = crowd_image()
+    add(tmp_path / "part_A/test_data", 1, image, np.array([[5, 5], [95.9, 63.9], [96, 5], [-1, 5.0]]))
     assert prepare(tmp_path, tmp_path / "set.h5") == 0
     assert Store(tmp_path / "set.h5").counts("test") == {"A_IMG_1": 2}
     assert "2 heads outside their images dropped" in capsys.readouterr().out
@@ -198,7 +198,7 @@ def test_killed_run_goes_on(source, tmp_path, capsys):
     assert "set.h5: 11 images" in out
 
 
-def test_nothing_usable(tmp_path, crowd_picture, capsys):
+def test_nothing_usable(tmp_path, crowd_image, capsys):
     add(tmp_path / "part_A/train_data", 1, b"no picture", np.zeros((1, 2)))
     assert prepare(tmp_path, tmp_path / "out" / "set.h5") == 2
     assert "no sample could be prepared" in capsys.readouterr().err
@@ -219,9 +219,9 @@ def test_nothing_usable(tmp_path, crowd_picture, capsys):
         ["part_C", "set.h5"],
     ],
 )
-def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, crowd_picture, arguments):
+def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, crowd_image, arguments):
     monkeypatch.chdir(tmp_path)
-    add(tmp_path / "source/part_A/train_data", 1, *crowd_picture())
+    add(tmp_path / "source/part_A/train_data", 1, *crowd_image())
     for part in ("twice/part_A/train_data", "twice/part_A_final/train_data", "part_C/train_data", "folder"):
         (tmp_path / part).mkdir(parents=True)
     (tmp_path / "file").write_text("in the way")

@@ -9,11 +9,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from sounds import break_some, error, everything, hiss, tone, write_encoded, write_wav
+from audio_files import break_some, error, everything, hiss, tone, write_encoded, write_wav
 
 from crowdexit.data.classes import ClassStore
 from crowdexit.data.log_mel import read_audio
-from crowdexit.data.spectrogram import stft_picture
+from crowdexit.data.spectrogram import stft_image
 from data_prep import common, labelled, sound_folders
 
 
@@ -27,8 +27,8 @@ def plain(tmp_path):
     for label, name in enumerate(("high", "low")):
         for number in range(10):
             rate = (8000, 16_000, 44_100)[number % 3]
-            sound = tone(3000 - 2500 * label + 40 * number, rate, 0.2 + 0.1 * number)
-            write_wav(tmp_path / "set" / name / f"{number}.wav", sound, rate)
+            audio = tone(3000 - 2500 * label + 40 * number, rate, 0.2 + 0.1 * number)
+            write_wav(tmp_path / "set" / name / f"{number}.wav", audio, rate)
     return tmp_path / "set"
 
 
@@ -63,7 +63,7 @@ def test_class_folders(plain, tmp_path, capsys):
     assert len(found) == 20
     for id, (_, name, values) in found.items():
         assert id.startswith(f"{name}/")
-        assert values == stft_picture(*read_audio(plain / id), size=32).tobytes()
+        assert values == stft_image(*read_audio(plain / id), size=32).tobytes()
     assert Counter((split, name) for split, name, _ in found.values()) == {
         (split, name): number for split, number in (("train", 8), ("val", 1), ("test", 1)) for name in ("high", "low")
     }
@@ -193,14 +193,14 @@ def test_other_formats(plain, tmp_path, suffix):
     found = everything(tmp_path / "set.h5")
     assert len(found) == 21
     values = np.frombuffer(found[f"low/x{suffix}"][2], np.uint8).reshape(32, 32, 3).astype(int)
-    wanted = stft_picture(tone(500, 16_000, 1.0), 16_000, size=32).astype(int)
+    wanted = stft_image(tone(500, 16_000, 1.0), 16_000, size=32).astype(int)
     np.testing.assert_allclose(values[:, 2:-2][wanted[:, 2:-2] > 170], wanted[:, 2:-2][wanted[:, 2:-2] > 170], atol=3)
 
 
 def test_seconds(plain, tmp_path):
     assert prepare(plain, tmp_path / "set.h5", "--seconds", 0.5) == 0
     for id, (_, _, values) in everything(tmp_path / "set.h5").items():
-        assert values == stft_picture(*read_audio(plain / id), size=32, seconds=0.5).tobytes()
+        assert values == stft_image(*read_audio(plain / id), size=32, seconds=0.5).tobytes()
 
 
 def test_damaged_recordings_are_skipped_and_named(plain, tmp_path, capsys):
@@ -249,9 +249,9 @@ def interrupt(monkeypatch, source, target):
         made.append(path)
         return original(path, *arguments)
 
-    original = sound_folders.read_sound
+    original = sound_folders.read_recording
     with monkeypatch.context() as patch:
-        patch.setattr(sound_folders, "read_sound", make)
+        patch.setattr(sound_folders, "read_recording", make)
         patch.setattr(labelled, "BATCH", 4)
         assert prepare(source, target) == 130
     assert not target.exists()
@@ -286,11 +286,11 @@ def test_killed_run_goes_on(plain, tmp_path, capsys):
     """SIGKILL, with no time to tidy up: a child kills itself while it reads its tenth recording."""
     script = (
         "import os, signal, sys\nfrom data_prep import common, labelled, sound_folders\n"
-        "original, made = sound_folders.read_sound, []\n"
+        "original, made = sound_folders.read_recording, []\n"
         "def make(*arguments):\n"
         "    made.append(1)\n"
         "    return original(*arguments) if len(made) < 10 else os.kill(os.getpid(), signal.SIGKILL)\n"
-        "sound_folders.read_sound, labelled.BATCH = make, 4\n"
+        "sound_folders.read_recording, labelled.BATCH = make, 4\n"
         "common.run(sound_folders.app, sys.argv[1:])\n"
     )
     target = tmp_path / "set.h5"

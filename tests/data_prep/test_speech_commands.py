@@ -8,11 +8,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from sounds import break_some, error, everything, hiss, tone, write_wav
+from audio_files import break_some, error, everything, hiss, tone, write_wav
 
 from crowdexit.data.classes import ClassStore
 from crowdexit.data.log_mel import read_audio
-from crowdexit.data.spectrogram import Spectrogram, stft_picture
+from crowdexit.data.spectrogram import Spectrogram, stft_image
 from crowdexit.data.store import SPLITS
 from data_prep import common, labelled, speech_commands
 from data_prep.speech_commands import CLASSES, NOISE, VOLUMES, WORDS
@@ -63,7 +63,7 @@ def test_whole_set(source, tmp_path, capsys):
             continue
         assert name == (folder if folder in WORDS else "unknown")
         assert split == {"4": "val", "5": "test"}.get(file[0], "train")  # the lists', strictly
-        assert values == stft_picture(*read_audio(source / id), size=32).tobytes()
+        assert values == stft_image(*read_audio(source / id), size=32).tobytes()
 
 
 def test_unknown_and_silence_are_the_mean_of_the_words(source, tmp_path):
@@ -111,7 +111,7 @@ def test_silence_of_two_splits_never_overlaps(source, tmp_path):
         start, volume = int(rest.split("x")[0]), float(rest.split("x")[1])
         samples = read_audio(source / NOISE / file)[0][0, start : start + 16_000].astype(float)
         assert len(samples) == 16_000
-        assert values == stft_picture(samples * volume, 16_000, size=32).tobytes()
+        assert values == stft_image(samples * volume, 16_000, size=32).tobytes()
         heard[file][split][start : start + 16_000] = True
         counts[split] += 1
         volumes[volume] += 1
@@ -129,17 +129,17 @@ def test_noise_at_another_rate_and_in_stereo(source, tmp_path):
     for path in (source / NOISE).glob("*.wav"):
         path.unlink()
     seconds = 20
-    sound = tone(1000, 44_100, seconds)
-    write_wav(source / NOISE / "tone.wav", np.stack([sound, sound], 1), 44_100)
+    audio = tone(1000, 44_100, seconds)
+    write_wav(source / NOISE / "tone.wav", np.stack([audio, audio], 1), 44_100)
     assert prepare(source, tmp_path / "set.h5", size=129) == 0  # whole rows, none mixed with another
     starts = []
     for id, (_, name, values) in everything(tmp_path / "set.h5").items():
         if name == "silence":
             start, volume = id.split("@")[1].split("x")
             starts.append(int(start))
-            picture = np.frombuffer(values, np.uint8).reshape(129, 129, 3)[..., 0].astype(float)
-            assert picture.mean(axis=1).argmax() == 128 - 16
-            assert picture.max() == pytest.approx(255 * (1 + 20 * np.log10(0.5 * float(volume)) / 120), abs=1)
+            failing = np.frombuffer(values, np.uint8).reshape(129, 129, 3)[..., 0].astype(float)
+            assert failing.mean(axis=1).argmax() == 128 - 16
+            assert failing.max() == pytest.approx(255 * (1 + 20 * np.log10(0.5 * float(volume)) / 120), abs=1)
     assert len(starts) == 6
     assert 16_000 * 18 <= max(starts) <= 16_000 * (seconds - 1)  # counted at 16 kHz
 
@@ -151,7 +151,7 @@ def test_long_and_short_recordings(source, tmp_path):
     found = everything(tmp_path / "set.h5")
     for n in (0, 1):
         id = f"yes/{n}a_nohash_0.wav"
-        assert found[id][2] == stft_picture(*read_audio(source / id), size=32).tobytes()
+        assert found[id][2] == stft_image(*read_audio(source / id), size=32).tobytes()
 
 
 def test_damaged_recordings_are_skipped_and_named(source, tmp_path, capsys):
@@ -257,7 +257,7 @@ def test_interrupted_run_goes_on(source, tmp_path, monkeypatch, capsys):
     assert prepare(source, tmp_path / "whole.h5") == 0
     made = []
 
-    def picture(*arguments):
+    def failing(*arguments):
         if len(made) == 67:  # among the silence
             raise KeyboardInterrupt
         made.append(1)
@@ -265,7 +265,7 @@ def test_interrupted_run_goes_on(source, tmp_path, monkeypatch, capsys):
 
     original = Spectrogram.of
     with monkeypatch.context() as patch:
-        patch.setattr(Spectrogram, "of", picture)
+        patch.setattr(Spectrogram, "of", failing)
         patch.setattr(labelled, "BATCH", 4)
         assert prepare(source, tmp_path / "set.h5") == 130
     assert not (tmp_path / "set.h5").exists()

@@ -31,10 +31,10 @@ def prepared(tmp_path):
     with open_for_writing(path) as file:
         for number in range(12):
             points = random.uniform(0, 60, (5 * number, 2)).astype(np.float32)
-            picture = cv2.imencode(".png", random.integers(0, 255, (64, 128, 3), np.uint8))[1]
-            sound = {"log_mel": random.normal(size=(96, 64)).astype(np.float32), "audio_source": "simulated"}
+            image = cv2.imencode(".png", random.integers(0, 255, (64, 128, 3), np.uint8))[1]
+            audio = {"log_mel": random.normal(size=(96, 64)).astype(np.float32), "audio_source": "simulated"}
             sample = StoredSample(
-                str(number), "val", picture, points, 128, 64, len(points), **({} if number % 3 else sound)
+                str(number), "val", image, points, 128, 64, len(points), **({} if number % 3 else audio)
             )
             write_sample(file, sample)
     return path
@@ -64,7 +64,7 @@ def test_calibrate(prepared, checkpoint, capsys):
     assert made.errors(heard=True) != made.errors(heard=False)
 
 
-def test_an_export_has_intervals_of_its_own(prepared, checkpoint, picture_file, tmp_path, capsys):
+def test_an_export_has_intervals_of_its_own(prepared, checkpoint, image_file, tmp_path, capsys):
     """At another size the checkpoint's do not hold: said, and measured on the export itself."""
     out = tmp_path / "small"
     widths = {"V1": 0.4, "final": 0.1}
@@ -72,7 +72,7 @@ def test_an_export_has_intervals_of_its_own(prepared, checkpoint, picture_file, 
     made = ["export", "--model", str(checkpoint), "--out", str(out), "--exits", "final", "--size", "64x64"]
     assert command.run(app, made) == 0
     assert f"no intervals for it at 64x64; `crowdexit calibrate {out}" in capsys.readouterr().err
-    seen = ["count", str(picture_file()), "--model", str(out), "--format", "json"]
+    seen = ["count", str(image_file()), "--model", str(out), "--format", "json"]
     confident = [*seen, "--policy", "confident"]
     assert command.run(app, confident) == 2
     assert "no intervals to be confident by: see crowdexit calibrate" in capsys.readouterr().err
@@ -90,7 +90,7 @@ def test_an_export_has_intervals_of_its_own(prepared, checkpoint, picture_file, 
     assert (low, high) == pytest.approx((max(0, row["count"] - half), row["count"] + half), abs=0.05)
 
 
-def test_too_few_with_sound(prepared, checkpoint, caplog):
+def test_too_few_samples_with_audio(prepared, checkpoint, caplog):
     """Twelve images are enough for 0.9, four with audio are not: told, and the rest is kept."""
     arguments = [str(checkpoint), "--data", str(prepared), "--level", "0.9", "--runtime", "eager"]
     assert command.run(app, ["calibrate", *arguments]) == 0
@@ -102,17 +102,17 @@ def test_too_few_with_sound(prepared, checkpoint, caplog):
     assert made.errors(heard=True) == made.silent_errors
 
 
-def test_pictures_that_are_cut_into_tiles_are_not_heard(prepared, checkpoint, monkeypatch):
+def test_tiled_images_are_counted_without_audio(prepared, checkpoint, monkeypatch):
     """Their sound belongs to the whole scene: they tell nothing of what is heard, nor are they counted again for it."""
     wide = prepared.with_name("wide.h5")
     with Store(prepared) as store, open_for_writing(wide) as file:
         for id in store.ids("val"):
             write_sample(file, store.read("val", id))
         random = np.random.default_rng(1)
-        picture = cv2.imencode(".png", random.integers(0, 255, (256, 1024, 3), np.uint8))[1]
+        image = cv2.imencode(".png", random.integers(0, 255, (256, 1024, 3), np.uint8))[1]
         points = np.zeros((3, 2), np.float32)
-        sound = {"log_mel": random.normal(size=(96, 64)).astype(np.float32), "audio_source": "simulated"}
-        write_sample(file, StoredSample("wide", "val", picture, points, 1024, 256, 3, **sound))
+        audio = {"log_mel": random.normal(size=(96, 64)).astype(np.float32), "audio_source": "simulated"}
+        write_sample(file, StoredSample("wide", "val", image, points, 1024, 256, 3, **audio))
     counter = load(checkpoint, runtime="eager")
     stream, counted = counter.stream, []
     monkeypatch.setattr(counter, "stream", lambda *given: counted.append(given) or stream(*given))
@@ -160,12 +160,11 @@ def test_expected_errors():
         (["--late", "fail"], "nothing is late without --deadline-ms"),
     ],
 )
-def test_bad_input_is_one_line(checkpoint, picture_file, tmp_path, monkeypatch, capsys, options, line):
+def test_bad_input_is_one_line(checkpoint, image_file, tmp_path, monkeypatch, capsys, options, line):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("crowdexit.inference.counter.PIXELS_AT_ONCE", 1)
     assert (
-        command.run(app, ["count", str(picture_file()), "--model", str(checkpoint), "--runtime", "eager", *options])
-        == 2
+        command.run(app, ["count", str(image_file()), "--model", str(checkpoint), "--runtime", "eager", *options]) == 2
     )
     err = capsys.readouterr().err
     assert line in err
@@ -173,21 +172,21 @@ def test_bad_input_is_one_line(checkpoint, picture_file, tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("option", ["--deadline-ms", "--budget-ms"])
-def test_times_that_are_none_are_told_before_the_weights_are_read(option, picture_file, monkeypatch, capsys):
+def test_times_that_are_none_are_told_before_the_weights_are_read(option, image_file, monkeypatch, capsys):
     monkeypatch.setattr("crowdexit.inference.counter.load", lambda *_, **__: pytest.fail("loaded"))
-    assert command.run(app, ["count", str(picture_file()), option, "-1"]) == 2
+    assert command.run(app, ["count", str(image_file()), option, "-1"]) == 2
     assert " of -1 ms " in capsys.readouterr().err
 
 
-def test_count_from_the_command_line(prepared, checkpoint, picture_file, tmp_path, monkeypatch, capsys):
+def test_count_from_the_command_line(prepared, checkpoint, image_file, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("crowdexit.inference.counter.PIXELS_AT_ONCE", 1)
     widths = {"V1": 0.4, "AV1": 0.3, "AV2": 0.2, "final": 0.1}
     zoo.annotate(checkpoint, intervals=Intervals(0.9, widths, widths, 20).to_dict())
-    pictures = [str(picture_file(f"{number}.jpg", seed=number)) for number in range(3)]
+    images = [str(image_file(f"{number}.jpg", seed=number)) for number in range(3)]
 
     def said(*options: str) -> list[dict]:
-        arguments = ["count", *pictures, "--model", str(checkpoint), "--runtime", "eager", "--format", "json", *options]
+        arguments = ["count", *images, "--model", str(checkpoint), "--runtime", "eager", "--format", "json", *options]
         assert command.run(app, arguments) == 0
         return [json.loads(row) for row in capsys.readouterr().out.splitlines()]
 
@@ -197,7 +196,7 @@ def test_count_from_the_command_line(prepared, checkpoint, picture_file, tmp_pat
     assert all(row["in_time"] for row in fitting)
     assert [row["in_time"] for row in said("--deadline-ms", "0.001")] == [False] * 3
     within = said("--budget-ms", "600000")
-    assert [row["source"] for row in within] == pictures
+    assert [row["source"] for row in within] == images
     assert [row["count"] for row in within] == pytest.approx([row["count"] for row in said()], abs=0.02)
 
 
@@ -233,11 +232,11 @@ def test_ranges_for_int8(prepared, checkpoint, tmp_path, capsys):
     assert network.activation_ranges
     fewer, _ = zoo.with_exits(network, spec, ["V1"])
     assert fewer.activation_ranges == network.activation_ranges
-    picture = np.random.default_rng(0).integers(0, 255, (64, 128, 3), np.uint8)
-    expected = load(checkpoint, runtime="eager").count(picture).count
-    assert load(checkpoint, runtime="openvino-int8").count(picture).count == pytest.approx(expected, rel=0.05)
+    image = np.random.default_rng(0).integers(0, 255, (64, 128, 3), np.uint8)
+    expected = load(checkpoint, runtime="eager").count(image).count
+    assert load(checkpoint, runtime="openvino-int8").count(image).count == pytest.approx(expected, rel=0.05)
     out = export(checkpoint, tmp_path / "int8", precision="int8", exits=[])
-    assert load(out).count(picture).count == pytest.approx(expected, rel=0.05)
+    assert load(out).count(image).count == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize(

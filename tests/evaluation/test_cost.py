@@ -69,10 +69,10 @@ def test_the_dense_layer_of_stage_two():
 
 def test_a_scenario_has_its_own_classes_and_branches():
     """Table III: 24 heads at ResNet152's second place on sounds; d = 36 and 8 heads in InceptionV3 on CIFAR-100."""
-    plain, sounds = (cost("resnet152", dataset=name, branch="slvit") for name in ("cifar10", "gtzan"))
-    assert plain.exits[0].branch_params == sounds.exits[0].branch_params
+    plain, audio = (cost("resnet152", dataset=name, branch="slvit") for name in ("cifar10", "gtzan"))
+    assert plain.exits[0].branch_params == audio.exits[0].branch_params
     more = 12 * (3 * (32 * 32 + 32) + 32 * 32)  # twelve heads more: queries, keys, values with bias, and the way back
-    assert sounds.exits[1].branch_params - plain.exits[1].branch_params == more
+    assert audio.exits[1].branch_params - plain.exits[1].branch_params == more
     ten, hundred = (cost("inceptionv3", dataset=name, branch="cnn") for name in ("cifar10", "cifar100"))
     assert hundred.exits[0].branch_params - ten.exits[0].branch_params == 90 * 257
     wide = cost("inceptionv3", dataset="cifar100", branch="slvit", layer="1").exits[0].branch_params

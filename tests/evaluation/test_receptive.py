@@ -27,12 +27,12 @@ def network() -> AudioCSRNet:
 
 
 @pytest.fixture
-def picture() -> np.ndarray:
+def make_image() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (128, 256, 3), np.uint8)
 
 
-def test_a_convolution_sees_a_patch_and_attention_everything(network, picture):
-    sights = {sight.exit: sight for sight in look(network, picture)}
+def test_a_convolution_sees_a_patch_and_attention_everything(network, make_image):
+    sights = {sight.exit: sight for sight in look(network, make_image)}
     assert set(sights) == {"V1", "V1-cnn", "AV1"}
     cnn, slvit = sights["V1-cnn"], sights["V1"]
     assert cnn.field.shape == slvit.field.shape == (128, 256)
@@ -45,9 +45,9 @@ def test_a_convolution_sees_a_patch_and_attention_everything(network, picture):
     assert cnn.attention is None
 
 
-def test_attention_is_by_patch_and_adds_up(network, picture):
+def test_attention_is_by_patch_and_adds_up(network, make_image):
     for name in ("V1", "AV1"):
-        (sight,) = look(network, picture, [name])
+        (sight,) = look(network, make_image, [name])
         assert sight.attention is not None
         assert sight.attention.shape == (4, 8)  # the audio's patch is none of the image's
         assert sight.attention.sum() == pytest.approx(1, abs=1e-5)
@@ -68,8 +68,8 @@ def test_attention_weights_are_those_that_the_branch_uses():
     torch.testing.assert_close(attention(tokens), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_command(network, picture, tmp_path):
-    cv2.imwrite(str(tmp_path / "street.png"), picture)
+def test_the_command(network, make_image, tmp_path):
+    cv2.imwrite(str(tmp_path / "street.png"), make_image)
     zoo.save(network, zoo.Spec("audiocsrnet", EXITS, CHANGES), tmp_path / "model.safetensors")
     arguments = ["visualize", str(tmp_path / "street.png"), "--model", str(tmp_path / "model.safetensors")]
     result = CliRunner().invoke(app, [*arguments, "--exits", "V1,V1-cnn", "--out", str(tmp_path / "see.png")])
@@ -81,11 +81,11 @@ def test_the_command(network, picture, tmp_path):
 
 
 @pytest.mark.parametrize(("exits", "message"), [(["V2"], "no early exit 'V2'"), (["final"], "no early exit 'final'")])
-def test_no_such_exit(network, picture, exits, message):
+def test_no_such_exit(network, make_image, exits, message):
     with pytest.raises(CrowdExitError, match=message):
-        look(network, picture, exits)
+        look(network, make_image, exits)
 
 
-def test_a_model_without_branches(picture):
+def test_a_model_without_branches(make_image):
     with pytest.raises(CrowdExitError, match="no early exits"):
-        look(zoo.build(zoo.Spec("audiocsrnet", (), CHANGES)), picture)
+        look(zoo.build(zoo.Spec("audiocsrnet", (), CHANGES)), make_image)

@@ -34,9 +34,9 @@ from crowdexit.utils import command
 from crowdexit.utils.files import checksum
 
 RANDOM = np.random.default_rng(0)
-PICTURE = RANDOM.integers(0, 255, (90, 140, 3), np.uint8)
+IMAGE = RANDOM.integers(0, 255, (90, 140, 3), np.uint8)
 HUGE = RANDOM.integers(0, 255, (300, 1100, 3), np.uint8)
-SOUND = RANDOM.normal(size=(96, 64)).astype(np.float32)
+AUDIO = RANDOM.normal(size=(96, 64)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +55,10 @@ def exported(checkpoints, tmp_path_factory) -> Path:
     return export(checkpoints / "audiocsrnet", out, exits=["AV1"])
 
 
-def by_eager(folder: Path, picture: np.ndarray, sound: np.ndarray | None) -> dict[str, float]:
+def by_eager(folder: Path, image: np.ndarray, audio: np.ndarray | None) -> dict[str, float]:
     network, spec = zoo.load(folder)
     counter = CrowdCounter(network, spec.model, runtime=Eager(), exits=network.exit_names)
-    return {result.exit: result.count for result in counter.stream(picture, sound)}
+    return {result.exit: result.count for result in counter.stream(image, audio)}
 
 
 @pytest.mark.parametrize("kind", ["audiocsrnet", "transcrowd-tiles"])
@@ -66,23 +66,23 @@ def test_the_same_counts_without_torch(kind, checkpoints, tmp_path):
     """In a process that never imports PyTorch: heard and not, small and in several scenes, all exits and some."""
     out = export(checkpoints / kind, tmp_path / "export")
     assert {path.name for path in tmp_path.iterdir()} == {"export"}
-    np.savez(tmp_path / "seen.npz", picture=PICTURE, huge=HUGE, sound=SOUND)
+    np.savez(tmp_path / "seen.npz", image=IMAGE, huge=HUGE, audio=AUDIO)
     script = f"""
 import json, sys
 import numpy as np
 from crowdexit.export.runner import Exported
 seen = np.load({str(tmp_path / "seen.npz")!r})
 exported = Exported({str(out)!r})
-said = [exported.count(seen["picture"]), exported.count(seen["picture"], seen["sound"]), exported.count(seen["huge"])]
-said.append(exported.count(seen["picture"], exits=[exported.chain.exit_names[0]]))
+said = [exported.count(seen["image"]), exported.count(seen["image"], seen["audio"]), exported.count(seen["huge"])]
+said.append(exported.count(seen["image"], exits=[exported.chain.exit_names[0]]))
 assert "torch" not in sys.modules
 print(json.dumps(said))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     silent, heard, huge, first = json.loads(done.stdout)
-    for said, picture, sound in ((silent, PICTURE, None), (heard, PICTURE, SOUND), (huge, HUGE, None)):
-        expected = by_eager(checkpoints / kind, picture, sound)
+    for said, image, audio in ((silent, IMAGE, None), (heard, IMAGE, AUDIO), (huge, HUGE, None)):
+        expected = by_eager(checkpoints / kind, image, audio)
         assert list(said) == list(expected)
         assert said == pytest.approx(expected, rel=1e-4)
     assert first == {name: count for name, count in silent.items() if name == next(iter(silent))}
@@ -90,9 +90,9 @@ print(json.dumps(said))
 
 def test_boxes_that_count_below_zero_are_added_like_the_others(tmp_path):
     """A regressor may undershoot zero in one box of a large image; both ways of counting clamp the sum alone."""
-    picture = np.zeros((200, 700, 3), np.uint8)
-    picture[:, 350:] = RANDOM.integers(0, 255, (200, 350, 3))
-    boxes = [np.ascontiguousarray(picture[:, :350]), np.ascontiguousarray(picture[:, 350:])]
+    image = np.zeros((200, 700, 3), np.uint8)
+    image[:, 350:] = RANDOM.integers(0, 255, (200, 350, 3))
+    boxes = [np.ascontiguousarray(image[:, :350]), np.ascontiguousarray(image[:, 350:])]
     spec = zoo.Spec("audiocsrnet-s", (zoo.ExitSpec("V1", "V1", "cnn"),), networks.SPECS["audiocsrnet"].changes)
     torch.manual_seed(0)
     network = networks.settled(zoo.build(spec))
@@ -110,13 +110,13 @@ def test_boxes_that_count_below_zero_are_added_like_the_others(tmp_path):
     assert low < -1
     assert low + high > 1
     zoo.save(network, spec, tmp_path / "m" / "model.safetensors")
-    said = Exported(export(tmp_path / "m", tmp_path / "export")).count(picture)
-    expected = by_eager(tmp_path / "m", picture, None)
+    said = Exported(export(tmp_path / "m", tmp_path / "export")).count(image)
+    expected = by_eager(tmp_path / "m", image, None)
     assert said == pytest.approx(expected, rel=1e-3)
     assert said["V1"] == pytest.approx(low + high, rel=1e-3)
 
 
-def test_an_early_exit_of_a_large_picture_saves_what_comes_after_it(exported, monkeypatch):
+def test_early_exit_of_a_large_image_skips_later_stages(exported, monkeypatch):
     ran: list[str] = []
     run = Engine.run
     monkeypatch.setattr(Engine, "run", lambda self, piece, arrays: ran.append(piece) or run(self, piece, arrays))
@@ -127,7 +127,7 @@ def test_an_early_exit_of_a_large_picture_saves_what_comes_after_it(exported, mo
     assert ran[-1] == "exit-final"
 
 
-def test_a_picture_of_an_absurd_shape_counts_the_same_in_bounded_memory(exported, monkeypatch):
+def test_absurdly_shaped_image_counts_the_same_in_bounded_memory(exported, monkeypatch):
     expected = Exported(exported).count(HUGE)
     lengths: list[int] = []
     run = Engine.run
@@ -158,14 +158,14 @@ print(Exported({str(out)!r}).count(np.load({str(tmp_path / "seen.npy")!r}))["fin
 assert "torch" not in sys.modules
 assert "openvino" not in sys.modules
 """
-    np.save(tmp_path / "seen.npy", PICTURE)
+    np.save(tmp_path / "seen.npy", IMAGE)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    expected = by_eager(tmp_path / "m", PICTURE, None)
+    expected = by_eager(tmp_path / "m", IMAGE, None)
     assert float(done.stdout) == pytest.approx(expected["final"], rel=1e-4)
 
 
-def test_the_command_and_the_counter(checkpoints, tmp_path, picture_file):
+def test_the_command_and_the_counter(checkpoints, tmp_path, image_file):
     """``export``, then ``count`` and ``load`` with the folder, as if it were a checkpoint."""
     out = tmp_path / "export"
     arguments = ["--model", str(checkpoints / "audiocsrnet"), "--precision", "bf16", "--exits", "V1,AV2", "--out"]
@@ -174,13 +174,13 @@ def test_the_command_and_the_counter(checkpoints, tmp_path, picture_file):
     assert done.stdout.startswith(f"{out}: 15 files, ")
     counter = load(out)
     assert counter.chain.runtime == "openvino, bf16, exported"
-    expected = by_eager(checkpoints / "audiocsrnet", PICTURE, SOUND)
-    result = {r.exit: r for r in counter.stream(PICTURE, SOUND)}
+    expected = by_eager(checkpoints / "audiocsrnet", IMAGE, AUDIO)
+    result = {r.exit: r for r in counter.stream(IMAGE, AUDIO)}
     assert list(result) == ["V1", "AV2", "final"]
     for name, said in result.items():
         assert said.count == pytest.approx(expected[name], rel=0.02)
     assert float(result["final"].density.sum()) == pytest.approx(result["final"].count, rel=0.01)
-    rows = CliRunner().invoke(app, ["count", str(picture_file()), "--model", str(out), "--format", "json"])
+    rows = CliRunner().invoke(app, ["count", str(image_file()), "--model", str(out), "--format", "json"])
     assert rows.exit_code == 0, rows.output
     assert [e["exit"] for e in json.loads(rows.stdout)["exits"]] == ["V1", "AV2", "final"]
     with pytest.raises(ExportError, match="runs on what it was exported for"):
@@ -191,7 +191,7 @@ def test_a_classifier_is_exported_and_does_not_count(checkpoints, tmp_path):
     out = export(checkpoints / "classifier", tmp_path / "classes")
     exported = Exported(out)
     with pytest.raises(ExportError, match="resnet18 tells classes apart"):
-        exported.count(PICTURE)
+        exported.count(IMAGE)
     network = networks.made("classifier")
     features = networks.batch(network, 2)
     state = {"visual": features.visual.numpy()}
@@ -239,8 +239,8 @@ def test_another_size(checkpoints, tmp_path):
     assert list(manifest["exits"]) == ["final"]
     network, spec = zoo.load(source)
     network, spec = zoo.at_size(*zoo.with_exits(network, spec, []), (192, 128))
-    expected = next(CrowdCounter(network, "large", runtime=Eager()).stream(PICTURE))
-    assert Exported(out).count(PICTURE)["final"] == pytest.approx(expected.count, rel=1e-4)
+    expected = next(CrowdCounter(network, "large", runtime=Eager()).stream(IMAGE))
+    assert Exported(out).count(IMAGE)["final"] == pytest.approx(expected.count, rel=1e-4)
     with pytest.raises(
         zoo.ZooError, match=r"at 192x128: only at its own size there is V1, .*AV2-cnn \(leave early exits out"
     ):
@@ -251,8 +251,8 @@ def test_another_size(checkpoints, tmp_path):
         export(source, tmp_path / "more", size="100x100", exits=["final"])
     odd = export(source, tmp_path / "odd", size="200x104", exits=["final"])
     network, spec = zoo.at_size(*zoo.with_exits(*zoo.load(source), []), (200, 104))
-    expected = next(CrowdCounter(network, "odd", runtime=Eager()).stream(PICTURE))
-    assert Exported(odd).count(PICTURE)["final"] == pytest.approx(expected.count, rel=1e-4)
+    expected = next(CrowdCounter(network, "odd", runtime=Eager()).stream(IMAGE))
+    assert Exported(odd).count(IMAGE)["final"] == pytest.approx(expected.count, rel=1e-4)
 
 
 def test_exits_with_strange_names(tmp_path):
@@ -263,7 +263,7 @@ def test_exits_with_strange_names(tmp_path):
     zoo.save(network, spec, tmp_path / "m" / "model.safetensors")
     out = export(tmp_path / "m", tmp_path / "export")
     assert {path.parent for path in tmp_path.rglob("*.xml")} == {out}
-    assert list(Exported(out).count(PICTURE)) == ["V/1 é", "final"]
+    assert list(Exported(out).count(IMAGE)) == ["V/1 é", "final"]
 
 
 @pytest.mark.parametrize(
@@ -341,12 +341,12 @@ def resealed(folder: Path, manifest: dict[str, Any]) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-def test_another_number_in_the_manifest_is_damage(exported, tmp_path, capsys, picture_file):
+def test_another_number_in_the_manifest_is_damage(exported, tmp_path, capsys, image_file):
     folder = copied(exported, tmp_path / "copy")
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["made_with"]["torch"] = "2.99"
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    refused(folder, "manifest.json: damaged (its checksum does not match)", capsys, picture_file())
+    refused(folder, "manifest.json: damaged (its checksum does not match)", capsys, image_file())
 
 
 def test_a_full_disk_is_one_line_whatever_the_library_says(checkpoints, tmp_path, monkeypatch):
@@ -405,52 +405,52 @@ def changed(manifest: Any, path: str, value: object) -> None:
         ("extra", 1, "extra"),
     ],
 )
-def test_a_manifest_is_not_trusted(path, value, line, exported, tmp_path, capsys, picture_file):
+def test_a_manifest_is_not_trusted(path, value, line, exported, tmp_path, capsys, image_file):
     folder = copied(exported, tmp_path / "copy")
     manifest = json.loads((folder / "manifest.json").read_text())
     changed(manifest, path, value)
     resealed(folder, manifest)
-    refused(folder, line, capsys, picture_file())
+    refused(folder, line, capsys, image_file())
 
 
 @pytest.mark.parametrize("piece", ["stage-2", "exit-AV1", "exit-final"])
 @pytest.mark.parametrize("side", ["takes", "gives"])
-def test_ports_in_another_order_or_twice_are_not_trusted(piece, side, exported, tmp_path, capsys, picture_file):
+def test_ports_in_another_order_or_twice_are_not_trusted(piece, side, exported, tmp_path, capsys, image_file):
     """They are those of the model's arrays: two of one shape would be taken for each other."""
     folder = copied(exported, tmp_path / "copy")
     manifest = json.loads((folder / "manifest.json").read_text())
     ports = manifest["pieces"][piece][side]
     ports.append(ports[0] if len(ports) == 1 else ports.pop(0))
     resealed(folder, manifest)
-    refused(folder, "in that order", capsys, picture_file())
+    refused(folder, "in that order", capsys, image_file())
 
 
-def test_ports_that_the_model_has_not_are_one_line(exported, tmp_path, capsys, picture_file):
+def test_ports_that_the_model_has_not_are_one_line(exported, tmp_path, capsys, image_file):
     folder = copied(exported, tmp_path / "copy")
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["pieces"]["exit-final"]["gives"][1]
     resealed(folder, manifest)
-    refused(folder, "exit-final gives 2 arrays, not the 1 of its ports", capsys, picture_file())
+    refused(folder, "exit-final gives 2 arrays, not the 1 of its ports", capsys, image_file())
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "\x00", '{"format": "crowdexit-export-1"}', " " * 2**23])
-def test_a_damaged_manifest(text, exported, tmp_path, capsys, picture_file):
+def test_a_damaged_manifest(text, exported, tmp_path, capsys, image_file):
     folder = copied(exported, tmp_path / "copy")
     (folder / "manifest.json").write_text(text)
-    refused(folder, "manifest.json", capsys, picture_file())
+    refused(folder, "manifest.json", capsys, image_file())
 
 
-def test_damaged_and_missing_models(exported, tmp_path, capsys, picture_file):
-    picture = picture_file()
+def test_damaged_and_missing_models(exported, tmp_path, capsys, image_file):
+    image = image_file()
     folder = copied(exported, tmp_path / "copy")
     weights = folder / "stage-0.bin"
     good = weights.read_bytes()
     weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    refused(folder, "stage-0.bin: damaged (its SHA-256 is not the manifest's)", capsys, picture)
+    refused(folder, "stage-0.bin: damaged (its SHA-256 is not the manifest's)", capsys, image)
     weights.write_bytes(good[:-1])
-    refused(folder, f"stage-0.bin: damaged (it has {len(good) - 1} bytes, not {len(good)})", capsys, picture)
+    refused(folder, f"stage-0.bin: damaged (it has {len(good) - 1} bytes, not {len(good)})", capsys, image)
     weights.unlink()
-    refused(folder, "stage-0.bin: cannot be read (No such file or directory)", capsys, picture)
+    refused(folder, "stage-0.bin: cannot be read (No such file or directory)", capsys, image)
     # What is not a model although the manifest swears to it is refused by the library, in one line.
     words = b"these are words" * 100
     weights.write_bytes(good)
@@ -458,17 +458,17 @@ def test_damaged_and_missing_models(exported, tmp_path, capsys, picture_file):
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"]["stage-0.xml"] = {"bytes": len(words), "sha256": hashlib.sha256(words).hexdigest()}
     resealed(folder, manifest)
-    refused(folder, "OpenVINO cannot compile stage-0: ", capsys, picture)
+    refused(folder, "OpenVINO cannot compile stage-0: ", capsys, image)
 
 
 def test_bad_requests(exported):
     opened = Exported(exported)
     for request, line in [
-        ({"picture": PICTURE, "exits": ["V7"]}, r"no exit 'V7' in this export \(it has AV1, final\)"),
-        ({"picture": PICTURE, "log_mel": np.zeros((64, 96), np.float32)}, r"\(96, 64\)"),
-        ({"picture": "nowhere.jpg"}, "nowhere.jpg: no such file"),
-        ({"picture": PICTURE / 255}, r"H×W×3 \(RGB\) or H×W \(grey\) of uint8"),
-        ({"picture": PICTURE[:31]}, "too small"),
+        ({"image": IMAGE, "exits": ["V7"]}, r"no exit 'V7' in this export \(it has AV1, final\)"),
+        ({"image": IMAGE, "log_mel": np.zeros((64, 96), np.float32)}, r"\(96, 64\)"),
+        ({"image": "nowhere.jpg"}, "nowhere.jpg: no such file"),
+        ({"image": IMAGE / 255}, r"H×W×3 \(RGB\) or H×W \(grey\) of uint8"),
+        ({"image": IMAGE[:31]}, "too small"),
     ]:
         with pytest.raises(CrowdExitError, match=line):
             opened.count(**request)
@@ -481,9 +481,9 @@ def copied(source: Path, target: Path) -> Path:
     return target
 
 
-def refused(folder: Path, line: str, capsys, picture: Path) -> None:
+def refused(folder: Path, line: str, capsys, image: Path) -> None:
     """The command ends with 2 and one line."""
-    assert command.run(app, ["count", str(picture), "--model", str(folder)]) == 2
+    assert command.run(app, ["count", str(image), "--model", str(folder)]) == 2
     said = capsys.readouterr().err
     assert line in said
     assert said.startswith("error: ")

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from crowdexit.data.audio import read_audio, read_middle_second
-from crowdexit.data.picture import read_image
+from crowdexit.data.image import read_image
 from crowdexit.data.store import Store
 from crowdexit.errors import CrowdExitError
 from crowdexit.models import zoo
@@ -78,7 +78,7 @@ def _audio(path: Path) -> None:
 
 def _video(path: Path) -> None:
     for frame in read_frames(path, Span(fps=4.0), warn=lambda line: None):
-        assert frame.picture.dtype == np.uint8
+        assert frame.image.dtype == np.uint8
         _ = frame.warnings
 
 

@@ -36,16 +36,16 @@ def photo(width: int = 96, height: int = 64) -> Image.Image:
     return rough.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def images(folder: Path) -> None:
-    picture = photo()
+def write_image_files(folder: Path) -> None:
+    image = photo()
     for suffix in ("jpg", "png", "webp", "tif", "bmp", "gif", "ppm"):
-        picture.save(folder / f"image.{suffix}")
-    picture.save(folder / "pages.tiff", save_all=True, append_images=[picture.rotate(180)], compression="tiff_lzw")
-    picture.save(folder / "progressive.jpeg", progressive=True, exif=_exif())
-    deep = np.asarray(picture.convert("L"), np.uint16) * 257
+        image.save(folder / f"image.{suffix}")
+    image.save(folder / "pages.tiff", save_all=True, append_images=[image.rotate(180)], compression="tiff_lzw")
+    image.save(folder / "progressive.jpeg", progressive=True, exif=_exif())
+    deep = np.asarray(image.convert("L"), np.uint16) * 257
     Image.fromarray(deep).save(folder / "deep.png")
-    Image.fromarray(np.asarray(picture.convert("L"), np.float32)).save(folder / "float.tif")
-    pillow_heif.from_pillow(picture).save(folder / "image.heic")
+    Image.fromarray(np.asarray(image.convert("L"), np.float32)).save(folder / "float.tif")
+    pillow_heif.from_pillow(image).save(folder / "image.heic")
 
 
 def _exif() -> bytes:
@@ -54,7 +54,7 @@ def _exif() -> bytes:
     return exif.tobytes()
 
 
-def sounds(folder: Path) -> None:
+def write_audio_files(folder: Path) -> None:
     samples = np.sin(np.arange(16_000) / 5).astype(np.float32) * 0.5
     pcm = (samples * 32_767).astype(np.int16)
     with wave.open(str(folder / "sound.wav"), "wb") as file:
@@ -69,10 +69,10 @@ def sounds(folder: Path) -> None:
         ("sound.ogg", "libopus"),
     ):
         with av.open(str(folder / name), "w") as container:
-            _encode_sound(container, container.add_stream(codec, rate=16_000, layout="mono"), samples)
+            _encode_audio(container, container.add_stream(codec, rate=16_000, layout="mono"), samples)
 
 
-def _encode_sound(container, stream, samples) -> None:
+def _encode_audio(container, stream, samples) -> None:
     block = av.AudioFrame.from_ndarray(samples[None], format="fltp", layout="mono")
     block.sample_rate, block.pts = 16_000, 0
     size = stream.codec_context.frame_size
@@ -93,7 +93,7 @@ def videos(folder: Path) -> None:
         with av.open(str(folder / name), "w") as container:
             video = container.add_stream(codec, rate=8)
             video.width, video.height, video.pix_fmt = 96, 64, "yuv420p"
-            sound = (
+            audio = (
                 container.add_stream("aac", rate=16_000, layout="mono") if name in ("clip.mp4", "clip.mkv") else None
             )
             for index in range(16):
@@ -101,8 +101,8 @@ def videos(folder: Path) -> None:
                 frame.pts, frame.time_base = index, Fraction(1, 8)
                 container.mux(video.encode(frame))
             container.mux(video.encode())
-            if sound is not None:
-                _encode_sound(container, sound, samples)
+            if audio is not None:
+                _encode_audio(container, audio, samples)
 
 
 def stores(folder: Path) -> None:
@@ -142,7 +142,13 @@ def checkpoints(folder: Path) -> None:
     zoo.save(zoo.build(spec), spec, folder / "model.safetensors")
 
 
-MAKERS = {"image": images, "audio": sounds, "video": videos, "store": stores, "checkpoint": checkpoints}
+MAKERS = {
+    "image": write_image_files,
+    "audio": write_audio_files,
+    "video": videos,
+    "store": stores,
+    "checkpoint": checkpoints,
+}
 
 
 @pytest.mark.parametrize("kind", MAKERS)

@@ -17,9 +17,9 @@ from contextlib import nullcontext
 
 import numpy as np
 import pytest
+from crowdexit.data.make_image import ImageError
 from slow import slow
 
-from crowdexit.data.picture import PictureError
 from crowdexit.inference.anytime import DeadlineMissed, _Waking, answers_by
 from crowdexit.inference.counter import CounterError
 from crowdexit.inference.profile import PREPARING, stage_step
@@ -34,7 +34,7 @@ def nothing_is_left_running():
     assert answers_by(time.perf_counter() + 60, iter(["idle"]), wait=True) == ["idle"]
 
 
-def picture(seed: int = 0, shape: tuple[int, int] = (64, 128)) -> np.ndarray:
+def make_image(seed: int = 0, shape: tuple[int, int] = (64, 128)) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 255, (*shape, 3), np.uint8)
 
 
@@ -51,23 +51,23 @@ def expected(counter):
 def test_the_latest_answer_in_the_middle_of_a_stage(counter, expected):
     tool = slow(counter.network, 0, 0, 0, 4)
     begun = time.perf_counter()
-    result = tool.count(picture(), deadline_ms=1500)
+    result = tool.count(make_image(), deadline_ms=1500)
     assert 1.49 <= time.perf_counter() - begun < 3  # it may give what there is five milliseconds early
     assert result.chosen.exit == "AV2"
     assert [r.exit for r in result.exits] == SERVED[:3]
     assert all(r.latency_ms < 1500 for r in result.exits)
     assert result.in_time
     assert {r.exit: r.count for r in result.exits} == pytest.approx(
-        {name: count for name, count in expected(picture()).items() if name != "final"}, rel=1e-5
+        {name: count for name, count in expected(make_image()).items() if name != "final"}, rel=1e-5
     )
     assert 3 not in tool.chain.ran  # it is still under way
 
 
 def test_the_rest_is_called_off(counter):
     tool = slow(counter.network, 0, 1.5, 0, 0)
-    first = tool.count(picture(), deadline_ms=500)
+    first = tool.count(make_image(), deadline_ms=500)
     assert (first.chosen.exit, first.in_time) == ("V1", True)
-    assert tool.count(picture(1)).exits[-1].exit == "final"
+    assert tool.count(make_image(1)).exits[-1].exit == "final"
     # The stage that was running has not come to its end: behind its wait, its first layer was not begun.
     assert tool.chain.ran == [0, "V1", 0, "V1", 1, "AV1", 2, "AV2", 3, "final"]
 
@@ -75,12 +75,12 @@ def test_the_rest_is_called_off(counter):
 def test_the_next_request_is_not_disturbed(counter, expected):
     """It waits for the running step and no longer, and its time runs meanwhile; what it says is its own."""
     tool = slow(counter.network, 0, 2, 0, 3)
-    tool.count(picture(), deadline_ms=300)
+    tool.count(make_image(), deadline_ms=300)
     tool.chain.seconds = [0, 0, 0, 3]
-    result = tool.count(picture(1), deadline_ms=3500)
+    result = tool.count(make_image(1), deadline_ms=3500)
     assert result.chosen.exit == "AV2"
     assert 1000 < result.exits[0].latency_ms < 3000
-    own = expected(picture(1))
+    own = expected(make_image(1))
     assert {r.exit: r.count for r in result.exits} == pytest.approx({n: own[n] for n in SERVED[:3]}, rel=1e-5)
 
 
@@ -88,9 +88,9 @@ def test_too_early_for_the_first_exit(counter):
     tool = slow(counter.network, 1, 0, 0, 0)
     begun = time.perf_counter()
     with pytest.raises(DeadlineMissed, match=r"^no exit answered within 200 ms$"):
-        tool.count(picture(), deadline_ms=200, late="fail")
+        tool.count(make_image(), deadline_ms=200, late="fail")
     assert time.perf_counter() - begun < 1
-    waited = tool.count(picture(), deadline_ms=200)  # for the first exit, and no other
+    waited = tool.count(make_image(), deadline_ms=200)  # for the first exit, and no other
     assert [r.exit for r in waited.exits] == ["V1"]
     assert waited.in_time is False
     assert waited.to_dict("p")["in_time"] is False
@@ -99,24 +99,24 @@ def test_too_early_for_the_first_exit(counter):
     for _ in range(9):
         tool._times.note(PREPARING, 1, 3000.0)
     with pytest.raises(DeadlineMissed, match=r"\(the first, V1, takes about 4\d\d\d ms here\)"):
-        tool.count(picture(), deadline_ms=200, late="fail")
+        tool.count(make_image(), deadline_ms=200, late="fail")
 
 
 def test_enough_time_is_not_spent(counter, expected):
     begun = time.perf_counter()
-    result = slow(counter.network, 0, 0, 0, 0).count(picture(), deadline_ms=60_000)
+    result = slow(counter.network, 0, 0, 0, 0).count(make_image(), deadline_ms=60_000)
     assert time.perf_counter() - begun < 30
     assert (result.chosen.exit, result.in_time) == ("final", True)
-    assert {r.exit: r.count for r in result.exits} == pytest.approx(expected(picture()), rel=1e-5)
+    assert {r.exit: r.count for r in result.exits} == pytest.approx(expected(make_image()), rel=1e-5)
     assert result.chosen.density is not None
-    assert "in_time" not in counter.count(picture()).to_dict("p")
+    assert "in_time" not in counter.count(make_image()).to_dict("p")
 
 
 def test_up_to_an_exit(counter):
     tool = slow(counter.network, 0, 0, 4, 0)
-    result = tool.count(picture(), exit="AV1", deadline_ms=30_000)
+    result = tool.count(make_image(), exit="AV1", deadline_ms=30_000)
     assert [r.exit for r in result.exits] == ["V1", "AV1"]
-    assert tool.count(picture(), deadline_ms=float("inf"), exit="V1").chosen.exit == "V1"
+    assert tool.count(make_image(), deadline_ms=float("inf"), exit="V1").chosen.exit == "V1"
 
 
 def test_a_stage_that_cannot_end_in_time_is_not_begun(counter):
@@ -125,7 +125,7 @@ def test_a_stage_that_cannot_end_in_time_is_not_begun(counter):
         for index, ratio in enumerate((1.0, 0.0, 0.0, 100.0)):
             tool._times.note(stage_step(index), 1, ratio * 20, 20.0 if index else None)
     begun = time.perf_counter()
-    result = tool.count(picture(), deadline_ms=1900)
+    result = tool.count(make_image(), deadline_ms=1900)
     assert time.perf_counter() - begun < 1.8
     assert result.chosen.exit == "AV2"
     assert tool.chain.ran[-1] == "AV2"
@@ -137,42 +137,42 @@ def test_an_answer_is_waited_for_even_where_its_stage_cannot_end_in_time(counter
         tool._times.note(stage_step(0), 1, 20.0)
         tool._times.note(stage_step(1), 1, 500.0, 20.0)
     tool.exits = ["AV1"]
-    assert [r.exit for r in tool.count(picture(), deadline_ms=300).exits] == ["AV1"]
+    assert [r.exit for r in tool.count(make_image(), deadline_ms=300).exits] == ["AV1"]
 
 
 def test_what_goes_wrong_reaches_whoever_asked(counter, tmp_path):
     tool = slow(counter.network, 0, 0, 0, 0)
-    with pytest.raises(PictureError, match="no such file"):
+    with pytest.raises(ImageError, match="no such file"):
         tool.count(tmp_path / "none.jpg", deadline_ms=10_000)
-    with pytest.raises(PictureError, match="too small"):
+    with pytest.raises(ImageError, match="too small"):
         tool.count(np.zeros((4, 4, 3), np.uint8), deadline_ms=10_000, late="fail")
     for problem in (RuntimeError("out of memory"), KeyboardInterrupt()):
         tool.chain.breaks = problem
         with pytest.raises(type(problem)):
-            tool.count(picture(), deadline_ms=10_000)
+            tool.count(make_image(), deadline_ms=10_000)
     tool.chain.breaks = None
-    assert tool.count(picture(), deadline_ms=60_000).chosen.exit == "final"
+    assert tool.count(make_image(), deadline_ms=60_000).chosen.exit == "final"
     for wrong in (0, -5, float("nan")):
         with pytest.raises(CounterError, match=r"a deadline of .* ms cannot be kept"):
-            tool.count(picture(), deadline_ms=wrong)
+            tool.count(make_image(), deadline_ms=wrong)
 
 
 def test_what_goes_wrong_after_the_deadline_is_nobodys(counter):
     tool = slow(counter.network, 0, 1.5, 0, 0)
     breaking = threading.Timer(1.0, lambda: setattr(tool.chain, "breaks", RuntimeError("late")))
     breaking.start()
-    assert tool.count(picture(), deadline_ms=500).chosen.exit == "V1"
+    assert tool.count(make_image(), deadline_ms=500).chosen.exit == "V1"
     breaking.join()
     time.sleep(1)
     tool.chain.breaks = None
-    assert tool.count(picture(), deadline_ms=60_000).chosen.exit == "final"
+    assert tool.count(make_image(), deadline_ms=60_000).chosen.exit == "final"
 
 
 def test_an_answer_stands_whatever_comes_after_it(counter, caplog):
     tool = slow(counter.network, 0, 0.5, 0, 0)
     breaking = threading.Timer(0.3, lambda: setattr(tool.chain, "breaks", RuntimeError("out of memory")))
     breaking.start()
-    result = tool.count(picture(), deadline_ms=60_000, late="fail")
+    result = tool.count(make_image(), deadline_ms=60_000, late="fail")
     assert (result.chosen.exit, result.in_time) == ("V1", True)
     assert "no further answer, the latest one stands: RuntimeError: out of memory" in caplog.text
 
@@ -182,7 +182,7 @@ def test_nothing_of_a_request_is_kept(counter, breaks):
     """Freed at once, nothing is to be collected."""
     tool = slow(counter.network, 0, 0.8 if breaks == "after it" else 0, 0, 0)
     tool.chain.breaks = RuntimeError("out of memory") if breaks == "before the deadline" else None
-    image = picture()
+    image = make_image()
     gone = weakref.ref(image)
     gc.disable()
     try:
@@ -209,7 +209,7 @@ def ended(gone: weakref.ref) -> bool:
 def test_beside_a_thread_that_does_not_hurry(counter):
     """Whose steps come one after the other without a pause: a request waits for one of them at a time."""
     tool = slow(counter.network, 0.02, 0.02, 0.02, 0.02)
-    unhurried, stop = [(picture(), None)], threading.Event()
+    unhurried, stop = [(make_image(), None)], threading.Event()
     ran: list[tuple[int, int | str]] = []
     advance = tool.chain.advance
     tool.chain.advance = lambda index, state: ran.append((threading.get_ident(), index)) or advance(index, state)
@@ -223,7 +223,7 @@ def test_beside_a_thread_that_does_not_hurry(counter):
     try:
         for _ in range(5):
             ran.clear()
-            assert tool.count(picture(1), deadline_ms=60_000).chosen.exit == "final"
+            assert tool.count(make_image(1), deadline_ms=60_000).chosen.exit == "final"
             between = [0]
             for who, _ in ran:
                 if who == thread.ident:
@@ -244,7 +244,7 @@ def test_two_at_once(counter, expected):
     results = {}
 
     def ask(seed: int) -> None:
-        results[seed] = tool.count(picture(seed), deadline_ms=60_000)
+        results[seed] = tool.count(make_image(seed), deadline_ms=60_000)
 
     threads = [threading.Thread(target=ask, args=(seed,)) for seed in (1, 2, 3)]
     for thread in threads:
@@ -254,15 +254,15 @@ def test_two_at_once(counter, expected):
         thread.join()
     assert results.keys() == {1, 2, 3}
     for seed, result in results.items():
-        assert {r.exit: r.count for r in result.exits} == pytest.approx(expected(picture(seed)), rel=1e-5)
+        assert {r.exit: r.count for r in result.exits} == pytest.approx(expected(make_image(seed)), rel=1e-5)
     assert results[3].exits[0].latency_ms < min(result.exits[-1].latency_ms for result in results.values())
 
 
 def test_many_deadlines(counter, expected):
     """From three threads, of any length: always the first exits of the very image."""
     tool = slow(counter.network, 0.004, 0.002, 0.002, 0.004)
-    pictures = [picture(seed) for seed in range(3)]
-    truth = [expected(image) for image in pictures]
+    images = [make_image(seed) for seed in range(3)]
+    truth = [expected(image) for image in images]
     faults: list[object] = []
 
     def ask(who: int) -> None:
@@ -270,7 +270,7 @@ def test_many_deadlines(counter, expected):
         for _ in range(40):
             deadline = float(random.uniform(0.1, 60))
             try:
-                result = tool.count(pictures[who], deadline_ms=deadline)
+                result = tool.count(images[who], deadline_ms=deadline)
                 said = {r.exit: r.count for r in result.exits}
                 assert list(said) == SERVED[: len(said)]
                 assert said == pytest.approx({name: truth[who][name] for name in said}, rel=1e-5)
@@ -288,11 +288,11 @@ def test_many_deadlines(counter, expected):
     assert not faults
 
 
-def test_a_tiled_picture_in_time(counter, expected, monkeypatch):
+def test_tiled_image_in_time(counter, expected, monkeypatch):
     """Its first exit answers for all tiles before any tile goes on."""
     monkeypatch.setattr("crowdexit.inference.counter.PIXELS_AT_ONCE", 2 * 128 * 64)
     tool = slow(counter.network, 0, 5, 0, 0)
-    huge = picture(0, (600, 1500))
+    huge = make_image(0, (600, 1500))
     result = tool.count(huge, deadline_ms=4000)
     assert [r.exit for r in result.exits] == ["V1"]
     assert result.count == pytest.approx(expected(huge)["V1"], rel=1e-5)
@@ -302,7 +302,7 @@ def test_a_counter_goes_and_the_thread_stays(counter):
     threads = set()
     for _ in range(2):
         tool = slow(counter.network, 0, 0, 0, 0)
-        tool.count(picture(), deadline_ms=60_000)
+        tool.count(make_image(), deadline_ms=60_000)
         threads |= {thread for thread in threading.enumerate() if thread.name == "counting"}
         gone = weakref.ref(tool.chain)
         del tool

@@ -239,7 +239,7 @@ def test_budgets_that_cannot_be():
         run(crowds(4), 1000, errors={})
 
 
-def test_pictures_that_cannot_be_counted_leave_their_time_to_the_others():
+def test_uncountable_images_leave_their_time_to_the_others():
     machine = Simulated(COSTS)
     budget = Budget(8 * 61.0, 8, EXITS, {False: ERRORS, True: ERRORS}, COSTS, 0.0, clock=lambda: machine.now)
     budget.window([SimpleNamespace(heard=False)] * 4)

@@ -20,9 +20,9 @@ from tiny import TINY
 from videos import tone
 
 from crowdexit.calibration.intervals import Intervals
+from crowdexit.data.image import LEAST_SCALE, ImageError, decode_pixels, tile_boxes
 from crowdexit.data.log_mel import log_mel
 from crowdexit.data.mel import AudioError
-from crowdexit.data.picture import LEAST_SCALE, PictureError, decode_picture, tile_boxes
 from crowdexit.inference import counter as module
 from crowdexit.inference.counter import CounterError, CrowdCounter, DeadlineMissed, load, served_exits
 from crowdexit.inference.profile import LAYING, PREPARING
@@ -39,16 +39,16 @@ def noise(width: int, height: int, seed: int = 0) -> np.ndarray:
     return np.ascontiguousarray(rough.repeat(8, 0).repeat(8, 1)[:height, :width])
 
 
-def encoded(picture: np.ndarray, format: str = "PNG", **options) -> bytes:
+def encoded(image: np.ndarray, format: str = "PNG", **options) -> bytes:
     data = io.BytesIO()
-    Image.fromarray(picture).save(data, format, **options)
+    Image.fromarray(image).save(data, format, **options)
     return data.getvalue()
 
 
 def test_count_and_stream_say_the_same(counter):
-    picture = noise(256, 128)
-    streamed = list(counter.stream(picture))
-    result = counter.count(picture)
+    image = noise(256, 128)
+    streamed = list(counter.stream(image))
+    result = counter.count(image)
     assert [r.exit for r in streamed] == [r.exit for r in result.exits] == ["V1", "AV1", "AV2", "final"]
     assert [r.count for r in streamed] == pytest.approx([r.count for r in result.exits], rel=1e-6)
     assert result.chosen is result.exits[-1]
@@ -78,12 +78,12 @@ def test_what_lies_in_the_padding_is_not_counted(counter):
 
 
 @pytest.mark.parametrize("size", [(1024, 256), (600, 300), (520, 900), (4000, 40)])
-def test_a_tiled_picture_counts_as_the_sum_of_its_tiles(counter, size):
-    picture = noise(*size)
+def test_tiled_image_counts_as_the_sum_of_its_tiles(counter, size):
+    image = noise(*size)
     boxes = tile_boxes(*size, counter.size)
     assert len(boxes) > 1
-    tiles = [counter.count(np.ascontiguousarray(picture[y : y + h, x : x + w])).count for x, y, w, h in boxes]
-    result = counter.count(picture)
+    tiles = [counter.count(np.ascontiguousarray(image[y : y + h, x : x + w])).count for x, y, w, h in boxes]
+    result = counter.count(image)
     assert result.count == pytest.approx(sum(tiles), rel=1e-4)
     density = result.exits[-1].density
     assert float(density.sum()) == pytest.approx(result.count, rel=1e-3)
@@ -95,7 +95,7 @@ def test_a_tiled_picture_counts_as_the_sum_of_its_tiles(counter, size):
     assert [r.exit for r in result.exits] == ["V1", "AV1", "AV2", "final"]
 
 
-def test_tiles_cover_the_picture_once(counter):
+def test_tiles_cover_the_image_once(counter):
     for width, height in [(128, 64), (512, 256), (513, 256), (999, 777), (33, 5000), (10_000, 32)]:
         boxes = tile_boxes(width, height, (128, 64))
         covered = np.zeros((height, width), np.uint8)
@@ -109,11 +109,11 @@ def test_tiles_cover_the_picture_once(counter):
 
 @pytest.mark.parametrize("abreast", [3, 1000])
 def test_how_many_tiles_run_at_once_changes_no_count(counter, monkeypatch, abreast):
-    picture = noise(1500, 600)
-    all_at_once = counter.count(picture)
+    image = noise(1500, 600)
+    all_at_once = counter.count(image)
     monkeypatch.setattr(module, "PIXELS_AT_ONCE", 2 * 128 * 64)
     monkeypatch.setattr(module, "PIXELS_ABREAST", abreast * 128 * 64)
-    few = counter.count(picture)
+    few = counter.count(image)
     assert [r.exit for r in few.exits] == ["V1", "AV1", "AV2", "final"]
     assert [r.count for r in few.exits] == pytest.approx([r.count for r in all_at_once.exits], rel=1e-4, abs=1e-5)
     assert few.exits[-1].density == pytest.approx(all_at_once.exits[-1].density, rel=1e-3, abs=1e-6)
@@ -137,7 +137,7 @@ def test_every_tile_comes_to_an_exit_before_any_goes_on(counter, monkeypatch):
 
 def test_a_deadline_holds_for_tiles(counter, monkeypatch):
     """What is foreseen to be too late is refused before a stage is run; else the first exit answers, marked late."""
-    picture = noise(1100, 520)
+    image = noise(1100, 520)
     tiles = len(tile_boxes(1100, 520, (128, 64)))
     assert tiles > 3
     monkeypatch.setattr(module, "PIXELS_ABREAST", 3 * 128 * 64)
@@ -149,7 +149,7 @@ def test_a_deadline_holds_for_tiles(counter, monkeypatch):
         return advance(self, index, state)
 
     _ = counter.profile
-    rows = prepared(picture, None, counter.network.config)[1]
+    rows = prepared(image, None, counter.network.config)[1]
     foreseen = counter._foreseen_s(rows, "V1")
     assert 0 < foreseen < counter._foreseen_s(rows, "final")
     monkeypatch.setattr(type(counter.chain), "advance", counted)
@@ -159,17 +159,17 @@ def test_a_deadline_holds_for_tiles(counter, monkeypatch):
             rf"no exit can answer within 10000 ms: the image is cut into {tiles} tiles, for which the first, V1, takes"
         )
         with pytest.raises(DeadlineMissed, match=line):
-            counter.count(picture, deadline_ms=10_000, late=late)
+            counter.count(image, deadline_ms=10_000, late=late)
     with pytest.raises(DeadlineMissed, match=r"no exit answered within 0\.001 ms; the image is cut into tiles"):
-        counter.count(picture, deadline_ms=0.001, late="fail")
+        counter.count(image, deadline_ms=0.001, late="fail")
     assert run == []
     monkeypatch.setattr(module, "MOST_LATE", 1e9)
     monkeypatch.setattr(counter, "_foreseen_s", lambda rows, exit: 0.0 if exit == "V1" else 1.0)
-    result = counter.count(picture, deadline_ms=0.001)
+    result = counter.count(image, deadline_ms=0.001)
     assert (result.chosen.exit, result.in_time) == ("V1", False)
     assert {*run} == {0}  # the stages behind the first exit are not run for an answer that is late anyhow
-    assert result.count == pytest.approx(next(iter(counter.stream(picture))).count, rel=1e-5)
-    assert counter.count(picture, deadline_ms=1e6).chosen.exit == "final"
+    assert result.count == pytest.approx(next(iter(counter.stream(image))).count, rel=1e-5)
+    assert counter.count(image, deadline_ms=1e6).chosen.exit == "final"
 
 
 def test_exif_orientation(counter, tmp_path):
@@ -182,7 +182,7 @@ def test_exif_orientation(counter, tmp_path):
     assert counter.count(lying).count != pytest.approx(counter.count(upright).count, rel=1e-3)
 
 
-def test_kinds_of_pictures(counter, tmp_path):
+def test_kinds_of_images(counter, tmp_path):
     """Grey, palette, transparent and 16-bit files are what they show."""
     grey = noise(128, 64)[..., 0]
     expected = counter.count(np.repeat(grey[..., None], 3, 2)).count
@@ -227,7 +227,7 @@ def test_up_to_an_exit_of_several_at_its_place(counter):
         assert [r.exit for r in tool.count(noise(128, 64), exit=name).exits] == answers
 
 
-def test_what_cannot_be_read_is_not_the_next_pictures_preparing(counter):
+def test_unreadable_image_does_not_delay_the_next(counter):
     tool, _ = watched(counter)
 
     def samples():
@@ -240,7 +240,7 @@ def test_what_cannot_be_read_is_not_the_next_pictures_preparing(counter):
     assert tool._times.ms(PREPARING, quantile=1) < 400
 
 
-def test_what_is_measured_is_all_of_a_picture(counter, monkeypatch, tmp_path):
+def test_latency_covers_the_whole_image(counter, monkeypatch, tmp_path):
     """Decoded, resized and laid out, in all the tiles that the scene has."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(module, "PIXELS_AT_ONCE", 2 * 64 * 64)
@@ -251,7 +251,7 @@ def test_what_is_measured_is_all_of_a_picture(counter, monkeypatch, tmp_path):
     monkeypatch.setattr(module, "prepared", lambda *given: rows.append(len((made := prepared(*given))[1])) or made)
     decoded: list[tuple[int, ...]] = []
     monkeypatch.setattr(
-        module, "decode_picture", lambda data: decoded.append((picture := decode_picture(data)).shape) or picture
+        module, "decode_pixels", lambda data: decoded.append((image := decode_pixels(data)).shape) or image
     )
     times = tool.profile
     assert set(rows) == {6}
@@ -260,27 +260,27 @@ def test_what_is_measured_is_all_of_a_picture(counter, monkeypatch, tmp_path):
     assert times.ms(LAYING, 2) > 0
 
 
-def test_forms_of_sound(counter, tmp_path):
+def test_forms_of_audio(counter, tmp_path):
     """A file, samples and a log-mel are the same sound; none is another count than silence."""
-    sound = tone(1.5, begin=0.4)
+    audio = tone(1.5, begin=0.4)
     path = tmp_path / "s.wav"
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(16_000)
-        file.writeframes((sound * 32768).astype("<i2").tobytes())
-    picture = noise(128, 64)
-    forms = [path, str(path), (sound, 16_000), (np.stack([sound, sound]), 16_000), log_mel(sound, 16_000)]
-    counts = [counter.count(picture, form).count for form in forms]
+        file.writeframes((audio * 32768).astype("<i2").tobytes())
+    image = noise(128, 64)
+    forms = [path, str(path), (audio, 16_000), (np.stack([audio, audio]), 16_000), log_mel(audio, 16_000)]
+    counts = [counter.count(image, form).count for form in forms]
     assert counts == pytest.approx([counts[0]] * 5, rel=1e-4)
-    unheard = counter.count(picture)
-    silent = counter.count(picture, (0 * sound, 16_000))
+    unheard = counter.count(image)
+    silent = counter.count(image, (0 * audio, 16_000))
     assert len({round(c, 4) for c in (counts[0], unheard.count, silent.count)}) == 3
     # V1 stands before the ear.
     assert unheard.exits[0].count == pytest.approx(silent.exits[0].count, rel=1e-6)
 
 
-def test_sounds_that_cannot_be_heard(tmp_path):
+def test_audio_that_cannot_be_used(tmp_path):
     assert hear(None) is None
     for wrong in (np.zeros((64, 96), np.float32), np.full((96, 64), np.nan, np.float32)):
         with pytest.raises(AudioError, match=r"\(96, 64\)"):
@@ -302,9 +302,9 @@ def test_sounds_that_cannot_be_heard(tmp_path):
         [[[0, 0, 0]]],
     ],
 )
-def test_arrays_that_are_no_pictures(counter, picture):
-    with pytest.raises(PictureError):
-        counter.count(picture)
+def test_arrays_that_are_not_images(counter, image):
+    with pytest.raises(ImageError):
+        counter.count(image)
 
 
 def header_only(width: int, height: int) -> bytes:
@@ -336,25 +336,25 @@ def test_images_in_the_forms_that_users_have(counter):
     assert counter.count(turned).count == pytest.approx(of_rgb, rel=1e-6)
     whole = encoded(rgb, "JPEG")
     cut = Image.open(io.BytesIO(whole[: len(whole) // 2]))
-    with pytest.raises(PictureError, match="damaged or truncated"):
+    with pytest.raises(ImageError, match="damaged or truncated"):
         counter.count(cut)
 
 
-def test_sound_in_the_order_of_scipy_and_gradio(counter):
-    picture = noise(128, 64)
+def test_audio_in_the_order_of_scipy_and_gradio(counter):
+    image = noise(128, 64)
     stereo = np.random.default_rng(0).normal(0, 0.1, (2, 16_000)).clip(-1, 1).astype(np.float32)
-    expected = counter.count(picture, (stereo, 16_000)).count
-    assert counter.count(picture, (16_000, stereo.T)).count == pytest.approx(expected, rel=1e-6)
-    assert counter.count(picture, (np.int64(16_000), stereo.T)).count == pytest.approx(expected, rel=1e-6)
-    assert counter.count(picture, (16_000, stereo[0])).count == counter.count(picture, (stereo[0], 16_000)).count
+    expected = counter.count(image, (stereo, 16_000)).count
+    assert counter.count(image, (16_000, stereo.T)).count == pytest.approx(expected, rel=1e-6)
+    assert counter.count(image, (np.int64(16_000), stereo.T)).count == pytest.approx(expected, rel=1e-6)
+    assert counter.count(image, (16_000, stereo[0])).count == counter.count(image, (stereo[0], 16_000)).count
     for pair in [(16_000, 16_000), (stereo, stereo), (stereo,), (stereo, 16_000, 2)]:
         with pytest.raises(AudioError, match=r"\(waveform, sample rate\) or \(sample rate, waveform\)"):
-            counter.count(picture, pair)
+            counter.count(image, pair)
 
 
 def test_names_too_long_for_the_system_are_no_files(counter, tmp_path):
     name = "x" * 300
-    with pytest.raises(PictureError, match="no such file"):
+    with pytest.raises(ImageError, match="no such file"):
         counter.count(tmp_path / name)
     with pytest.raises(AudioError, match="no such audio file"):
         counter.count(noise(64, 64), tmp_path / name)
@@ -378,11 +378,11 @@ def test_names_too_long_for_the_system_are_no_files(counter, tmp_path):
     ],
     ids=["empty", "words", "half jpeg", "half png", "1x1", "31x500", "10 GP", "160 MP", "2^62", "postscript"],
 )
-def test_bad_pictures(counter, tmp_path, data, line):
+def test_bad_images(counter, tmp_path, data, line):
     path = tmp_path / "p.jpg"
     path.write_bytes(data)
     began = time.process_time()
-    with pytest.raises(PictureError, match=line) as caught:
+    with pytest.raises(ImageError, match=line) as caught:
         counter.count(path)
     assert time.process_time() - began < 2
     assert str(caught.value).startswith(f"{path}: ")
@@ -390,11 +390,11 @@ def test_bad_pictures(counter, tmp_path, data, line):
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF"])
-def test_damaged_pictures_end_in_the_one_error(format):
+def test_damaged_images_raise_image_error(format):
     """Whatever a damaged file makes Pillow raise."""
     options = {"compression": "tiff_lzw"} if format == "TIFF" else {}
     good = encoded(noise(64, 48), format, **options)
-    assert decode_picture(good).shape == (48, 64, 3)
+    assert decode_pixels(good).shape == (48, 64, 3)
     random = np.random.default_rng(0)
     refused = 0
     for _ in range(150):
@@ -406,8 +406,8 @@ def test_damaged_pictures_end_in_the_one_error(format):
         if random.random() < 0.3:
             data = data[: random.integers(1, len(data))]
         try:
-            assert decode_picture(bytes(data)).ndim == 3
-        except PictureError:
+            assert decode_pixels(bytes(data)).ndim == 3
+        except ImageError:
             refused += 1
     assert refused > 5
 
@@ -436,14 +436,14 @@ def test_load(counter, tmp_path):
     )
     zoo.save(counter.network, spec, tmp_path / "m" / "model.safetensors")
     again = load(tmp_path / "m", runtime="eager")
-    picture = noise(128, 64)
-    result = again.count(picture)
+    image = noise(128, 64)
+    result = again.count(image)
     assert result.model == "audiocsrnet-s"
-    assert result.count == pytest.approx(counter.count(picture).count, rel=1e-5)
+    assert result.count == pytest.approx(counter.count(image).count, rel=1e-5)
     low, high = result.chosen.interval
     half = 0.25 * (result.count + 10)
     assert (low, high) == pytest.approx((max(0, result.count - half), result.count + half))
-    heard = again.count(picture, np.zeros((96, 64), np.float32)).chosen
+    heard = again.count(image, np.zeros((96, 64), np.float32)).chosen
     assert heard.interval[1] == pytest.approx(heard.count + 0.5 * (heard.count + 10))
     assert result.exits[0].interval is None
     row = result.to_dict("p.jpg")

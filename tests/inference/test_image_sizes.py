@@ -7,7 +7,7 @@ import pytest
 import torch
 from networks import settled
 
-from crowdexit.data.picture import scale_down, scaled_size, views
+from crowdexit.data.image import scale_down, scaled_size, views
 from crowdexit.export.runner import Exported
 from crowdexit.export.writer import export
 from crowdexit.inference.counter import CrowdCounter

@@ -12,7 +12,7 @@ import pytest
 from slow import slow
 
 from crowdexit.calibration.intervals import Intervals
-from crowdexit.data.picture import tile_boxes
+from crowdexit.data.image import tile_boxes
 from crowdexit.inference import counter as module
 from crowdexit.inference.budget import BudgetError, BudgetTooSmall
 from crowdexit.inference.counter import CounterError, CrowdCounter
@@ -33,27 +33,27 @@ def calibrated(counter):
 
 
 @pytest.fixture
-def pictures():
+def images():
     random = np.random.default_rng(0)
     return [random.integers(0, 60 + 30 * i, (height, width, 3), np.uint8) for i, (width, height) in enumerate(SIZES)]
 
 
 @pytest.fixture
-def sounds():
+def log_mels():
     random = np.random.default_rng(1)
     return [None, *(random.normal(size=(96, 64)).astype(np.float32) for _ in range(2)), None, None, None, None]
 
 
-def left_between(counter, pictures) -> Confident:
+def left_between(counter, images) -> Confident:
     """A policy by which about half of the images leave at the first exit."""
-    halves = sorted(WIDTHS["V1"] * (next(counter.stream(picture)).count + 10) for picture in pictures)
+    halves = sorted(WIDTHS["V1"] * (next(counter.stream(image)).count + 10) for image in images)
     return Confident((halves[2] + halves[3]) / 2)
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 1000])
-def test_order_and_batch_do_not_matter(calibrated, pictures, sounds, monkeypatch, at_once):
-    policy = left_between(calibrated, pictures)
-    pairs = list(zip(pictures, sounds, strict=True))
+def test_order_and_batch_do_not_matter(calibrated, images, log_mels, monkeypatch, at_once):
+    policy = left_between(calibrated, images)
+    pairs = list(zip(images, log_mels, strict=True))
     alone = [calibrated.count(*pair, policy=policy) for pair in pairs]
     assert len({result.chosen.exit for result in alone}) > 1
     monkeypatch.setattr(module, "PIXELS_AT_ONCE", at_once * 128 * 64)
@@ -67,33 +67,33 @@ def test_order_and_batch_do_not_matter(calibrated, pictures, sounds, monkeypatch
             assert (result.chosen.density is None) == (alone[i].chosen.density is None)
 
 
-def test_who_has_left_costs_nothing(counter, pictures, monkeypatch):
+def test_who_has_left_costs_nothing(counter, images, monkeypatch):
     tool = slow(counter.network, 0, 0, 0, 0, intervals=Intervals(0.9, WIDTHS, {}, 20))
-    policy = left_between(tool, pictures)
+    policy = left_between(tool, images)
     rows: list[tuple[int, int]] = []
     advance = tool.chain.advance
     monkeypatch.setattr(
         tool.chain, "advance", lambda index, state: rows.append((index, len(state.visual))) or advance(index, state)
     )
-    results = list(tool.count_many([(picture, None) for picture in pictures], policy=policy))
+    results = list(tool.count_many([(image, None) for image in images], policy=policy))
     for index, name in enumerate(SERVED):
-        reached = [p for r, p in zip(results, pictures, strict=True) if name in [e.exit for e in r.exits]]
+        reached = [p for r, p in zip(results, images, strict=True) if name in [e.exit for e in r.exits]]
         tiles = sum(len(tile_boxes(p.shape[1], p.shape[0], tool.size)) for p in reached)
         assert sum(n for stage, n in rows if stage == index) == tiles
 
 
-def test_confident_in_people_or_as_a_share(calibrated, pictures):
-    for picture in pictures:
-        answers = list(calibrated.stream(picture))
+def test_confident_in_people_or_as_a_share(calibrated, images):
+    for image in images:
+        answers = list(calibrated.stream(image))
         for policy in (Confident(5.0), Confident(share=0.5), Confident(4.0, 0.3), Confident(1e9), Confident(1e-9)):
             bounds = [max(policy.doubt, policy.share * r.count) for r in answers]
             halves = [r.interval[1] - r.count for r in answers]
             enough = [half <= bound for half, bound in zip(halves, bounds, strict=True)]
             expected = SERVED[enough.index(True)] if any(enough) else "final"
-            assert calibrated.count(picture, policy=policy).chosen.exit == expected
-    assert calibrated.count(pictures[0], policy=Confident(1e9), deadline_ms=60_000).chosen.exit == "V1"
+            assert calibrated.count(image, policy=policy).chosen.exit == expected
+    assert calibrated.count(images[0], policy=Confident(1e9), deadline_ms=60_000).chosen.exit == "V1"
     # Not calibrated with sound: nobody is ever sure.
-    heard = calibrated.count(pictures[0], np.zeros((96, 64), np.float32), policy=Confident(1e9))
+    heard = calibrated.count(images[0], np.zeros((96, 64), np.float32), policy=Confident(1e9))
     assert heard.chosen.exit == "final"
 
 
@@ -101,44 +101,44 @@ ALL = ["V1", "V1-cnn", "AV1", "AV1-cnn", "AV2", "AV2-cnn", "final"]
 
 
 @pytest.mark.parametrize("at_once", [1, 1000])
-def test_leaving_between_the_exits_of_a_stage(counter, pictures, monkeypatch, at_once):
+def test_leaving_between_the_exits_of_a_stage(counter, images, monkeypatch, at_once):
     """The first answer that is sure enough counts; what comes after it at the same stage is not asked any more."""
     monkeypatch.setattr(module, "PIXELS_AT_ONCE", at_once * 128 * 64)
     widths = dict(zip(ALL, (0.4, 0.9, 0.5, 0.2, 0.9, 0.3, 0.1), strict=True))
     tool = CrowdCounter(counter.network, "tiny", runtime=Eager(), exits=ALL, intervals=Intervals(0.9, widths, {}, 20))
-    answers = [list(tool.stream(picture)) for picture in pictures]
-    policy = left_between(tool, pictures)
+    answers = [list(tool.stream(image)) for image in images]
+    policy = left_between(tool, images)
     expected = []
     for of_one in answers:
         enough = [r.interval[1] - r.count <= policy.doubt for r in of_one[:-1]]
         expected.append(ALL[: [*enough, True].index(True) + 1])
     assert len({len(names) for names in expected}) > 1
     assert ["V1"] in expected
-    for picture, names in zip(pictures, expected, strict=True):
-        assert [r.exit for r in tool.count(picture, policy=policy).exits] == names
-    together = tool.count_many([(picture, None) for picture in pictures], policy=policy)
+    for image, names in zip(images, expected, strict=True):
+        assert [r.exit for r in tool.count(image, policy=policy).exits] == names
+    together = tool.count_many([(image, None) for image in images], policy=policy)
     assert [[r.exit for r in result.exits] for result in together] == expected
 
 
-def test_confident_of_all_of_a_picture_of_very_many_tiles(calibrated, pictures, monkeypatch):
+def test_confident_on_an_image_of_very_many_tiles(calibrated, images, monkeypatch):
     """Its tiles go through the network a few at a time; what counts is their sum."""
-    picture = next(p for p in pictures if p.shape == (256, 1024, 3))
-    answers = {r.exit: r for r in calibrated.stream(picture)}
+    image = next(p for p in images if p.shape == (256, 1024, 3))
+    answers = {r.exit: r for r in calibrated.stream(image)}
     monkeypatch.setattr(module, "PIXELS_AT_ONCE", 128 * 64)
     monkeypatch.setattr(module, "PIXELS_ABREAST", 128 * 64)
     widest = answers["V1"].interval[1] - answers["V1"].count
     for policy, exit in [(Confident(widest * 1.01), "V1"), (Confident(widest * 0.99), "AV1")]:
-        result = calibrated.count(picture, policy=policy)
+        result = calibrated.count(image, policy=policy)
         assert result.chosen.exit == exit
         assert result.count == pytest.approx(answers[exit].count, rel=1e-4)
 
 
-def test_who_has_left_is_let_go_at_once(counter, pictures, monkeypatch):
+def test_who_has_left_is_let_go_at_once(counter, images, monkeypatch):
     """A part that has left is not in memory any more while others go through the stage."""
     monkeypatch.setattr(module, "PIXELS_AT_ONCE", 128 * 64)
     tool = slow(counter.network, 0, 0, 0, 0, intervals=Intervals(0.9, WIDTHS, {}, 20))
-    small = [picture for picture in pictures if picture.shape[1] <= 300]
-    halves = [WIDTHS["V1"] * (next(tool.stream(picture)).count + 10) for picture in small]
+    small = [image for image in images if image.shape[1] <= 300]
+    halves = [WIDTHS["V1"] * (next(tool.stream(image)).count + 10) for image in small]
     held: list[weakref.ref] = []
     alive: list[int] = []
     advance = tool.chain.advance
@@ -155,12 +155,12 @@ def test_who_has_left_is_let_go_at_once(counter, pictures, monkeypatch):
     last = int(np.argmax(halves))
     order = [*(p for i, p in enumerate(small) if i != last), small[last]]  # all but the last leave at the first exit
     policy = Confident((sorted(halves)[-2] + halves[last]) / 2)
-    results = list(tool.count_many([(picture, None) for picture in order], policy=policy))
+    results = list(tool.count_many([(image, None) for image in order], policy=policy))
     assert [r.chosen.exit == "V1" for r in results] == [True] * (len(small) - 1) + [False]
     assert alive == [1]
 
 
-def test_the_deepest_that_fits(counter, pictures):
+def test_the_deepest_that_fits(counter, images):
     """Only that one is asked; the time of this very run decides, and the rest follows in proportion."""
     tool = slow(counter.network, 0.1, 0.1, 0.4, 0.8)
     profile = Profile()
@@ -173,21 +173,21 @@ def test_the_deepest_that_fits(counter, pictures):
     tool.__dict__["profile"] = tool._times = profile
     for deadline, exit in [(60_000, "final"), (150, "V1"), (1, "V1")]:
         tool.chain.ran.clear()
-        result = tool.count(pictures[0], deadline_ms=deadline, policy=DeepestThatFits())
+        result = tool.count(images[0], deadline_ms=deadline, policy=DeepestThatFits())
         assert [r.exit for r in result.exits] == [exit]
         assert [step for step in tool.chain.ran if isinstance(step, str)] == [exit]
     # Ten times as slow as before: AV2 and what comes after it would take ten times as long, too.
     tool.chain.seconds = [1.0, 0.0, 0.0, 0.0]
     tool.chain.ran.clear()
-    result = tool.count(pictures[0], deadline_ms=4000, policy=DeepestThatFits())
+    result = tool.count(images[0], deadline_ms=4000, policy=DeepestThatFits())
     assert [r.exit for r in result.exits] == ["AV1"]
     with pytest.raises(CounterError, match="only a deadline can tell"):
-        tool.count(pictures[0], policy=DeepestThatFits())
+        tool.count(images[0], policy=DeepestThatFits())
     with pytest.raises(CounterError, match="give a budget"):
-        tool.count_many([(pictures[0], None)], policy=DeepestThatFits())
+        tool.count_many([(images[0], None)], policy=DeepestThatFits())
 
 
-def test_a_stage_is_not_given_up_because_the_first_was_held_up(counter, pictures):
+def test_a_stage_is_not_given_up_because_the_first_was_held_up(counter, images):
     """By what the machine has done before the next one would be in time."""
     tool = slow(counter.network, 1.0, 0.0, 0.0, 0.0)
     for first_ms in (1.0, 1000.0):
@@ -196,21 +196,21 @@ def test_a_stage_is_not_given_up_because_the_first_was_held_up(counter, pictures
             profile.note(FIRST, 1, first_ms)
             for index in range(1, 4):
                 profile.note(stage_step(index), 1, 10 * first_ms, first_ms)
-        result = tool.count(pictures[0], deadline_ms=3000)
+        result = tool.count(images[0], deadline_ms=3000)
         assert [r.exit for r in result.exits] == (SERVED if first_ms == 1.0 else ["V1"])
 
 
-def test_what_is_not_known_does_not_fit(counter, pictures):
+def test_what_is_not_known_does_not_fit(counter, images):
     tool = slow(counter.network, 0, 0, 0, 0)
     tool.__dict__["profile"] = tool._times
-    assert tool.count(pictures[0], deadline_ms=60_000, policy=DeepestThatFits()).chosen.exit == "V1"
+    assert tool.count(images[0], deadline_ms=60_000, policy=DeepestThatFits()).chosen.exit == "V1"
 
 
-def test_the_machine_is_measured_once(counter, pictures, tmp_path, monkeypatch):
+def test_the_machine_is_measured_once(counter, images, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(module, "PIXELS_AT_ONCE", 2 * 128 * 64)
     tool = slow(counter.network, 0, 0, 0, 0)
-    result = tool.count(pictures[0], deadline_ms=60_000, policy=DeepestThatFits())
+    result = tool.count(images[0], deadline_ms=60_000, policy=DeepestThatFits())
     assert result.chosen.exit == "final"
     (kept,) = (tmp_path / "crowdexit" / "profiles").iterdir()
     steps = json.loads(kept.read_text())["times"]
@@ -246,15 +246,15 @@ def budgeted(counter, tmp_path, monkeypatch):
     return slow(counter.network, 0.01, 0.01, 0.01, 0.01, intervals=intervals)
 
 
-def test_a_budget_on_pictures(counter, pictures, sounds, tmp_path, monkeypatch):
+def test_budget_on_images(counter, images, log_mels, tmp_path, monkeypatch):
     tool = budgeted(counter, tmp_path, monkeypatch)
-    pairs = list(zip(pictures, sounds, strict=True))
+    pairs = list(zip(images, log_mels, strict=True))
     rich = list(tool.count_many([*pairs, None], budget_ms=600_000))
     assert rich.pop() is None
     for result, pair in zip(rich, pairs, strict=True):
         assert result.chosen.exit == "final"
         assert result.count == pytest.approx(tool.count(*pair).count, rel=1e-4)
-    least = len(pictures) * sum(tool.profile.ms(step) for step in (FIRST, exit_step("V1"), PREPARING)) / 2
+    least = len(images) * sum(tool.profile.ms(step) for step in (FIRST, exit_step("V1"), PREPARING)) / 2
     with pytest.raises(BudgetError, match="too small for 7 images: their first exits alone take about"):
         list(tool.count_many(iter(pairs), budget_ms=least / 3, number=7))
     for options, line in [
@@ -270,7 +270,7 @@ def test_a_budget_on_pictures(counter, pictures, sounds, tmp_path, monkeypatch):
         list(slow(counter.network, 0, 0, 0, 0).count_many(pairs, budget_ms=1e6))
 
 
-def test_a_profile_of_a_busy_machine_refuses_no_budget(counter, pictures, tmp_path, monkeypatch):
+def test_a_profile_of_a_busy_machine_refuses_no_budget(counter, images, tmp_path, monkeypatch):
     """It is measured again before anybody is refused by it; who is refused then is refused at once."""
     tool = budgeted(counter, tmp_path, monkeypatch)
     first = tool.profile
@@ -282,7 +282,7 @@ def test_a_profile_of_a_busy_machine_refuses_no_budget(counter, pictures, tmp_pa
     busy.write()
     later = slow(counter.network, 0.01, 0.01, 0.01, 0.01, intervals=tool.intervals)
     assert later.profile.ms(FIRST) == 1e6
-    pairs = [(picture, None) for picture in pictures]
+    pairs = [(image, None) for image in images]
     assert [result.chosen.exit for result in later.count_many(pairs, budget_ms=60_000)] == ["final"] * len(pairs)
     assert later.profile.ms(FIRST) < 1000
     (kept,) = (tmp_path / "cache" / "crowdexit" / "profiles").iterdir()
@@ -306,7 +306,7 @@ def test_a_budget_that_is_overrun_is_told(counter, tmp_path, monkeypatch, caplog
     assert "ms instead of 800, the machine was slower than measured" in caplog.text
 
 
-def test_large_pictures_fill_a_window_by_their_rows(counter, tmp_path, monkeypatch):
+def test_large_images_fill_a_window_by_their_rows(counter, tmp_path, monkeypatch):
     """A window of eight rows holds as many images as their tiles fill, not eight."""
     tool = budgeted(counter, tmp_path, monkeypatch)
     monkeypatch.setattr(module, "PIXELS_ABREAST", 8 * 128 * 64)
@@ -329,8 +329,8 @@ def test_large_pictures_fill_a_window_by_their_rows(counter, tmp_path, monkeypat
 FALLING = {"V1": 0.6, "AV1": 0.3, "AV2": 0.2, "final": 0.15}
 
 
-@pytest.mark.parametrize("ms_a_picture", [42.0, 60.0])
-def test_a_middling_budget_is_kept_and_spent(counter, tmp_path, monkeypatch, ms_a_picture):
+@pytest.mark.parametrize("ms_per_image", [42.0, 60.0])
+def test_a_middling_budget_is_kept_and_spent(counter, tmp_path, monkeypatch, ms_per_image):
     """Forty images of which a stage takes 20 ms each: between 20 ms an image for the first exit and 80 for all."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(module, "PIXELS_AT_ONCE", 2 * 128 * 64)
@@ -342,7 +342,7 @@ def test_a_middling_budget_is_kept_and_spent(counter, tmp_path, monkeypatch, ms_
     bright = random.permutation(40)
     pairs = [(random.integers(0, 30 + 5 * i, (64, 128, 3), np.uint8), None) for i in bright]
     _ = tool.profile
-    budget_ms = len(pairs) * ms_a_picture
+    budget_ms = len(pairs) * ms_per_image
     begun = time.perf_counter()
     results = list(tool.count_many(pairs, budget_ms=budget_ms))
     took = 1000 * (time.perf_counter() - begun)
@@ -373,12 +373,12 @@ def test_a_budget_too_small_for_the_first_exits_shows_on_the_way(counter, tmp_pa
     assert 0 < len(said) < len(asked)
 
 
-def test_a_budget_for_a_folder(counter, pictures, tmp_path, monkeypatch, capsys):
+def test_a_budget_for_a_folder(counter, images, tmp_path, monkeypatch, capsys):
     tool = budgeted(counter, tmp_path, monkeypatch)
     folder = tmp_path / "photos"
     folder.mkdir()
-    for number, picture in enumerate(pictures):
-        cv2.imwrite(str(folder / f"{number}.png"), picture)
+    for number, image in enumerate(images):
+        cv2.imwrite(str(folder / f"{number}.png"), image)
     (folder / "4.png").write_bytes(b"no picture")
     (folder / "5.wav").write_bytes(b"no sound")
     assert count_inputs(tool, [folder], budget_ms=600_000, format="json") == 6
@@ -397,10 +397,10 @@ def test_a_budget_for_a_folder(counter, pictures, tmp_path, monkeypatch, capsys)
         count_inputs(tool, [folder, tmp_path / "v.mp4"], budget_ms=1e6)
 
 
-def test_a_folder_in_which_some_come_too_late(counter, pictures, tmp_path, capsys):
+def test_a_folder_in_which_some_come_too_late(counter, images, tmp_path, capsys):
     tool = slow(counter.network, 0.5, 0, 0, 0)
     for number in range(2):
-        cv2.imwrite(str(tmp_path / f"{number}.png"), pictures[number])
+        cv2.imwrite(str(tmp_path / f"{number}.png"), images[number])
     with pytest.raises(RunError, match="none of the files could be counted"):
         count_inputs(tool, [tmp_path], deadline_ms=20, late="fail")
     assert capsys.readouterr().err.count("no exit answered within 20 ms") == 2
@@ -427,8 +427,8 @@ def test_policies_by_name():
         Confident()
 
 
-def test_nobody_is_confident_without_intervals(counter, pictures):
+def test_nobody_is_confident_without_intervals(counter, images):
     with pytest.raises(CounterError, match="tiny has no intervals to be confident by"):
-        counter.count(pictures[0], policy=Confident(5.0))
+        counter.count(images[0], policy=Confident(5.0))
     with pytest.raises(CounterError, match="tiny has no intervals"):
-        counter.count_many([(pictures[0], None)], policy=Confident(5.0))
+        counter.count_many([(images[0], None)], policy=Confident(5.0))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from crowdexit.data.picture import tiles, views
+from crowdexit.data.image import tiles, views
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.counter import CrowdCounter
 from crowdexit.jobs.count import count_inputs
@@ -30,26 +30,26 @@ def made(view: str) -> CrowdCounter:
 
 
 @pytest.fixture
-def pictures():
+def images():
     random = np.random.default_rng(0)
     return [random.integers(0, 255, shape, np.uint8) for shape in ((96, 128, 3), (128, 96, 3), (64, 64, 3))]
 
 
 @pytest.fixture
-def sound():
+def audio():
     return np.random.default_rng(1).normal(size=(96, 64)).astype(np.float32)
 
 
-def test_tiles_are_added(pictures, sound):
+def test_tiles_are_added(images, audio):
     counter = made("tiles")
     assert counter.size == (192, 128)
-    result = {r.exit: r for r in counter.stream(pictures[0], sound)}
+    result = {r.exit: r for r in counter.stream(images[0], audio)}
     assert list(result) == ["1-mlp", "2-heard", "final"]
     alone = dict.fromkeys(result, 0.0)
-    for tile in tiles(pictures[0], (64, 64)):
+    for tile in tiles(images[0], (64, 64)):
         one = views(tile, (64, 64), "fit")
         with torch.inference_mode():
-            for name, answer in counter.network.stream(batch_of(one, [sound])):
+            for name, answer in counter.network.stream(batch_of(one, [audio])):
                 alone[name] += float(answer.value)
     for name, value in alone.items():
         assert result[name].count == pytest.approx(value, rel=1e-4)
@@ -57,26 +57,26 @@ def test_tiles_are_added(pictures, sound):
 
 
 @pytest.mark.parametrize("view", ["tiles", "fit"])
-def test_the_batch_does_not_matter(view, pictures, sound):
+def test_the_batch_does_not_matter(view, images, audio):
     counter = made(view)
-    sounds = [sound, None, sound]
-    pairs = list(zip(pictures, sounds, strict=True))
-    for together, (picture, heard) in zip(counter.count_many(pairs), pairs, strict=True):
-        alone = {result.exit: result.count for result in counter.stream(picture, heard)}
+    log_mels = [audio, None, audio]
+    pairs = list(zip(images, log_mels, strict=True))
+    for together, (image, heard) in zip(counter.count_many(pairs), pairs, strict=True):
+        alone = {result.exit: result.count for result in counter.stream(image, heard)}
         assert {result.exit: result.count for result in together.exits} == pytest.approx(alone, rel=1e-4)
 
 
-def test_a_huge_picture_is_several_scenes(pictures):
+def test_huge_image_is_cut_into_tiles(images):
     counter = made("tiles")
-    huge = np.tile(pictures[0], (12, 12, 1))
+    huge = np.tile(images[0], (12, 12, 1))
     counts = {r.exit: r.count for r in counter.stream(huge)}
-    assert counts["final"] > 2 * counter.count(pictures[0]).count
+    assert counts["final"] > 2 * counter.count(images[0]).count
 
 
 def test_no_density_of_a_network_without_a_map(tmp_path):
-    picture = tmp_path / "crowd.png"
-    cv2.imwrite(str(picture), np.zeros((96, 128, 3), np.uint8))
+    image = tmp_path / "crowd.png"
+    cv2.imwrite(str(image), np.zeros((96, 128, 3), np.uint8))
     with pytest.raises(CrowdExitError, match="transcrowd-token-s makes no map, it counts directly"):
-        count_inputs(made("fit"), [picture], density=tmp_path / "map.png")
-    assert list(tmp_path.iterdir()) == [picture]
-    assert count_inputs(made("fit"), [picture], format="json", out=tmp_path / "rows.json") == 1
+        count_inputs(made("fit"), [image], density=tmp_path / "map.png")
+    assert list(tmp_path.iterdir()) == [image]
+    assert count_inputs(made("fit"), [image], format="json", out=tmp_path / "rows.json") == 1

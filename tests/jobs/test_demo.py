@@ -27,7 +27,7 @@ def test_demo(counter, tmp_path):
     assert [int(r["true_count"]) for r in rows] == [truth[i] for i in range(0, 100, 5)]
     counted = [float(r["final_count"]) for r in rows]
     frame = next(iter(read_frames(SAMPLES / "clip.mp4")))
-    assert counted[0] == pytest.approx(counter.count(frame.picture, frame.sound).count, abs=0.006)
+    assert counted[0] == pytest.approx(counter.count(frame.image, frame.waveform).count, abs=0.006)
     error = np.abs(np.array(counted) - [truth[i] for i in range(0, 100, 5)]).mean()
     (final,) = [line for line in text.splitlines() if " final " in line]
     assert [cell.strip() for cell in final.split("│")][2:4] == [f"{np.mean(counted):.1f}", f"{error:.1f}"]
@@ -41,7 +41,7 @@ def test_demo(counter, tmp_path):
 
     drawn = list(read_frames(tmp_path / "out" / "clip-counted.mp4", Span(2)))
     assert len(drawn) == 20
-    assert drawn[0].picture.shape == (576, 768, 3)
+    assert drawn[0].image.shape == (576, 768, 3)
     own, _ = read_audio(SAMPLES / "clip.mp4")
     kept, _ = read_audio(tmp_path / "out" / "clip-counted.mp4")
     length = min(own.shape[1], kept.shape[1])

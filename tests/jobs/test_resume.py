@@ -33,10 +33,10 @@ def inputs(tmp_path_factory) -> list[Path]:
     """Two videos with an image between them, and the first once more."""
     folder = tmp_path_factory.mktemp("inputs")
     times = [i / 10 for i in range(23)]
-    first = make_video(folder / "a.mp4", times, sound=tone(2.5, begin=1))
+    first = make_video(folder / "a.mp4", times, audio=tone(2.5, begin=1))
     second = make_video(folder / 'b "or"\nb.mkv', times[:9], key_every=3)
-    picture = Path(__file__).parent.parent.parent / "crowdexit" / "samples" / "street.jpg"
-    shutil.copy(picture, folder / "p.jpg")
+    image = Path(__file__).parent.parent.parent / "crowdexit" / "samples" / "street.jpg"
+    shutil.copy(image, folder / "p.jpg")
     return [first, folder / "p.jpg", second, first]
 
 

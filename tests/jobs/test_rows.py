@@ -18,14 +18,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from audio_files import write_wav
 from PIL import Image
-from sounds import write_wav
 from videos import make_video, tone
 
 from crowdexit.calibration.intervals import Intervals
 from crowdexit.cli import commands as cli
+from crowdexit.data.image import ImageError, read_image
 from crowdexit.data.mel import AudioError, AudioInput
-from crowdexit.data.picture import PictureError, read_image
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.anytime import DeadlineMissed
 from crowdexit.inference.counter import CrowdCounter
@@ -40,21 +40,21 @@ from crowdexit.video.frames import read_frames
 
 
 @pytest.fixture
-def street(picture_file) -> Path:
-    return picture_file("street.jpg", width=256, height=128)
+def street(image_file) -> Path:
+    return image_file("street.jpg", width=256, height=128)
 
 
 @pytest.fixture
 def film(tmp_path) -> Path:
-    return make_video(tmp_path / "film.mp4", [i / 10 for i in range(20)], sound=tone(2))
+    return make_video(tmp_path / "film.mp4", [i / 10 for i in range(20)], audio=tone(2))
 
 
-def write_sound(path: Path, sound) -> Path:
+def write_sound(path: Path, audio) -> Path:
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(16_000)
-        file.writeframes((sound * 32767).astype("<i2").tobytes())
+        file.writeframes((audio * 32767).astype("<i2").tobytes())
     return path
 
 
@@ -62,7 +62,7 @@ def json_lines(text: str) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_json_of_a_picture(counter, street, capsys):
+def test_json_of_an_image(counter, street, capsys):
     assert count_inputs(counter, [street], format="json") == 1
     out, err = capsys.readouterr()
     assert err == ""
@@ -90,7 +90,7 @@ def test_json_of_a_picture(counter, street, capsys):
 
 def test_json_of_mixed_inputs(counter, street, film, capsys):
     assert count_inputs(counter, [film, street], format="json", fps=2) == 5
-    *frames, picture = json_lines(capsys.readouterr().out)
+    *frames, image = json_lines(capsys.readouterr().out)
     assert [list(f) for f in frames] == [
         [
             "source",
@@ -112,8 +112,8 @@ def test_json_of_mixed_inputs(counter, street, film, capsys):
         (str(film), 10, 1.0),
         (str(film), 15, 1.5),
     ]
-    assert picture["source"] == str(street)
-    assert "exits" in picture
+    assert image["source"] == str(street)
+    assert "exits" in image
 
 
 def test_csv(counter, street, film, tmp_path):
@@ -149,8 +149,8 @@ def test_every_row_has_its_interval(counter, street, film, tmp_path, capsys):
     )
     for exit, width in (("V1", 0.25), ("final", 0.5)):
         count_inputs(tool, [street, film], exit=exit, format="json")
-        picture, *frames = json_lines(capsys.readouterr().out)
-        said = [(picture["count"], picture["exits"][-1]["interval"]), *((f["count"], f["interval"]) for f in frames)]
+        image, *frames = json_lines(capsys.readouterr().out)
+        said = [(image["count"], image["exits"][-1]["interval"]), *((f["count"], f["interval"]) for f in frames)]
         assert len(said) == 3
         for count, (low, high) in said:
             half = width * (count + 10)
@@ -205,7 +205,7 @@ def test_warnings_reach_callers_from_python(counter, street, pages):
     assert [result.warnings for result in counter.answers(ready)] == [(WARNING,), ()]
 
 
-def test_warnings_of_pictures_within_a_budget(counter, street, pages, monkeypatch, capsys):
+def test_warnings_of_images_within_a_budget(counter, street, pages, monkeypatch, capsys):
     """The files are read here before the counter has them."""
     results = [counter.count(path) for path in (street, pages)]
     taken: list[object] = []
@@ -225,7 +225,7 @@ def test_a_warning_of_many_frames_is_told_once(counter, film, monkeypatch, capsy
     prepare = counter.prepare
 
     def with_warning(samples):
-        return prepare([(replace(picture, warnings=("damaged",)), sound) for picture, sound in samples])
+        return prepare([(replace(image, warnings=("damaged",)), audio) for image, audio in samples])
 
     monkeypatch.setattr(counter, "prepare", with_warning)
     count_inputs(counter, [film], format="json", fps=5)
@@ -234,7 +234,7 @@ def test_a_warning_of_many_frames_is_told_once(counter, film, monkeypatch, capsy
     assert err.splitlines() == [f"warning: {film} at 0.0 s: damaged"]
 
 
-def test_table_of_one_picture(counter, street, capsys):
+def test_table_of_one_image(counter, street, capsys):
     count_inputs(counter, [street], exit="AV2")
     lines = capsys.readouterr().out.splitlines()
     marked = [line for line in lines if "chosen" in line]
@@ -257,7 +257,7 @@ def test_table_of_several(counter, street, film, capsys):
     assert rows[2].split()[:3] == [str(film), "10", "1.00"]
 
 
-def test_sounds(counter, street, film, tmp_path, capsys):
+def test_audio(counter, street, film, tmp_path, capsys):
     """The file beside an image is heard; --audio goes before it, and before a video's own."""
 
     def counts(*inputs, **options) -> list[float]:
@@ -280,7 +280,7 @@ def test_sounds(counter, street, film, tmp_path, capsys):
         count_inputs(counter, [street], audio=tmp_path / "none.wav")
 
 
-def test_a_broken_sound_beside_a_picture_is_told(counter, street, monkeypatch, capsys):
+def test_broken_audio_beside_an_image_is_reported(counter, street, monkeypatch, capsys):
     street.with_suffix(".wav").write_bytes(b"RIFF")
     count_inputs(counter, [street], format="json")
     out, err = capsys.readouterr()
@@ -293,7 +293,7 @@ def test_a_broken_sound_beside_a_picture_is_told(counter, street, monkeypatch, c
     taken: list[object] = []
     monkeypatch.setattr(counter, "count_many", lambda samples, **_: taken.extend(samples) or [counter.count(street)])
     count_inputs(counter, [street], budget_ms=1e5)
-    assert [sound for _, sound in taken] == [AudioInput(None, "unreadable", (warning,))]
+    assert [audio for _, audio in taken] == [AudioInput(None, "unreadable", (warning,))]
 
 
 def audio_of(counter, inputs, capsys, tmp_path, **options) -> list[str]:
@@ -308,42 +308,42 @@ def audio_of(counter, inputs, capsys, tmp_path, **options) -> list[str]:
     return found
 
 
-def test_every_row_says_whether_audio_was_used(counter, street, film, picture_file, tmp_path, capsys):
+def test_every_row_says_whether_audio_was_used(counter, street, film, image_file, tmp_path, capsys):
     """``switched off``: the exit V1 stands before the audio joins the image."""
-    sound = write_sound(tmp_path / "s.wav", tone(3))
-    large = picture_file("large.jpg", width=1024, height=256)
+    audio = write_sound(tmp_path / "s.wav", tone(3))
+    large = image_file("large.jpg", width=1024, height=256)
     assert audio_of(counter, [street, film], capsys, tmp_path, fps=1) == ["none", "used", "used"]
-    assert audio_of(counter, [street], capsys, tmp_path, audio=sound) == ["used"]
-    assert audio_of(counter, [street], capsys, tmp_path, audio=sound, exit="V1") == ["switched off"]
+    assert audio_of(counter, [street], capsys, tmp_path, audio=audio) == ["used"]
+    assert audio_of(counter, [street], capsys, tmp_path, audio=audio, exit="V1") == ["switched off"]
     assert audio_of(counter, [film], capsys, tmp_path, fps=1, exit="V1") == ["switched off"] * 2
-    assert audio_of(counter, [large], capsys, tmp_path, audio=sound) == ["tiled"]
+    assert audio_of(counter, [large], capsys, tmp_path, audio=audio) == ["tiled"]
     assert audio_of(counter, [large], capsys, tmp_path) == ["none"]
-    used = {result.exit: result.audio for result in counter.stream(street, sound)}
+    used = {result.exit: result.audio for result in counter.stream(street, audio)}
     assert used == {"V1": "switched off", "AV1": "used", "AV2": "used", "final": "used"}
-    assert counter.count(street, sound).audio == "used"
+    assert counter.count(street, audio).audio == "used"
     assert counter.count(street, AudioInput(None, "switched off")).audio == "switched off"
-    assert [result.audio for result in counter.count_many([(street, sound), (large, sound)])] == ["used", "tiled"]
+    assert [result.audio for result in counter.count_many([(street, audio), (large, audio)])] == ["used", "tiled"]
 
 
-def test_audio_that_is_named_and_not_used_is_told(counter, street, picture_file, tmp_path, capsys):
-    sound = write_sound(tmp_path / "s.wav", tone(3))
-    large = picture_file("large.jpg", width=1024, height=256)
+def test_audio_that_is_named_and_not_used_is_told(counter, street, image_file, tmp_path, capsys):
+    audio = write_sound(tmp_path / "s.wav", tone(3))
+    large = image_file("large.jpg", width=1024, height=256)
     for path, exit, reason in ((large, "auto", "cut into tiles"), (street, "V1", "the exit that answers takes none")):
-        count_inputs(counter, [path], audio=sound, exit=exit)
+        count_inputs(counter, [path], audio=audio, exit=exit)
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"warning: --audio {sound}: not used")
+        assert line.startswith(f"warning: --audio {audio}: not used")
         assert reason in line
-    count_inputs(counter, [street], audio=sound)
+    count_inputs(counter, [street], audio=audio)
     assert capsys.readouterr().err == ""
 
 
-def test_floats_of_any_scale_beside_a_picture(counter, street, tmp_path, capsys):
+def test_float_audio_of_any_scale_beside_an_image(counter, street, tmp_path, capsys):
     """The count of the same sound in ±1, and a warning in the row."""
     usual = write_wav(tmp_path / "a.wav", tone(1), floats=True)
     loud = write_wav(tmp_path / "b.wav", tone(1) * 32_768, floats=True)
     rows = []
-    for sound in (usual, loud):
-        count_inputs(counter, [street], audio=sound, format="json")
+    for audio in (usual, loud):
+        count_inputs(counter, [street], audio=audio, format="json")
         out, err = capsys.readouterr()
         rows.append(json.loads(out))
     assert rows[0]["count"] == rows[1]["count"]
@@ -353,7 +353,7 @@ def test_floats_of_any_scale_beside_a_picture(counter, street, tmp_path, capsys)
     assert err.splitlines() == [f"warning: {street}: {warning}"]
 
 
-def test_sound_with_values_that_are_not_finite_is_named(counter, street, tmp_path):
+def test_audio_with_non_finite_values_is_named(counter, street, tmp_path):
     path = write_wav(tmp_path / "nan.wav", np.full(16_000, np.nan), floats=True)
     with pytest.raises(AudioError, match=r"nan\.wav"):
         count_inputs(counter, [street], audio=path)
@@ -369,7 +369,7 @@ def png_of_claimed_size(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
 
 
-def bad_pictures(good: bytes) -> dict[str, bytes]:
+def bad_images(good: bytes) -> dict[str, bytes]:
     tiny = io.BytesIO()
     Image.new("RGB", (1, 1)).save(tiny, "PNG")
     return {
@@ -383,8 +383,8 @@ def bad_pictures(good: bytes) -> dict[str, bytes]:
     }
 
 
-def test_a_bad_picture_named_itself_is_an_error_of_one_line(counter, street, tmp_path):
-    for name, data in bad_pictures(street.read_bytes()).items():
+def test_bad_image_named_directly_is_a_one_line_error(counter, street, tmp_path):
+    for name, data in bad_images(street.read_bytes()).items():
         path = tmp_path / name
         path.write_bytes(data)
         with pytest.raises(CrowdExitError) as caught:
@@ -396,7 +396,7 @@ def test_a_bad_picture_named_itself_is_an_error_of_one_line(counter, street, tmp
 def test_bad_files_of_a_folder_are_told_and_passed_over(counter, street, tmp_path, capsys):
     folder = tmp_path / "folder"
     folder.mkdir()
-    bad = bad_pictures(street.read_bytes()) | {"film.mp4": b"no film"}
+    bad = bad_images(street.read_bytes()) | {"film.mp4": b"no film"}
     for name, data in bad.items():
         (folder / name).write_bytes(data)
     with pytest.raises(RunError, match="none of the files"):
@@ -443,11 +443,11 @@ def test_rows_before_an_error_are_kept(counter, street, film, tmp_path):
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(b"words")
     out = tmp_path / "rows.json"
-    with pytest.raises(PictureError, match=r"bad\.jpg.*rows\.json\.part"):
+    with pytest.raises(ImageError, match=r"bad\.jpg.*rows\.json\.part"):
         count_inputs(counter, [film, bad], format="json", out=out)
     assert not out.exists()
     assert len(json_lines((tmp_path / "rows.json.part").read_text())) == 2
-    with pytest.raises(PictureError) as caught:
+    with pytest.raises(ImageError) as caught:
         count_inputs(counter, [bad], format="json", out=tmp_path / "other.json")
     assert "part" not in str(caught.value)
     assert not list(tmp_path.glob("other*"))
@@ -494,12 +494,12 @@ def test_a_folder_is_right_where_several_drawings_go(counter, street, film, tmp_
     assert {path.suffix for path in drawings.iterdir()} == {".png", ".mp4"}
 
 
-def test_names_that_a_spreadsheet_would_run(counter, picture_file, tmp_path, monkeypatch):
+def test_names_that_a_spreadsheet_would_run(counter, image_file, tmp_path, monkeypatch):
     """In CSV they begin with an apostrophe, and a stopped run goes on behind them; elsewhere they stay."""
     monkeypatch.chdir(tmp_path)
     names = ["=1+1.jpg", "+1.jpg", "-1.jpg", "@x.jpg", "a=b.jpg"]
     for name in names:
-        picture_file(name, width=64, height=64)
+        image_file(name, width=64, height=64)
     out = tmp_path / "rows.csv"
     count_inputs(counter, names, format="csv", out=out)
 
@@ -540,7 +540,7 @@ def test_deadlines_that_no_exit_can_keep_are_told_in_words(counter, street, film
     assert "deadline" not in capsys.readouterr().err
 
 
-def test_density_of_a_picture(counter, street, tmp_path):
+def test_density_of_an_image(counter, street, tmp_path):
     count_inputs(counter, [street], density=tmp_path / "map.npy", out=tmp_path / "o")
     density = np.load(tmp_path / "map.npy", allow_pickle=False)
     result = counter.count(street)
@@ -548,16 +548,16 @@ def test_density_of_a_picture(counter, street, tmp_path):
     assert density.shape == (8, 16)
     assert float(density.sum()) == pytest.approx(result.count, rel=1e-4)
     count_inputs(counter, [street], density=tmp_path / "map.png", out=tmp_path / "o")
-    with Image.open(tmp_path / "map.png") as picture:
-        assert (picture.format, picture.size) == ("PNG", (256, 128))
-        assert np.abs(np.asarray(picture).astype(int) - np.asarray(Image.open(street))).max() > 20
+    with Image.open(tmp_path / "map.png") as image:
+        assert (image.format, image.size) == ("PNG", (256, 128))
+        assert np.abs(np.asarray(image).astype(int) - np.asarray(Image.open(street))).max() > 20
 
 
 def test_density_of_a_video(counter, film, tmp_path):
     count_inputs(counter, [film], density=tmp_path / "counted.mp4", out=tmp_path / "o", fps=5)
     frames = list(read_frames(tmp_path / "counted.mp4", Span(100)))
     assert [f.time_s for f in frames] == pytest.approx([i / 5 for i in range(10)], abs=0.002)
-    assert frames[0].sound is not None
+    assert frames[0].waveform is not None
 
 
 def test_densities_of_several_go_into_a_folder(counter, street, film, tmp_path):

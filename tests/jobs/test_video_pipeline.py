@@ -94,7 +94,7 @@ def test_leaving_early_ends_the_threads_and_closes_what_they_read():
 
 
 def test_a_count_that_is_left_early_closes_the_video(tmp_path, counter):
-    path = make_video(tmp_path / "v.mp4", [i / 10 for i in range(100)], sound=tone(10))
+    path = make_video(tmp_path / "v.mp4", [i / 10 for i in range(100)], audio=tone(10))
     frames = read_frames(path, Span(10))
     counted = count_frames(counter, frames, "v", How(batch=2))
     next(counted)

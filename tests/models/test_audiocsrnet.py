@@ -38,7 +38,7 @@ def make(**changes) -> AudioCSRNet:
     return network.eval()
 
 
-def picture(batch=3) -> Features:
+def make_features(batch=3) -> Features:
     torch.manual_seed(1)
     heard = torch.tensor([True, False, True])[:batch]
     inside = torch.rand(batch, 1, 8, 16)
@@ -48,7 +48,7 @@ def picture(batch=3) -> Features:
 @pytest.mark.parametrize("front_norm", [False, True])
 def test_shapes_and_gradients(front_norm):
     network = make(front_norm=front_norm)
-    answers = network(picture())
+    answers = network(make_features())
     assert list(answers) == ["V1", "V1-cnn", "AV1", "AV1-cnn", "AV2", "AV2-cnn", "final"]
     assert all(a.value.shape == (3,) for a in answers.values())
     assert answers["final"].density.shape == (3, 1, 8, 16)
@@ -123,7 +123,7 @@ def test_regressor_starts_as_the_sum(activation):
     config = AudioCSRNetConfig(size=(128, 64), density_activation=activation, density_scale=7.0)
     torch.manual_seed(0)
     plain = DensityExit(5, config)
-    features = picture(2).with_visual(torch.randn(2, 5, 8, 16))
+    features = make_features(2).with_visual(torch.randn(2, 5, 8, 16))
     before = plain(features)
     plain.start_regressor((128, 64))
     after = plain(features)
@@ -136,7 +136,7 @@ def test_regressor_starts_as_the_sum(activation):
 
 
 def test_count_is_the_sum_of_the_density_and_scaled():
-    features = picture(2)
+    features = make_features(2)
     answers = [make(density_scale=scale)(features)["final"] for scale in (1.0, 50.0)]
     torch.testing.assert_close(answers[0].value, answers[0].density.sum((1, 2, 3)))
     torch.testing.assert_close(answers[1].value * 50, answers[0].value, rtol=1e-5, atol=1e-5)
@@ -147,15 +147,15 @@ def test_rectified_density_is_never_negative():
     rectified.load_state_dict(plain.state_dict())
     for network in (plain, rectified):
         network.final.conv.weight.data.normal_(generator=torch.Generator().manual_seed(0))
-    signed = plain(picture())["final"].density
+    signed = plain(make_features())["final"].density
     assert signed.min() < 0
-    torch.testing.assert_close(rectified(picture())["final"].density, signed.clamp_min(0))
+    torch.testing.assert_close(rectified(make_features())["final"].density, signed.clamp_min(0))
 
 
 @pytest.mark.parametrize("regressor", [False, True])
 def test_padding_counts_out(regressor):
     network = make(regressor=regressor)
-    whole = replace(picture(), inside=torch.ones(3, 1, 8, 16))
+    whole = replace(make_features(), inside=torch.ones(3, 1, 8, 16))
     full = network(whole)["final"].density
     inside = torch.ones_like(whole.inside)
     inside[..., 10:] = 0
@@ -168,7 +168,7 @@ def test_padding_counts_out(regressor):
 
 def test_unheard_rows_ignore_their_log_mel_and_all_that_is_learned_of_hearing():
     network = make()
-    features = picture()
+    features = make_features()
     garbage = features.log_mel.clone()
     garbage[1] = float("nan")
     other = replace(features, log_mel=garbage)
@@ -191,7 +191,7 @@ def test_unheard_rows_ignore_their_log_mel_and_all_that_is_learned_of_hearing():
 
 def test_v1_hears_nothing_and_the_others_do():
     network = make()
-    features = picture()
+    features = make_features()
     louder = replace(features, log_mel=features.log_mel + 1)
     quiet, loud = network(features), network(louder)
     for name in quiet:
@@ -202,7 +202,7 @@ def test_v1_hears_nothing_and_the_others_do():
 @pytest.mark.parametrize("front_norm", [False, True])
 def test_answers_do_not_depend_on_the_batch(front_norm):
     network = make(front_norm=front_norm)
-    features = picture()
+    features = make_features()
     together = network(features)
     for i in range(3):
         for name, answer in network(features.select(torch.tensor([i]))).items():
@@ -211,7 +211,7 @@ def test_answers_do_not_depend_on_the_batch(front_norm):
 
 def test_compaction_between_stages_changes_no_answer():
     network = make()
-    features = picture()
+    features = make_features()
     together = network(features)
     staying = torch.tensor([True, False, True])
     features = network.stages[1](network.stages[0](features)).select(staying)

@@ -52,9 +52,9 @@ def test_torchvisions_weights_give_torchvisions_scores(architecture, tmp_path):
     save_file(tensors, tmp_path / "published.safetensors")
     ours = network(architecture)
     filled = load_published(ours, "imagenet", tmp_path / "published.safetensors")
-    picture = torch.randn(2, 3, SMALL[architecture], SMALL[architecture])
+    image = torch.randn(2, 3, SMALL[architecture], SMALL[architecture])
     with torch.no_grad():
-        torch.testing.assert_close(ours(inputs(picture))["final"].value, model(picture), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours(inputs(image))["final"].value, model(image), rtol=1e-4, atol=1e-5)
     unused = [key for key in filled.unused if not key.startswith("AuxLogits.")]
     assert all(key.endswith("num_batches_tracked") for key in unused)
 
@@ -70,9 +70,9 @@ def test_the_papers_stride_differs_from_torchvisions_only_in_where_a_stage_halve
             for name in ours.state_dict()
         }
     )
-    picture = torch.randn(2, 3, 64, 64)
+    image = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(ours(inputs(picture))["final"].value, model(picture), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours(inputs(image))["final"].value, model(image), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -117,15 +117,15 @@ def test_gradients_reach_all_of_a_branch_and_what_stands_before_it(architecture,
     assert all(p.grad is None for p in net.stages[2].parameters())
 
 
-def test_a_batch_says_what_each_of_its_pictures_says_alone():
+def test_batch_equals_single_images():
     net = network("resnet18")
     net.add_branch("1", "1", "slvit")
     net.eval()
-    pictures = torch.randn(3, 3, 64, 64)
+    images = torch.randn(3, 3, 64, 64)
     with torch.no_grad():
-        together = net(inputs(pictures))
+        together = net(inputs(images))
         for i in range(3):
-            alone = net(inputs(pictures[i : i + 1]))
+            alone = net(inputs(images[i : i + 1]))
             for name, answer in alone.items():
                 torch.testing.assert_close(answer.value[0], together[name].value[i], rtol=1e-4, atol=1e-5)
 

@@ -44,7 +44,7 @@ def test_shapes_and_gradients(kind, audio, outputs):
 
 
 @pytest.mark.parametrize("kind", EXITS)
-def test_sound_matters_where_it_is_taken(kind):
+def test_audio_matters_where_it_is_used(kind):
     torch.manual_seed(1)
     branch = EXITS[kind](6, 1).eval()
     features = record()

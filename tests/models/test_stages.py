@@ -13,7 +13,7 @@ def record(visual: torch.Tensor, grid: tuple[int, int] | None = None) -> Feature
     return Features(visual, torch.randn(n, 1, 96, 64), heard, torch.rand(n, 1, 2, 3), torch.randn(n, 5), grid)
 
 
-def test_inputs_without_sound():
+def test_inputs_without_audio():
     features = inputs(torch.zeros(2, 3, 16, 24))
     assert features.log_mel.shape == (2, 1, 96, 64)
     assert features.heard.tolist() == [False, False]
@@ -21,14 +21,14 @@ def test_inputs_without_sound():
     assert features.inside.eq(1).all()
 
 
-def test_inputs_with_sound_are_heard_unless_told():
-    sound = torch.zeros(2, 1, 96, 64)
-    assert inputs(torch.zeros(2, 3, 16, 24), sound).heard.tolist() == [True, True]
+def test_inputs_with_audio_use_it_by_default():
+    audio = torch.zeros(2, 1, 96, 64)
+    assert inputs(torch.zeros(2, 3, 16, 24), audio).heard.tolist() == [True, True]
     told = torch.tensor([True, False])
-    assert inputs(torch.zeros(2, 3, 16, 24), sound, told).heard.tolist() == [True, False]
+    assert inputs(torch.zeros(2, 3, 16, 24), audio, told).heard.tolist() == [True, False]
 
 
-def test_inputs_without_log_mel_are_never_heard():
+def test_inputs_without_log_mel_never_have_audio():
     assert not inputs(torch.zeros(1, 3, 16, 24), heard=torch.tensor([True])).heard.any()
 
 

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn import functional as F
 
-from crowdexit.data.picture import normalise
+from crowdexit.data.image import normalise
 from crowdexit.models.backbones.audiocsrnet import AudioCSRNet, AudioCSRNetConfig
 from crowdexit.models.backbones.vit import KINDS, ViT, ViTConfig
 from crowdexit.models.backbones.weights import WeightsError, load_published
@@ -96,11 +96,11 @@ def test_weights_of_another_normalisation(tmp_path):
     save_file(timms.state_dict(), tmp_path / "timm.safetensors")
     ours = network(task="class", outputs=10)
     load_published(ours, "augreg", tmp_path / "timm.safetensors")
-    pictures = np.random.default_rng(0).integers(0, 256, (2, 96, 96, 3), np.uint8)
-    theirs = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1
-    image = torch.from_numpy(np.stack([normalise(picture) for picture in pictures]))
+    images = np.random.default_rng(0).integers(0, 256, (2, 96, 96, 3), np.uint8)
+    theirs = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+    batch = torch.from_numpy(np.stack([normalise(image) for image in images]))
     with torch.inference_mode():
-        torch.testing.assert_close(ours(inputs(image))["final"].value, timms(theirs), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours(inputs(batch))["final"].value, timms(theirs), rtol=1e-4, atol=1e-4)
 
 
 def test_weights_that_do_not_fit(tmp_path):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.vgg import cfgs, make_layers
 
-from crowdexit.data.picture import MEAN, STD
+from crowdexit.data.image import MEAN, STD
 from crowdexit.models.backbones.audiocsrnet import FUSION_CHANNELS, AudioCSRNet, AudioCSRNetConfig
 from crowdexit.models.backbones.vgg import VGG_FRONT, VGGISH, VGGish
 from crowdexit.models.backbones.weights import WeightsError, apply_weights, load_published, read_published
@@ -181,12 +181,12 @@ def test_audiocsrnet_wants_its_own_normalisation(saved):
 
 
 def test_several_files_in_order(saved):
-    ours, vgg, sound, crowd = network(), vgg16(), TorchVGGish().state_dict(), csrnet()
+    ours, vgg, audio, crowd = network(), vgg16(), TorchVGGish().state_dict(), csrnet()
     made = apply_weights(
-        ours, {"vgg16": saved(vgg, "a"), "vggish": saved(sound, "b"), "csrnet": str(saved(crowd, "c"))}
+        ours, {"vgg16": saved(vgg, "a"), "vggish": saved(audio, "b"), "csrnet": str(saved(crowd, "c"))}
     )
     assert [f.kind for f in made] == ["vgg16", "vggish", "csrnet"]
-    assert torch.equal(ours.state_dict()["stages.1.layers.13.weight"], sound["features.13.weight"])
+    assert torch.equal(ours.state_dict()["stages.1.layers.13.weight"], audio["features.13.weight"])
     assert torch.equal(ours.state_dict()["stages.0.layers.0.weight"], crowd["frontend.0.weight"])
 
 

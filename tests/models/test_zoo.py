@@ -267,9 +267,9 @@ def test_some_exits_alone(tmp_path):
     network = zoo.build(spec).eval()
     fewer, told = zoo.with_exits(network, spec, ["2-cnn-add", "1-mlp"])
     assert [e.name for e in told.exits] == ["2-cnn-add", "1-mlp"]
-    picture = inputs(torch.randn(1, 3, 64, 64))
+    image = inputs(torch.randn(1, 3, 64, 64))
     with torch.no_grad():
-        before, after = network(picture), fewer(picture)
+        before, after = network(image), fewer(image)
     assert set(after) == {"1-mlp", "2-cnn-add", "final"}
     assert all(torch.equal(answer.value, before[name].value) for name, answer in after.items())
     for names, message in ((["3-mlp"], "no early exit '3-mlp'"), (["1-mlp", "1-mlp"], "twice")):

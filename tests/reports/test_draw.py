@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from crowdexit.inference.counter import ExitResult
 from crowdexit.reports.draw import banner, bars, overlay
 
-Picture = NDArray[np.uint8]
+Pixels = NDArray[np.uint8]
 
 
-def grey(width: int, height: int, value: int = 128) -> Picture:
+def grey(width: int, height: int, value: int = 128) -> Pixels:
     return np.full((height, width, 3), value, np.uint8)
 
 
@@ -26,11 +26,11 @@ def heads(*cells: tuple[int, int], mass: float = 0.5) -> NDArray[np.float32]:
 
 
 def test_overlay_leaves_empty_places_as_they_are_and_colours_people() -> None:
-    picture = grey(320, 240)
-    drawn = overlay(picture, heads((5, 30)))
-    assert drawn.shape == picture.shape
+    image = grey(320, 240)
+    drawn = overlay(image, heads((5, 30)))
+    assert drawn.shape == image.shape
     assert drawn.dtype == np.uint8
-    assert (picture == 128).all()  # the input stays
+    assert (image == 128).all()  # the input stays
     # Cell (5, 30) covers the pixels around (44, 244); far from it nothing changes.
     assert np.abs(drawn[44, 244].astype(int) - 128).max() > 60
     assert (drawn[120:, :160] == 128).all()
@@ -52,11 +52,11 @@ def test_one_wild_cell_does_not_hide_the_crowd() -> None:
     assert np.abs(drawn[80:160, 80:240].astype(int) - 128).max() > 60
 
 
-def test_overlay_of_nobody_is_the_picture() -> None:
-    picture = grey(100, 60)
-    assert (overlay(picture, np.zeros((8, 12), np.float32)) == picture).all()
-    assert (overlay(picture, np.full((8, 12), 1e-5, np.float32)) == picture).all()
-    assert (overlay(picture, heads((5, 5)), strength=0) == picture).all()
+def test_overlay_of_zero_density_is_the_image() -> None:
+    image = grey(100, 60)
+    assert (overlay(image, np.zeros((8, 12), np.float32)) == image).all()
+    assert (overlay(image, np.full((8, 12), 1e-5, np.float32)) == image).all()
+    assert (overlay(image, heads((5, 5)), strength=0) == image).all()
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 300), (96, 128)])
@@ -68,10 +68,10 @@ def test_overlay_takes_any_grid_and_values(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("size", [(32, 32), (64, 48), (320, 240), (1920, 1080), (48, 2000), (2000, 40)])
 def test_banner_is_written_at_any_size(size: tuple[int, int]) -> None:
-    picture = grey(*size)
-    out = banner(picture, "About 136 people – street.jpg")
-    assert out.shape == picture.shape
-    assert (picture == 128).all()
+    image = grey(*size)
+    out = banner(image, "About 136 people – street.jpg")
+    assert out.shape == image.shape
+    assert (image == 128).all()
     assert out.max() > 180  # letters
     assert (out < 60).any()  # strip
     assert (out[-max(4, size[1] // 8) :] == 128).all()  # the image below it is not touched
@@ -83,10 +83,10 @@ def test_banner_fits_the_width() -> None:
 
 
 def test_banner_writes_what_the_font_lacks_in_ascii() -> None:
-    picture = grey(900, 200)
-    assert (banner(picture, "café – 3×4 ±2 …\n“x”") == banner(picture, 'cafe - 3x4 +-2 ... "x"')).all()
-    assert (banner(picture, "群 10") == banner(picture, "? 10")).all()
-    assert banner(picture, "").shape == picture.shape
+    image = grey(900, 200)
+    assert (banner(image, "café – 3×4 ±2 …\n“x”") == banner(image, 'cafe - 3x4 +-2 ... "x"')).all()
+    assert (banner(image, "群 10") == banner(image, "? 10")).all()
+    assert banner(image, "").shape == image.shape
 
 
 def test_bars_have_one_row_for_each_exit() -> None:

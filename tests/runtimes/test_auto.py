@@ -180,9 +180,9 @@ def test_a_counter_on_what_fails_counts_on_eager(network, tried, caplog):
     tried([[(fake, 0.1)]])
     Auto().ready(network)
     fake.error = RuntimeUnavailable("no compiler")
-    picture = np.random.default_rng(0).integers(0, 255, (64, 128, 3), np.uint8)
-    said = list(CrowdCounter(network, "tiny", runtime=Auto()).stream(picture))
-    assert [e.count for e in said] == [e.count for e in CrowdCounter(network, "tiny", runtime=Eager()).stream(picture)]
+    image = np.random.default_rng(0).integers(0, 255, (64, 128, 3), np.uint8)
+    said = list(CrowdCounter(network, "tiny", runtime=Auto()).stream(image))
+    assert [e.count for e in said] == [e.count for e in CrowdCounter(network, "tiny", runtime=Eager()).stream(image)]
     with pytest.raises(RuntimeUnavailable, match=r"^no compiler$"):  # of a runtime that was named
         CrowdCounter(network, "tiny", runtime=fake)
 

@@ -111,10 +111,10 @@ def test_engines_end_between_two_layers(convert, kind):
     model = convert(piece)
     engine: Engine = kind(lambda *_: model if isinstance(model, bytes) else model.clone())
     engine.prepare("stage-0", (shape,))
-    pictures = np.random.default_rng(0).normal(size=(2, 1, *shape)).astype(np.float32)
+    images = np.random.default_rng(0).normal(size=(2, 1, *shape)).astype(np.float32)
 
     def run(at: int) -> np.ndarray:
-        return engine.run("stage-0", [pictures[at]])[0]
+        return engine.run("stage-0", [images[at]])[0]
 
     engine.running = threading.Event()  # type: ignore[attr-defined]
     before = run(1)

@@ -70,7 +70,7 @@ def test_what_is_damaged_is_made_anew(suffix, converted):
         assert len(converted) == 12  # and kept again
 
 
-def test_a_counter_is_ready_before_its_first_picture(converted):
+def test_counter_is_ready_before_the_first_image(converted):
     """No latency and no deadline counts the compiling, and what is not served is not made ready."""
     network = networks.made("audiocsrnet")
     counter = CrowdCounter(network, "tiny", runtime=OpenVINO(), exits=["V1", "AV1"])

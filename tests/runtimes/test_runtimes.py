@@ -231,10 +231,10 @@ def test_sizes_are_bounded_and_come_again(monkeypatch):
     engine = engines.OpenVINOEngine(model)
     stage = pieces["stage-0"]
     for width, times in ((64, 1), (64, 1), (96, 2), (64, 2), (128, 3), (96, 4), (128, 4)):
-        picture = torch.randn(2, 3, 64, width)
-        [given] = engine.run("stage-0", [picture.numpy()])
+        image = torch.randn(2, 3, 64, width)
+        [given] = engine.run("stage-0", [image.numpy()])
         with torch.no_grad():
-            [wanted] = stage(picture)
+            [wanted] = stage(image)
         torch.testing.assert_close(torch.from_numpy(given), wanted, **EXACT)
         assert len(converted) == times
 
@@ -314,7 +314,7 @@ def test_a_network_that_is_ready_is_left_alone():
     assert touched == []
 
 
-def test_another_size_of_picture():
+def test_another_image_size():
     """The final exit takes any; the branches' heads are made for theirs, and the line says which could not."""
     network = networks.made("audiocsrnet")
     features = inputs(torch.randn(1, 3, 128, 128))
@@ -397,7 +397,7 @@ def test_a_conversion_that_fails_leaves_the_log_as_it_was(monkeypatch):
     assert (root.level, root.filters, root.handlers) == before
 
 
-def test_a_compiled_network_is_ready_before_its_first_picture(monkeypatch):
+def test_compiled_network_is_ready_before_the_first_image(monkeypatch):
     """No latency and no deadline counts the compiling, a compiler that is missing is reported at once, and what is not
     served is not compiled."""
     graphs: list[int] = []

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from sounds import tone, write_wav
+from audio_files import tone, write_wav
 from tiny_runs import best, run, tiny
 from torch.utils.data import default_collate
 from typer.testing import CliRunner
@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 from crowdexit.cli.commands import app
 from crowdexit.data.classes import write_classes
 from crowdexit.data.dataset import EpochPlan, MixedPlan
+from crowdexit.data.image import normalise
 from crowdexit.data.log_mel import read_audio
-from crowdexit.data.picture import normalise
 from crowdexit.data.spectrogram import Spectrogram
 from crowdexit.data.store import Store, open_for_writing, write_sample
-from crowdexit.data.unlabelled import PictureFolder
+from crowdexit.data.unlabelled import ImageFolder
 from crowdexit.errors import CrowdExitError
 from crowdexit.models import zoo
 from crowdexit.models.backbones.convnets import ConvNetConfig
@@ -36,13 +36,13 @@ EXITS = [{"name": "V1", "place": "V1", "kind": "slvit"}, {"name": "AV2", "place"
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
+def images(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(5)
     (folder / "deeper").mkdir()
     for number in range(5):
-        picture = cv2.GaussianBlur(rng.integers(0, 256, (80, 100 + 10 * number, 3), np.uint8), (9, 9), 3)
-        cv2.imwrite(str(folder / ("deeper" if number % 2 else ".") / f"{number}.jpg"), picture)
+        image = cv2.GaussianBlur(rng.integers(0, 256, (80, 100 + 10 * number, 3), np.uint8), (9, 9), 3)
+        cv2.imwrite(str(folder / ("deeper" if number % 2 else ".") / f"{number}.jpg"), image)
     (folder / "notes.txt").write_text("nothing to see")
     (folder / "broken.jpg").write_bytes(b"\xff\xd8 not a picture")
     return folder
@@ -55,14 +55,14 @@ def branches(store, backbone, tmp_path_factory) -> Path:
     return out / "model.safetensors"
 
 
-def mixed(store, branches, pictures, **keys):
-    recipe = copycat_recipe(branches, store, pictures, **keys)
+def mixed(store, branches, images, **keys):
+    recipe = copycat_recipe(branches, store, images, **keys)
     network, _ = zoo.load(branches)
     return recipe, network, make_data(recipe, network)
 
 
-def test_a_folder_is_read_to_the_bottom_and_says_what_it_left_out(pictures):
-    folder = PictureFolder(pictures)
+def test_a_folder_is_read_to_the_bottom_and_says_what_it_left_out(images):
+    folder = ImageFolder(images)
     assert folder.ids("") == sorted(folder.ids(""))
     assert {Path(id).name for id in folder.ids("")} == {f"{n}.jpg" for n in range(5)}
     assert folder.skipped == 1
@@ -70,14 +70,14 @@ def test_a_folder_is_read_to_the_bottom_and_says_what_it_left_out(pictures):
     assert height == width == 80
 
 
-def test_recordings_become_the_pictures_that_the_set_has(tmp_path):
+def test_recordings_become_spectrograms_like_those_of_the_set(tmp_path):
     for number in range(3):
         write_wav(tmp_path / "sounds" / "deeper" / f"{number}.wav", tone(500 * (number + 1), 22_050), 22_050)
     (tmp_path / "sounds" / "broken.wav").write_bytes(b"RIFF")
     write_wav(tmp_path / "sounds" / "empty.wav", [])
-    sound = Spectrogram("stft", 32, 0.5)
+    spectrogram = Spectrogram("stft", 32, 0.5)
     rng = np.random.default_rng(0)
-    with write_classes(tmp_path / "set.h5", ["a", "b"], "tones", sound=sound) as writer:
+    with write_classes(tmp_path / "set.h5", ["a", "b"], "tones", spectrogram=spectrogram) as writer:
         for split in ("train", "val"):
             writer.add(split, rng.integers(0, 256, (8, 32, 32, 3), np.uint8), [0, 1] * 4, [str(n) for n in range(8)])
     recipe = Recipe.model_validate(
@@ -95,13 +95,13 @@ def test_recordings_become_the_pictures_that_the_set_has(tmp_path):
     assert data.note == "3 unlabelled recordings; 2 files of no use left out"
     assert data.unlabelled is not None
     assert data.unlabelled.ids == ["deeper/0.wav", "deeper/1.wav", "deeper/2.wav"]
-    expected = sound.of(*read_audio(tmp_path / "sounds" / "deeper" / "1.wav"))
+    expected = spectrogram.of(*read_audio(tmp_path / "sounds" / "deeper" / "1.wav"))
     assert torch.equal(data.unlabelled[1, 7]["image"], torch.from_numpy(normalise(expected)))  # never mirrored
     assert torch.equal(data.train_set[0, 7]["image"], data.train_set[0, 0]["image"])
 
 
-def test_their_truth_is_what_the_backbone_says(store, branches, pictures):
-    _, network, data = mixed(store, branches, pictures)
+def test_their_truth_is_what_the_backbone_says(store, branches, images):
+    _, network, data = mixed(store, branches, images)
     batch = next(iter(data.train_dataloader()))
     told = batch["unlabelled"].clone()
     assert 0 < told.sum() < len(told)
@@ -117,14 +117,14 @@ def test_their_truth_is_what_the_backbone_says(store, branches, pictures):
 
 
 @pytest.mark.parametrize(("ratio", "unlabelled"), [(2.0, 20), (0.5, 5)])
-def test_the_ratio_is_fake_to_real(store, branches, pictures, ratio, unlabelled):
-    _, _, data = mixed(store, branches, pictures, ratio=ratio)
+def test_the_ratio_is_fake_to_real(store, branches, images, ratio, unlabelled):
+    _, _, data = mixed(store, branches, images, ratio=ratio)
     told = torch.cat([batch["unlabelled"] for batch in data.train_dataloader()])
     assert (int((~told).sum()), int(told.sum())) == (10, unlabelled)
 
 
 @pytest.mark.parametrize("teacher", [None, "another"])
-def test_the_teacher_labels(store, backbone, branches, pictures, tmp_path, monkeypatch, teacher):
+def test_the_teacher_labels(store, backbone, branches, images, tmp_path, monkeypatch, teacher):
     """The labels are its final exit's outputs; by default the run's own backbone is the teacher."""
     network, spec = zoo.load(backbone)
     with torch.no_grad():
@@ -145,17 +145,17 @@ def test_the_teacher_labels(store, backbone, branches, pictures, tmp_path, monke
         return after
 
     monkeypatch.setattr("crowdexit.training.branches.taught", taught_and_seen)
-    run(copycat_recipe(branches, store, pictures, teacher=path, epochs=1), tmp_path / "cc")
+    run(copycat_recipe(branches, store, images, teacher=path, epochs=1), tmp_path / "cc")
     assert labelled == 20
     assert best(tmp_path / "cc").keys() == best(branches.parent).keys()
     told = zoo.read_spec(tmp_path / "cc" / "model.safetensors").meta["recipe"]["copycat"]
     assert told["teacher"] == teacher
 
 
-def test_a_teacher_of_other_images_or_classes(store, backbone, branches, pictures, tmp_path):
+def test_a_teacher_of_other_images_or_classes(store, backbone, branches, images, tmp_path):
     def teach(spec: zoo.Spec) -> None:
         zoo.save(zoo.build(spec), spec, tmp_path / "teacher.safetensors")
-        recipe = copycat_recipe(branches, store, pictures, teacher=tmp_path / "teacher.safetensors", epochs=1)
+        recipe = copycat_recipe(branches, store, images, teacher=tmp_path / "teacher.safetensors", epochs=1)
         run(recipe, tmp_path / "cc")
 
     own = zoo.read_spec(backbone)
@@ -165,7 +165,7 @@ def test_a_teacher_of_other_images_or_classes(store, backbone, branches, picture
     with pytest.raises(CrowdExitError, match="sorts into classes, the run counts"):
         teach(small)
     with pytest.raises(CrowdExitError, match="neither a model's name"):
-        run(copycat_recipe(branches, store, pictures, teacher=tmp_path / "nowhere", epochs=1), tmp_path / "cc")
+        run(copycat_recipe(branches, store, images, teacher=tmp_path / "nowhere", epochs=1), tmp_path / "cc")
     zoo.save(zoo.build(small), small, tmp_path / "a_b.safetensors")
     other = replace(small, meta={"classes": ["b", "a"]})
     with pytest.raises(CrowdExitError, match="not trained on the same classes"):
@@ -185,8 +185,8 @@ def test_each_batch_has_its_share(ratio):
         assert abs(unlabelled - size * ratio / (1 + ratio)) <= 1
 
 
-def test_fine_tuning_moves_the_branches_and_nothing_else(store, branches, pictures, tmp_path):
-    arguments = ["copycat", str(branches), "--data", str(store), "--pictures", str(pictures), "--epochs", "2"]
+def test_fine_tuning_moves_the_branches_and_nothing_else(store, branches, images, tmp_path):
+    arguments = ["copycat", str(branches), "--data", str(store), "--pictures", str(images), "--epochs", "2"]
     result = CliRunner().invoke(app, [*arguments, "--lr", "0.01", "--out", str(tmp_path / "cc")])
     assert result.exit_code == 0, result.output
     before, after = best(branches.parent), best(tmp_path / "cc")
@@ -195,7 +195,7 @@ def test_fine_tuning_moves_the_branches_and_nothing_else(store, branches, pictur
         moved = not torch.equal(value, after[key])
         assert moved == key.startswith("branches."), key
     told = zoo.read_spec(tmp_path / "cc" / "model.safetensors").meta["recipe"]
-    assert told["copycat"] == {"pictures": pictures.name, "split": "train", "ratio": 2.0, "teacher": None}
+    assert told["copycat"] == {"pictures": images.name, "split": "train", "ratio": 2.0, "teacher": None}
     assert [e["name"] for e in told["exits"]] == ["V1", "AV2"]
 
 
@@ -215,14 +215,14 @@ def test_a_prepared_files_own_truth_is_not_looked_at(store, branches, tmp_path):
     ("keys", "message"),
     [({"ratio": 0.0}, "copycat.ratio"), ({"ratio": float("inf")}, "copycat.ratio"), ({"lr": -1.0}, "optimiser.lr")],
 )
-def test_values_that_mean_nothing(store, branches, pictures, keys, message):
+def test_values_that_mean_nothing(store, branches, images, keys, message):
     with pytest.raises(CrowdExitError, match=message):
-        copycat_recipe(branches, store, pictures, **keys)
+        copycat_recipe(branches, store, images, **keys)
 
 
-def test_what_cannot_be_copied(store, backbone, branches, pictures, tmp_path):
+def test_what_cannot_be_copied(store, backbone, branches, images, tmp_path):
     with pytest.raises(CrowdExitError, match="not trained classifier-wise"):
-        copycat_recipe(backbone, store, pictures)
+        copycat_recipe(backbone, store, images)
     (tmp_path / "empty").mkdir()
     with pytest.raises(CrowdExitError, match="no image of use"):
         mixed(store, branches, tmp_path / "empty")

@@ -44,8 +44,8 @@ def data(tmp_path) -> Path:
         for split, many in (("train", 16), ("val", 4), ("test", 6)):
             labels = np.arange(many) % 2
             noise = rng.integers(0, 60, (many, 32, 32, 3))
-            pictures = (noise + 180 * labels[:, None, None, None]).astype(np.uint8)
-            writer.add(split, pictures, labels, [f"{split}{i}" for i in range(many)])
+            images = (noise + 180 * labels[:, None, None, None]).astype(np.uint8)
+            writer.add(split, images, labels, [f"{split}{i}" for i in range(many)])
     return path
 
 

@@ -69,14 +69,14 @@ def test_the_same_branches_from_the_cache(store, trained, passed, tmp_path, giga
 def test_what_is_cached_is_not_computed(store, trained, tmp_path, monkeypatch):
     cache = {"folder": tmp_path / "features"}
     branches(store, trained, tmp_path / "first", cache=cache)
-    pictures = []
+    images = []
     from crowdexit.data.dataset import CrowdDataset
 
     read = CrowdDataset.__getitem__
-    monkeypatch.setattr(CrowdDataset, "__getitem__", lambda self, key: pictures.append(self.split) or read(self, key))
+    monkeypatch.setattr(CrowdDataset, "__getitem__", lambda self, key: images.append(self.split) or read(self, key))
     branches(store, trained, tmp_path / "second", cache=cache, epochs=3)
-    assert pictures.count("train") == 1  # the example that tells the sizes
-    assert pictures.count("val") == 3 * 5
+    assert images.count("train") == 1  # the example that tells the sizes
+    assert images.count("val") == 3 * 5
 
 
 def test_bfloat16_is_kept_as_it_is(store, trained, tmp_path):

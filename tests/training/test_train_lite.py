@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from sounds import tone, write_wav
+from audio_files import tone, write_wav
 from tiny_runs import best, last, run, same, tiny
 from torch import nn
 
@@ -127,7 +127,7 @@ def test_the_recipes_for_audio_follow_each_other(store, trained, tmp_path):
     assert all(torch.equal(first[key], last[key]) for key in first if key.startswith("stages.2.blocks."))
 
 
-def test_a_whole_image_is_not_what_a_crop_sounds_like(store):
+def test_audio_of_a_whole_image_is_not_that_of_a_crop(store):
     with pytest.raises(CrowdExitError, match=r"no data\.voices"):
         read_recipe("audiocsrnet-lite-hearing", {"data.store": store, "data.voices": store.parent})
 

@@ -85,13 +85,13 @@ def test_density_on_two_processes(store, tmp_path):
     network, spec = zoo.load(tmp_path / "two")
     errors: dict[str, list[float]] = {"A": [], "B": []}
     with Store(store) as opened:
-        pictures = CrowdDataset(opened, "val", opened.ids("val"), Setting(network.config.size))
-        for picture in (pictures[i] for i in range(len(pictures))):
-            if picture["heard"]:
-                batch = {k: v[None] for k, v in picture.items() if isinstance(v, torch.Tensor)}
+        images = CrowdDataset(opened, "val", opened.ids("val"), Setting(network.config.size))
+        for image in (images[i] for i in range(len(images))):
+            if image["heard"]:
+                batch = {k: v[None] for k, v in image.items() if isinstance(v, torch.Tensor)}
                 with torch.no_grad():
                     count = network(record(batch))["final"].value
-                errors[picture["id"][0]].append(abs(count.item() - picture["count"].item()))
+                errors[image["id"][0]].append(abs(count.item() - image["count"].item()))
     for part, values in errors.items():
         found = spec.meta["validation"]["sound"][f"mae/{part}"]
         assert found == pytest.approx(sum(values) / len(values), rel=1e-5)

@@ -75,7 +75,7 @@ def test_stage_two_starts_as_the_sum_and_learns_it(store, backbone, tmp_path):
         run(tiny(store, "count", start=backbone, loss="mae"), tmp_path / "no")
 
 
-def test_pictures_with_a_density_map_alone(tmp_path):
+def test_images_with_only_a_density_map(tmp_path):
     path = write_store(tmp_path / "density.h5", only_density=True)
     run(tiny(path, "density", epochs=1, **WHOLE_L2), tmp_path / "whole")
     assert zoo.load(tmp_path / "whole")
@@ -241,17 +241,17 @@ def test_hearing_is_learned_without_a_change_to_any_silent_answer(store, backbon
     learned = ("stages.1.", "stages.2.blocks.0.fuse.linear.weight", "stages.3.blocks.4.fuse.linear.weight")
     assert all(any(key.startswith(part) for key in moved) for part in learned)
     assert not {key for key in moved if key.endswith("fuse.linear.bias") or ".conv." in key or ".norm." in key}
-    picture, log_mel = torch.rand(2, 3, 64, 128), torch.randn(2, 1, 96, 64)
+    image, log_mel = torch.rand(2, 3, 64, 128), torch.randn(2, 1, 96, 64)
     of = {}
     for name, path in (("before", backbone.parent), ("after", tmp_path / "out")):
         network = zoo.load(path)[0].eval()
         with torch.inference_mode():
-            of[name] = [network(inputs(picture, mel))["final"].density for mel in (None, log_mel)]
+            of[name] = [network(inputs(image, mel))["final"].density for mel in (None, log_mel)]
     assert torch.equal(of["before"][0], of["after"][0])
     assert not torch.equal(of["before"][1], of["after"][1])
 
 
-def test_validation_pictures_go_through_their_conditions(store, backbone, tmp_path):
+def test_validation_images_are_degraded_as_configured(store, backbone, tmp_path):
     tables = []
     for brightness in (1.0, 0.05):
         recipe = tiny(store, "density", start=backbone, epochs=1, data={"val_conditions": {"brightness": brightness}})

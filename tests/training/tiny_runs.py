@@ -31,15 +31,15 @@ def write_store(path: Path, *, only_density: bool = False) -> Path:
         for split, number in (("train", 10), ("val", 5)):
             for i in range(number):
                 points = random.uniform((0, 0), (160, 96), (3 + 2 * i, 2)).astype(np.float32)
-                picture = random.integers(0, 40, (96, 160, 3), np.uint8)
+                image = random.integers(0, 40, (96, 160, 3), np.uint8)
                 for x, y in points.astype(int):
-                    picture[max(y - 2, 0) : y + 3, max(x - 2, 0) : x + 3] = 220
+                    image[max(y - 2, 0) : y + 3, max(x - 2, 0) : x + 3] = 220
                 log_mel = random.normal(size=(96, 64)).astype(np.float32)
                 silent = (split, i) == ("val", 4)
                 sample = StoredSample(
                     id=f"{'AB'[i % 2]}_{i}",
                     split=split,
-                    image=cv2.imencode(".png", picture)[1],
+                    image=cv2.imencode(".png", image)[1],
                     points=points[:0] if only_density else points,
                     width=160,
                     height=96,

@@ -38,10 +38,10 @@ def refuse(line: str) -> None:
     raise AssertionError(f"unexpected warning: {line}")
 
 
-def transport_stream(path: Path, *, times=TENTHS, sound=True, **options) -> bytes:
+def transport_stream(path: Path, *, times=TENTHS, audio=True, **options) -> bytes:
     """The bytes of a video as it would be broadcast, in groups of five frames."""
-    own = tone(times[-1] + 0.1, begin=1) if sound else None
-    return make_video(path, times, sound=own, key_every=5, **options).read_bytes()
+    own = tone(times[-1] + 0.1, begin=1) if audio else None
+    return make_video(path, times, audio=own, key_every=5, **options).read_bytes()
 
 
 @contextmanager
@@ -114,16 +114,16 @@ def test_a_pipe_in_real_time_gives_what_the_file_gives(tmp_path):
     assert dropped == 0
     assert [f.index for f in got] == [f.index for f in expected]
     assert [f.time_s for f in got] == pytest.approx([f.time_s for f in expected], abs=0.002)
-    assert [index_of(f.picture) for f in got] == [index_of(f.picture) for f in expected]
+    assert [index_of(f.image) for f in got] == [index_of(f.image) for f in expected]
     for live_frame, frame in zip(got, expected, strict=True):
-        assert (live_frame.sound is None) == (frame.sound is None)
+        assert (live_frame.waveform is None) == (frame.waveform is None)
         # What lies before the first frame has not been kept.
         begin = max(0, round((0.5 - frame.time_s) * 16_000)) + 400
-        assert np.allclose(live_frame.sound[0][begin:], frame.sound[0][begin:], atol=0.02)
+        assert np.allclose(live_frame.waveform[0][begin:], frame.waveform[0][begin:], atol=0.02)
 
 
 def test_who_is_slow_gets_the_newest(tmp_path):
-    data = transport_stream(tmp_path / "v.ts", sound=False)
+    data = transport_stream(tmp_path / "v.ts", audio=False)
     with fed(tmp_path / "pipe", data, 2.5) as name:
         got, dropped = frames_of(name, 10, pause=0.6)
     assert 2 <= len(got) <= 8
@@ -134,7 +134,7 @@ def test_who_is_slow_gets_the_newest(tmp_path):
 
 def test_a_pipe_that_could_wait_is_not_dropped(tmp_path):
     """A whole file at once: counted at the pace at which it would be seen, if not faster."""
-    data = transport_stream(tmp_path / "v.ts", sound=False)
+    data = transport_stream(tmp_path / "v.ts", audio=False)
     with fed(tmp_path / "pipe", data, 0.0) as name:
         got, dropped = frames_of(name, 10, pause=0.04)
     assert (len(got), dropped) == (25, 0)
@@ -200,9 +200,9 @@ def test_a_source_that_stops_and_comes_back(tmp_path, quick):
     assert len(lines) == 2
     assert "stopped after 2.4 s; trying again" in lines[0]
     assert "back after" in lines[1]
-    assert all(index_of(f.picture) == f.index % 25 for f in got)
+    assert all(index_of(f.image) == f.index % 25 for f in got)
     assert 2.5 <= next(f.time_s for f in got if f.index >= 25) < 12  # our clock went on
-    assert got[-1].sound is not None
+    assert got[-1].waveform is not None
 
 
 def test_the_end_comes_while_the_source_is_away(tmp_path, quick):
@@ -246,13 +246,13 @@ def test_a_camera():
     got = list(LiveFrames(address, Span(5, end=1.5), refuse))
     assert time.monotonic() - begun > 1.2
     assert 4 <= len(got) <= 8
-    assert all(f.sound is None for f in got)
-    assert got[0].picture.shape == (64, 96, 3)
+    assert all(f.waveform is None for f in got)
+    assert got[0].image.shape == (64, 96, 3)
 
 
-def test_decoding_that_falls_behind_leaves_pictures_out(tmp_path, monkeypatch):
+def test_slow_decoding_drops_frames(tmp_path, monkeypatch):
     """Groups of frames are passed over until the newest is reached again."""
-    data = transport_stream(tmp_path / "v.ts", sound=False)
+    data = transport_stream(tmp_path / "v.ts", audio=False)
     for name, value in (("_BEHIND_S", 0.3), ("_LONG_S", 0.0), ("_MOST_STAMPS", 8)):
         monkeypatch.setattr(live, name, value)
     lines: list[str] = []
@@ -276,7 +276,7 @@ def test_decoding_that_falls_behind_leaves_pictures_out(tmp_path, monkeypatch):
         f"{name}: too much to decode here, frames are left out"
     ]
     assert got[-1].time_s > 1.9
-    assert [index_of(f.picture) for f in got] == [f.index for f in got]
+    assert [index_of(f.image) for f in got] == [f.index for f in got]
 
 
 def test_rows_of_a_live_source(tmp_path, counter, capsys):
@@ -294,7 +294,7 @@ def test_rows_of_a_live_source(tmp_path, counter, capsys):
 
 def test_a_slow_network_counts_what_is_new(tmp_path, counter, monkeypatch):
     """No frame waits for its turn: each is hardly older than the time that counting it took."""
-    data, ages = transport_stream(tmp_path / "v.ts", times=[i / 10 for i in range(40)], sound=False), []
+    data, ages = transport_stream(tmp_path / "v.ts", times=[i / 10 for i in range(40)], audio=False), []
     answers, took = type(counter).answers, []
 
     def slow(self, *arguments, **options):
@@ -370,7 +370,7 @@ def test_a_source_that_becomes_later_is_not_left_out(tmp_path, monkeypatch):
     """It is not our decoding that is behind."""
     monkeypatch.setattr(live, "_BEHIND_S", 0.3)
     monkeypatch.setattr(live, "_WAITS_S", (60.0,))  # the pipe is not opened again
-    data = transport_stream(tmp_path / "v.ts", times=[i / 20 for i in range(120)], sound=False)
+    data = transport_stream(tmp_path / "v.ts", times=[i / 20 for i in range(120)], audio=False)
     see, seen = live._Session._see, 0
 
     def counted(self, image):
@@ -391,8 +391,8 @@ def test_a_clock_that_is_set_anew(tmp_path, monkeypatch, paced):
     monkeypatch.setattr(live, "_WAITS_S", (60.0,))
     times = TENTHS[:15]
     first = transport_stream(tmp_path / "a.ts", times=times)
-    sound = tone(1.6)
-    later = make_video(tmp_path / "b.ts", [3600 + t for t in times], sound=sound, sound_at=3600, key_every=5)
+    audio = tone(1.6)
+    later = make_video(tmp_path / "b.ts", [3600 + t for t in times], audio=audio, audio_start=3600, key_every=5)
     data, lines = first + later.read_bytes() + first, list[str]()
     with fed(tmp_path / "pipe", data, 4.5 if paced else 0.5) as name:
         address = lasting(name) if paced else address_of(name)
@@ -401,9 +401,9 @@ def test_a_clock_that_is_set_anew(tmp_path, monkeypatch, paced):
     assert (steps > 0).all()
     assert steps.max() < 1.5
     assert got[-1].time_s < 5
-    assert {index_of(f.picture) for f in got[-5:]} < set(range(15))
+    assert {index_of(f.image) for f in got[-5:]} < set(range(15))
     assert len(got) >= (25 if paced else 42)
-    assert sum(f.sound is not None for f in got if f.time_s > 3.2) >= 3
+    assert sum(f.waveform is not None for f in got if f.time_s > 3.2) >= 3
 
 
 def test_what_breaks_off_is_told(tmp_path):
@@ -414,7 +414,7 @@ def test_what_breaks_off_is_told(tmp_path):
     assert 5 < len(got) < 20
     assert len(lines) == 1
     assert lines[0].startswith(f"{name}: damaged or broken off after {got[-1].time_s:.1f} s")
-    station = Station([transport_stream(tmp_path / "v.ts", sound=False)], 0.0, sized=True, missing=100_000)
+    station = Station([transport_stream(tmp_path / "v.ts", audio=False)], 0.0, sized=True, missing=100_000)
     got, dropped = frames_of(station.url, warn=lines.append)
     station.shutdown()
     assert len(got) + dropped >= 24
@@ -432,7 +432,7 @@ def test_a_whole_pipe_is_not_called_broken_off(tmp_path):
 
 def test_behind_damage_in_a_pipe_counting_goes_on(tmp_path, monkeypatch):
     """Whatever FFmpeg makes of it, reading is tried again."""
-    data, opened, tries = transport_stream(tmp_path / "v.ts", sound=False), LiveFrames._open, 0
+    data, opened, tries = transport_stream(tmp_path / "v.ts", audio=False), LiveFrames._open, 0
 
     class Broken(Wrapped):
         def demux(self, *streams):
@@ -455,7 +455,7 @@ def test_behind_damage_in_a_pipe_counting_goes_on(tmp_path, monkeypatch):
 @pytest.mark.parametrize("ended", [True, False])
 def test_a_list_of_pieces_is_a_file_when_it_is_ended(tmp_path, quick, monkeypatch, ended):
     monkeypatch.setattr(live, "_TIMEOUT_S", 2.0)
-    piece = transport_stream(tmp_path / "v.ts", sound=False)
+    piece = transport_stream(tmp_path / "v.ts", audio=False)
     text = "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:1\n#EXTINF:2.5,\npiece.ts\n" + "#EXT-X-ENDLIST\n" * ended
 
     class Handler(BaseHTTPRequestHandler):
@@ -499,8 +499,8 @@ def test_what_is_held_at_the_end_is_dropped(tmp_path):
     assert len(got) + source.dropped == source._index + 1
 
 
-def test_live_pictures_that_are_too_large(tmp_path, monkeypatch):
-    data = transport_stream(tmp_path / "v.ts", sound=False)
+def test_live_frames_that_are_too_large(tmp_path, monkeypatch):
+    data = transport_stream(tmp_path / "v.ts", audio=False)
     with monkeypatch.context() as patch, fed(tmp_path / "pipe", data, 0.0) as name:
         patch.setattr(container_module, "MAX_PIXELS", 96 * 64 - 1)
         with pytest.raises(VideoError, match="pipe: 96×64 is too large"):
@@ -519,7 +519,7 @@ def test_live_pictures_that_are_too_large(tmp_path, monkeypatch):
     assert seen == 6
 
 
-def test_behind_damage_no_picture_is_made_of_what_is_lost(tmp_path):
+def test_frames_after_damage_do_not_use_lost_frames(tmp_path):
     """A broadcast with a hole in it: nothing is counted there, and that is reported."""
     write_moving(tmp_path / "v.ts", 100, size=(320, 240))
     data = bytearray((tmp_path / "v.ts").read_bytes())
@@ -533,12 +533,12 @@ def test_behind_damage_no_picture_is_made_of_what_is_lost(tmp_path):
     # Each is what was shown at its time; but the one in which the hole begins is cut, and out before that is known.
     for frame in (frame for frame in got if abs(frame.time_s - begin) > 0.1):
         shown = moving(round(frame.time_s * 25), (320, 240))
-        assert np.abs(frame.picture.astype(int) - shown).mean() < 12
+        assert np.abs(frame.image.astype(int) - shown).mean() < 12
     assert 30 < len(got) < 80
 
 
 def test_the_end_of_a_pipe_that_has_fallen_silent(tmp_path):
-    data = transport_stream(tmp_path / "v.ts", sound=False)
+    data = transport_stream(tmp_path / "v.ts", audio=False)
     os.mkfifo(tmp_path / "pipe")
     silence = threading.Event()
 

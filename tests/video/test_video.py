@@ -13,7 +13,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from videos import Wrapped, grey, index_of, make_video, tone, write_sound_alone
+from videos import Wrapped, grey, index_of, make_video, tone, write_audio_only
 
 from crowdexit.calibration.intervals import Intervals
 from crowdexit.data.log_mel import read_audio
@@ -21,13 +21,13 @@ from crowdexit.data.mel import AudioError
 from crowdexit.inference.counter import CounterError
 from crowdexit.inference.policies import Confident, DeepestThatFits
 from crowdexit.jobs.pipeline import How, count_frames
+from crowdexit.video import audio as audio_module
 from crowdexit.video import container as container_module
-from crowdexit.video import sound as sound_module
 from crowdexit.video.annotate import AnnotatedVideo, VideoWriteError
+from crowdexit.video.audio import AudioTrack, Places
 from crowdexit.video.container import VideoError
 from crowdexit.video.decode import Span
 from crowdexit.video.frames import expected_rows, read_frames
-from crowdexit.video.sound import Places, SoundTrack
 
 TENTHS = [i / 10 for i in range(30)]
 
@@ -45,7 +45,7 @@ def counted(counter, path: Path, *, warn=refuse, fps: float = 1.0, **options):
 
 
 def loudness(frame) -> float:
-    return 0.0 if frame.sound is None else float(np.abs(frame.sound[0]).mean())
+    return 0.0 if frame.waveform is None else float(np.abs(frame.waveform[0]).mean())
 
 
 @pytest.mark.parametrize(
@@ -62,11 +62,11 @@ def test_frames_are_taken_by_their_time_stamps(tmp_path, fps, expected):
     path = make_video(tmp_path / "v.mp4", TENTHS)
     got = frames(path, fps=fps)
     assert [f.index for f in got] == expected
-    assert [index_of(f.picture) for f in got] == expected
+    assert [index_of(f.image) for f in got] == expected
     assert [f.time_s for f in got] == pytest.approx([TENTHS[i] for i in expected])
-    assert all(f.sound is None for f in got)
-    assert got[0].picture.shape == (64, 96, 3)
-    assert got[0].picture.dtype == np.uint8
+    assert all(f.waveform is None for f in got)
+    assert got[0].image.shape == (64, 96, 3)
+    assert got[0].image.dtype == np.uint8
 
 
 @pytest.mark.parametrize("name", ["v.mp4", "v.mkv"])
@@ -88,7 +88,7 @@ def test_rounded_time_stamps_do_not_shift_the_choice(tmp_path):
 
 def test_time_begins_with_the_first_frame(tmp_path):
     """MPEG-TS begins anywhere; the tone still falls on its frames."""
-    path = make_video(tmp_path / "v.ts", [7 + t for t in TENTHS], sound=tone(3, begin=1.5, end=2), sound_at=7)
+    path = make_video(tmp_path / "v.ts", [7 + t for t in TENTHS], audio=tone(3, begin=1.5, end=2), audio_start=7)
     with av.open(str(path)) as container:
         assert container.start_time > 5 * av.time_base
     got = frames(path)
@@ -99,50 +99,50 @@ def test_time_begins_with_the_first_frame(tmp_path):
 @pytest.mark.parametrize("rotation", [90, -90, 180])
 def test_rotation(tmp_path, rotation):
     path = make_video(tmp_path / "v.mp4", [0, 0.1], rotation=rotation, left_dark=True)
-    picture = frames(path)[0].picture
+    image = frames(path)[0].image
     expected = np.full((64, 96), float(grey(0)))
     expected[:, :48] = 0
     expected = np.rot90(expected, rotation // 90)  # both turn anticlockwise
-    assert picture.shape[:2] == expected.shape
-    assert np.abs(picture.mean(axis=2) - expected).mean() < 4
+    assert image.shape[:2] == expected.shape
+    assert np.abs(image.mean(axis=2) - expected).mean() < 4
 
 
 @pytest.mark.parametrize(("name", "codec", "rate"), [("v.mp4", "aac", 44_100), ("v.mkv", "pcm_s16le", 16_000)])
 def test_the_second_around_each_frame(tmp_path, name, codec, rate):
-    sound = tone(4, begin=1.6, end=2.4, rate=rate)
-    path = make_video(tmp_path / name, [i / 10 for i in range(40)], sound=sound, rate=rate, sound_codec=codec)
+    audio = tone(4, begin=1.6, end=2.4, rate=rate)
+    path = make_video(tmp_path / name, [i / 10 for i in range(40)], audio=audio, rate=rate, audio_codec=codec)
     got = frames(path, fps=2)
-    assert [f.sound[1] for f in got] == [rate] * 8
-    assert all(len(f.sound[0]) == rate for f in got)
+    assert [f.waveform[1] for f in got] == [rate] * 8
+    assert all(len(f.waveform[0]) == rate for f in got)
     # 0.3 s of the tone are within half a second of 1.5 s, all of it of 2 s, none of it of 1 s (ends at 1.5 s).
     mean = 0.5 * 2 / np.pi
     expected = [0, 0, 0, 0.4, 0.8, 0.4, 0, 0]
     assert [loudness(f) / mean for f in got] == pytest.approx(expected, abs=0.02)
     # The middle sample is the frame's own time, to a few milliseconds.
-    at = got[3].sound[0]
+    at = got[3].waveform[0]
     assert np.flatnonzero(np.abs(at) > 0.05)[0] == pytest.approx(0.6 * rate, abs=0.005 * rate)
 
 
-def test_the_ends_of_the_sound_are_padded(tmp_path):
-    path = make_video(tmp_path / "v.mkv", TENTHS, sound=tone(3), sound_codec="pcm_s16le")
+def test_ends_of_the_audio_are_padded(tmp_path):
+    path = make_video(tmp_path / "v.mkv", TENTHS, audio=tone(3), audio_codec="pcm_s16le")
     first, *_, last = frames(path, fps=10)
-    assert not first.sound[0][:7_900].any()
-    assert np.abs(first.sound[0][8_000:]).mean() > 0.2
-    assert np.abs(last.sound[0][:9_500]).mean() > 0.2  # 2.9 s: 0.6 s of audio are left
-    assert not last.sound[0][9_700:].any()
+    assert not first.waveform[0][:7_900].any()
+    assert np.abs(first.waveform[0][8_000:]).mean() > 0.2
+    assert np.abs(last.waveform[0][:9_500]).mean() > 0.2  # 2.9 s: 0.6 s of audio are left
+    assert not last.waveform[0][9_700:].any()
 
 
-def test_beyond_its_sound_a_video_is_not_heard(tmp_path):
-    path = make_video(tmp_path / "v.mp4", TENTHS, sound=tone(1.5))
-    heard = {f.index: f.sound is not None for f in frames(path, fps=10)}
+def test_no_audio_beyond_the_end_of_the_track(tmp_path):
+    path = make_video(tmp_path / "v.mp4", TENTHS, audio=tone(1.5))
+    heard = {f.index: f.waveform is not None for f in frames(path, fps=10)}
     assert heard[14]  # 0.6 s before the end of the audio are in its second
     assert not heard[17]
     assert not any(heard[i] for i in range(17, 30))
 
 
-def test_sound_from_another_file(tmp_path):
-    path = make_video(tmp_path / "v.mp4", TENTHS, sound=tone(3, begin=0, end=0.5))
-    other = make_video(tmp_path / "other.mkv", [0, 0.1], sound=tone(3, begin=2), sound_codec="pcm_s16le")
+def test_audio_from_another_file(tmp_path):
+    path = make_video(tmp_path / "v.mp4", TENTHS, audio=tone(3, begin=0, end=0.5))
+    other = make_video(tmp_path / "other.mkv", [0, 0.1], audio=tone(3, begin=2), audio_codec="pcm_s16le")
     own, replaced = frames(path), frames(path, audio=other)
     assert [loudness(f) > 0.01 for f in own] == [True, False, False]
     assert [loudness(f) > 0.01 for f in replaced] == [False, False, True]
@@ -152,8 +152,8 @@ def test_sound_from_another_file(tmp_path):
         frames(path, audio=tmp_path / "none.wav")
 
 
-def test_neither_pictures_nor_sound_pile_up(tmp_path):
-    path = make_video(tmp_path / "v.mp4", [i / 10 for i in range(200)], sound=tone(20))
+def test_neither_frames_nor_audio_pile_up(tmp_path):
+    path = make_video(tmp_path / "v.mp4", [i / 10 for i in range(200)], audio=tone(20))
     made, alive, most_samples = [], 0, 0
     for frame in read_frames(path, Span(10), warn=refuse):
         made.append(weakref.ref(frame))
@@ -161,34 +161,34 @@ def test_neither_pictures_nor_sound_pile_up(tmp_path):
         alive = max(alive, sum(ref() is not None for ref in made))
     assert len(made) == 200
     assert alive <= 1
-    track = SoundTrack(path, 0.0, refuse)
+    track = AudioTrack(path, 0.0, refuse)
     for tenth in range(200):
         track.second_around(tenth / 10)
         most_samples = max(most_samples, sum(len(samples) for _, samples in track._window._held))
     assert most_samples < 1.3 * 16_000
     # Also when a long stretch is passed over at once.
-    track = SoundTrack(path, 0.0, refuse)
+    track = AudioTrack(path, 0.0, refuse)
     assert track.second_around(19.0) is not None
     assert sum(len(samples) for _, samples in track._window._held) < 1.3 * 16_000
 
 
 @pytest.mark.parametrize("batch", [1, 4, 6])
 def test_a_frame_counts_what_it_counts_alone(tmp_path, counter, batch):
-    path = make_video(tmp_path / "v.mp4", TENTHS, sound=tone(3, begin=1))
+    path = make_video(tmp_path / "v.mp4", TENTHS, audio=tone(3, begin=1))
     got = counted(counter, path, fps=2, batch=batch)
     assert [f.index for f, _ in got] == [0, 5, 10, 15, 20, 25]
-    alone = [counter.count(f.picture, f.sound).count for f in frames(path, fps=2)]
+    alone = [counter.count(f.image, f.waveform).count for f in frames(path, fps=2)]
     assert [r.count for _, r in got] == pytest.approx(alone, rel=1e-5)
     assert len(set(alone)) == 6
     assert {r.chosen.exit for _, r in got} == {"final"}
-    together = counter.count_many([(f.picture, f.sound) for f, _ in got])
+    together = counter.count_many([(f.image, f.waveform) for f, _ in got])
     assert [result.count for result in together] == pytest.approx(alone, rel=1e-4)
     density = got[3][1].chosen.density
     assert density is not None
     assert density.sum() == pytest.approx(alone[3], rel=1e-4)
 
 
-def test_large_pictures_are_scaled_on_the_way(tmp_path, counter):
+def test_large_frames_are_scaled_while_decoding(tmp_path, counter):
     """What the network looks at is smaller; only frames that are cut into tiles are needed as they are."""
     assert counter.size == (128, 64)
     for size, looked_at in {(256, 96): (128, 48), (96, 64): (96, 64), (640, 64): None}.items():
@@ -196,7 +196,7 @@ def test_large_pictures_are_scaled_on_the_way(tmp_path, counter):
         path = make_video(tmp_path / f"{size[0]}.mkv", [0, 0.5], size=size, left_dark=True, codec="ffv1")
         (first, result), _ = counted(counter, path, fps=2)
         assert first.size == size
-        assert result.count == pytest.approx(counter.count(first.picture).count, rel=0.02)
+        assert result.count == pytest.approx(counter.count(first.image).count, rel=0.02)
 
 
 class Block:
@@ -225,21 +225,21 @@ class Block:
         ([5.0, 5.1, 0.0, 0.1, 0.2, 0.7], [0, 10, 20, 30, 40, 90]),  # a clock that is set back
     ],
 )
-def test_stamps_of_sound(stamps, places):
+def test_timestamps_of_audio(stamps, places):
     place = Places(100, None)
     assert [place(Block(time))[0] for time in stamps] == places
 
 
-def test_stamps_of_live_sound():
+def test_timestamps_of_live_audio():
     """A block of the clock before is the first; the others come to where the new one has them."""
     place = Places(100, 0.0, goes_on=False)
     assert [place(Block(time))[0] for time in (100.0, 0.0, 0.1, 0.2)] == [10_000, 10_010, 10, 20]
 
 
-def test_sound_goes_on_where_its_clock_is_set_back(tmp_path):
+def test_audio_continues_when_its_clock_is_set_back(tmp_path):
     """Two recordings one behind the other: the frames of the second are heard with its audio."""
     paths = [
-        make_video(tmp_path / f"{name}.ts", TENTHS, sound=tone(3, **on), key_every=5)
+        make_video(tmp_path / f"{name}.ts", TENTHS, audio=tone(3, **on), key_every=5)
         for name, on in (("silent", {"begin": 3}), ("loud", {}))
     ]
     joined = tmp_path / "joined.ts"
@@ -251,8 +251,8 @@ def test_sound_goes_on_where_its_clock_is_set_back(tmp_path):
     assert min(levels[7:-1]) > 0.1
 
 
-def test_the_sound_reaches_the_count(tmp_path, counter):
-    path = make_video(tmp_path / "v.mp4", [0, 0.5, 1.0], sound=tone(2))
+def test_audio_changes_the_count(tmp_path, counter):
+    path = make_video(tmp_path / "v.mp4", [0, 0.5, 1.0], audio=tone(2))
     mute = make_video(tmp_path / "mute.mp4", [0, 0.5, 1.0])
     heard, unheard = ([r.count for _, r in counted(counter, p)] for p in (path, mute))
     assert heard != pytest.approx(unheard, rel=1e-6)
@@ -272,16 +272,16 @@ def test_exit_and_deadline(tmp_path, counter):
 
 def test_a_frame_leaves_when_its_count_is_sure(tmp_path, counter, monkeypatch):
     """As it does alone, whoever else is in its batch."""
-    path = make_video(tmp_path / "v.mp4", TENTHS, sound=tone(3, begin=1))
+    path = make_video(tmp_path / "v.mp4", TENTHS, audio=tone(3, begin=1))
     with pytest.raises(CounterError, match="no intervals"):
         counted(counter, path, policy=Confident(share=0.5))
     widths = {"V1": 0.9, "AV1": 0.9, "AV2": 0.3, "final": 0.1}
     monkeypatch.setattr(counter, "intervals", Intervals(0.9, widths, widths))
-    alone = [counter.count(f.picture, f.sound).exits for f in frames(path, fps=5)]
+    alone = [counter.count(f.image, f.waveform).exits for f in frames(path, fps=5)]
     halves = sorted((r.interval[1] - r.count) for exits in alone for r in exits if r.exit == "V1")
     policy = Confident(doubt=float(np.mean(halves[6:8])))  # half of them leave at once
     together = counted(counter, path, fps=5, policy=policy, batch=4)
-    expected = [counter.count(f.picture, f.sound, policy=policy) for f in frames(path, fps=5)]
+    expected = [counter.count(f.image, f.waveform, policy=policy) for f in frames(path, fps=5)]
     assert [r.chosen.exit for _, r in together] == [r.chosen.exit for r in expected]
     assert [r.count for _, r in together] == pytest.approx([r.count for r in expected], rel=1e-5)
     assert len({r.chosen.exit for r in expected}) > 1
@@ -345,29 +345,29 @@ def test_by_default_damage_is_a_warning(tmp_path, counter):
         list(read_frames(path))
 
 
-def test_sound_that_is_damaged_is_not_heard_further(tmp_path):
+def test_audio_is_not_used_after_damage(tmp_path):
     """FLAC knows when a block is not whole."""
     path = make_video(tmp_path / "v.mp4", TENTHS)
-    sound = tmp_path / "s.flac"
-    with av.open(str(sound), "w") as container:
+    audio = tmp_path / "s.flac"
+    with av.open(str(audio), "w") as container:
         stream = container.add_stream("flac", rate=16_000, layout="mono")
         noise = np.random.default_rng(0).integers(-9_000, 9_000, (1, 48_000)).astype(np.int16)
         block = av.AudioFrame.from_ndarray(noise, format="s16", layout="mono")
         block.sample_rate = 16_000
         container.mux(stream.encode(block))
         container.mux(stream.encode())
-    data = bytearray(sound.read_bytes())
+    data = bytearray(audio.read_bytes())
     data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
-    sound.write_bytes(bytes(data))
+    audio.write_bytes(bytes(data))
     lines: list[str] = []
-    heard = [f.sound is not None for f in frames(path, fps=2, audio=sound, warn=lines.append)]
+    heard = [f.waveform is not None for f in frames(path, fps=2, audio=audio, warn=lines.append)]
     assert heard == [True, True, True, True, False, False] or heard == [True, True, True, False, False, False]
     assert len(lines) == 1
 
 
 def test_no_frames(tmp_path):
     path = tmp_path / "v.mp4"
-    write_sound_alone(path)
+    write_audio_only(path)
     with pytest.raises(VideoError, match="no moving frame"):
         frames(path)
     empty = make_video(tmp_path / "empty.avi", [], codec="mpeg4")
@@ -412,16 +412,16 @@ def test_expected_rows(tmp_path):
 
 def test_annotated_video(tmp_path):
     """The frames at their times, and the audio in step with them."""
-    path = make_video(tmp_path / "v.mp4", [i / 10 for i in range(40)], sound=tone(4, begin=2), size=(97 // 2 * 2, 64))
+    path = make_video(tmp_path / "v.mp4", [i / 10 for i in range(40)], audio=tone(4, begin=2), size=(97 // 2 * 2, 64))
     out = tmp_path / "out.mp4"
     with AnnotatedVideo(out, path, 0.5) as drawn:
         for frame in frames(path, fps=2):
-            drawn.add(np.ascontiguousarray(frame.picture[:63, :95]), frame)  # odd sides
+            drawn.add(np.ascontiguousarray(frame.image[:63, :95]), frame)  # odd sides
             assert not out.exists()
     got = frames(out, fps=100)
     assert [f.time_s for f in got] == pytest.approx([0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5], abs=0.002)
-    assert [index_of(f.picture) for f in got] == list(range(0, 40, 5))
-    assert got[0].picture.shape == (62, 94, 3)
+    assert [index_of(f.image) for f in got] == list(range(0, 40, 5))
+    assert got[0].image.shape == (62, 94, 3)
     waveform, rate = read_audio(out)
     assert np.flatnonzero(np.abs(waveform[0]) > 0.1)[0] / rate == pytest.approx(2, abs=0.02)
     assert not list(tmp_path.glob("*.part"))
@@ -429,12 +429,12 @@ def test_annotated_video(tmp_path):
 
 def test_annotated_video_of_a_late_clock_and_another_rate(tmp_path):
     path = make_video(
-        tmp_path / "v.ts", [7 + t for t in TENTHS], sound=tone(3, begin=2, rate=48_000), rate=48_000, sound_at=7
+        tmp_path / "v.ts", [7 + t for t in TENTHS], audio=tone(3, begin=2, rate=48_000), rate=48_000, audio_start=7
     )
     out = tmp_path / "out.mp4"
     with AnnotatedVideo(out, path, 1) as drawn:
         for frame in frames(path):
-            drawn.add(frame.picture, frame)
+            drawn.add(frame.image, frame)
     waveform, rate = read_audio(out)
     assert np.flatnonzero(np.abs(waveform[0]) > 0.1)[0] / rate == pytest.approx(2, abs=0.05)
 
@@ -446,7 +446,7 @@ def test_an_annotated_video_appears_whole_or_not(tmp_path):
 
     def write() -> None:
         with AnnotatedVideo(out, None, 1) as drawn:
-            drawn.add(frame.picture, frame)
+            drawn.add(frame.image, frame)
             raise KeyError("something else")
 
     with pytest.raises(KeyError):
@@ -503,35 +503,35 @@ def test_nothing_in_the_span_is_told(tmp_path):
     assert not frames(path, after=29)  # a run that goes on had all of it
 
 
-def write_floats(path: Path, sound) -> Path:
+def write_floats(path: Path, audio) -> Path:
     """A WAV file of floats, whatever they are."""
-    data = sound.astype("<f4").tobytes()
+    data = audio.astype("<f4").tobytes()
     head = struct.pack("<4sIHHIIHH4sI", b"fmt ", 16, 3, 1, 16_000, 64_000, 4, 32, b"data", len(data))
     path.write_bytes(b"RIFF" + struct.pack("<I", 4 + len(head) + len(data)) + b"WAVE" + head + data)
     return path
 
 
 def test_what_is_no_number_is_not_heard(tmp_path, counter):
-    path, sound = make_video(tmp_path / "v.mp4", [i / 10 for i in range(40)]), tone(4)
-    sound[24_000:40_000] = np.nan
-    sound[30_000] = np.inf
+    path, audio = make_video(tmp_path / "v.mp4", [i / 10 for i in range(40)]), tone(4)
+    audio[24_000:40_000] = np.nan
+    audio[30_000] = np.inf
     lines: list[str] = []
-    got = frames(path, audio=write_floats(tmp_path / "s.wav", sound), warn=lines.append)
-    assert [f.sound is not None for f in got] == [True, True, False, True]
-    assert all(np.isfinite(f.sound[0]).all() for f in got if f.sound is not None)
+    got = frames(path, audio=write_floats(tmp_path / "s.wav", audio), warn=lines.append)
+    assert [f.waveform is not None for f in got] == [True, True, False, True]
+    assert all(np.isfinite(f.waveform[0]).all() for f in got if f.waveform is not None)
     assert len(lines) == 1
     assert "the audio is damaged after 1." in lines[0]
     with pytest.raises(AudioError, match="no samples"):
-        SoundTrack(write_floats(tmp_path / "n.wav", np.full(16_000, np.nan)), None, lines.append)
+        AudioTrack(write_floats(tmp_path / "n.wav", np.full(16_000, np.nan)), None, lines.append)
     with AnnotatedVideo(tmp_path / "out.mp4", tmp_path / "s.wav", 1) as drawn:
         for frame in got:
-            drawn.add(frame.picture, frame)
+            drawn.add(frame.image, frame)
     assert np.isfinite(read_audio(tmp_path / "out.mp4")[0]).all()
 
 
-def test_sound_that_cannot_be_read_on_ends(tmp_path, monkeypatch):
+def test_unreadable_audio_ends(tmp_path, monkeypatch):
     """A fault at every try is not asked again for ever."""
-    path, tries = make_video(tmp_path / "v.mp4", TENTHS, sound=tone(3)), 0
+    path, tries = make_video(tmp_path / "v.mp4", TENTHS, audio=tone(3)), 0
 
     class Broken(Wrapped):
         def demux(self, stream):
@@ -542,17 +542,17 @@ def test_sound_that_cannot_be_read_on_ends(tmp_path, monkeypatch):
                 yield from islice(self.container.demux(stream), 20)
             raise av.error.InvalidDataError(1, "broken")
 
-    opened = sound_module.open_media
-    monkeypatch.setattr(sound_module, "open_media", lambda *arguments: Broken(opened(*arguments)))
+    opened = audio_module.open_media
+    monkeypatch.setattr(audio_module, "open_media", lambda *arguments: Broken(opened(*arguments)))
     lines: list[str] = []
-    heard = [f.sound is not None for f in frames(path, fps=2, warn=lines.append)]
+    heard = [f.waveform is not None for f in frames(path, fps=2, warn=lines.append)]
     assert heard == [True, True, True, False, False, False]
     assert len(lines) == 1
 
 
 def test_what_cannot_be_used_is_not_left_open(tmp_path):
     path = tmp_path / "v.mp4"
-    write_sound_alone(path)
+    write_audio_only(path)
     before = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(VideoError, match="no moving frame") as caught:
         frames(path)
@@ -560,7 +560,7 @@ def test_what_cannot_be_used_is_not_left_open(tmp_path):
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
-def test_too_large_pictures(tmp_path, monkeypatch):
+def test_too_large_images(tmp_path, monkeypatch):
     monkeypatch.setattr(container_module, "MAX_PIXELS", 96 * 64 - 1)
     with pytest.raises(VideoError, match=r"v\.mp4: 96×64 is too large"):
         frames(make_video(tmp_path / "v.mp4", [0, 0.1]))
@@ -579,7 +579,7 @@ def test_an_endless_annotated_video_can_be_played_as_it_grows(tmp_path):
     with AnnotatedVideo(tmp_path / "out.mp4", None, 0.1, endless=True) as drawn:
         for time in range(0, 80, 4):
             for frame in whole:
-                drawn.add(frame.picture, replace(frame, time_s=time + frame.time_s))
+                drawn.add(frame.image, replace(frame, time_s=time + frame.time_s))
         shutil.copy(tmp_path / "out.mp4.part", tmp_path / "killed.mp4")
     assert 600 < len(frames(tmp_path / "killed.mp4", fps=10, warn=lambda line: None)) < 800
     assert len(frames(tmp_path / "out.mp4", fps=10)) == 800
@@ -598,9 +598,9 @@ def test_colours_that_ffmpeg_knows_by_name_alone(tmp_path):
         assert np.abs(frame.scaled(size).astype(int) - 120).max() < 12
 
 
-def test_pictures_that_begin_after_the_sound_are_not_called_cut_short(tmp_path):
+def test_frames_starting_after_the_audio_are_not_cut_short(tmp_path):
     """Matroska states the end on its own clock."""
-    path = make_video(tmp_path / "v.mkv", [3 + i / 10 for i in range(30)], sound=tone(6))
+    path = make_video(tmp_path / "v.mkv", [3 + i / 10 for i in range(30)], audio=tone(6))
     lines: list[str] = []
     assert len(list(read_frames(path, Span(10), warn=lines.append))) == 30
     assert lines == []

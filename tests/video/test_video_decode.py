@@ -13,7 +13,7 @@ from videos import write_moving
 
 from crowdexit.video import decode
 from crowdexit.video.container import VideoError, open_file
-from crowdexit.video.decode import Due, DuePictures, Span
+from crowdexit.video.decode import Due, FrameSampler, Span
 
 KINDS = {
     "h264.mp4": {},
@@ -60,16 +60,16 @@ def everything(path: Path, span: Span) -> list:
     return out
 
 
-def taken(video: DuePictures) -> list:
+def taken(video: FrameSampler) -> list:
     out = [(shown.number, shown.time, shown.image.to_ndarray(format="rgb24")) for shown in video]
     video.close()
     return out
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name != "h264.avi"])
-def test_the_same_pictures_as_decoding_everything(folder, name):
+def test_same_frames_as_decoding_everything(folder, name):
     for span in SPANS:
-        expected, got = everything(folder / name, span), taken(DuePictures(folder / name, span))
+        expected, got = everything(folder / name, span), taken(FrameSampler(folder / name, span))
         assert [g[0] for g in got] == [e[0] for e in expected], span
         assert [g[1] for g in got] == pytest.approx([e[1] for e in expected], abs=1e-6)
         assert all(np.array_equal(g[2], e[2]) for g, e in zip(got, expected, strict=True)), span
@@ -78,11 +78,11 @@ def test_the_same_pictures_as_decoding_everything(folder, name):
 @pytest.mark.parametrize("name", KINDS)
 def test_a_part_is_a_part_of_the_whole(folder, name):
     """Frame numbers and times are those of the whole video."""
-    whole = taken(DuePictures(folder / name, Span(5)))
-    part = taken(DuePictures(folder / name, Span(5, 0.9, 2.3)))
+    whole = taken(FrameSampler(folder / name, Span(5)))
+    part = taken(FrameSampler(folder / name, Span(5, 0.9, 2.3)))
     assert [p[:2] for p in part] == [w[:2] for w in whole if 0.899 <= w[1] < 2.299]
     assert len(part) == 7
-    rest = taken(DuePictures(folder / name, Span(5, after=part[2][0])))
+    rest = taken(FrameSampler(folder / name, Span(5, after=part[2][0])))
     assert [r[:2] for r in rest] == [w[:2] for w in whole if w[0] > part[2][0]]
 
 
@@ -115,7 +115,7 @@ def test_what_nothing_depends_on_is_not_decoded(folder, monkeypatch):
     monkeypatch.setattr(decode._Planned, "__init__", init)
     for span, most in {Span(1000): 80, Span(1): 4, Span(1, 2, 3): 1, Span(1000, after=74): 5}.items():
         fed = 0
-        assert taken(DuePictures(folder / "h264.mp4", span))
+        assert taken(FrameSampler(folder / "h264.mp4", span))
         assert fed <= most, span
 
 
@@ -133,12 +133,12 @@ def test_no_rate_and_no_time():
 def test_damage_in_the_middle_is_stepped_over(tmp_path, name, fps):
     clusters = {"cluster_time_limit": "500"} if name.endswith(("mkv", "webm")) else None
     write_moving(tmp_path / name, 150, size=(320, 240), container_options=clusters, **KINDS[name])
-    whole = dict(enumerate(taken(DuePictures(tmp_path / name, Span(25)))))
+    whole = dict(enumerate(taken(FrameSampler(tmp_path / name, Span(25)))))
     data = bytearray((tmp_path / name).read_bytes())
     begin = len(data) * 45 // 100
     data[begin : begin + len(data) // 10] = np.random.default_rng(1).bytes(len(data) // 10)
     (tmp_path / name).write_bytes(data)
-    video = DuePictures(tmp_path / name, Span(fps))
+    video = FrameSampler(tmp_path / name, Span(fps))
     got = taken(video)
     times = [time for _, time, _ in got]
     assert times == sorted(set(times))
@@ -150,8 +150,8 @@ def test_damage_in_the_middle_is_stepped_over(tmp_path, name, fps):
         missing = {i / 25 for i in range(150)} - {round(25 * t) / 25 for t in times}
         assert 5 < len(missing) < 60
         assert all(any(a - 0.3 < t < b for a, b in video.gaps) for t in missing)
-        for _, time, picture in got if name != "vp9.webm" else ():  # which shows noise without noticing
-            assert np.abs(picture.astype(int) - whole[round(time * 25)][2]).mean() < 1
+        for _, time, image in got if name != "vp9.webm" else ():  # which shows noise without noticing
+            assert np.abs(image.astype(int) - whole[round(time * 25)][2]).mean() < 1
 
 
 def test_no_other_file_is_opened(folder, tmp_path):
@@ -179,7 +179,7 @@ def damaged(path: Path, number: int) -> Path:
 def test_what_was_in_other_threads_is_not_lost_with_what_is_damaged(tmp_path):
     """Decoders with threads tell of damage when they have been given more."""
     write_moving(tmp_path / "v.mkv", 100, key_every=1, size=(320, 240))
-    got = [number for number, *_ in taken(DuePictures(damaged(tmp_path / "v.mkv", 41), Span(25)))]
+    got = [number for number, *_ in taken(FrameSampler(damaged(tmp_path / "v.mkv", 41), Span(25)))]
     assert got == [i for i in range(100) if i != 41]
 
 
@@ -194,13 +194,13 @@ def test_behind_damage_nothing_piles_up(tmp_path, monkeypatch):
         most = max(most, len(self.owed), len(self.plan), len(self.unfed))
 
     monkeypatch.setattr(decode._Planned, "_lose", measured)
-    video = DuePictures(damaged(tmp_path / "v.mkv", 41), Span(25))
+    video = FrameSampler(damaged(tmp_path / "v.mkv", 41), Span(25))
     assert 35 < len(taken(video)) <= 41
     assert video.gaps[-1][1] is None
     assert 0 < most < 60
 
 
-def test_a_group_of_pictures_that_a_transport_stream_has_lost(tmp_path):
+def test_group_of_frames_lost_by_a_transport_stream(tmp_path):
     """Whole packets of it, with nothing of them left that could look damaged."""
     write_moving(tmp_path / "v.ts", 150, key_every=15)
     with av.open(str(tmp_path / "v.ts")) as container:
@@ -208,7 +208,7 @@ def test_a_group_of_pictures_that_a_transport_stream_has_lost(tmp_path):
     data = (tmp_path / "v.ts").read_bytes()
     (tmp_path / "v.ts").write_bytes(data[: keys[4]] + data[keys[5] :])
     for fps, most in ((25, 135), (1, 6)):
-        video = DuePictures(tmp_path / "v.ts", Span(fps))
+        video = FrameSampler(tmp_path / "v.ts", Span(fps))
         assert most - 2 <= len(taken(video)) <= most
         assert (pytest.approx(60 / 25), pytest.approx(75 / 25)) in video.gaps
         assert all(2.3 < begin < end == 3 for begin, end in video.gaps)
@@ -224,7 +224,7 @@ def test_a_damaged_clock_does_not_move_what_comes_after(tmp_path):
     assert begin == 2
     data[stamp : stamp + 2] = b"\xff\xff"
     (tmp_path / "v.mkv").write_bytes(data)
-    video = DuePictures(tmp_path / "v.mkv", Span(25))
+    video = FrameSampler(tmp_path / "v.mkv", Span(25))
     got = list(video)
     video.close()
     assert [shown.time for shown in got[:50]] == pytest.approx([i / 25 for i in range(50)], abs=0.01)
@@ -233,13 +233,13 @@ def test_a_damaged_clock_does_not_move_what_comes_after(tmp_path):
     assert any(a < 2.1 and b > 2.4 for a, b in video.gaps)
 
 
-def test_a_picture_to_be_shown_an_hour_later_is_damaged(tmp_path):
+def test_frame_timed_an_hour_later_is_damaged(tmp_path):
     write_moving(tmp_path / "v.mp4", 80, key_every=10)
     data = bytearray((tmp_path / "v.mp4").read_bytes())
     table = data.index(b"ctts") + 12  # entries of a number of packets and their offset
     data[table + 8 * 20 + 4 : table + 8 * 20 + 8] = (1 << 26).to_bytes(4, "big")
     (tmp_path / "v.mp4").write_bytes(data)
-    video = DuePictures(tmp_path / "v.mp4", Span(25))
+    video = FrameSampler(tmp_path / "v.mp4", Span(25))
     got = list(video)
     video.close()
     assert got[-1].time == pytest.approx(79 / 25)
@@ -251,7 +251,7 @@ def test_a_picture_to_be_shown_an_hour_later_is_damaged(tmp_path):
 
 @pytest.mark.parametrize(("key_every", "until"), [(1000, 199), (30, 179)])
 @pytest.mark.parametrize(("name", "codec"), [("v.mkv", "libx264"), ("v.webm", "libvpx-vp9")])
-def test_what_is_made_from_lost_pictures_is_told(tmp_path, name, codec, key_every, until):
+def test_frames_built_from_lost_frames_are_reported(tmp_path, name, codec, key_every, until):
     """Until the next key frame, whether or not the decoder notices."""
     options = {"cpu-used": "8", "deadline": "realtime"} if codec == "libvpx-vp9" else {}
     write_moving(
@@ -271,7 +271,7 @@ def test_what_is_made_from_lost_pictures_is_told(tmp_path, name, codec, key_ever
     first = next(at for at, time in zip(clusters, times, strict=True) if time >= 2)
     last = next(at for at, time in zip(clusters, times, strict=True) if time >= 6.4)
     (tmp_path / name).write_bytes(data[:first] + data[last:])
-    video = DuePictures(tmp_path / name, Span(25))
+    video = FrameSampler(tmp_path / name, Span(25))
     got = {round(shown.time * 25): shown.behind_hole for shown in video}
     video.close()
     told = {index for index, hole in got.items() if hole is not None}

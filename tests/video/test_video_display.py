@@ -19,44 +19,46 @@ from crowdexit.video.decode import Span
 from crowdexit.video.frames import read_frames
 
 
-def write_pictures(
+def write_images(
     path: Path,
-    pictures,
+    images,
     *,
     codec: str = "libx264",
     aspect: Fraction | None = None,
     rotation: int = 0,
     options: dict[str, str] | None = None,
     pixels: str = "yuv420p",
-    sound=None,
-    sound_codec: str = "aac",
+    audio=None,
+    audio_codec: str = "aac",
 ) -> Path:
     """Write frames H×W×3 (uint8, or uint16 of BT.2020) as a video of ten frames a second."""
     with av.open(str(path), "w") as container:
         video = container.add_stream(codec, rate=10, options={"crf": "10", **(options or {})})
-        video.height, video.width = pictures[0].shape[:2]
+        video.height, video.width = images[0].shape[:2]
         video.pix_fmt = pixels
         if aspect is not None:
             video.codec_context.sample_aspect_ratio = aspect
         if rotation:
             video.set_display_rotation(rotation)
-        if sound is not None:
-            audio = container.add_stream(sound_codec, rate=16_000, layout="mono")
-        for index, picture in enumerate(pictures):
-            deep = picture.dtype == np.uint16
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb48le" if deep else "rgb24")
+        if audio is not None:
+            audio_stream = container.add_stream(audio_codec, rate=16_000, layout="mono")
+        for index, image in enumerate(images):
+            deep = image.dtype == np.uint16
+            frame = av.VideoFrame.from_ndarray(image, format="rgb48le" if deep else "rgb24")
             if deep:
                 frame = frame.reformat(format=pixels, dst_colorspace="BT2020", dst_color_range="MPEG")
             frame.pts, frame.time_base = index, Fraction(1, 10)
             container.mux(video.encode(frame))
         container.mux(video.encode())
-        if sound is not None:
-            block = av.AudioFrame.from_ndarray(np.asarray(sound, np.float32)[None], format="fltp", layout="mono")
+        if audio is not None:
+            block = av.AudioFrame.from_ndarray(np.asarray(audio, np.float32)[None], format="fltp", layout="mono")
             block.sample_rate = 16_000
-            resampler = av.AudioResampler(audio.format.name, "mono", 16_000, frame_size=audio.frame_size or 0)
+            resampler = av.AudioResampler(
+                audio_stream.format.name, "mono", 16_000, frame_size=audio_stream.frame_size or 0
+            )
             for ready in [*resampler.resample(block), *resampler.resample(None)]:
-                container.mux(audio.encode(ready))
-            container.mux(audio.encode())
+                container.mux(audio_stream.encode(ready))
+            container.mux(audio_stream.encode())
     return path
 
 
@@ -79,25 +81,25 @@ def squeezed(width: int, height: int):
 )
 def test_pixels_that_are_not_square(tmp_path, name, codec, aspect, stored):
     """Whether the container says so or only the codec (as in a transport stream); the smaller side grows."""
-    path = write_pictures(tmp_path / name, [squeezed(*stored)] * 4, codec=codec, aspect=aspect)
+    path = write_images(tmp_path / name, [squeezed(*stored)] * 4, codec=codec, aspect=aspect)
     for frame in frames(path):
         assert frame.size == (192, 144)
-        assert frame.picture.shape == (144, 192, 3)
-        assert np.abs(frame.picture.astype(int) - WIDE).mean() < 12
+        assert frame.image.shape == (144, 192, 3)
+        assert np.abs(frame.image.astype(int) - WIDE).mean() < 12
         assert frame.warnings == ()
-        np.testing.assert_array_equal(frame.picture, frame.scaled((192, 144)))
+        np.testing.assert_array_equal(frame.image, frame.scaled((192, 144)))
 
 
 def test_a_turned_video_of_pixels_that_are_not_square(tmp_path):
     """What is stated of pixels holds before the turn."""
-    path = write_pictures(tmp_path / "v.mp4", [squeezed(96, 144)] * 4, aspect=Fraction(2), rotation=90)
+    path = write_images(tmp_path / "v.mp4", [squeezed(96, 144)] * 4, aspect=Fraction(2), rotation=90)
     for frame in frames(path):
         assert frame.size == (144, 192)
-        assert np.abs(frame.picture.astype(int) - np.rot90(WIDE)).mean() < 12
+        assert np.abs(frame.image.astype(int) - np.rot90(WIDE)).mean() < 12
 
 
 def test_an_absurd_shape_of_pixels(tmp_path, counter, capsys):
-    path = write_pictures(tmp_path / "v.mp4", [WIDE] * 4, aspect=Fraction(100))
+    path = write_images(tmp_path / "v.mp4", [WIDE] * 4, aspect=Fraction(100))
     count_inputs(counter, [path], format="json", fps=10)
     out, err = capsys.readouterr()
     rows = [json.loads(line) for line in out.splitlines()]
@@ -112,7 +114,7 @@ def test_an_absurd_shape_of_pixels(tmp_path, counter, capsys):
 def test_the_shape_of_pixels_may_change(tmp_path):
     """A broadcast goes from 4:3 to 16:9; the stream itself says so, frame by frame."""
     parts = [
-        write_pictures(tmp_path / f"{i}.ts", [WIDE] * 12, codec="mpeg2video", aspect=aspect).read_bytes()
+        write_images(tmp_path / f"{i}.ts", [WIDE] * 12, codec="mpeg2video", aspect=aspect).read_bytes()
         for i, aspect in enumerate((Fraction(1), Fraction(4, 3)))
     ]
     (tmp_path / "v.ts").write_bytes(b"".join(parts))
@@ -123,8 +125,8 @@ def test_the_shape_of_pixels_may_change(tmp_path):
 
 def test_annotated_and_counted_in_square_pixels(tmp_path, counter, capsys):
     """The count of squeezed pixels is that of the whole frame, and the drawing is not squeezed."""
-    full = write_pictures(tmp_path / "full.mp4", [WIDE] * 4)
-    path = write_pictures(tmp_path / "v.mp4", [squeezed(96, 144)] * 4, aspect=Fraction(2))
+    full = write_images(tmp_path / "full.mp4", [WIDE] * 4)
+    path = write_images(tmp_path / "v.mp4", [squeezed(96, 144)] * 4, aspect=Fraction(2))
     out = tmp_path / "out.mp4"
     count_inputs(counter, [path], fps=10, annotate=out)
     with av.open(str(out)) as container:
@@ -144,25 +146,25 @@ HDR = {"pq": "smpte2084", "hlg": "arib-std-b67"}
 
 @pytest.mark.parametrize("transfer", HDR)
 def test_hdr_is_shown_as_sdr(tmp_path, transfer):
-    picture = np.clip(moving(0, (192, 144)), 10, 220)
+    image = np.clip(moving(0, (192, 144)), 10, 220)
     tags = f"transfer={HDR[transfer]}:colorprim=bt2020:colormatrix=bt2020nc:range=tv"
-    path = write_pictures(
+    path = write_images(
         tmp_path / "v.mp4",
-        [encode_hdr(picture, transfer, 203)] * 3,
+        [encode_hdr(image, transfer, 203)] * 3,
         pixels="yuv444p10le",
         options={"x264-params": tags},
     )
     for frame in frames(path):
         assert frame.display.transfer == transfer
         assert frame.warnings == ()
-        shown = frame.picture
-        assert np.abs(shown.astype(int) - picture).mean() < 4
+        shown = frame.image
+        assert np.abs(shown.astype(int) - image).mean() < 4
         smaller = frame.scaled((96, 72)).astype(int)
-        assert np.abs(smaller - cv2.resize(picture, (96, 72), interpolation=cv2.INTER_AREA)).mean() < 4
+        assert np.abs(smaller - cv2.resize(image, (96, 72), interpolation=cv2.INTER_AREA)).mean() < 4
 
 
 def test_light_that_cannot_be_shown_is_told(tmp_path):
-    path = write_pictures(tmp_path / "v.mp4", [WIDE] * 2, options={"x264-params": "transfer=linear"})
+    path = write_images(tmp_path / "v.mp4", [WIDE] * 2, options={"x264-params": "transfer=linear"})
     assert [len(frame.warnings) for frame in frames(path)] == [1, 1]
     assert "linear light" in frames(path)[0].warnings[0]
 
@@ -210,9 +212,9 @@ def test_a_damaged_beginning_is_told(tmp_path):
 
 def test_whether_each_frame_was_heard(tmp_path, counter, capsys):
     """No audio track; one that ends before the frames; one that cannot be decoded."""
-    mute = write_pictures(tmp_path / "mute.mp4", [WIDE] * 30)
-    short = write_pictures(tmp_path / "short.mp4", [WIDE] * 30, sound=tone(1))
-    broken = write_pictures(tmp_path / "broken.mkv", [WIDE] * 30, sound=tone(3) * 20.0, sound_codec="pcm_f32le")
+    mute = write_images(tmp_path / "mute.mp4", [WIDE] * 30)
+    short = write_images(tmp_path / "short.mp4", [WIDE] * 30, audio=tone(1))
+    broken = write_images(tmp_path / "broken.mkv", [WIDE] * 30, audio=tone(3) * 20.0, audio_codec="pcm_f32le")
     told = []
     for path in (mute, short, broken):
         count_inputs(counter, [path], format="json", fps=1)
@@ -222,10 +224,10 @@ def test_whether_each_frame_was_heard(tmp_path, counter, capsys):
     assert told == [["none"] * 3, ["used", "used", "none"], ["unreadable"] * 3]
 
 
-def test_float_sound_of_any_scale(tmp_path, counter, capsys):
+def test_float_audio_of_any_scale(tmp_path, counter, capsys):
     """An audio track, and a file in its place, in ±32768: the counts of ±1, and a warning in the rows that hear it."""
-    usual = write_pictures(tmp_path / "a.mkv", [WIDE] * 20, sound=tone(2), sound_codec="pcm_f32le")
-    loud = write_pictures(tmp_path / "b.mkv", [WIDE] * 20, sound=tone(2) * 32_768, sound_codec="pcm_f32le")
+    usual = write_images(tmp_path / "a.mkv", [WIDE] * 20, audio=tone(2), audio_codec="pcm_f32le")
+    loud = write_images(tmp_path / "b.mkv", [WIDE] * 20, audio=tone(2) * 32_768, audio_codec="pcm_f32le")
     rows = []
     for path, audio in ((usual, None), (loud, None), (usual, loud)):
         count_inputs(counter, [path], format="json", fps=1, audio=audio)
@@ -237,17 +239,17 @@ def test_float_sound_of_any_scale(tmp_path, counter, capsys):
         assert [["16-bit integers" in line for line in row["warnings"]] for row in several] == [[], [True], [True]]
 
 
-def test_sound_in_place_that_no_frame_hears(tmp_path, counter, capsys):
-    video = write_pictures(tmp_path / "v.mp4", [WIDE] * 20)
-    sound = write_pictures(tmp_path / "s.mkv", [WIDE], sound=tone(1), sound_codec="pcm_s16le")
-    count_inputs(counter, [video], fps=10, start=1.9, audio=sound)
-    assert f"--audio {sound}: not used" in capsys.readouterr().err
+def test_audio_outside_of_all_frames(tmp_path, counter, capsys):
+    video = write_images(tmp_path / "v.mp4", [WIDE] * 20)
+    audio = write_images(tmp_path / "s.mkv", [WIDE], audio=tone(1), audio_codec="pcm_s16le")
+    count_inputs(counter, [video], fps=10, start=1.9, audio=audio)
+    assert f"--audio {audio}: not used" in capsys.readouterr().err
 
 
 def test_what_is_enlarged_is_not_blurred(tmp_path):
     """A column in three is bright: as a player enlarges it, by cubic interpolation."""
     stripes = np.zeros((144, 96, 3), np.uint8)
     stripes[:, ::3] = 255
-    path = write_pictures(tmp_path / "v.mkv", [stripes] * 2, aspect=Fraction(2), pixels="yuv444p")
+    path = write_images(tmp_path / "v.mkv", [stripes] * 2, aspect=Fraction(2), pixels="yuv444p")
     expected = np.asarray(cv2.resize(stripes, (192, 144), interpolation=cv2.INTER_CUBIC), np.uint8)
-    assert np.abs(frames(path)[0].picture[:, 4:-4].astype(int) - expected[:, 4:-4]).mean() < 8
+    assert np.abs(frames(path)[0].image[:, 4:-4].astype(int) - expected[:, 4:-4]).mean() < 8

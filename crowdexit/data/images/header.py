@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from crowdexit.data.images.limits import PictureError
+from crowdexit.data.images.limits import ImageError
 from crowdexit.data.images.reader import FORMATS, orientation_of, upright_size
 
 
@@ -33,17 +33,17 @@ class ImageHeader:
         return (self.height, self.width) if self.orientation >= 5 else (self.width, self.height)
 
 
-def read_header(source: bytes | Path, name: str = "picture") -> ImageHeader:
+def read_header(source: bytes | Path, name: str = "image") -> ImageHeader:
     """The header of an encoded image, from its bytes or its file.
 
     Raises:
-        PictureError: if it is not an image, or its header is damaged.
+        ImageError: if it is not an image, or its header is damaged.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sizes and faults that the reader judges
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as picture:
-                orientation = orientation_of(picture)
-                return ImageHeader(*upright_size(picture.size, orientation), orientation)
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+                orientation = orientation_of(image)
+                return ImageHeader(*upright_size(image.size, orientation), orientation)
     except Exception as error:  # whatever Pillow makes of a file that is none of its own
-        raise PictureError(f"{name}: not an image, or its header is damaged") from error
+        raise ImageError(f"{name}: not an image, or its header is damaged") from error

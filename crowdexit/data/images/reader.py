@@ -18,7 +18,7 @@ from PIL import ExifTags, Image, ImageCms, ImageFile, JpegImagePlugin, Unidentif
 
 from crowdexit.data.hdr import Primaries, Transfer, to_sdr
 from crowdexit.data.images import isobmff, jpeg, netpbm, png, tiff
-from crowdexit.data.images.limits import MAX_PIXELS, PictureError, check_size
+from crowdexit.data.images.limits import MAX_PIXELS, ImageError, check_size
 from crowdexit.data.images.opencv import imdecode
 from crowdexit.data.images.ranges import RangeUnknown, to_8_bits
 from crowdexit.utils.memory import return_freed_memory
@@ -82,7 +82,7 @@ class _Notes(list[str]):
 SizeCheck = Callable[[int, int], object]
 
 
-def decode_image(data: bytes, name: str = "picture", check: SizeCheck | None = None) -> DecodedImage:
+def decode_image(data: bytes, name: str = "image", check: SizeCheck | None = None) -> DecodedImage:
     """Encoded bytes → pixels H×W×3 uint8, RGB, upright, and warnings.
 
     What it is is told by its contents, not by its name; what is read, and how, stands in docs/inputs.md. The size is
@@ -92,11 +92,11 @@ def decode_image(data: bytes, name: str = "picture", check: SizeCheck | None = N
         check: is called with (width, height), upright, before anything is decoded; what it raises is raised.
 
     Raises:
-        PictureError: empty, not an image, damaged, of a kind that is not supported (camera raw), or refused by
+        ImageError: empty, not an image, damaged, of a kind that is not supported (camera raw), or refused by
             :func:`crowdexit.data.images.limits.check_size`. Whatever a library raises becomes this.
     """
     if not data:
-        raise PictureError(f"{name}: the file is empty")
+        raise ImageError(f"{name}: the file is empty")
     notes = _Notes()
     try:
         with warnings.catch_warnings():
@@ -105,64 +105,64 @@ def decode_image(data: bytes, name: str = "picture", check: SizeCheck | None = N
         if pixels.nbytes > _LARGE:
             return_freed_memory()  # the decoder's own copy
         return DecodedImage(pixels, tuple(notes))
-    except PictureError:
+    except ImageError:
         raise
     except UnidentifiedImageError:
         other = OTHER_SUFFIXES.get(PurePath(name).suffix.lower())
         if other is not None:
-            raise PictureError(f"{name}: {other} is not supported; save it as JPEG or PNG") from None
-        raise PictureError(f"{name}: not an image") from None
+            raise ImageError(f"{name}: {other} is not supported; save it as JPEG or PNG") from None
+        raise ImageError(f"{name}: not an image") from None
     except Image.DecompressionBombError:
-        raise PictureError(f"{name}: too large ({MAX_PIXELS // 10**6} megapixels at most)") from None
+        raise ImageError(f"{name}: too large ({MAX_PIXELS // 10**6} megapixels at most)") from None
     except MemoryError:
-        raise PictureError(f"{name}: there is not enough memory to read it") from None
+        raise ImageError(f"{name}: there is not enough memory to read it") from None
     except RangeUnknown as error:
-        raise PictureError(f"{name}: {error} are not supported; save it with 8 or 16 bits") from None
+        raise ImageError(f"{name}: {error} are not supported; save it with 8 or 16 bits") from None
     except tiff.UnsupportedTiff as error:
-        raise PictureError(f"{name}: a TIFF with {error} is not supported; save it with 8 bits") from None
+        raise ImageError(f"{name}: a TIFF with {error} is not supported; save it with 8 bits") from None
     except Exception as error:  # a library of images may raise whatever a damaged file makes of its state
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise PictureError(f"{name}: a damaged or truncated image ({reason})") from None
+        raise ImageError(f"{name}: a damaged or truncated image ({reason})") from None
 
 
 def read_image(path: str | Path, check: SizeCheck | None = None) -> DecodedImage:
     """Read an image file; see :func:`decode_image`.
 
     Raises:
-        PictureError: no such file, or as :func:`decode_image`.
+        ImageError: no such file, or as :func:`decode_image`.
     """
     path = Path(path)
     if not is_file(path):
-        raise PictureError(f"{path}: no such file")
+        raise ImageError(f"{path}: no such file")
     try:
         return decode_image(path.read_bytes(), str(path), check)
     except OSError as error:
-        raise PictureError(f"{path}: cannot be read ({error.strerror})") from None
+        raise ImageError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def from_pil(picture: Image.Image, name: str = "image") -> DecodedImage:
+def from_pil(image: Image.Image, name: str = "image") -> DecodedImage:
     """An image that was opened with Pillow, of any mode: the pixels and warnings that its file would give.
 
     Raises:
-        PictureError: damaged, of a mode that is not supported, or too large.
+        ImageError: damaged, of a mode that is not supported, or too large.
     """
     notes = _Notes()
     try:
-        check_size(name, *picture.size, 8)
-        orientation = orientation_of(picture)
-        picture.load()
-        if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
-            pixels = _to_rgb(np.asarray(picture)[..., None], None, None, notes)
+        check_size(name, *image.size, 8)
+        orientation = orientation_of(image)
+        image.load()
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+            pixels = _to_rgb(np.asarray(image)[..., None], None, None, notes)
         else:
-            pixels = _rgb_of(picture, notes)
+            pixels = _rgb_of(image, notes)
         return DecodedImage(_upright(pixels, orientation), tuple(notes))
-    except PictureError:
+    except ImageError:
         raise
     except RangeUnknown as error:
-        raise PictureError(f"{name}: {error} are not supported; convert it to RGB") from None
+        raise ImageError(f"{name}: {error} are not supported; convert it to RGB") from None
     except Exception as error:  # a library of images may raise whatever a damaged file makes of its state
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise PictureError(f"{name}: a damaged or truncated image ({reason})") from None
+        raise ImageError(f"{name}: a damaged or truncated image ({reason})") from None
 
 
 def is_image(path: Path) -> bool:
@@ -183,8 +183,8 @@ def _checked(name: str, check: SizeCheck | None, width: int, height: int) -> Non
     try:
         if check is not None:
             check(width, height)
-    except PictureError as error:
-        raise PictureError(f"{name}: {error}") from None
+    except ImageError as error:
+        raise ImageError(f"{name}: {error}") from None
 
 
 def _is_raw(head: bytes, name: str) -> bool:
@@ -193,12 +193,12 @@ def _is_raw(head: bytes, name: str) -> bool:
 
 
 def _decode(data: bytes, name: str, notes: _Notes, check: SizeCheck) -> NDArray[np.uint8]:
-    raw = PictureError(f"{name}: camera raw is not supported; export it as JPEG or TIFF")
+    raw = ImageError(f"{name}: camera raw is not supported; export it as JPEG or TIFF")
     if _is_raw(data[:64], name):
         raise raw
     suffix = PurePath(name).suffix.lower()
     if suffix == PREVIEW_SUFFIX:
-        raise PictureError(f"{name}: a camera's preview is not counted; count the image or video itself")
+        raise ImageError(f"{name}: a camera's preview is not counted; count the image or video itself")
     header = netpbm.read_header(data)
     if header is not None:
         check_size(name, header.width, header.height, header.bytes_per_pixel)
@@ -211,25 +211,25 @@ def _decode(data: bytes, name: str, notes: _Notes, check: SizeCheck) -> NDArray[
         pages = tiff.pages_of(data)
         if tiff.is_raw(data, pages):
             raise raw
-        page, others = tiff.picture_page(pages)
+        page, others = tiff.image_page(pages)
         check_size(name, *page.size, page.bytes_per_pixel)
         check(*upright_size(page.size, page.orientation))
         notes.add(_left_out(others + 1, "first" if page is pages[0] else "largest", "pages"))
         return _upright(_tiff_page(page, notes), page.orientation)
     is_jpeg = data.startswith(b"\xff\xd8\xff")
     if is_jpeg and not jpeg.has_8_bits(data):
-        raise PictureError(f"{name}: a JPEG with more than 8 bits or without loss is not supported; save it as PNG")
+        raise ImageError(f"{name}: a JPEG with more than 8 bits or without loss is not supported; save it as PNG")
     # Of a JPEG with several images Pillow would make an MPO, by a table that need not be right.
-    with _opened(data) if not is_jpeg else JpegImagePlugin.JpegImageFile(io.BytesIO(data)) as picture:
+    with _opened(data) if not is_jpeg else JpegImagePlugin.JpegImageFile(io.BytesIO(data)) as image:
         deep, hdr = _is_deep_png(data), _hdr_of(data)
-        check_size(name, *picture.size, (_PNG_BYTES.get(data[25], 8) if deep else 4) + (6 if hdr else 0))
-        orientation = orientation_of(picture)
-        check(*upright_size(picture.size, orientation))
+        check_size(name, *image.size, (_PNG_BYTES.get(data[25], 8) if deep else 4) + (6 if hdr else 0))
+        orientation = orientation_of(image)
+        check(*upright_size(image.size, orientation))
         if is_jpeg:
             _note_jpeg(data, notes)
         else:
-            _note_others(picture, data, notes)
-        if picture.format in ("HEIF", "AVIF") and isobmff.is_cut_short(data):
+            _note_others(image, data, notes)
+        if image.format in ("HEIF", "AVIF") and isobmff.is_cut_short(data):
             raise ValueError("the file is cut short")
         if data.startswith(png.MAGIC) and png.is_damaged(data):
             notes.add("the PNG data is damaged (a checksum does not match): the count may be wrong")
@@ -237,8 +237,8 @@ def _decode(data: bytes, name: str, notes: _Notes, check: SizeCheck) -> NDArray[
             notes.add(f"high dynamic range ({hdr[0].upper()}): tone-mapped")
         if deep:
             return _upright(_deep_png(data, hdr, notes), orientation)
-        picture.load()
-        pixels = _rgb_of(picture, notes)
+        image.load()
+        pixels = _rgb_of(image, notes)
         return _upright(pixels if hdr is None else to_sdr(pixels.astype(np.uint16) * 257, *hdr), orientation)
 
 
@@ -273,15 +273,15 @@ def _note_jpeg(data: bytes, notes: _Notes) -> None:
     notes.add(_left_out(1 + sum(w * h >= first[0] * first[1] for w, h in others), "first"))
 
 
-def _note_others(picture: ImageFile.ImageFile, data: bytes, notes: _Notes) -> None:
+def _note_others(image: ImageFile.ImageFile, data: bytes, notes: _Notes) -> None:
     """Say how many other images a file has, which are not counted."""
     try:
-        number = getattr(picture, "n_frames", 1)
+        number = getattr(image, "n_frames", 1)
     except Exception:  # what comes after the first image is damaged
         notes.add("the images behind the first one are damaged, only the first is counted")
         return
-    notes.add(_left_out(number, "primary one" if picture.format == "HEIF" else "first"))
-    if picture.format == "HEIF" and data[8:12] in (b"msf1", b"hevc", b"hevx"):
+    notes.add(_left_out(number, "primary one" if image.format == "HEIF" else "first"))
+    if image.format == "HEIF" and data[8:12] in (b"msf1", b"hevc", b"hevx"):
         notes.add("an image sequence: only its primary image is counted")
 
 
@@ -289,10 +289,10 @@ def _left_out(number: int, counted: str, what: str = "images") -> str | None:
     return f"{number} {what} in the file, only the {counted} is counted" if number > 1 else None
 
 
-def orientation_of(picture: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
     """The orientation of EXIF (1 to 8); 1 where it cannot be read, whatever else is wrong there."""
     try:
-        turned = picture.getexif().get(ExifTags.Base.Orientation)
+        turned = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # of all that a camera may have written, only this is needed
         return 1
     if isinstance(turned, bytes) and len(turned) == 1:  # written as a byte
@@ -314,17 +314,17 @@ def _upright(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
     return np.ascontiguousarray(np.rot90(pixels, turns))
 
 
-def _rgb_of(picture: Image.Image, notes: _Notes) -> NDArray[np.uint8]:
+def _rgb_of(image: Image.Image, notes: _Notes) -> NDArray[np.uint8]:
     """A loaded image of at most eight bits as RGB, some rows at a time: Pillow's copies take four bytes a pixel."""
-    width, height = picture.size
-    convert = _conversion(picture)
-    transparent = picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info
-    if picture.format == "BMP" and transparent and picture.getextrema()[-1] == (0, 0):
+    width, height = image.size
+    convert = _conversion(image)
+    transparent = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+    if image.format == "BMP" and transparent and image.getextrema()[-1] == (0, 0):
         transparent = False  # the fourth byte is there, and nobody has written to it
     out = np.empty((height, width, 3), np.uint8)
     hidden = False
     for top in range(0, height, _ROWS):
-        rows = picture.crop((0, top, width, min(height, top + _ROWS)))
+        rows = image.crop((0, top, width, min(height, top + _ROWS)))
         if transparent:
             rgba = np.asarray(rows.convert("RGBA"))
             hidden = _lay_on_white(rgba, out[top : top + _ROWS]) or hidden
@@ -334,17 +334,17 @@ def _rgb_of(picture: Image.Image, notes: _Notes) -> NDArray[np.uint8]:
     return out
 
 
-def _conversion(picture: Image.Image) -> Callable[[Image.Image], Image.Image]:
+def _conversion(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
     """What makes RGB of an image of this mode; of CMYK by its colour profile, where it has one that can be used."""
-    profile = picture.info.get("icc_profile")
-    if picture.mode == "LAB" or (picture.mode == "CMYK" and profile):
+    profile = image.info.get("icc_profile")
+    if image.mode == "LAB" or (image.mode == "CMYK" and profile):
         try:
             source = (
                 ImageCms.createProfile("LAB")
-                if picture.mode == "LAB"
+                if image.mode == "LAB"
                 else ImageCms.ImageCmsProfile(io.BytesIO(profile or b""))
             )
-            transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), picture.mode, "RGB")
+            transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), image.mode, "RGB")
             return lambda rows: ImageCms.applyTransform(rows, transform) or rows
         except ImageCms.PyCMSError:
             pass
@@ -379,9 +379,9 @@ def _tiff_page(page: tiff.Page, notes: _Notes) -> NDArray[np.uint8]:
             raise tiff.UnsupportedTiff("samples of this kind")
         return rgb
     try:
-        with _opened(page.alone()) as picture:
-            picture.load()
-            return _rgb_of(picture, notes)
+        with _opened(page.alone()) as image:
+            image.load()
+            return _rgb_of(image, notes)
     except UnidentifiedImageError:
         raise tiff.UnsupportedTiff("samples of this kind") from None
 

@@ -260,7 +260,7 @@ def is_raw(data: bytes, pages: list[Page]) -> bool:
     return any(page.dng or page.raw or any(sub.raw for sub in page.sub_pages()) for page in pages)
 
 
-def picture_page(pages: list[Page]) -> tuple[Page, int]:
+def image_page(pages: list[Page]) -> tuple[Page, int]:
     """The page to count, and how many other images are left out.
 
     It is the largest, the first of several as large; one that says it is a smaller version of another, or a mask, only

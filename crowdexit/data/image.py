@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crowdexit.data.images.header import ImageHeader, read_header
-from crowdexit.data.images.limits import MAX_PIXELS, MIN_SIDE, PictureError
+from crowdexit.data.images.limits import MAX_PIXELS, MIN_SIDE, ImageError
 from crowdexit.data.images.reader import FORMATS, SUFFIXES, DecodedImage, SizeCheck, decode_image, from_pil, read_image
 
 __all__ = [  # what others need of the reader, and what is here
@@ -33,12 +33,12 @@ __all__ = [  # what others need of the reader, and what is here
     "SUFFIXES",
     "TILES",
     "DecodedImage",
+    "ImageError",
     "ImageHeader",
-    "PictureError",
     "Placement",
-    "checked_picture",
+    "checked_image",
     "decode_image",
-    "decode_picture",
+    "decode_pixels",
     "fit",
     "from_pil",
     "normalise",
@@ -46,7 +46,7 @@ __all__ = [  # what others need of the reader, and what is here
     "place",
     "read_header",
     "read_image",
-    "read_picture",
+    "read_pixels",
     "tile_boxes",
     "tiles",
     "views",
@@ -71,12 +71,12 @@ log = logging.getLogger(__name__)
 _Row = TypeVar("_Row", bound=tuple[Any, ...])
 
 
-def decode_picture(data: bytes, name: str = "picture") -> NDArray[np.uint8]:
+def decode_pixels(data: bytes, name: str = "image") -> NDArray[np.uint8]:
     """The pixels of :func:`decode_image` alone; its warnings go to the log."""
     return _logged(decode_image(data, name), name)
 
 
-def read_picture(path: str | Path, check: SizeCheck | None = None) -> NDArray[np.uint8]:
+def read_pixels(path: str | Path, check: SizeCheck | None = None) -> NDArray[np.uint8]:
     """The pixels of :func:`read_image` alone; its warnings go to the log."""
     return _logged(read_image(path, check), str(path))
 
@@ -87,21 +87,21 @@ def _logged(image: DecodedImage, name: str) -> NDArray[np.uint8]:
     return image.pixels
 
 
-def checked_picture(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def checked_image(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """An image that comes as an array, as it is; a grey one (H×W or H×W×1) as RGB.
 
     Raises:
-        PictureError: if it is of another shape or not of uint8, or smaller than 32 pixels a side.
+        ImageError: if it is of another shape or not of uint8, or smaller than 32 pixels a side.
     """
-    if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.shape[2:] not in ((3,), (1,), ()):
-        raise PictureError("an image is an array H×W×3 (RGB) or H×W (grey) of uint8")
-    if picture.ndim < 2:
-        raise PictureError("an image is an array H×W×3 (RGB) or H×W (grey) of uint8")
-    if picture.shape[2:] != (3,):
-        picture = np.repeat(picture.reshape(*picture.shape[:2], 1), 3, axis=2)
-    if min(picture.shape[:2]) < MIN_SIDE:
-        raise PictureError(f"{picture.shape[1]}×{picture.shape[0]} is too small to count in ({MIN_SIDE} at least)")
-    return picture
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape[2:] not in ((3,), (1,), ()):
+        raise ImageError("an image is an array H×W×3 (RGB) or H×W (grey) of uint8")
+    if image.ndim < 2:
+        raise ImageError("an image is an array H×W×3 (RGB) or H×W (grey) of uint8")
+    if image.shape[2:] != (3,):
+        image = np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=2)
+    if min(image.shape[:2]) < MIN_SIDE:
+        raise ImageError(f"{image.shape[1]}×{image.shape[0]} is too small to count in ({MIN_SIDE} at least)")
+    return image
 
 
 @dataclass(frozen=True)
@@ -126,12 +126,12 @@ class Placement:
         return np.outer(*shares).astype(np.float32)
 
 
-def fit(picture: NDArray[np.uint8], canvas: tuple[int, int]) -> tuple[NDArray[np.uint8], Placement]:
+def fit(image: NDArray[np.uint8], canvas: tuple[int, int]) -> tuple[NDArray[np.uint8], Placement]:
     """Scale an image into a canvas (width, height) without distortion: as large as fits, centred, edges grey.
 
     The offset is a multiple of 8, so that the image begins at a cell's border.
     """
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     scale = min(canvas[0] / width, canvas[1] / height)
     size = (
         min(canvas[0], max(1, round(width * scale))),
@@ -140,25 +140,25 @@ def fit(picture: NDArray[np.uint8], canvas: tuple[int, int]) -> tuple[NDArray[np
     offset = ((canvas[0] - size[0]) // 16 * 8, (canvas[1] - size[1]) // 16 * 8)
     if size != (width, height):
         interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-        picture = np.asarray(cv2.resize(picture, size, interpolation=interpolation), np.uint8)
+        image = np.asarray(cv2.resize(image, size, interpolation=interpolation), np.uint8)
     placement = Placement(scale, offset, size)
-    return place(picture, canvas, offset), placement
+    return place(image, canvas, offset), placement
 
 
-def tiles(picture: NDArray[np.uint8], side: tuple[int, int]) -> list[NDArray[np.uint8]]:
+def tiles(image: NDArray[np.uint8], side: tuple[int, int]) -> list[NDArray[np.uint8]]:
     """TransCrowd's protocol: resize an image to whole views (width, height), three at most a side, and cut it.
 
     Along each side there are as many as come nearest to the image's own size, which is bent a little to fit them:
     1024×768 becomes 1152×768 and six tiles of 384×384, as in the official code. A smaller image becomes fewer tiles
     rather than larger people; of a larger one, and of one that is much longer than wide, the longer side has three.
     """
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     scale = min(1.0, TILES * side[0] / width, TILES * side[1] / height)
     columns, rows = (max(1, round(scale * edge / of)) for edge, of in zip((width, height), side, strict=True))
     size = (columns * side[0], rows * side[1])
     shrinks = size[0] * size[1] < width * height
     interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    resized = np.asarray(cv2.resize(picture, size, interpolation=interpolation), np.uint8)
+    resized = np.asarray(cv2.resize(image, size, interpolation=interpolation), np.uint8)
     bands = [resized[r * side[1] : (r + 1) * side[1]] for r in range(rows)]
     return [band[:, c * side[0] : (c + 1) * side[0]] for band in bands for c in range(columns)]
 
@@ -169,26 +169,26 @@ def scaled_size(width: int, height: int, most: tuple[int, int]) -> tuple[int, in
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def scale_down(picture: NDArray[np.uint8], most: tuple[int, int]) -> tuple[NDArray[np.uint8], Placement]:
+def scale_down(image: NDArray[np.uint8], most: tuple[int, int]) -> tuple[NDArray[np.uint8], Placement]:
     """An image of :func:`scaled_size` in the upper left corner of a canvas whose sides are multiples of 32."""
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     size = scaled_size(width, height, most)
     if size != (width, height):
-        picture = np.asarray(cv2.resize(picture, size, interpolation=cv2.INTER_AREA), np.uint8)
+        image = np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
     canvas = (-(-size[0] // SCALE_STEP) * SCALE_STEP, -(-size[1] // SCALE_STEP) * SCALE_STEP)
-    return place(picture, canvas, (0, 0)), Placement(size[0] / width, (0, 0), size)
+    return place(image, canvas, (0, 0)), Placement(size[0] / width, (0, 0), size)
 
 
 def views(
-    picture: NDArray[np.uint8], canvas: tuple[int, int], view: Literal["fit", "tiles", "scale"]
+    image: NDArray[np.uint8], canvas: tuple[int, int], view: Literal["fit", "tiles", "scale"]
 ) -> list[tuple[NDArray[np.uint8], Placement]]:
     """All that a network with this canvas sees of a picture: one view with everything in it, or tiles to be added."""
     if view == "fit":
-        return [fit(picture, canvas)]
+        return [fit(image, canvas)]
     if view == "scale":
-        return [scale_down(picture, canvas)]
+        return [scale_down(image, canvas)]
     everywhere = Placement(1.0, (0, 0), canvas)
-    return [(tile, everywhere) for tile in tiles(picture, canvas)]
+    return [(tile, everywhere) for tile in tiles(image, canvas)]
 
 
 def same_size_groups(rows: Sequence[_Row], most: int) -> Iterator[list[_Row]]:
@@ -202,12 +202,12 @@ def tile_boxes(width: int, height: int, native: tuple[int, int]) -> list[tuple[i
     """Cut an image into the fewest equal rectangles (x, y, w, h) of which none shrinks below a quarter.
 
     Raises:
-        PictureError: if that makes more than 64.
+        ImageError: if that makes more than 64.
     """
     columns = max(1, math.ceil(width * LEAST_SCALE / native[0]))
     rows = max(1, math.ceil(height * LEAST_SCALE / native[1]))
     if columns * rows > MAX_TILES:
-        raise PictureError(
+        raise ImageError(
             f"{width}×{height} would take {columns * rows} tiles of {native[0]}×{native[1]} ({MAX_TILES} at most); "
             "shrink it or cut it into parts"
         )
@@ -216,13 +216,13 @@ def tile_boxes(width: int, height: int, native: tuple[int, int]) -> list[tuple[i
     return [(xs[c], ys[r], xs[c + 1] - xs[c], ys[r + 1] - ys[r]) for r in range(rows) for c in range(columns)]
 
 
-def place(picture: NDArray[np.uint8], canvas: tuple[int, int], offset: tuple[int, int]) -> NDArray[np.uint8]:
+def place(image: NDArray[np.uint8], canvas: tuple[int, int], offset: tuple[int, int]) -> NDArray[np.uint8]:
     """Lay an image on a canvas (width, height) of the mean colour, which is zero once normalised."""
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     if (width, height) == canvas:
-        return picture
+        return image
     out = _ground(canvas).copy()
-    out[offset[1] : offset[1] + height, offset[0] : offset[0] + width] = picture
+    out[offset[1] : offset[1] + height, offset[0] : offset[0] + width] = image
     return out
 
 
@@ -232,16 +232,16 @@ def _ground(canvas: tuple[int, int]) -> NDArray[np.uint8]:
     return np.full((canvas[1], canvas[0], 3), np.round(MEAN * 255), np.uint8)
 
 
-def normalise(picture: NDArray[np.uint8]) -> NDArray[np.float32]:
+def normalise(image: NDArray[np.uint8]) -> NDArray[np.float32]:
     """H×W×3 uint8 → 3×H×W float32 with ImageNet's mean and deviation."""
-    return np.ascontiguousarray(normalised([picture])[0])
+    return np.ascontiguousarray(normalised([image])[0])
 
 
-def normalised(pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+def normalised(images: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
     """B images H×W×3 uint8 → B×3×H×W float32 with ImageNet's mean and deviation, channels last in memory."""
-    out = np.empty((len(pictures), *pictures[0].shape), np.float32)
-    for picture, values in zip(pictures, out, strict=True):
-        cv2.LUT(picture, _NORMALISED, values)
+    out = np.empty((len(images), *images[0].shape), np.float32)
+    for image, values in zip(images, out, strict=True):
+        cv2.LUT(image, _NORMALISED, values)
     return out.transpose(0, 3, 1, 2)
 
 

@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from crowdexit.data.picture import read_picture, tiles, views
+from crowdexit.data.image import read_pixels, tiles, views
 
 
 def test_warnings_are_logged_where_pixels_alone_are_read(tmp_path, caplog):
     pages = [Image.new("RGB", (64, 48), colour) for colour in ("grey", "white")]
     pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
-    assert read_picture(tmp_path / "pages.tif").shape == (48, 64, 3)
+    assert read_pixels(tmp_path / "pages.tif").shape == (48, 64, 3)
     assert [f"{tmp_path / 'pages.tif'}: 2 pages in the file, only the first is counted"] == caplog.messages
 
 
@@ -31,24 +31,24 @@ def test_tiles_of_the_official_protocol(width, height, columns, rows):
 @pytest.mark.parametrize(
     ("width", "height", "columns", "rows"), [(768, 432, 2, 1), (384, 384, 1, 1), (100, 900, 1, 2), (1000, 580, 3, 2)]
 )
-def test_people_of_a_small_picture_are_not_enlarged(width, height, columns, rows):
+def test_small_images_are_not_enlarged(width, height, columns, rows):
     """By no more than a view's rounding: half of one."""
     assert len(tiles(np.zeros((height, width, 3), np.uint8), (384, 384))) == columns * rows
 
 
-def test_tiles_put_together_are_the_picture():
-    picture = np.random.default_rng(0).integers(0, 255, (64, 96, 3), np.uint8)
-    cut = tiles(picture, (32, 32))
+def test_tiles_put_together_are_the_image():
+    image = np.random.default_rng(0).integers(0, 255, (64, 96, 3), np.uint8)
+    cut = tiles(image, (32, 32))
     rows = [np.concatenate(cut[r * 3 : r * 3 + 3], axis=1) for r in range(2)]
-    assert np.array_equal(np.concatenate(rows), picture)
+    assert np.array_equal(np.concatenate(rows), image)
 
 
 @given(st.integers(32, 300), st.integers(32, 300))
 def test_any_shape_is_seen(width, height):
-    picture = np.full((height, width, 3), 200, np.uint8)
-    seen = views(picture, (64, 64), "tiles")
+    image = np.full((height, width, 3), 200, np.uint8)
+    seen = views(image, (64, 64), "tiles")
     assert 1 <= len(seen) <= 9
     assert all((canvas == 200).all() and placement.inside((64, 64)).all() for canvas, placement in seen)
-    ((canvas, placement),) = views(picture, (64, 64), "fit")
+    ((canvas, placement),) = views(image, (64, 64), "fit")
     assert canvas.shape == (64, 64, 3)
     assert 0 < placement.inside((64, 64)).mean() <= 1

@@ -32,7 +32,7 @@ _LEAP_S = 1.0  # by which they may leap before one alone is not believed
 Second = tuple[NDArray[np.float32], int]
 
 
-class SoundWindow:
+class AudioWindow:
     """Holds the audio that came last, and gives the second around a time.
 
     Args:
@@ -75,7 +75,7 @@ class SoundWindow:
         return (second, self.rate) if heard >= LEAST_HEARD_S * self.rate else None
 
 
-class SoundTrack:
+class AudioTrack:
     """The audio of a file, asked for second by second in the order of time; holds little more than one second.
 
     Args:
@@ -97,16 +97,16 @@ class SoundTrack:
             self.warnings.append(line)
             warn(line)
 
-        self._blocks = sound_blocks(path, origin, note)
+        self._blocks = audio_blocks(path, origin, note)
         first = next(self._blocks, None)
         if first is None:
             raise AudioError(f"{path}: the audio track holds no samples")
         start, samples, rate = first
-        self._window = SoundWindow(rate)
+        self._window = AudioWindow(rate)
         self._window.add(start, samples)
 
     def second_around(self, time: float) -> Second | None:
-        """As :meth:`SoundWindow.second_around`; reads on until the second is there."""
+        """As :meth:`AudioWindow.second_around`; reads on until the second is there."""
         while self._window.end < time + 0.5 and (block := next(self._blocks, None)) is not None:
             self._window.add(*block[:2])
             self._window.forget(time - 0.5)
@@ -166,7 +166,7 @@ class Places:
         return self.expected
 
 
-def sound_blocks(path: Path, origin: float | None, warn: Warn, rates: tuple[int, ...] | None = None) -> Any:
+def audio_blocks(path: Path, origin: float | None, warn: Warn, rates: tuple[int, ...] | None = None) -> Any:
     """Yield a file's sound as (first sample's number from ``origin``, mono samples (n,) float32, rate).
 
     Args:
