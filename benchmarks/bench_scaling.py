@@ -100,7 +100,7 @@ def main() -> None:
     most = {kind: steepest(seconds[kind]) for kind in powers}
     machine = describe()
     print(f"{args.model} on {runtime}; {in_a_line(machine)}")
-    for kind, unit in (("area", "megapixels"), ("batch", "pictures")):
+    for kind, unit in (("area", "megapixels"), ("batch", "images")):
         print(f"time grows with the {kind} to the power of {powers[kind]:.2f} ({most[kind]:.2f} where it is steepest)")
         for x, taken in seconds[kind].items():
             print(f"  {x:8.3f} {unit:10} {1e3 * taken:8.1f} ms   {1e3 * taken / x:8.1f} ms each")

@@ -17,7 +17,7 @@ from contextlib import nullcontext
 
 import numpy as np
 import pytest
-from crowdexit.data.make_image import ImageError
+from crowdexit.data.image import ImageError
 from slow import slow
 
 from crowdexit.inference.anytime import DeadlineMissed, _Waking, answers_by

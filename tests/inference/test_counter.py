@@ -292,7 +292,7 @@ def test_audio_that_cannot_be_used(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "picture",
+    "image",
     [
         np.zeros(64, np.uint8),
         np.zeros((64, 64, 4), np.uint8),
