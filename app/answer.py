@@ -19,11 +19,11 @@ from crowdexit.data.image import decode_image, tile_boxes
 from crowdexit.data.mel import AudioInput, AudioStatus
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.counter import CrowdCounter, ExitResult
-from crowdexit.inference.scene import audio_input
+from crowdexit.inference.preprocessing import audio_input
 from crowdexit.jobs.rows import UNFAMILIAR
 from crowdexit.models.network import FINAL
 from crowdexit.reports.draw import bars, overlay
-from crowdexit.runtimes.call_off import CalledOff, CallOff
+from crowdexit.runtimes.cancel import Cancelled, CancelToken
 from crowdexit.utils.memory import return_freed_memory
 
 if TYPE_CHECKING:
@@ -221,16 +221,16 @@ def _ahead(items: Iterator[T]) -> Iterator[T | None]:
     would count into every later exit. Closing this breaks the computing off, between two layers.
     """
     queue: SimpleQueue[tuple[T] | None] = SimpleQueue()
-    call_off = CallOff()
+    cancel_token = CancelToken()
 
     def work() -> None:
         try:
-            with call_off.working():
+            with cancel_token.working():
                 for item in items:
                     queue.put((item,))
-                    if call_off.off:
+                    if cancel_token.off:
                         return
-        except CalledOff:
+        except Cancelled:
             pass  # nobody waits for it
         finally:
             queue.put(None)
@@ -248,4 +248,4 @@ def _ahead(items: Iterator[T]) -> Iterator[T | None]:
             yield entry[0]
         done.result()  # raises what the stream raised
     finally:
-        call_off()
+        cancel_token()

@@ -26,7 +26,7 @@ from crowdexit.models import zoo
 
 MAX_FILE_BYTES = 100 * 10**6
 MAX_UPLOADED_BYTES = 10**9  # of all files together; the oldest go for new ones
-KEPT_SECONDS = 3600  # of uploads and results
+CACHE_SECONDS = 3600  # of uploads and results
 SAMPLES = Path(crowdexit.__file__).parent / "samples"
 EXAMPLES: dict[str, list[str | None]] = {
     "Street, with simulated audio": ["street.jpg", "street-simulated.wav"],
@@ -139,7 +139,7 @@ def make_page(model: CrowdCounter | str | Path = "audiocsrnet-lite", *, runtime:
     atexit.register(guard.delete, uploads)
     os.environ["GRADIO_TEMP_DIR"] = str(uploads)
     gr.set_static_paths([SAMPLES])  # served where they lie: copies would be deleted with the old uploads
-    with gr.Blocks(title="CrowdExit", analytics_enabled=False, delete_cache=(600, KEPT_SECONDS)) as page:
+    with gr.Blocks(title="CrowdExit", analytics_enabled=False, delete_cache=(600, CACHE_SECONDS)) as page:
         gr.HTML(_HEADING, elem_classes="ce-heading")
         with gr.Row():
             with gr.Column(scale=4, min_width=300):

@@ -66,12 +66,12 @@ def _runtimes(figures: Figures) -> list[Target]:
         return max(of_kind, key=lambda name: float(runtimes[name]["faster_than_plain"]), default=None)
 
     what = f"{figures['model']} at {figures['size']}, against a plain eager float32 forward"
-    told = []
+    report = []
 
     def gain(name: str | None, kind: str, goal: float) -> None:
         found = "no such runtime ran" if name is None else f"{runtimes[name]['faster_than_plain']:.2f}× ({name})"
         reached = name is not None and runtimes[name]["faster_than_plain"] >= goal
-        told.append(Target(f"{what}, {kind}", f"≥ {goal:g}×", found, reached))
+        report.append(Target(f"{what}, {kind}", f"≥ {goal:g}×", found, reached))
 
     if "amx_bf16" in figures["machine"]["instructions"]:
         gain(best("bf16"), "bf16", 8.0)
@@ -83,20 +83,20 @@ def _runtimes(figures: Figures) -> list[Target]:
     fastest_there = max(on_gpu, key=lambda name: float(on_gpu[name]["faster_than_plain"]), default=None)
     if fastest_there is not None:
         found = f"{on_gpu[fastest_there]['faster_than_plain']:.2f}× ({fastest_there})"
-        told.append(Target(f"{what} on the GPU, best runtime there", "shown", found, None))
+        report.append(Target(f"{what} on the GPU, best runtime there", "shown", found, None))
     for name in dict.fromkeys(name for name in (best(""), exact, fastest_there) if name is not None):
         r = audio[name]
         share = f"{r['share_of_matrix_rate']:.0%}"
-        told.append(Target(f"{name}: of the rate of plain matrix products of its type", "shown", share, None))
+        report.append(Target(f"{name}: of the rate of plain matrix products of its type", "shown", share, None))
         cost = r["exits_cost"]
-        told.append(
+        report.append(
             Target(f"{name}: the chain with all exits against the backbone", "≤ 1.05", f"{cost:.3f}", cost <= 1.05)
         )
         for exit, speedup in r["speedups"].items():
             ratio = speedup["measured"] / speedup["of_flops"]
             found = f"{speedup['measured']:.2f}×, {ratio:.2f} of {speedup['of_flops']:.2f}×"
-            told.append(Target(f"{name}: leaving at {exit}", "≥ 0.95 of the FLOPS speedup", found, ratio >= 0.95))
-    return told
+            report.append(Target(f"{name}: leaving at {exit}", "≥ 0.95 of the FLOPS speedup", found, ratio >= 0.95))
+    return report
 
 
 def _draw_runtimes(axes: Any, figures: Figures) -> None:
@@ -108,15 +108,15 @@ def _draw_runtimes(axes: Any, figures: Figures) -> None:
 
 
 def _deadlines(figures: Figures) -> list[Target]:
-    told = []
+    report = []
     for state in STATES:
         f = figures[state]
         what = f"{f['requests']} random deadlines, {figures['model']} on {figures['runtime']}, {state}"
         none, late = f["unanswered_though_it_fits"], f["late_p99_ms"]
         asked = f"{what}: no answer though the first exit's p99 fits ({f['first_exit_fits']} times)"
-        told.append(Target(asked, "none", f"{none:.2%}", f["first_exit_fits"] > 0 and none == 0))
-        told.append(Target(f"{what}: returned after the deadline by (p99)", "≤ 5 ms", f"{late:.2f} ms", late <= 5))
-    return told
+        report.append(Target(asked, "none", f"{none:.2%}", f["first_exit_fits"] > 0 and none == 0))
+        report.append(Target(f"{what}: returned after the deadline by (p99)", "≤ 5 ms", f"{late:.2f} ms", late <= 5))
+    return report
 
 
 def _draw_deadlines(axes: Any, figures: Figures) -> None:
@@ -152,14 +152,14 @@ def _draw_video(axes: Any, figures: Figures) -> None:
 
 
 def _scaling(figures: Figures) -> list[Target]:
-    told = []
+    report = []
     for kind in ("area", "batch"):
         power = round(figures["growth"][kind], 2)
         found = f"{power:.2f} ({figures['steepest'][kind]:.2f} where steepest)"
-        told.append(Target(f"time grows with the {kind} to the power of", "≤ 1", found, power <= 1.0))
+        report.append(Target(f"time grows with the {kind} to the power of", "≤ 1", found, power <= 1.0))
     extra = round(figures["exits_together"], 2)
     what = "time with all exits over the sum of what each alone adds"
-    return [*told, Target(what, "≤ 1", f"{extra:.2f}", extra <= 1.0)]
+    return [*report, Target(what, "≤ 1", f"{extra:.2f}", extra <= 1.0)]
 
 
 def _draw_scaling(axes: Any, figures: Figures) -> None:
@@ -229,9 +229,9 @@ def main() -> None:
                 BENCHES[name].draw(axes, figures[name])
         figure.savefig(path, format="png")
 
-    told = {"machine": machine, "quick": args.quick, "targets": [vars(t) for t in targets], "figures": figures}
+    report = {"machine": machine, "quick": args.quick, "targets": [vars(t) for t in targets], "figures": figures}
     contents: dict[str, Any] = {
-        "benchmarks.json": json.dumps(told, indent=1) + "\n",
+        "benchmarks.json": json.dumps(report, indent=1) + "\n",
         "benchmarks.md": "\n".join([*head, *table]) + "\n",
     }
     write_files(args.out, {**contents, **({"benchmarks.png": draw} if figures else {})})

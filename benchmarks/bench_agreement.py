@@ -44,14 +44,14 @@ def main() -> None:
     parser.add_argument("--no-audio", action="store_true")
     parser.add_argument("--json", type=Path, help="write the figures there")
     args = parser.parse_args()
-    told: dict[str, Any] = {}
+    report: dict[str, Any] = {}
     with Store(args.data) as store:
         expected, truth = counts(args.model, "eager", store, args.split, not args.no_audio)
         print(f"{args.model}, {len(truth)} images of {args.split}, against eager float32; {in_a_line(describe())}")
         for other in args.others:
             model, runtime = (other, "auto") if is_export(other) else (args.model, other)
             given, _ = counts(model, runtime, store, args.split, not args.no_audio)
-            told[Path(other).name] = {}
+            report[Path(other).name] = {}
             print(Path(other).name)
             for name in [name for name in expected if name in given]:  # an export may have fewer exits
                 error, plain = (np.abs(of_exit[name] - truth).mean() for of_exit in (given, expected))
@@ -65,11 +65,11 @@ def main() -> None:
                     "worst": each.max(),
                     "mae": error / plain - 1,
                 }
-                told[Path(other).name][name] = {f"{what}_percent": 100 * float(found[what]) for what in found}
+                report[Path(other).name][name] = {f"{what}_percent": 100 * float(found[what]) for what in found}
                 signed = {"sum", "mae"}
                 line = "   ".join(f"{k} {100 * v:{'+' if k in signed else ''}.2f} %" for k, v in found.items())
                 print(f"  {name:10} {line}   ({plain:.2f}, {error:.2f})", flush=True)
-    keep({"machine": describe(), "model": args.model, "split": args.split, "others": told}, args.json)
+    keep({"machine": describe(), "model": args.model, "split": args.split, "others": report}, args.json)
 
 
 if __name__ == "__main__":

@@ -44,19 +44,19 @@ def compare(counter: CrowdCounter, samples: list[Any], truths: list[float]) -> d
     _ = counter.profile
     timed(counter.count_many(samples[:8]))  # warms up
     _, everything = timed(counter.count_many(samples))
-    told: dict[str, Any] = {"everything_ms": 1e3 * everything, "exits": [], "budgets": []}
+    report: dict[str, Any] = {"everything_ms": 1e3 * everything, "exits": [], "budgets": []}
     for name in counter.exits:
         results, seconds = timed(counter.count_many(samples, exits=[name]))
-        told["exits"].append({"exit": name, "ms": 1e3 * seconds, "mae": mae(results, truths)})
+        report["exits"].append({"exit": name, "ms": 1e3 * seconds, "mae": mae(results, truths)})
     for share in SHARES:
         budget = 1e3 * share * everything
         try:
             results, seconds = timed(counter.count_many(samples, budget_ms=budget))
         except BudgetError as error:
-            told["budgets"].append({"budget_ms": budget, "error": str(error)})
+            report["budgets"].append({"budget_ms": budget, "error": str(error)})
             continue
         left = Counter(result.chosen.exit for result in results)
-        told["budgets"].append(
+        report["budgets"].append(
             {
                 "budget_ms": budget,
                 "used_ms": 1e3 * seconds,
@@ -64,19 +64,19 @@ def compare(counter: CrowdCounter, samples: list[Any], truths: list[float]) -> d
                 "left": {name: left[name] for name in counter.exits},
             }
         )
-    return told
+    return report
 
 
-def draw(told: dict[str, Any], number: int, title: str, path: Path) -> None:
+def draw(report: dict[str, Any], number: int, title: str, path: Path) -> None:
     """Error against time an image."""
     figure = blank(8, 5)
     axes = figure.subplots()
-    kept = [b for b in told["budgets"] if "mae" in b]
+    kept = [b for b in report["budgets"] if "mae" in b]
     axes.plot([b["used_ms"] / number for b in kept], [b["mae"] for b in kept], "o-", label="budgets")
     axes.plot(
-        [e["ms"] / number for e in told["exits"]], [e["mae"] for e in told["exits"]], "s", label="one exit for all"
+        [e["ms"] / number for e in report["exits"]], [e["mae"] for e in report["exits"]], "s", label="one exit for all"
     )
-    for e in told["exits"]:
+    for e in report["exits"]:
         axes.annotate(e["exit"], (e["ms"] / number, e["mae"]), xytext=(4, 4), textcoords="offset points", fontsize=8)
     axes.set_xlabel("milliseconds an image")
     axes.set_ylabel("MAE")
@@ -97,13 +97,13 @@ def main() -> None:
     counter = load(args.model, runtime=args.runtime)
     with Store(args.data) as store:
         read = [read_for_counting(store, args.split, id, audio=False) for id in store.ids(args.split, "*")]
-    told = compare(counter, [(image, None) for image, *_ in read], [count for _, _, count, _ in read])
+    report = compare(counter, [(image, None) for image, *_ in read], [count for _, _, count, _ in read])
     machine, runtime = describe(), counter.chain.runtime
     print(f"{counter.model} on {runtime}, {len(read)} images of {args.split} without audio; {in_a_line(machine)}")
-    for row in told["exits"]:
+    for row in report["exits"]:
         print(f"  all to {row['exit']:6} {row['ms'] / 1e3:7.2f} s   MAE {row['mae']:6.1f}")
-    rows = [["exit", row["exit"], f"{row['ms']:.0f}", f"{row['mae']:.2f}", ""] for row in told["exits"]]
-    for row in told["budgets"]:
+    rows = [["exit", row["exit"], f"{row['ms']:.0f}", f"{row['mae']:.2f}", ""] for row in report["exits"]]
+    for row in report["budgets"]:
         if "error" in row:
             print(f"  {row['budget_ms'] / 1e3:7.2f} s   {row['error']}")
             continue
@@ -116,8 +116,8 @@ def main() -> None:
         args.out,
         {
             "budgets.csv": csv_text(["what", "exit_or_budget_ms", "used_ms", "mae", "left"], rows),
-            "budgets.json": json.dumps({"machine": machine, "runtime": runtime, **told}, indent=1) + "\n",
-            "budgets.png": lambda path: draw(told, len(read), title, path),
+            "budgets.json": json.dumps({"machine": machine, "runtime": runtime, **report}, indent=1) + "\n",
+            "budgets.png": lambda path: draw(report, len(read), title, path),
         },
     )
 

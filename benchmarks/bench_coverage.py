@@ -38,9 +38,11 @@ def covered(
         others = [[v for i, v in enumerate(values) if i != left_out] for values in (counts, truths)]
         by_size = thirds(others[0], others[1], level, cross_fitted)
         made = Intervals(
-            level, {"": width(others[0], others[1], level)}, silent_thirds={} if by_size is None else {"": by_size}
+            level,
+            {"": width(others[0], others[1], level)},
+            without_audio_thirds={} if by_size is None else {"": by_size},
         )
-        half = made.half_width("", count, heard=False)
+        half = made.half_width("", count, has_audio=False)
         assert half is not None
         inside.append(abs(count - truth) <= half)
         halves.append(half)
@@ -66,19 +68,19 @@ def main() -> None:
         ids = store.ids(args.split)
         counted = list(count_samples(counter, store, args.split, ids, audio=not args.no_audio))
     truths = [sample.truth for sample in counted]
-    told: dict[str, dict[str, dict[str, float]]] = {}
+    report: dict[str, dict[str, dict[str, float]]] = {}
     print(f"{args.model}, {len(ids)} images of {args.split}, each left out in turn, level {args.level:.0%}")
     print(in_a_line(describe()))
     for at, name in enumerate(counter.exits):
         counts = [sample.results[at].count for sample in counted]
         inside, halves = map(np.array, covered(counts, truths, args.level, cross_fitted.get(name)))
-        told[name] = {}
+        report[name] = {}
         for group in args.groups.split(","):
             chosen = [fnmatchcase(id, group) for id in ids]
             one = {"covered": 100 * float(np.mean(inside[chosen])), "half_width": float(np.median(halves[chosen]))}
-            told[name][group] = one
+            report[name][group] = one
             print(f"{name:8} {group:6} {one['covered']:5.1f} % inside, ± {one['half_width']:.1f} people (median)")
-    keep({"machine": describe(), "level": args.level, "images": len(ids), "exits": told}, args.json)
+    keep({"machine": describe(), "level": args.level, "images": len(ids), "exits": report}, args.json)
 
 
 if __name__ == "__main__":

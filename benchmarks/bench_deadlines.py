@@ -106,19 +106,19 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the figures here")
     args = parser.parse_args()
     counter, image = load(args.model, runtime=args.runtime), read_pixels(STREET)
-    told: dict[str, Any] = {
+    report: dict[str, Any] = {
         "machine": describe(),
         "model": counter.model,
         "runtime": counter.chain.runtime,
         "policy": args.policy,
     }
-    print(in_a_line(told["machine"]))
+    print(in_a_line(report["machine"]))
     print(f"{counter.model}, {counter.chain.runtime}, {args.policy}")
     for name, (cores, back_to_back) in STATES.items():
         with busy(cores):
             requests = -(-args.requests // 4) if back_to_back else args.requests
             r = measure(counter, image, requests, args.alone, back_to_back, args.policy)
-        told[name] = r
+        report[name] = r
         print(
             f"\n{name}: first exit p99 {r['first_exit_p99_ms']:.1f} ms, "
             f"{r['first_exit_p99_ms'] / r['whole_p50_ms']:.2f} of the whole's median {r['whole_p50_ms']:.1f} ms"
@@ -132,7 +132,7 @@ def main() -> None:
             f"{r['late_p99_ms']:.2f} (p99), {r['late_max_ms']:.2f} (most)"
         )
         print("  chosen: " + ", ".join(f"{exit} {n}" for exit, n in sorted(r["chosen"].items())), flush=True)
-    keep(told, args.json)
+    keep(report, args.json)
 
 
 if __name__ == "__main__":

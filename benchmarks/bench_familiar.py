@@ -95,21 +95,21 @@ def main() -> None:
     print(in_a_line(describe()))
     figures: dict[str, dict[str, float]] = {}
 
-    def told(what: str, of: list[tuple[bool, bool]], goal: str) -> None:
+    def report(what: str, of: list[tuple[bool, bool]], goal: str) -> None:
         unfamiliar, good = (100 * float(np.mean([pair[i] for pair in of])) for i in (0, 1))
         figures[what] = {"images": len(of), "unfamiliar": unfamiliar, "good": good}
         print(f"{what}: {len(of)} images, {unfamiliar:.1f} % not familiar, {good:.1f} % {goal}", flush=True)
 
     empty = "not familiar or counted below 1"
-    told("patterns", [unfamiliar_or_near(counter, image, 0, 1) for image in patterns(args.number)], empty)
+    report("patterns", [unfamiliar_or_near(counter, image, 0, 1) for image in patterns(args.number)], empty)
     if args.small is not None:
-        told("mosaics", [unfamiliar_or_near(counter, im, 0, 1) for im in mosaics(args.small, args.number)], empty)
+        report("mosaics", [unfamiliar_or_near(counter, im, 0, 1) for im in mosaics(args.small, args.number)], empty)
     if args.empty is not None:
         paths = sorted(path for path in args.empty.rglob("*") if path.suffix.lower() in ENDINGS)
-        told("folder", [unfamiliar_or_near(counter, read_pixels(path), 0, 1) for path in paths], empty)
+        report("folder", [unfamiliar_or_near(counter, read_pixels(path), 0, 1) for path in paths], empty)
     with Store(args.data) as store:
         near = [unfamiliar_or_near(counter, image, n, 1) for image, n in close_ups(store, args.split, args.number)]
-        told("close-ups", near, "not familiar or within 1 person")
+        report("close-ups", near, "not familiar or within 1 person")
         for group in ("*", "A_*", "B_*"):
             try:
                 ids = store.ids(args.split, group)
@@ -121,7 +121,7 @@ def main() -> None:
                 for i in images
                 if (sums := counter.feature_sums(i)) is not None
             ]
-            told(f"{args.split} {group}", [(flag, not flag) for flag in flags], "familiar")
+            report(f"{args.split} {group}", [(flag, not flag) for flag in flags], "familiar")
     keep({"machine": describe(), "figures": figures}, args.json)
 
 

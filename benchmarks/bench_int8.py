@@ -16,14 +16,14 @@ from typing import Any
 import cv2
 import numpy as np
 
-from benchmarks.bench_runtimes import ask
+from benchmarks.bench_runtimes import run_exit
 from benchmarks.machine import cache_of_its_own, describe, in_a_line, in_turn, keep
 from crowdexit.inference.models import open_model
 from crowdexit.models import zoo
 from crowdexit.models.network import FINAL
-from crowdexit.runtimes.batch import look
+from crowdexit.runtimes.batch import make_batch
 from crowdexit.runtimes.calibration import sample
-from crowdexit.runtimes.pick import pick
+from crowdexit.runtimes.selection import select_runtime
 
 MODEL, BEFORE, SIZE = "audiocsrnet-lite", "audiocsrnet-s", (1024, 768)
 RUNTIMES = ("eager", "openvino", "onnx", "openvino-int8")
@@ -43,8 +43,8 @@ def main() -> None:
     counts: dict[str, float] = {}
 
     def add(name: str, network: Any, runtime: str) -> None:
-        chain, features = pick(runtime).ready(network), look(image, None, network.config)
-        works[name] = partial(ask, chain, features, [FINAL])
+        chain, features = select_runtime(runtime).ready(network), make_batch(image, None, network.config)
+        works[name] = partial(run_exit, chain, features, [FINAL])
         counts[name] = float(dict(chain.stream(features, [FINAL]))[FINAL].value)
 
     with cache_of_its_own():
@@ -56,24 +56,24 @@ def main() -> None:
         times = in_turn(works, args.rounds, LEAST_S if args.rounds > 1 else 0.0)
     machine = describe()
     print(f"{args.model}, {FINAL} at {SIZE[0]}×{SIZE[1]}; {in_a_line(machine)}")
-    told: dict[str, Any] = {}
+    report: dict[str, Any] = {}
     for name in works:
-        told[name] = {
+        report[name] = {
             "seconds": times.median(name),
             "faster_than_before": times.ratio(BEFORE, name),
             "count": counts[name],
         }
         low, high = times.quartiles(BEFORE, name)
-        told[name] |= {"quartiles": [low, high]}
+        report[name] |= {"quartiles": [low, high]}
         print(
             f"{name:20} {1e3 * times.median(name):8.1f} ms {times.ratio(BEFORE, name):7.2f}× ({low:.2f} to {high:.2f}) "
             f"  count {counts[name]:.2f}"
         )
     if args.unfolded:
         for runtime in [name for name in args.runtimes if name != "openvino-int8"]:
-            told[runtime]["faster_folded"] = times.ratio(f"{runtime}, unfolded", runtime)
-            print(f"{runtime}: folded {told[runtime]['faster_folded']:.3f} times as fast as unfolded")
-    keep({"machine": machine, "model": args.model, "runtimes": told}, args.json)
+            report[runtime]["faster_folded"] = times.ratio(f"{runtime}, unfolded", runtime)
+            print(f"{runtime}: folded {report[runtime]['faster_folded']:.3f} times as fast as unfolded")
+    keep({"machine": machine, "model": args.model, "runtimes": report}, args.json)
 
 
 if __name__ == "__main__":

@@ -67,15 +67,15 @@ class Page:
 
     def count(self, image: Path, audio: Path | None = None) -> str:
         """Upload, count, and wait for the end; what the page said last."""
-        config = json.loads(self._ask("GET", "/config"))
+        config = json.loads(self._run_exit("GET", "/config"))
         number = next(d["id"] for d in config["dependencies"] if len(d["inputs"]) >= 3)
         inputs = next(d["inputs"] for d in config["dependencies"] if d["id"] == number)
         data = [self._upload(image), None if audio is None else self._upload(audio), True]
         data += [DEFAULT_MODEL] * (len(inputs) - 3)
         session = uuid.uuid4().hex
         call = json.dumps({"fn_index": number, "data": data, "session_hash": session}).encode()
-        self._ask("POST", "/gradio_api/queue/join", call, "application/json")
-        return self._ask("GET", f"/gradio_api/queue/data?session_hash={session}")
+        self._run_exit("POST", "/gradio_api/queue/join", call, "application/json")
+        return self._run_exit("GET", f"/gradio_api/queue/data?session_hash={session}")
 
     def peak_bytes(self) -> int:
         """The most that the process has held."""
@@ -93,10 +93,10 @@ class Page:
     def _upload(self, path: Path) -> dict[str, Any]:
         head = f'--cut\r\nContent-Disposition: form-data; name="files"; filename="{path.name}"\r\n\r\n'
         body = head.encode() + path.read_bytes() + b"\r\n--cut--\r\n"
-        (there,) = json.loads(self._ask("POST", "/gradio_api/upload", body, "multipart/form-data; boundary=cut"))
+        (there,) = json.loads(self._run_exit("POST", "/gradio_api/upload", body, "multipart/form-data; boundary=cut"))
         return {"path": there, "meta": {"_type": "gradio.FileData"}}
 
-    def _ask(self, method: str, path: str, body: bytes | None = None, kind: str = "") -> str:
+    def _run_exit(self, method: str, path: str, body: bytes | None = None, kind: str = "") -> str:
         connection = HTTPConnection("127.0.0.1", self.port, timeout=600)
         connection.request(method, path, body, {"Content-Type": kind} if kind else {})
         response = connection.getresponse()

@@ -27,7 +27,7 @@ from crowdexit.models.stages import Features, Stage, inputs
 from crowdexit.runtimes.arrays import RuntimeUnavailable
 from crowdexit.runtimes.base import ReadyChain
 from crowdexit.runtimes.openvino import multiplies_bf16
-from crowdexit.runtimes.pick import pick
+from crowdexit.runtimes.selection import select_runtime
 
 RUNTIMES = (
     *("eager", "eager-bf16", "winograd", "compile", "compile-bf16"),
@@ -58,8 +58,8 @@ def without_exits(network: MultiExitNetwork) -> MultiExitNetwork:
     return MultiExitNetwork([whole], copied.final, {}, network.config).eval()
 
 
-def ask(chain: ReadyChain, features: Features, exits: Sequence[str]) -> None:
-    """Walk to the last of these exits, asking each."""
+def run_exit(chain: ReadyChain, features: Features, exits: Sequence[str]) -> None:
+    """Run everything up to the last of these exits, and each of them."""
     for _ in chain.stream(features, exits):
         pass
 
@@ -74,7 +74,7 @@ def plain(network: MultiExitNetwork, features: Features, device: str) -> Tensor:
 
 def moved(features: Features, device: str) -> Features:
     """The same image and audio there."""
-    return Features(*(getattr(features, name).to(device) for name in ("visual", "log_mel", "heard", "inside")))
+    return Features(*(getattr(features, name).to(device) for name in ("visual", "log_mel", "has_audio", "valid_mask")))
 
 
 def rate_type(runtime: str) -> torch.dtype:
@@ -90,15 +90,15 @@ def measure(
     device = "cuda" if runtime.startswith("cuda") else "cpu"
     there = moved(features, device)
     textbook = deepcopy(network).to(device)
-    chain = pick(runtime).ready(deepcopy(network))
-    whole = pick(runtime).ready(without_exits(network))
+    chain = select_runtime(runtime).ready(deepcopy(network))
+    whole = select_runtime(runtime).ready(without_exits(network))
     product = Multiplier(rate_type(runtime), device)
     works: dict[str, Callable[[], object]] = {
         PLAIN: partial(plain, textbook, there, device),
-        ONE_PIECE: partial(ask, whole, features, [FINAL]),
-        ALL: partial(ask, chain, features, chain.exit_names),
+        ONE_PIECE: partial(run_exit, whole, features, [FINAL]),
+        ALL: partial(run_exit, chain, features, chain.exit_names),
         MATRICES: product,
-        **{name: partial(ask, chain, features, [name]) for name in chain.exit_names},
+        **{name: partial(run_exit, chain, features, [name]) for name in chain.exit_names},
     }
     times = in_turn(works, rounds, LEAST_S if rounds > 1 else 0.0)
     expected = plain(textbook, there, device).cpu()
@@ -146,14 +146,14 @@ def main() -> None:
     with cache_of_its_own():
         for runtime in runtimes:
             try:
-                told = results[runtime] = measure(runtime, network, features, costs, args.rounds)
+                entry = results[runtime] = measure(runtime, network, features, costs, args.rounds)
             except RuntimeUnavailable as error:
                 print(f"{runtime:14} {error}")
                 continue
-            kept = "  ".join(f"{name} {v['measured'] / v['of_flops']:.2f}" for name, v in told["speedups"].items())
+            speedups = "  ".join(f"{name} {v['measured'] / v['of_flops']:.2f}" for name, v in entry["speedups"].items())
             print(
-                f"{runtime:14} {1e3 * told['seconds'][FINAL]:8.1f} {told['faster_than_plain']:7.2f}× "
-                f"{told['share_of_matrix_rate']:14.0%} {told['exits_cost']:10.3f}× {told['off_plain']:10.1e}   {kept}",
+                f"{runtime:14} {1e3 * entry['seconds'][FINAL]:8.1f} {entry['faster_than_plain']:7.2f}× "
+                f"{entry['share_of_matrix_rate']:14.0%} {entry['exits_cost']:10.3f}× {entry['off_plain']:10.1e}   {speedups}",
                 flush=True,
             )
     keep({"machine": machine, "model": args.model, "size": args.size, "runtimes": results}, args.json)

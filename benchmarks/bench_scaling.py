@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.bench_runtimes import ask
+from benchmarks.bench_runtimes import run_exit
 from benchmarks.machine import Times, cache_of_its_own, describe, in_a_line, in_turn, keep
 from crowdexit.evaluation.files import blank
 from crowdexit.models import zoo
 from crowdexit.models.network import FINAL
 from crowdexit.models.stages import Features, inputs
-from crowdexit.runtimes.pick import pick
+from crowdexit.runtimes.selection import select_runtime
 
 SIZES = ((256, 128), (384, 192), (512, 256), (768, 384), (1024, 512))
 MIDDLE = SIZES[1]
@@ -31,7 +31,7 @@ BATCHES = (1, 2, 4, 8)
 EXITS = tuple((place, kind) for place in ("V1", "AV1", "AV2") for kind in ("slvit", "cnn"))
 
 
-def seen(size: tuple[int, int], batch: int) -> Features:
+def random_features(size: tuple[int, int], batch: int) -> Features:
     """Simulated images and sounds."""
     width, height = size
     return inputs(torch.randn(batch, 3, height, width), torch.randn(batch, 1, 96, 64))
@@ -61,16 +61,16 @@ def measure(model: str, runtime: str, largest: int, rounds: int) -> tuple[str, d
     for size in sorted((size for size in SIZES if size[0] <= largest), key=lambda size: size != MIDDLE):
         torch.manual_seed(0)
         network = zoo.build(zoo.Spec(model, exits=exits, changes={"size": size})).eval()
-        chain = pick(runtime).ready(network)
+        chain = select_runtime(runtime).ready(network)
         runtime = chain.runtime
-        works["area"][size[0] * size[1] / 1e6] = partial(ask, chain, seen(size, 1), [FINAL])
+        works["area"][size[0] * size[1] / 1e6] = partial(run_exit, chain, random_features(size, 1), [FINAL])
         if size == MIDDLE:
             *early, _ = network.exit_names
             for batch in BATCHES:
-                works["batch"][batch] = partial(ask, chain, seen(size, batch), [FINAL])
+                works["batch"][batch] = partial(run_exit, chain, random_features(size, batch), [FINAL])
             for number in range(len(early) + 1):
-                works["exits"][number] = partial(ask, chain, seen(size, 1), [*early[:number], FINAL])
-            alone = {name: partial(ask, chain, seen(size, 1), [name, FINAL]) for name in early}
+                works["exits"][number] = partial(run_exit, chain, random_features(size, 1), [*early[:number], FINAL])
+            alone = {name: partial(run_exit, chain, random_features(size, 1), [name, FINAL]) for name in early}
     # An exit adds a hundredth: what it adds is told from the noise by many rounds, which are short.
     of_exits = in_turn({**works["exits"], **alone}, 5 * rounds)
     times = {"exits": of_exits, **{kind: in_turn(works[kind], rounds) for kind in ("area", "batch")}}

@@ -25,7 +25,7 @@ from crowdexit.inference.counter import CrowdCounter
 from crowdexit.jobs.pipeline import BATCH
 from crowdexit.models import zoo
 from crowdexit.models.network import FINAL
-from crowdexit.runtimes.pick import pick
+from crowdexit.runtimes.selection import select_runtime
 
 SIZES = ("768x576", "512x384", "384x288", "320x240", "256x192")
 
@@ -39,7 +39,9 @@ def counters(model: str, runtime: str, sizes: list[str]) -> tuple[dict[str, Crow
         if size not in made:
             made[size] = zoo.at_size(*alone, zoo.parse_size(size, zoo.step_of(alone[0])))
     flops = {size: cost_of(spec, model).backbone_flops for size, (_, spec) in made.items()}
-    return {size: CrowdCounter(network, model, runtime=pick(runtime)) for size, (network, _) in made.items()}, flops
+    return {
+        size: CrowdCounter(network, model, runtime=select_runtime(runtime)) for size, (network, _) in made.items()
+    }, flops
 
 
 def errors(

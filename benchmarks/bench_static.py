@@ -47,9 +47,9 @@ def scored(
     model: str, store: ClassStore, split: str, runtime: str, exits: Sequence[str] | None = None
 ) -> tuple[zoo.Spec, Scores, NDArray[np.int64]]:
     """A classifier, its exits' scores of a split, and the classes."""
-    network, spec, picked = open_model(model, runtime)
+    network, spec, selected = open_model(model, runtime)
     wanted = classify.matching(store, split, "*")
-    return spec, *classify.scores_of(picked.ready(network), store, split, wanted, exits=exits)
+    return spec, *classify.scores_of(selected.ready(network), store, split, wanted, exits=exits)
 
 
 def wrong(scores: Scores, labels: NDArray[np.int64]) -> dict[str, float]:
@@ -80,10 +80,10 @@ def compare(branches: str, statics: Sequence[str], data: Path, runtime: str, gai
         on_the_way = costs_on_the_way(spec, exits)
         missed = {name: (scores[name].argmax(1) != truth).astype(float) for name in exits}
         for measure in MEASURES:
-            doubts = {name: temperatures.doubts(name, scores[name], measure) for name in exits}
+            uncertainties = {name: temperatures.uncertainties(name, scores[name], measure) for name in exits}
             found["policies"][measure] = [
                 {"bound": point.bound, "macs": point.cost, "wrong": 100 * point.error}
-                for point in leaving(doubts, missed, on_the_way, BOUNDS.tolist())
+                for point in leaving(uncertainties, missed, on_the_way, BOUNDS.tolist())
             ]
         for model in statics:
             of_static, scores, truth = scored(model, store, "test", runtime)

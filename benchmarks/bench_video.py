@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.machine import describe, in_a_line, keep
 from crowdexit.inference.counter import CrowdCounter, Prepared, load
-from crowdexit.inference.scene import hear
+from crowdexit.inference.preprocessing import load_log_mel
 from crowdexit.jobs.pipeline import BATCH, How, count_frames
 from crowdexit.video.decode import FrameSampler, Span
 from crowdexit.video.frames import read_frames
@@ -100,7 +100,9 @@ def main() -> None:
         path = Path(folder) / "video.mp4"
         write_video(path, args.frames, (width, height))
         first = list(islice(read_frames(path, EVERY), args.batch))
-        ready = counter.prepare([(f.scaled(counter.size_for(*f.size) or f.size), hear(f.waveform)) for f in first])
+        ready = counter.prepare(
+            [(f.scaled(counter.size_for(*f.size) or f.size), load_log_mel(f.waveform)) for f in first]
+        )
         how = How(args.exit, batch=args.batch)
         parts: dict[str, Callable[[], int]] = {
             "decoding": lambda: decoding(path),

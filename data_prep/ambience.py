@@ -127,13 +127,13 @@ def make_sample(task: Task, *, store: Store, voices: Path, voices_origin: str, s
         return sample
     bank = read_voices(voices)[task.split]
 
-    def hear(take: int) -> NDArray[np.float32]:
+    def simulate_take(take: int) -> NDArray[np.float32]:
         return log_mel(simulate(sample.count, bank, generator(seed, task.id, take)), SAMPLE_RATE)
 
-    further = [hear(take) for take in range(1, takes + 1)] if task.split == "train" else []
+    further = [simulate_take(take) for take in range(1, takes + 1)] if task.split == "train" else []
     return replace(
         sample,
-        log_mel=hear(0),
+        log_mel=simulate_take(0),
         takes=np.stack(further).astype(np.float16) if further else None,
         audio_source="simulated",
         origin={**sample.origin, **marks(bank, voices_origin, seed)},

@@ -20,15 +20,15 @@ MIN_IMAGES = 10  # for an R² that says anything
 
 
 @dataclass(frozen=True)
-class Heard:
+class AudioSamples:
     """The log-mels, (n, 96, 64) float32, of a set of seconds, with the count and id of each one's image."""
 
     log_mels: NDArray[np.float32]
     counts: NDArray[np.float64]
     ids: NDArray[np.str_]
 
-    def only(self, chosen: NDArray[np.bool_] | NDArray[np.int64]) -> Heard:
-        return Heard(self.log_mels[chosen], self.counts[chosen], self.ids[chosen])
+    def only(self, chosen: NDArray[np.bool_] | NDArray[np.int64]) -> AudioSamples:
+        return AudioSamples(self.log_mels[chosen], self.counts[chosen], self.ids[chosen])
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def measure(path: Path) -> list[Explained]:
     Raises:
         CrowdExitError: if a split is missing or fewer than ten images of it have sound.
     """
-    train, held_out = hear(path, "train"), hear(path, "val")
+    train, held_out = read_split(path, "train"), read_split(path, "val")
     results = [_explained("all images", train, held_out)]
     for part in PARTS:
         train_part = train.only(np.char.startswith(train.ids, part))
@@ -68,7 +68,7 @@ def measure(path: Path) -> list[Explained]:
     return results
 
 
-def hear(path: Path, split: str) -> Heard:
+def read_split(path: Path, split: str) -> AudioSamples:
     """The seconds of a split's images that have sound and heads, further takes included."""
     log_mels: list[NDArray[np.float32]] = []
     counts: list[float] = []
@@ -86,7 +86,7 @@ def hear(path: Path, split: str) -> Heard:
         raise CrowdExitError(
             f"{path}: {len(set(ids))} images of {split!r} have sound and heads; measuring takes at least {MIN_IMAGES}"
         )
-    return Heard(np.stack(log_mels), np.array(counts), np.array(ids))
+    return AudioSamples(np.stack(log_mels), np.array(counts), np.array(ids))
 
 
 def statistics(log_mels: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -110,7 +110,7 @@ def statistics(log_mels: NDArray[np.float32]) -> NDArray[np.float64]:
     return np.concatenate(columns, axis=1)
 
 
-def _explained(part: str, train: Heard, held_out: Heard) -> Explained:
+def _explained(part: str, train: AudioSamples, held_out: AudioSamples) -> Explained:
     if len(train.ids) > MOST_SECONDS:
         train = train.only(np.random.default_rng(0).choice(len(train.ids), MOST_SECONDS, replace=False))
     # A take is further training material, never a further held-out image.
@@ -150,7 +150,7 @@ def plot(path: Path, target: Path, results: Sequence[Explained]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    held_out = hear(path, "val")
+    held_out = read_split(path, "val")
     order = np.argsort(held_out.counts, kind="stable")
     shown = order[np.linspace(0, len(order) - 1, 4).round().astype(int)]
     lowest, highest = np.quantile(held_out.log_mels[shown], [0.01, 0.999])
@@ -180,8 +180,8 @@ def plot(path: Path, target: Path, results: Sequence[Explained]) -> None:
     axis.set(xscale="log", xlabel="heads in the image", ylabel="mean level of the mel bands (dB)")
     axis.legend(loc="lower right")
     axis.grid(alpha=0.3)
-    told = ", ".join(f"{result.part} {result.r2:.2f}" for result in results)
-    axis.set_title(f"level is part of what is heard; all of it explains, of log count (R²): {told}")
+    summary = ", ".join(f"{result.part} {result.r2:.2f}" for result in results)
+    axis.set_title(f"level is part of what is heard; all of it explains, of log count (R²): {summary}")
     figure.suptitle(f"Audio of held-out images: {_audio_kind(path)}")
     try:
         figure.savefig(target, dpi=110)

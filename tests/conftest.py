@@ -24,7 +24,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def eager_alone(monkeypatch, tmp_path_factory):
     """``--runtime auto`` tries nothing, for each test has another network; nothing goes to the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-    monkeypatch.setattr("crowdexit.runtimes.pick.candidates", lambda _: ())
+    monkeypatch.setattr("crowdexit.runtimes.selection.candidates", lambda _: ())
 
 
 @pytest.fixture(autouse=True)

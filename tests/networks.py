@@ -67,8 +67,8 @@ def batch(network: MultiExitNetwork, length: int, seed: int = 0) -> Features:
     """Random images; every other one is heard, and what stands in the rows of the rest is not a number."""
     random = torch.Generator().manual_seed(seed)
     width, height = network.config.size
-    heard = torch.arange(length) % 2 == 0
+    has_audio = torch.arange(length) % 2 == 0
     log_mel = torch.randn(length, 1, 96, 64, generator=random)
-    log_mel[~heard] = float("nan")
+    log_mel[~has_audio] = float("nan")
     inside = torch.rand(length, 1, height // 8, width // 8, generator=random)
-    return inputs(torch.randn(length, 3, height, width, generator=random), log_mel, heard, inside)
+    return inputs(torch.randn(length, 3, height, width, generator=random), log_mel, has_audio, inside)

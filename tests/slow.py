@@ -36,8 +36,8 @@ class SlowChain(ReadyChain):
         self.ran.append(index)
         return state
 
-    def ask(self, name, state):
-        answer = self.inner.ask(name, state)
+    def run_exit(self, name, state):
+        answer = self.inner.run_exit(name, state)
         self.ran.append(name)
         return answer
 

@@ -25,8 +25,8 @@ ROOT = Path(__file__).parents[1]
 def test_one_command_for_all_of_them(tmp_path):
     """One of them: the others take longer, and are started alike."""
     command = [sys.executable, "-m", "benchmarks", "--quick", "--only", "scaling", "--out", str(tmp_path)]
-    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert told.returncode == 0, told.stderr
+    report = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert report.returncode == 0, report.stderr
     data = json.loads((tmp_path / "benchmarks.json").read_text())
     assert data["quick"]
     assert set(data["figures"]) == {"scaling"}
@@ -54,8 +54,8 @@ def test_what_is_missed_is_told():
     state = {"requests": 9, "first_exit_fits": 5, "unanswered_though_it_fits": 0.0, "late_p99_ms": 4.0}
     late, none_fits = {**state, "late_p99_ms": 5.1}, {**state, "first_exit_fits": 0}
     states = dict(zip(STATES, (state, late, none_fits, state), strict=True))
-    told = BENCHES["deadlines"].targets({"model": "m", "runtime": "r", **states})
-    assert [target.reached for target in told] == [True, True, True, False, False, True, True, True]
+    report = BENCHES["deadlines"].targets({"model": "m", "runtime": "r", **states})
+    assert [target.reached for target in report] == [True, True, True, False, False, True, True, True]
     video = {"share_of_slower": 0.8, "fps": {"pipeline": 30.0}, "video": "", "what": ""}
     assert [target.reached for target in BENCHES["video"].targets(video)] == [False, True]
 
@@ -76,8 +76,8 @@ def test_runtimes_are_judged_by_what_the_processor_can():
     bf16, int8, *_ = BENCHES["runtimes"].targets(figures)
     assert (bf16.reached, int8.reached, int8.found) == (True, False, "no such runtime ran")
     ran["openvino-int8"] = of_runtime(14.0)
-    assert len(told := BENCHES["runtimes"].targets(figures)) == 8  # of the fastest, and of the fastest without int8
-    assert [target.reached for target in told[:2]] == [True, False]
+    assert len(report := BENCHES["runtimes"].targets(figures)) == 8  # of the fastest, and of the fastest without int8
+    assert [target.reached for target in report[:2]] == [True, False]
 
 
 def test_ratios_are_of_the_same_round():

@@ -56,50 +56,50 @@ class Intervals:
 
     Attributes:
         level: the probability that the interval holds the truth.
-        silent, heard: width w by exit, for counts without and with audio, over all counts.
-        samples, heard_samples: how many held-out images each was made of.
-        silent_errors, heard_errors: mean score by exit; empty where a checkpoint was calibrated without.
-        silent_thirds, heard_thirds: widths by the size of the count, by exit, which go before the others.
+        without_audio, with_audio: width w by exit, for counts without and with audio, over all counts.
+        samples, with_audio_samples: how many held-out images each was made of.
+        without_audio_errors, with_audio_errors: mean score by exit; empty where a checkpoint was calibrated without.
+        without_audio_thirds, with_audio_thirds: widths by the size of the count, by exit, which go before the others.
     """
 
     level: float = 0.9
-    silent: Mapping[str, float] = field(default_factory=dict)
-    heard: Mapping[str, float] = field(default_factory=dict)
+    without_audio: Mapping[str, float] = field(default_factory=dict)
+    with_audio: Mapping[str, float] = field(default_factory=dict)
     samples: int = 0
-    silent_errors: Mapping[str, float] = field(default_factory=dict)
-    heard_errors: Mapping[str, float] = field(default_factory=dict)
-    heard_samples: int = 0
-    silent_thirds: Mapping[str, Thirds] = field(default_factory=dict)
-    heard_thirds: Mapping[str, Thirds] = field(default_factory=dict)
+    without_audio_errors: Mapping[str, float] = field(default_factory=dict)
+    with_audio_errors: Mapping[str, float] = field(default_factory=dict)
+    with_audio_samples: int = 0
+    without_audio_thirds: Mapping[str, Thirds] = field(default_factory=dict)
+    with_audio_thirds: Mapping[str, Thirds] = field(default_factory=dict)
 
     def around(
-        self, exit: str, count: float, *, heard: bool, familiar: bool | None = None
+        self, exit: str, count: float, *, has_audio: bool, familiar: bool | None = None
     ) -> tuple[float, float] | None:
         """(low, high) for a count of this exit; None where it was not calibrated in that state.
 
         Args:
             familiar: False widens it to 0 and to 3 times the count + 20 at least.
         """
-        half = self.half_width(exit, count, heard=heard, familiar=familiar)
+        half = self.half_width(exit, count, has_audio=has_audio, familiar=familiar)
         return None if half is None else (max(0.0, count - half), count + half)
 
-    def half_width(self, exit: str, count: float, *, heard: bool, familiar: bool | None = None) -> float | None:
+    def half_width(self, exit: str, count: float, *, has_audio: bool, familiar: bool | None = None) -> float | None:
         """How far the interval reaches from a count of this exit, in people; None as of :meth:`around`."""
-        width = (self.heard if heard else self.silent).get(exit)
+        width = (self.with_audio if has_audio else self.without_audio).get(exit)
         if width is None:
             return None
-        thirds = (self.heard_thirds if heard else self.silent_thirds).get(exit)
+        thirds = (self.with_audio_thirds if has_audio else self.without_audio_thirds).get(exit)
         half = (width if thirds is None else thirds.at(count)) * (count + ROOM)
         return half if familiar is not False else max(half, _UNFAMILIAR * (count + ROOM))
 
-    def errors(self, *, heard: bool) -> Mapping[str, float]:
+    def errors(self, *, has_audio: bool) -> Mapping[str, float]:
         """Each exit's expected error over (count + 10), or its width, which is in proportion: of all exits the same.
 
         With audio from what was calibrated with it, if that has all exits. Empty where nothing has.
         """
-        tables = [self.silent_errors, self.silent]
-        if heard:
-            tables = [self.heard_errors, self.heard, *tables]
+        tables = [self.without_audio_errors, self.without_audio]
+        if has_audio:
+            tables = [self.with_audio_errors, self.with_audio, *tables]
         every = set().union(*tables)
         return next((table for table in tables if table.keys() >= every), {})
 
@@ -107,14 +107,14 @@ class Intervals:
         """Plain data, for a checkpoint's header."""
         return {
             "level": self.level,
-            "silent": dict(self.silent),
-            "heard": dict(self.heard),
+            "silent": dict(self.without_audio),
+            "heard": dict(self.with_audio),
             "samples": self.samples,
-            "silent_errors": dict(self.silent_errors),
-            "heard_errors": dict(self.heard_errors),
-            "heard_samples": self.heard_samples,
-            "silent_thirds": {name: asdict(thirds) for name, thirds in self.silent_thirds.items()},
-            "heard_thirds": {name: asdict(thirds) for name, thirds in self.heard_thirds.items()},
+            "silent_errors": dict(self.without_audio_errors),
+            "heard_errors": dict(self.with_audio_errors),
+            "heard_samples": self.with_audio_samples,
+            "silent_thirds": {name: asdict(thirds) for name, thirds in self.without_audio_thirds.items()},
+            "heard_thirds": {name: asdict(thirds) for name, thirds in self.with_audio_thirds.items()},
         }
 
     @classmethod
@@ -127,15 +127,21 @@ class Intervals:
         if data is None:
             return cls()
         try:
-            tables: dict[str, Any] = {"silent": data["silent"], "heard": data["heard"]}
-            tables |= {key: data.get(key, {}) for key in ("silent_errors", "heard_errors")}
+            tables: dict[str, Any] = {"without_audio": data["silent"], "with_audio": data["heard"]}
+            tables |= {
+                "without_audio_errors": data.get("silent_errors", {}),
+                "with_audio_errors": data.get("heard_errors", {}),
+            }
             scores = {key: {str(k): float(v) for k, v in table.items()} for key, table in tables.items()}
             if any(not 0 <= score < math.inf for table in scores.values() for score in table.values()):
                 raise ValueError
-            thirds = {key: _read_thirds(data.get(key, {})) for key in ("silent_thirds", "heard_thirds")}
-            heard_samples = int(data.get("heard_samples", 0))
-            samples = int(data["samples"])
-            fields: dict[str, Any] = {**scores, **thirds, "samples": samples, "heard_samples": heard_samples}
+            fields: dict[str, Any] = {
+                **scores,
+                "without_audio_thirds": _read_thirds(data.get("silent_thirds", {})),
+                "with_audio_thirds": _read_thirds(data.get("heard_thirds", {})),
+                "samples": int(data["samples"]),
+                "with_audio_samples": int(data.get("heard_samples", 0)),
+            }
             return cls(float(data["level"]), **fields)
         except (KeyError, TypeError, ValueError, AttributeError):
             raise IntervalError("the checkpoint's intervals are damaged") from None

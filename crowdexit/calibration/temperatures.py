@@ -37,7 +37,7 @@ class Temperatures:
     by_exit: Mapping[str, float] = field(default_factory=dict)
     samples: int = 0
 
-    def doubts(self, exit: str, scores: NDArray[np.float32], measure: Measure) -> NDArray[np.float64]:
+    def uncertainties(self, exit: str, scores: NDArray[np.float32], measure: Measure) -> NDArray[np.float64]:
         """How unsure an exit is of each sample (n,), from zero to one, by its scores (n, K)."""
         logs = _log_softmax(scores.astype(np.float64) / self.by_exit.get(exit, 1.0))
         if measure == "confidence":

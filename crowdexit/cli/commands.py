@@ -57,7 +57,7 @@ Model = Annotated[
     str, typer.Option("--model", help="A shipped model's name, or the path of a checkpoint or an export.")
 ]
 Ids = Annotated[str, typer.Option(help="Only samples whose id matches this shell pattern.")]
-Hear = Annotated[bool, typer.Option("--audio/--no-audio", help="Use audio where there is some.")]
+AudioFlag = Annotated[bool, typer.Option("--audio/--no-audio", help="Use audio where there is some.")]
 RuntimeName = Annotated[
     str,
     typer.Option(
@@ -211,7 +211,7 @@ def evaluate(
     model: Model = DEFAULT_MODEL,
     split: Annotated[str, typer.Option()] = "test",
     ids: Ids = "*",
-    audio: Hear = True,
+    audio: AudioFlag = True,
     brightness: Annotated[float, typer.Option(min=0, help="Images darkened (or lit) by this factor.")] = 1.0,
     noise: Annotated[float, typer.Option(min=0, max=255, help="Gaussian noise of this σ, of 255.")] = 0.0,
     black: Annotated[float, typer.Option(min=0, max=0.99, help="Share of the image under a black area.")] = 0.0,
@@ -302,7 +302,7 @@ def tradeoff(
     model: Model = DEFAULT_MODEL,
     split: Annotated[str, typer.Option()] = "val",
     ids: Ids = "*",
-    audio: Hear = True,
+    audio: AudioFlag = True,
     budgets: Annotated[
         str | None, typer.Option(help="Budgets to recommend for, 10⁹ multiply-adds: 5,10.5. Default: quarters.")
     ] = None,
@@ -345,7 +345,7 @@ def tables(
     ],
     split: Annotated[str, typer.Option()] = "val",
     ids: Ids = "*",
-    audio: Hear = True,
+    audio: AudioFlag = True,
     out: Annotated[
         Path, typer.Option(help="Folder for table.csv, .md and .png.", callback=command.output_folder)
     ] = Path("tables"),
@@ -463,16 +463,16 @@ def suite(
     for run in runs:
         if run.step == "backbone" or run.name in failed:
             continue
-        path, told = out / run.name / "model.safetensors", out / run.name / f"{split}.json"
-        if not told.exists():
+        path, metrics_path = out / run.name / "model.safetensors", out / run.name / f"{split}.json"
+        if not metrics_path.exists():
             try:
                 result = evaluate_file(path, data, split, runtime=runtime, progress=partial(_progress, run.name))
             except CrowdExitError as error:  # the others keep their table
                 failed[run.name] = str(error)
                 print(f"{run.name}: {error}", file=sys.stderr)
                 continue
-            write_files(out / run.name, {told.name: json.dumps(result)})
-        exits = json.loads(told.read_text("utf-8"))["exits"]
+            write_files(out / run.name, {metrics_path.name: json.dumps(result)})
+        exits = json.loads(metrics_path.read_text("utf-8"))["exits"]
         key = "mae" if "mae" in exits[0] else "accuracy"
         values = {row["exit"]: row[key] for row in exits}
         measure = "MAE" if key == "mae" else "accuracy"
@@ -529,7 +529,7 @@ def visualize(
 
     shown = read_pixels(image)
     network, _ = zoo.load(model)
-    sights = receptive.look(network, shown, None if exits is None else exits.split(","))
+    sights = receptive.receptive_fields(network, shown, None if exits is None else exits.split(","))
     receptive.write(network, shown, sights, out)
     table = Table(title=f"{model}: the share of the image that holds nine tenths of the field")
     for name in ("exit", "kind", "field"):
@@ -664,11 +664,11 @@ def calibrate(
     from crowdexit.utils.memory import keep_freed_memory
 
     keep_freed_memory()
-    network, spec, picked = open_model(model, runtime)
+    network, spec, selected = open_model(model, runtime)
     if network.classifies:
-        _calibrate_classes(model, network, spec, data, split, ids, picked)
+        _calibrate_classes(model, network, spec, data, split, ids, selected)
     else:
-        _calibrate_counts(model, network, spec, data, split, ids, level, held_out, picked)
+        _calibrate_counts(model, network, spec, data, split, ids, level, held_out, selected)
 
 
 def _calibrate_counts(
@@ -709,8 +709,8 @@ def _calibrate_counts(
     for name in counter.exits:
         cells = []
         for widths, by_size in (
-            (intervals.silent, intervals.silent_thirds),
-            (intervals.heard, intervals.heard_thirds),
+            (intervals.without_audio, intervals.without_audio_thirds),
+            (intervals.with_audio, intervals.with_audio_thirds),
         ):
             thirds = by_size.get(name)
             cells.append(f"{widths[name]:.3f}" if name in widths else "")
@@ -750,7 +750,7 @@ def _calibrate_classes(
     exits = served_exits(network)
     bounds = [1 - confidence for confidence in CONFIDENCES]
     made = leaving(
-        {name: temperatures.doubts(name, scores[name], "confidence") for name in exits},
+        {name: temperatures.uncertainties(name, scores[name], "confidence") for name in exits},
         {name: (scores[name].argmax(1) != labels).astype(float) for name in exits},
         costs_on_the_way(spec, exits),
         bounds,

@@ -210,7 +210,7 @@ class _Track:
                     continue
                 self.rate = block.sample_rate
                 samples = samples_of(block)
-                self._look(samples)
+                self._check_scale(samples)
                 length += samples.shape[1]
                 values += samples.size
                 if values > _MOST_VALUES:
@@ -229,7 +229,7 @@ class _Track:
         if damaged:
             self._warn(f"{path}: the audio is damaged; what cannot be decoded is left out")
 
-    def _look(self, samples: NDArray[np.float32]) -> None:
+    def _check_scale(self, samples: NDArray[np.float32]) -> None:
         if samples.size:
             low, high = float(samples.min()), float(samples.max())
             if not (math.isfinite(low) and math.isfinite(high)):

@@ -205,8 +205,8 @@ def random_view(
         int(rng.integers((view.canvas[1] - size[1]) // 8 + 1)) * 8,
     )
     origin = np.array([x, y], np.float32)
-    seen = points[((points >= origin) & (points < origin + np.array([w, h], np.float32))).all(1)]
-    moved = (seen - origin) * np.array([size[0] / w, size[1] / h], np.float32)
+    inside = points[((points >= origin) & (points < origin + np.array([w, h], np.float32))).all(1)]
+    moved = (inside - origin) * np.array([size[0] / w, size[1] / h], np.float32)
     if view.flip and rng.random() < 0.5:
         window = window[:, ::-1]
         moved[:, 0] = size[0] - moved[:, 0]

@@ -96,8 +96,8 @@ class CrowdDataset(Dataset[dict[str, Any]]):
     Args:
         negatives: with a ``view``, what takes the place of a share of the draws: images without anybody, with no audio.
 
-    Items: ``image`` 3×H×W normalised (or tiles T×3×H×W), ``density`` 1×H/s×W/s (not of tiles), ``inside``
-    1×H/8×W/8, ``count`` (heads on the canvas), ``total`` (of the whole image), ``log_mel`` 1×96×64, ``heard``
+    Items: ``image`` 3×H×W normalised (or tiles T×3×H×W), ``density`` 1×H/s×W/s (not of tiles), ``valid_mask``
+    1×H/8×W/8, ``count`` (heads on the canvas), ``total`` (of the whole image), ``log_mel`` 1×96×64, ``has_audio``
     bool, ``dark`` bool (darkened by the conditions), ``id``.
     """
 
@@ -136,10 +136,16 @@ class CrowdDataset(Dataset[dict[str, Any]]):
             "id": sample.id,
         }
         if s.tiles:
-            seen = [torch.from_numpy(normalise(tile)) for tile in tiles(image, s.canvas)]
-            inside = torch.ones(len(seen), 1, s.canvas[1] // STRIDE, s.canvas[0] // STRIDE)
+            tensors = [torch.from_numpy(normalise(tile)) for tile in tiles(image, s.canvas)]
+            valid_mask = torch.ones(len(tensors), 1, s.canvas[1] // STRIDE, s.canvas[0] // STRIDE)
             audio = self._audio(sample, sample.count, for_audio)
-            return {"image": torch.stack(seen), "inside": inside, "count": common["total"], **common, **audio}
+            return {
+                "image": torch.stack(tensors),
+                "valid_mask": valid_mask,
+                "count": common["total"],
+                **common,
+                **audio,
+            }
         laid = sample.density if only_density(sample) else None
         placement: Placement
         if s.view is not None:
@@ -161,7 +167,7 @@ class CrowdDataset(Dataset[dict[str, Any]]):
         return {
             "image": torch.from_numpy(normalise(np.ascontiguousarray(image))),
             "density": torch.from_numpy(density)[None],
-            "inside": torch.from_numpy(placement.inside(canvas))[None],
+            "valid_mask": torch.from_numpy(placement.valid_mask(canvas))[None],
             "count": torch.tensor(count, dtype=torch.float32),
             **common,
             **self._audio(sample, count, for_audio),
@@ -177,7 +183,7 @@ class CrowdDataset(Dataset[dict[str, Any]]):
         return {
             "image": torch.from_numpy(normalise(np.ascontiguousarray(image))),
             "density": torch.zeros(1, height // stride, width // stride),
-            "inside": torch.ones(1, height // STRIDE, width // STRIDE),
+            "valid_mask": torch.ones(1, height // STRIDE, width // STRIDE),
             "count": torch.tensor(0.0),
             "total": torch.tensor(0.0),
             "dark": torch.tensor(conditions.brightness < 1),
@@ -213,16 +219,16 @@ class CrowdDataset(Dataset[dict[str, Any]]):
         only ever sees real audio.
         """
         s = self.setting
-        heard = s.hear >= 1 or bool(rng.random() < s.hear)
+        has_audio = s.hear >= 1 or bool(rng.random() < s.hear)
         if s.voices is not None and s.view is not None:
             mel = log_mel(simulate(min(count, MAX_COUNT), s.voices, rng), SAMPLE_RATE)
         elif sample.log_mel is None:
-            mel, heard = np.zeros((96, 64), np.float32), False
+            mel, has_audio = np.zeros((96, 64), np.float32), False
         else:
             takes = () if sample.takes is None else sample.takes
             mel = (sample.log_mel, *takes)[int(rng.integers(len(takes) + 1))].astype(np.float32)
-            heard = heard and own
-        return {"log_mel": torch.from_numpy(mel)[None], "heard": torch.tensor(heard)}
+            has_audio = has_audio and own
+        return {"log_mel": torch.from_numpy(mel)[None], "has_audio": torch.tensor(has_audio)}
 
 
 class EpochPlan(Sampler[tuple[int, int]]):

@@ -116,7 +116,7 @@ class Placement:
         """Heads of the image (N, 2) on the canvas."""
         return points * np.float32(self.scale) + np.asarray(self.offset, np.float32)
 
-    def inside(self, canvas: tuple[int, int], stride: int = 8) -> NDArray[np.float32]:
+    def valid_mask(self, canvas: tuple[int, int], stride: int = 8) -> NDArray[np.float32]:
         """The share of each grid cell that is picture: (height/stride, width/stride)."""
         shares = []
         for axis in (1, 0):

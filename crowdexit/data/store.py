@@ -296,8 +296,8 @@ class PreparedFile:
         except CrowdExitError:
             raise
         except Exception as error:
-            told = f"{what}: " if what else ""
-            raise StoreError(f"{self.path}: {told}damaged, or of another form ({_first_line(error)})") from error
+            prefix = f"{what}: " if what else ""
+            raise StoreError(f"{self.path}: {prefix}damaged, or of another form ({_first_line(error)})") from error
 
     def __getstate__(self) -> dict[str, object]:
         return {"path": self.path, "_file": None}

@@ -17,8 +17,8 @@ from crowdexit.data.classes import ClassDataset, ClassStore
 from crowdexit.data.store import StoreError
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.counter import served_exits
+from crowdexit.inference.executor import Batch, BatchExitOutput, Part, StageExecutor
 from crowdexit.inference.policies import Confident
-from crowdexit.inference.walk import Batch, Part, Told, Walk
 from crowdexit.models.stages import Features, inputs
 from crowdexit.runtimes.base import ReadyChain
 
@@ -44,15 +44,17 @@ class Leaving:
     bound: float
     temperatures: Temperatures
 
-    def walk(self, chain: ReadyChain, exits: Sequence[str], features: Features) -> Iterator[Told]:
+    def run(self, chain: ReadyChain, exits: Sequence[str], features: Features) -> Iterator[BatchExitOutput]:
         """What is reported of a batch, of each sample until it leaves."""
         size = len(features.visual)
         part = Part(np.arange(size), np.ones(size, np.intp), [Batch(lambda: features, size)])
 
-        def doubt(told: Told) -> NDArray[np.float64]:
-            return self.temperatures.doubts(told.exit, told.values, self.measure)
+        def uncertainty(output: BatchExitOutput) -> NDArray[np.float64]:
+            return self.temperatures.uncertainties(output.exit, output.values, self.measure)
 
-        return filter(None, Walk(chain, size, exits, doubt=doubt).run([part], Confident(self.bound)))
+        return filter(
+            None, StageExecutor(chain, size, exits, uncertainty=uncertainty).run([part], Confident(self.bound))
+        )
 
 
 def evaluate(
@@ -90,8 +92,8 @@ def evaluate(
             right[name] += int((answer.value.argmax(1).numpy() == labels).sum())
         if leaving is not None:
             chosen, exits = np.empty(len(labels), np.int64), np.empty(len(labels), object)
-            for told in leaving.walk(chain, served, batch):
-                chosen[told.samples], exits[told.samples] = told.values.argmax(1), told.exit
+            for output in leaving.run(chain, served, batch):
+                chosen[output.samples], exits[output.samples] = output.values.argmax(1), output.exit
             sure += int((chosen == labels).sum())
             for name in exits:
                 left[name] += 1
@@ -106,7 +108,7 @@ def evaluate(
             times[name].append(1e3 * (time.perf_counter() - begun))
         if leaving is not None:
             begun = time.perf_counter()
-            list(leaving.walk(chain, served, one))
+            list(leaving.run(chain, served, one))
             until_sure.append(1e3 * (time.perf_counter() - begun))
     result: dict[str, Any] = {
         "split": split,

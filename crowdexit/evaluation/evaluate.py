@@ -56,7 +56,7 @@ def count_samples(
     ids: Sequence[str],
     *,
     audio: bool = True,
-    heard_alone: bool = False,
+    only_with_audio: bool = False,
     conditions: Conditions = Conditions(),
     progress: Any = None,
 ) -> Iterator[Counted]:
@@ -67,19 +67,19 @@ def count_samples(
     Args:
         ids: of the samples.
         audio: False counts without audio even where there is some.
-        heard_alone: passes over those that are not heard: they have no audio, or are cut into tiles.
+        only_with_audio: passes over those that are not heard: they have no audio, or are cut into tiles.
         progress: called after each sample.
     """
     warm = False
     for id in ids:
         image, mel, count, source = read_for_counting(store, split, id, audio=audio, conditions=conditions)
-        heard = mel is not None and counter.size_for(image.shape[1], image.shape[0]) is not None
-        if heard or not heard_alone:
+        has_audio = mel is not None and counter.size_for(image.shape[1], image.shape[0]) is not None
+        if has_audio or not only_with_audio:
             if not warm:
                 for _ in counter.stream(image, mel):
                     pass
                 warm = True
-            yield Counted(id, count, source if heard else "none", tuple(counter.stream(image, mel)))
+            yield Counted(id, count, source if has_audio else "none", tuple(counter.stream(image, mel)))
         if progress is not None:
             progress()
 
@@ -171,26 +171,26 @@ def calibrate(
 
     others = cross_fitted or {}
     rank(len(ids), level)  # refuses before anything is counted
-    without_audio = list(count_samples(counter, store, split, ids, audio=False, progress=progress))
-    silent, silent_errors, silent_thirds = tables(without_audio)
-    heard, heard_errors, heard_thirds = dict[str, float](), dict[str, float](), dict[str, Thirds]()
-    with_audio = list(count_samples(counter, store, split, ids, heard_alone=True, progress=progress))
-    if with_audio:
+    plain = list(count_samples(counter, store, split, ids, audio=False, progress=progress))
+    without_audio, without_audio_errors, without_audio_thirds = tables(plain)
+    with_audio, with_audio_errors, with_audio_thirds = dict[str, float](), dict[str, float](), dict[str, Thirds]()
+    audible = list(count_samples(counter, store, split, ids, only_with_audio=True, progress=progress))
+    if audible:
         try:
-            heard, heard_errors, heard_thirds = tables(with_audio)
+            with_audio, with_audio_errors, with_audio_thirds = tables(audible)
         except IntervalError as error:
             log.warning("not calibrated with sound: %s; what is heard has no interval and is never confident", error)
-            with_audio = []
+            audible = []
     return Intervals(
         level,
-        silent,
-        heard,
+        without_audio,
+        with_audio,
         samples=len(ids),
-        silent_errors=silent_errors,
-        heard_errors=heard_errors,
-        heard_samples=len(with_audio),
-        silent_thirds=silent_thirds,
-        heard_thirds=heard_thirds,
+        without_audio_errors=without_audio_errors,
+        with_audio_errors=with_audio_errors,
+        with_audio_samples=len(audible),
+        without_audio_thirds=without_audio_thirds,
+        with_audio_thirds=with_audio_thirds,
     )
 
 
@@ -241,7 +241,7 @@ def evaluate_file(
         CrowdExitError: if model, file, split or conditions are of no use, or no id matches.
     """
     keep_freed_memory()
-    network, spec, picked = open_model(model, runtime)
+    network, spec, selected = open_model(model, runtime)
     if network.classifies:
         if conditions != Conditions():
             raise CrowdExitError("brightness, noise and black areas are for counting; classes are reported as they are")
@@ -250,11 +250,11 @@ def evaluate_file(
             wanted = classify.matching(classes, split, pattern)
             with progress(len(wanted)) as advance:
                 return classify.evaluate(
-                    picked.ready(network), classes, split, wanted, leaving=leaving, progress=advance
+                    selected.ready(network), classes, split, wanted, leaving=leaving, progress=advance
                 )
     if leave is not None:
         raise CrowdExitError("confidence and entropy are of classes; a counter is confident by its intervals")
-    counter = CrowdCounter(network, spec.model, runtime=picked, exits=network.exit_names, **calibration_of(spec))
+    counter = CrowdCounter(network, spec.model, runtime=selected, exits=network.exit_names, **calibration_of(spec))
     with Store(data) as store:
         samples = store.ids(split, pattern)
         with progress(len(samples)) as advance:

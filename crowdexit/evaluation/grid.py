@@ -58,12 +58,12 @@ def read_grid(run: Path) -> Grid:
     found = []
     try:
         for e in spec.exits:
-            told = spec.meta["validation"].get(e.name)
-            if told is None:
+            metrics = spec.meta["validation"].get(e.name)
+            if metrics is None:
                 continue  # it stood there before
             dim, heads = (e.options.get(key, e.options.get(f"slvit_{key}")) for key in ("dim", "heads"))
             params = sum(p.numel() for p in network.exit_module(e.name).parameters())
-            found.append(Candidate(e.name, dim, heads, params, float(told.get("accuracy", told["error"]))))
+            found.append(Candidate(e.name, dim, heads, params, float(metrics.get("accuracy", metrics["error"]))))
     except (KeyError, TypeError, ValueError, AttributeError):
         raise CrowdExitError(f"{run}: not a search that has run") from None
     return Grid("accuracy" if network.classifies else "error", tuple(found))

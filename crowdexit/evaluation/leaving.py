@@ -41,7 +41,7 @@ def costs_on_the_way(spec: zoo.Spec, exits: Sequence[str]) -> dict[str, float]:
 
 
 def leaving(
-    doubts: Mapping[str, NDArray[np.float64]],
+    uncertainties: Mapping[str, NDArray[np.float64]],
     errors: Mapping[str, NDArray[np.float64]],
     costs: Mapping[str, float],
     bounds: Sequence[float],
@@ -49,11 +49,11 @@ def leaving(
     """For each bound the mean error and cost over samples that are known at every exit.
 
     Args:
-        doubts, errors: of each sample (n,) by exit, in the order in which the exits answer.
+        uncertainties, errors: of each sample (n,) by exit, in the order in which the exits answer.
         costs: of a sample that leaves at an exit, by name.
     """
-    names = list(doubts)
-    unsure, wrong = np.stack([doubts[name] for name in names]), np.stack([errors[name] for name in names])
+    names = list(uncertainties)
+    unsure, wrong = np.stack([uncertainties[name] for name in names]), np.stack([errors[name] for name in names])
     price = np.array([costs[name] for name in names])
     points = []
     for bound in bounds:

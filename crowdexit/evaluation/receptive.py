@@ -41,7 +41,9 @@ class Sight:
     attention: NDArray[np.float32] | None
 
 
-def look(network: MultiExitNetwork, image: NDArray[np.uint8], exits: Sequence[str] | None = None) -> list[Sight]:
+def receptive_fields(
+    network: MultiExitNetwork, image: NDArray[np.uint8], exits: Sequence[str] | None = None
+) -> list[Sight]:
     """What branches see of an image (of an image in tiles, of the first).
 
     Args:

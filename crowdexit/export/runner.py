@@ -39,14 +39,23 @@ from crowdexit.data.image import (
 )
 from crowdexit.data.mel import checked_log_mel
 from crowdexit.errors import CrowdExitError
-from crowdexit.models.chain import walk
-from crowdexit.runtimes.arrays import ANSWER, RECORD, ArrayChain, Port, Ports, Record, exit_piece, stage_piece
+from crowdexit.models.chain import iter_outputs
+from crowdexit.runtimes.arrays import (
+    FEATURE_FIELDS,
+    OUTPUT_FIELDS,
+    ArrayChain,
+    Port,
+    Ports,
+    Record,
+    exit_piece,
+    stage_piece,
+)
 from crowdexit.runtimes.engines import Engine, OnnxEngine, OpenVINOEngine, Shapes, openvino_core
 from crowdexit.utils.files import atomic_write, checksum
 from crowdexit.utils.paths import is_file
 
 MANIFEST = "manifest.json"
-FORMAT = "crowdexit-export-3"
+FORMAT = "crowdexit-export-4"
 _MOST_TEXT = 2**22
 _MOST_BYTES = 2**32  # of all models together
 _Side = Annotated[int, Field(gt=0, le=16_384)]
@@ -109,7 +118,7 @@ class Manifest(_Part):
         checksum: of all the others (:meth:`own_checksum`); written with the file.
     """
 
-    format: Literal["crowdexit-export-3"]
+    format: Literal["crowdexit-export-4"]
     library: Library
     precision: Precision
     network: NetworkPart
@@ -151,17 +160,17 @@ class Manifest(_Part):
     def _check_ports(self, stages: int) -> None:
         """Every piece takes what is there by then, and gives what there is a place for, in the fields' order."""
         width, height = self.size
-        shapes = {"visual": (3, height, width), "log_mel": (1, 96, 64), "inside": (1, height // 8, width // 8)}
+        shapes = {"visual": (3, height, width), "log_mel": (1, 96, 64), "valid_mask": (1, height // 8, width // 8)}
         there = {name: Port(name, "float32", shape) for name, shape in shapes.items()}
-        there["heard"] = Port("heard", "bool", ())
+        there["has_audio"] = Port("has_audio", "bool", ())
         for index in range(stages):
             stage = self.pieces[stage_piece(index)]
             _check_taken(stage_piece(index), stage.takes, there)
-            _check_order(stage_piece(index), stage.gives, RECORD)
+            _check_order(stage_piece(index), stage.gives, FEATURE_FIELDS)
             there |= {port.name: port for port in stage.gives}
             for name in (exit_piece(name) for name, after in self.exits.items() if after == index):
                 _check_taken(name, self.pieces[name].takes, there)
-                _check_order(name, self.pieces[name].gives, ANSWER)
+                _check_order(name, self.pieces[name].gives, OUTPUT_FIELDS)
                 if not self.pieces[name].gives or self.pieces[name].gives[0].name != "value":
                     raise ValueError(f"{name} gives no value")
 
@@ -173,7 +182,7 @@ def _check_order(piece: str, ports: Sequence[Port], names: Sequence[str]) -> Non
 
 
 def _check_taken(piece: str, ports: Sequence[Port], there: Mapping[str, Port]) -> None:
-    _check_order(piece, ports, RECORD)
+    _check_order(piece, ports, FEATURE_FIELDS)
     for port in ports:
         if there.get(port.name) != port:
             raise ValueError(f"{piece} takes {port.name} as nothing before it gives it")
@@ -244,7 +253,7 @@ class Exported:
             image = read_pixels(image, partial(tile_boxes, native=self.manifest.scene))
         pixels = checked_image(image)
         boxes = tile_boxes(pixels.shape[1], pixels.shape[0], self.manifest.scene)
-        seen = [
+        canvases = [
             view
             for x, y, w, h in boxes
             for view in views(pixels[y : y + h, x : x + w], self.manifest.size, self.manifest.view)
@@ -259,11 +268,13 @@ class Exported:
             at_once = min(at_once, tiles)
         # An image of an absurd shape has too many boxes to go through the network abreast: the last of them tell.
         counts = dict.fromkeys(wanted, 0.0)
-        for start in range(0, len(seen), abreast):
-            batches = (self._record(rows, audio) for rows in same_size_groups(seen[start : start + abreast], at_once))
-            for name, count in walk(_Abreast(self.chain), batches, wanted):
+        for start in range(0, len(canvases), abreast):
+            batches = (
+                self._record(rows, audio) for rows in same_size_groups(canvases[start : start + abreast], at_once)
+            )
+            for name, count in iter_outputs(_Abreast(self.chain), batches, wanted):
                 counts[name] += count
-                if start + abreast >= len(seen):
+                if start + abreast >= len(canvases):
                     yield name, self._checked_count(name, counts[name])
 
     def count(
@@ -281,16 +292,16 @@ class Exported:
         return max(0.0, count)
 
     def _record(
-        self, seen: Sequence[tuple[NDArray[np.uint8], Placement]], log_mel: NDArray[np.float32] | None
+        self, canvases: Sequence[tuple[NDArray[np.uint8], Placement]], log_mel: NDArray[np.float32] | None
     ) -> Record:
         """Views on canvases of one size as a batch before the first stage."""
-        height, width = seen[0][0].shape[:2]
+        height, width = canvases[0][0].shape[:2]
         audio = np.zeros((96, 64), np.float32) if log_mel is None else log_mel
         return {
-            "visual": np.stack([normalise(canvas) for canvas, _ in seen]),
-            "log_mel": np.repeat(audio[None, None], len(seen), axis=0),
-            "heard": np.full(len(seen), log_mel is not None),
-            "inside": np.stack([placement.inside((width, height)) for _, placement in seen])[:, None],
+            "visual": np.stack([normalise(canvas) for canvas, _ in canvases]),
+            "log_mel": np.repeat(audio[None, None], len(canvases), axis=0),
+            "has_audio": np.full(len(canvases), log_mel is not None),
+            "valid_mask": np.stack([placement.valid_mask((width, height)) for _, placement in canvases])[:, None],
         }
 
 
@@ -304,8 +315,8 @@ class _Abreast:
     def advance(self, index: int, state: Iterable[Record]) -> Iterable[Record]:
         return [self._chain.advance(index, record) for record in state]
 
-    def ask(self, name: str, state: Iterable[Record]) -> float:
-        return sum(float(self._chain.ask(name, record).value.sum()) for record in state)
+    def run_exit(self, name: str, state: Iterable[Record]) -> float:
+        return sum(float(self._chain.run_exit(name, record).value.sum()) for record in state)
 
 
 def read_manifest(folder: Path) -> Manifest:

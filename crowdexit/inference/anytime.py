@@ -19,7 +19,7 @@ from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
 from crowdexit.errors import CrowdExitError
-from crowdexit.runtimes.call_off import CallOff
+from crowdexit.runtimes.cancel import CancelToken
 
 # A wait ends late where every core is busy, by up to two ticks of the scheduler: 8 ms at 250 a second.
 _MOST_EARLY_S = 0.005
@@ -42,22 +42,22 @@ class _Request(Generic[T]):
         self.answers: list[T] = []
         self.error: BaseException | None = None
         self.ended = False
-        self.call_off = CallOff()
+        self.cancel_token = CancelToken()
 
     def advance(self) -> None:
         """Run a step; whatever goes wrong there belongs to whoever asked."""
         answer = None
         try:
-            with self.call_off.working():
+            with self.cancel_token.working():
                 answer = next(self.steps)
         except StopIteration:
-            self._tell(None, ended=True)
+            self._report(None, ended=True)
         except BaseException as problem:
             # Without this frame in its traceback: the error would hold the request that holds it, and the image.
             self.error = problem.with_traceback(problem.__traceback__ and problem.__traceback__.tb_next)
-            self._tell(None, ended=True)
+            self._report(None, ended=True)
         if answer is not None:
-            self._tell(answer)
+            self._report(answer)
 
     def wait(self, end: float, enough: Callable[[], object]) -> None:
         """Wait for that, or until then. Only for who holds ``came``."""
@@ -65,7 +65,7 @@ class _Request(Generic[T]):
         if not self.came.wait_for(enough, left) and left:
             _waking.woke(time.perf_counter() - end)
 
-    def _tell(self, answer: T | None, *, ended: bool = False) -> None:
+    def _report(self, answer: T | None, *, ended: bool = False) -> None:
         with self.came:
             if answer is not None:
                 self.answers.append(answer)
@@ -152,7 +152,7 @@ def answers_by(deadline: float, steps: Iterator[T | None], *, wait: bool) -> lis
                 log.warning("no further answer, the latest one stands: %s: %s", type(error).__name__, str(error))
             return list(request.answers)
     finally:
-        request.call_off()
+        request.cancel_token()
         error = None  # its traceback has this frame in it
 
 
@@ -166,7 +166,7 @@ def _work(queue: SimpleQueue[_Request[Any] | None]) -> None:
                 return
             live.append(come)
             del come
-        live = [request for request in live if not request.call_off.off]
+        live = [request for request in live if not request.cancel_token.off]
         if live:
             most_urgent = min(live, key=lambda request: (bool(request.answers), request.deadline))
             most_urgent.advance()

@@ -30,7 +30,7 @@ import numpy as np
 
 from crowdexit.calibration.intervals import ROOM
 from crowdexit.errors import CrowdExitError
-from crowdexit.inference.walk import Mask, Part, Walk
+from crowdexit.inference.executor import Mask, Part, StageExecutor
 
 TOLERANCE = 0.05  # of the budget, to either side
 _REMEMBERED = 64  # images already seen that stand for those to come
@@ -151,7 +151,7 @@ class Sample(Protocol):
     """What a budget knows of an image beforehand."""
 
     @property
-    def heard(self) -> bool:
+    def has_audio(self) -> bool:
         """Whether it has sound."""
 
 
@@ -199,22 +199,25 @@ class Budget:
             check_budget(budget_ms, exits[0], of_state)
         self._budget_ms, self._number, self._first = budget_ms, number, exits[0]
         self._errors, self._costs = errors, costs
-        self._ladders = {heard: ladder(exits, of_state, costs) for heard, of_state in errors.items()}
-        lookers = {heard: [name for name in rungs if self._looks(name)] for heard, rungs in self._ladders.items()}
-        self._seen_by = {heard: names[-1] for heard, names in lookers.items()}  # the last exit of looking
-        further = max(sum(costs.exits[name] for name in names[1:]) for names in lookers.values())
+        self._ladders = {has_audio: ladder(exits, of_state, costs) for has_audio, of_state in errors.items()}
+        first_pass = {
+            has_audio: [name for name in rungs if self._in_first_pass(name)]
+            for has_audio, rungs in self._ladders.items()
+        }
+        self._first_pass_exit = {has_audio: names[-1] for has_audio, names in first_pass.items()}  # the last of them
+        further = max(sum(costs.exits[name] for name in names[1:]) for names in first_pass.values())
         self._profiled_ms = preparing_ms + views * (costs.up_to(exits[0]) + further)
         self._check_room(number * self._profiled_ms)
         self._clock, self._mark = clock, clock()
         self._end = self._mark + budget_ms / 1000
-        self._looked, self._looking_ms = 0, 0.0
-        self._looks_ms = [self._profiled_ms]  # of an image, by part
+        self._first_pass_count, self._first_pass_total_ms = 0, 0.0
+        self._first_pass_part_ms = [self._profiled_ms]  # of an image, by part
         self._deep_ms, self._reckoned_ms = 0.0, 0.0  # behind the first exits: what it took, what it was reckoned at
         self._running_ms: float | None = None  # what the step under way is reckoned at; None: looking
         self._window: Sequence[Sample] = ()
         self._begun = 0  # images of the windows before
         self._here: dict[int, _OnItsWay] = {}
-        self._seen: deque[tuple[bool, float, int]] = deque(maxlen=_REMEMBERED)  # sound, count + 10, rows
+        self._recent: deque[tuple[bool, float, int]] = deque(maxlen=_REMEMBERED)  # sound, count + 10, rows
         self._noted = False  # whether this window's images are among them
 
     def window(self, samples: Sequence[Sample]) -> None:
@@ -224,7 +227,7 @@ class Budget:
         self._begun += len(self._window)
         self._window, self._here, self._noted = samples, {}, False
 
-    def walked(self) -> None:
+    def finish(self) -> None:
         """The walk of these images has come to its end."""
         self._spent()
 
@@ -238,23 +241,23 @@ class Budget:
         return self._budget_ms - 1000 * (self._end - self._mark)
 
     @property
-    def look_ms(self) -> float:
+    def first_pass_ms(self) -> float:
         """What looking at an image takes, preparing it included, by what has been seen so far."""
-        return (self._looking_ms + _PRIOR * self._profiled_ms) / (self._looked + _PRIOR)
+        return (self._first_pass_total_ms + _PRIOR * self._profiled_ms) / (self._first_pass_count + _PRIOR)
 
     @property
     def pace(self) -> float:
         """How many times as long as the costs say what comes after looking has taken so far."""
         known = _PRIOR * self._profiled_ms
-        return (self._deep_ms + known * self.look_ms / self._profiled_ms) / (self._reckoned_ms + known)
+        return (self._deep_ms + known * self.first_pass_ms / self._profiled_ms) / (self._reckoned_ms + known)
 
-    def asks(self, exit: str, part: Part, walk: Walk) -> bool:
-        before = self._looking_ms
+    def should_run_exit(self, exit: str, part: Part, executor: StageExecutor) -> bool:
+        before = self._first_pass_total_ms
         self._spent()
         if exit == self._first:
             number = len(part.samples)
-            self._looked += number
-            self._looks_ms.append((self._looking_ms - before) / number)
+            self._first_pass_count += number
+            self._first_pass_part_ms.append((self._first_pass_total_ms - before) / number)
             self._check_time()
             for sample, rows in zip(part.samples.tolist(), part.views.tolist(), strict=True):
                 self._here[sample] = _OnItsWay(self._costs.stage_of[exit], exit, rows)
@@ -263,45 +266,45 @@ class Budget:
             return False
         for sample in part.samples.tolist():
             self._here[sample].exit = exit
-        if not self._looks(exit):
+        if not self._in_first_pass(exit):
             self._running_ms = float(part.views.sum()) * self._costs.exits[exit]
         return True
 
-    def stays(self, exit: str, part: Part, walk: Walk) -> Mask:
-        if self._looks(exit) or not self._is_rung(exit, part):
+    def keep_at_stage(self, exit: str, part: Part, executor: StageExecutor) -> Mask:
+        if self._in_first_pass(exit) or not self._is_rung(exit, part):
             return np.ones(len(part.samples), np.bool_)
-        return self._climbing(part, walk)
+        return self._climbing(part, executor)
 
-    def goes_on(self, stage: int, part: Part, walk: Walk) -> Mask:
-        if not walk.answered[part.samples].all():
+    def keep_for_stage(self, stage: int, part: Part, executor: StageExecutor) -> Mask:
+        if not executor.answered[part.samples].all():
             return np.ones(len(part.samples), np.bool_)
-        keep = self._climbing(part, walk)
+        keep = self._climbing(part, executor)
         for sample in part.samples[keep].tolist():
             self._here[sample].stage = stage
         self._running_ms = float(part.views[keep].sum()) * self._costs.stages[stage]
         return keep
 
-    def _looks(self, exit: str) -> bool:
+    def _in_first_pass(self, exit: str) -> bool:
         """Whether an exit stands where every image comes to, at the stage of the first."""
         return self._costs.stage_of[exit] == self._costs.stage_of[self._first]
 
     def _is_rung(self, exit: str, part: Part) -> bool:
-        return exit in self._ladders[self._window[part.samples[0]].heard]
+        return exit in self._ladders[self._window[part.samples[0]].has_audio]
 
-    def _climbing(self, part: Part, walk: Walk) -> Mask:
+    def _climbing(self, part: Part, executor: StageExecutor) -> Mask:
         """Which of a part's samples are to climb further by the plan as it is now; the others are forgotten."""
         self._spent()
-        steps = self._plan(walk)
+        steps = self._plan(executor)
         keep: Mask = np.array([steps[sample] > 0 for sample in part.samples.tolist()])
         for sample in part.samples[~keep].tolist():
             del self._here[sample]
         return keep
 
-    def _check_room(self, looking_ms: float) -> None:
-        if looking_ms > (1 + TOLERANCE) * self._budget_ms:
+    def _check_room(self, first_pass_total_ms: float) -> None:
+        if first_pass_total_ms > (1 + TOLERANCE) * self._budget_ms:
             raise BudgetTooSmall(
                 f"a budget of {self._budget_ms:g} ms is too small for {self._number} images: "
-                f"their first exits alone take about {looking_ms:.0f} ms"
+                f"their first exits alone take about {first_pass_total_ms:.0f} ms"
             )
 
     def _check_time(self) -> None:
@@ -312,7 +315,7 @@ class Budget:
         """
         to_come = max(0, self._number - self._begun - len(self._window))
         if to_come > 0:
-            self._check_room(self.used_ms + to_come * min(self.look_ms, median_low(self._looks_ms)))
+            self._check_room(self.used_ms + to_come * min(self.first_pass_ms, median_low(self._first_pass_part_ms)))
 
     def _spent(self) -> None:
         """Book the time since the last decision to what it was spent on."""
@@ -320,20 +323,20 @@ class Budget:
         spent = 1000 * (now - self._mark)
         self._mark = now
         if self._running_ms is None:
-            self._looking_ms += spent
+            self._first_pass_total_ms += spent
         else:
             self._deep_ms += spent
             self._reckoned_ms += self._running_ms
             self._running_ms = 0.0
 
-    def _plan(self, walk: Walk) -> dict[int, int]:
+    def _plan(self, executor: StageExecutor) -> dict[int, int]:
         """How many rungs more each image on its way is to climb."""
         pace = self.pace
-        to_come = max(0, self._number - self._looked)
-        room = 1000 * (self._end - self._mark) - to_come * self.look_ms
+        to_come = max(0, self._number - self._first_pass_count)
+        room = 1000 * (self._end - self._mark) - to_come * self.first_pass_ms
 
-        def steps(at: _OnItsWay, heard: bool, scale: float) -> Ladder:
-            rungs, errors = self._ladders[heard], self._errors[heard]
+        def steps(at: _OnItsWay, has_audio: bool, scale: float) -> Ladder:
+            rungs, errors = self._ladders[has_audio], self._errors[has_audio]
             stage, exit, out = at.stage, at.exit, []
             for higher in rungs[rungs.index(exit) + 1 :]:
                 cost = pace * at.rows * self._costs.up_to(higher, stage)
@@ -341,14 +344,15 @@ class Budget:
                 stage, exit = self._costs.stage_of[higher], higher
             return out
 
-        heard = {sample: self._window[sample].heard for sample in self._here}
-        scale = {sample: float(walk.counts[sample]) + ROOM for sample in self._here}
+        has_audio = {sample: self._window[sample].has_audio for sample in self._here}
+        scale = {sample: float(executor.counts[sample]) + ROOM for sample in self._here}
         if not self._noted:
-            self._seen += [(heard[sample], scale[sample], at.rows) for sample, at in self._here.items()]
+            self._recent += [(has_audio[sample], scale[sample], at.rows) for sample, at in self._here.items()]
             self._noted = True
-        ladders = [steps(at, heard[sample], scale[sample]) for sample, at in self._here.items()]
-        looked = self._costs.stage_of[self._first]
+        ladders = [steps(at, has_audio[sample], scale[sample]) for sample, at in self._here.items()]
+        first_stage = self._costs.stage_of[self._first]
         others = [
-            steps(_OnItsWay(looked, self._seen_by[heard_], rows), heard_, scale_) for heard_, scale_, rows in self._seen
+            steps(_OnItsWay(first_stage, self._first_pass_exit[has_audio_], rows), has_audio_, scale_)
+            for has_audio_, scale_, rows in self._recent
         ]
         return dict(zip(self._here, climb(ladders, room, others, to_come / len(others)), strict=True))

@@ -35,17 +35,17 @@ from crowdexit.data.mel import AudioStatus
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.anytime import DeadlineMissed, answers_by
 from crowdexit.inference.budget import TOLERANCE, Budget, BudgetTooSmall, Costs, check_budget
+from crowdexit.inference.executor import Batch, BatchExitOutput, Part, Policy, StageExecutor
+from crowdexit.inference.fair_lock import FairLock
 from crowdexit.inference.models import calibration_of, open_model
 from crowdexit.inference.policies import ANYTIME, Confident, DeepestThatFits
+from crowdexit.inference.preprocessing import AudioLike, ImageLike, Row, Scene, photo, prepared
 from crowdexit.inference.profile import LAYING, PREPARING, Profile, exit_step, profile_of, stage_step
-from crowdexit.inference.scene import AudioLike, ImageLike, Row, Scene, photo, prepared
-from crowdexit.inference.turn import Turn
-from crowdexit.inference.walk import Batch, Part, Policy, Told, Walk
 from crowdexit.models.network import FINAL, MultiExitNetwork
 from crowdexit.models.stages import Features
 from crowdexit.runtimes.base import Runtime
 from crowdexit.runtimes.batch import batch_of
-from crowdexit.runtimes.pick import pick
+from crowdexit.runtimes.selection import select_runtime
 from crowdexit.utils.memory import keep_freed_memory
 
 log = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ class Prepared:
     parts: Sequence[Part]
     seconds: float
 
-    def to_walk(self) -> list[Part]:
+    def copies(self) -> list[Part]:
         """The parts for one walk, which leaves these as they are."""
         return [replace(part, batches=[replace(batch) for batch in part.batches]) for part in self.parts]
 
@@ -187,9 +187,9 @@ class CrowdCounter:
         self.exits = served_exits(network) if exits is None else self._known(exits)
         self.intervals = intervals or Intervals()
         self.familiarity = familiarity
-        self.chain = (runtime or pick("auto")).ready(network)
+        self.chain = (runtime or select_runtime("auto")).ready(network)
         self._prepared: set[str] = set()
-        self._turn = Turn()
+        self._lock = FairLock()
         self._asked(self.exits)
         self._times = Profile()
         self._measured = False  # the profile, by this counter
@@ -206,7 +206,7 @@ class CrowdCounter:
         """Exits that are going to be asked, all that are served by default: made ready, before any clock runs."""
         names = self.exits if exits is None else self._known(exits)
         if new := [name for name in names if name not in self._prepared]:
-            with self._turn:
+            with self._lock:
                 self.chain.prepare(new)
             self._prepared.update(new)
         return names
@@ -348,7 +348,7 @@ class CrowdCounter:
             return self._many(iter(samples), wanted, policy, self._rows(PIXELS_AT_ONCE))
         if policy is not ANYTIME:
             raise CounterError("a budget is a policy itself")
-        check_budget(budget_ms, wanted[0], self.intervals.errors(heard=False))
+        check_budget(budget_ms, wanted[0], self.intervals.errors(has_audio=False))
         if number is None:
             if not isinstance(samples, Sized):
                 raise CounterError("a budget has to know the number of images")
@@ -400,11 +400,11 @@ class CrowdCounter:
         self._check_without_deadline(policy)
         wanted = self._up_to(exit)
         begun = time.perf_counter() - ready.seconds
-        walk = self._walk(wanted[-1:] if policy is ANYTIME else wanted, ready.scenes, len(ready.scenes))
-        said: list[list[ExitResult]] = [[] for _ in ready.scenes]
-        for told in walk.run(ready.to_walk(), policy):
-            self._write_down(told, said, ready.scenes, walk, begun)
-        return [self._last_chosen(of_one) for of_one in said]
+        executor = self._executor(wanted[-1:] if policy is ANYTIME else wanted, ready.scenes, len(ready.scenes))
+        results: list[list[ExitResult]] = [[] for _ in ready.scenes]
+        for output in executor.run(ready.copies(), policy):
+            self._write_down(output, results, ready.scenes, executor, begun)
+        return [self._last_chosen(of_one) for of_one in results]
 
     def feature_sums(self, image: ImageLike) -> NDArray[np.float64] | None:
         """What tells how familiar an image is, (2C + 1,), by the first stage alone; None of a network of tokens.
@@ -415,7 +415,7 @@ class CrowdCounter:
         _, rows = prepared(image, None, self.network.config)
         total: NDArray[np.float64] | None = None
         for batch in self._part(0, [rows], self._times).batches:
-            with self._turn:
+            with self._lock:
                 state = self.chain.advance(0, self.chain.begin(batch.state()))
                 sums = self.chain.feature_sums(state)
             if sums is None:
@@ -446,10 +446,10 @@ class CrowdCounter:
         rows = 1
         while rows <= self._rows(PIXELS_AT_ONCE):
             long_enough = time.perf_counter() + _PATIENCE_S
-            for turn in range(_TURNS):
-                if turn > 1 and time.perf_counter() > long_enough:
+            for attempt in range(_TURNS):
+                if attempt > 1 and time.perf_counter() > long_enough:
                     break
-                kept = times if turn > 0 else Profile()  # the first warms up
+                kept = times if attempt > 0 else Profile()  # the first warms up
                 self._run_through(jpeg, rows, self.network.exit_names, kept)
             rows *= 2
         times.write()
@@ -459,8 +459,8 @@ class CrowdCounter:
         begun = time.perf_counter()
         _, (row, *_) = prepared(decode_pixels(jpeg), None, self.network.config)
         times.note(PREPARING, 1, 1000 * (time.perf_counter() - begun))
-        walk = Walk(self.chain, rows, exits, times, turn=self._turn)
-        for _ in walk.run([self._part(0, [[row]] * rows, times)], ANYTIME):
+        executor = StageExecutor(self.chain, rows, exits, times, lock=self._lock)
+        for _ in executor.run([self._part(0, [[row]] * rows, times)], ANYTIME):
             pass
 
     def warm_up(self, exit: str = "auto") -> None:
@@ -526,7 +526,7 @@ class CrowdCounter:
             _ = self.profile
 
     def _check(self, policy: Policy) -> None:
-        if isinstance(policy, Confident) and not self.intervals.silent:
+        if isinstance(policy, Confident) and not self.intervals.without_audio:
             raise CounterError(f"{self.model} has no intervals to be confident by: see crowdexit calibrate")
 
     def _check_without_deadline(self, policy: Policy) -> None:
@@ -544,7 +544,7 @@ class CrowdCounter:
         batches = [Batch(partial(_laid_out, some, times), len(some)) for some in same_size_groups(rows, at_once)]
         return Part(np.arange(first, first + len(samples)), np.array([len(of_one) for of_one in samples]), batches)
 
-    def _walk(
+    def _executor(
         self,
         exits: Sequence[str],
         scenes: Sequence[Scene],
@@ -552,23 +552,23 @@ class CrowdCounter:
         deadline: float = math.inf,
         earlier: Mapping[str, float] | None = None,
         feature_sums: dict[int, NDArray[np.float64]] | None = None,
-    ) -> Walk:
+    ) -> StageExecutor:
         """A walk of up to ``size`` samples, of which ``scenes`` tells by their number.
 
         Args:
-            earlier, feature_sums: as of :class:`Walk`, from the rows of a sample that went another walk before.
+            earlier, feature_sums: as of :class:`StageExecutor`, from an earlier run over other rows of the sample.
         """
         sums: dict[int, NDArray[np.float64]] = {} if feature_sums is None else feature_sums
 
-        def half_widths(told: Told) -> NDArray[np.float64]:
+        def half_widths(output: BatchExitOutput) -> NDArray[np.float64]:
             halves = [
                 self.intervals.half_width(
-                    told.exit,
+                    output.exit,
                     max(0.0, float(count)),
-                    heard=scenes[number].heard,
+                    has_audio=scenes[number].has_audio,
                     familiar=self._is_familiar(sums.get(number)),
                 )
-                for number, count in zip(told.samples.tolist(), told.values, strict=True)
+                for number, count in zip(output.samples.tolist(), output.values, strict=True)
             ]
             return np.array([math.inf if half is None else half for half in halves])
 
@@ -577,7 +577,7 @@ class CrowdCounter:
 
         earlier = {} if earlier is None else earlier
         wanted = None if self.familiarity is None else sums
-        return Walk(self.chain, size, exits, self._times, left_ms, half_widths, self._turn, earlier, wanted)
+        return StageExecutor(self.chain, size, exits, self._times, left_ms, half_widths, self._lock, earlier, wanted)
 
     def _is_familiar(self, sums: NDArray[np.float64] | None) -> bool | None:
         """Whether an image is familiar, from its features' sums; None where that is not known."""
@@ -615,16 +615,16 @@ class CrowdCounter:
         maps: dict[str, list[NDArray[np.float32]]] = {name: [] for name in exits}
         for start in range(0, len(rows), abreast):
             last = start + abreast >= len(rows)
-            walk = self._walk(exits, [scene], 1, deadline if last else math.inf, counts, sums)
+            executor = self._executor(exits, [scene], 1, deadline if last else math.inf, counts, sums)
             part = self._part(0, [rows[start : start + abreast]], self._times)
-            for told in walk.run([part], policy if last else ANYTIME):
-                if told is not None:
-                    counts[told.exit] = float(told.values[0])
-                    maps[told.exit] += [] if told.density is None else list(told.density[0])
-                if told is None or not last:
+            for output in executor.run([part], policy if last else ANYTIME):
+                if output is not None:
+                    counts[output.exit] = float(output.values[0])
+                    maps[output.exit] += [] if output.density is None else list(output.density[0])
+                if output is None or not last:
                     yield None
                     continue
-                yield self._result(told.exit, counts[told.exit], maps[told.exit], scene, sums.get(0), begun)
+                yield self._result(output.exit, counts[output.exit], maps[output.exit], scene, sums.get(0), begun)
 
     def _is_tiled(self, image: ImageLike) -> bool:
         """Whether an image will be cut into tiles, by its header alone; False of what cannot be read."""
@@ -650,8 +650,8 @@ class CrowdCounter:
             DeadlineMissed: if the first is foreseen to answer after the last moment.
         """
         now = time.perf_counter()
-        foreseen = {name: self._foreseen_s(rows, name) for name in exits}
-        first = foreseen[exits[0]]
+        predicted = {name: self._predicted_s(rows, name) for name in exits}
+        first = predicted[exits[0]]
         if first is not None and now + first > last_moment:
             within, takes = 1000 * (deadline - begun), 1000 * (now + first - begun)
             raise DeadlineMissed(
@@ -660,10 +660,10 @@ class CrowdCounter:
             )
         if len(rows) <= self._rows(PIXELS_ABREAST):  # every tile comes to an exit before any goes on
             return exits
-        fits = [name for name in exits[1:] if (s := foreseen[name]) is not None and now + s <= deadline]
+        fits = [name for name in exits[1:] if (s := predicted[name]) is not None and now + s <= deadline]
         return [exits[0], *fits]
 
-    def _foreseen_s(self, rows: Sequence[Row], exit: str) -> float | None:
+    def _predicted_s(self, rows: Sequence[Row], exit: str) -> float | None:
         """How long rows will take at least until an exit's answer, in seconds; None: not known.
 
         Canvases smaller than the native size are reckoned by their pixels.
@@ -694,41 +694,50 @@ class CrowdCounter:
             order: list[int | None] = []
             if budget is not None:
                 budget.window(scenes)
-            said: list[list[ExitResult]] = [[] for _ in range(abreast)]
-            walk = self._walk(exits, scenes, abreast)
+            results: list[list[ExitResult]] = [[] for _ in range(abreast)]
+            executor = self._executor(exits, scenes, abreast)
             try:
-                for told in walk.run(self._parts(samples, scenes, order, budget, abreast), policy):
-                    self._write_down(told, said, scenes, walk, begun)
+                for output in executor.run(self._parts(samples, scenes, order, budget, abreast), policy):
+                    self._write_down(output, results, scenes, executor, begun)
             except BudgetTooSmall:  # what had been answered by then is not lost
-                yield from self._answered(order, said)
+                yield from self._answered(order, results)
                 raise
             if budget is not None:
-                budget.walked()
+                budget.finish()
             if not order:
                 return
-            yield from self._answered(order, said)
+            yield from self._answered(order, results)
 
-    def _answered(self, order: Sequence[int | None], said: Sequence[list[ExitResult]]) -> Iterator[CountResult | None]:
+    def _answered(
+        self, order: Sequence[int | None], results: Sequence[list[ExitResult]]
+    ) -> Iterator[CountResult | None]:
         """Results in the order of the samples, up to the first one that no exit has answered."""
         for place in order:
-            if place is not None and not said[place]:
+            if place is not None and not results[place]:
                 return
-            yield None if place is None else self._last_chosen(said[place])
+            yield None if place is None else self._last_chosen(results[place])
 
     def _last_chosen(self, results: Sequence[ExitResult]) -> CountResult:
         """Results of one image, of which the last is the answer."""
         return CountResult(self.model, results[-1], tuple(results), warnings=results[-1].warnings)
 
     def _write_down(
-        self, told: Told | None, said: Sequence[list[ExitResult]], scenes: Sequence[Scene], walk: Walk, begun: float
+        self,
+        output: BatchExitOutput | None,
+        results: Sequence[list[ExitResult]],
+        scenes: Sequence[Scene],
+        executor: StageExecutor,
+        begun: float,
     ) -> None:
         """Add what an exit has told of some samples, if it has, to what was said of each."""
-        if told is None:
+        if output is None:
             return
-        for at, number in enumerate(told.samples.tolist()):
-            maps = [] if told.density is None else list(told.density[at])
-            sums = (walk.feature_sums or {}).get(number)
-            said[number].append(self._result(told.exit, float(told.values[at]), maps, scenes[number], sums, begun))
+        for at, number in enumerate(output.samples.tolist()):
+            maps = [] if output.density is None else list(output.density[at])
+            sums = (executor.feature_sums or {}).get(number)
+            results[number].append(
+                self._result(output.exit, float(output.values[at]), maps, scenes[number], sums, begun)
+            )
 
     def _within(
         self,
@@ -739,7 +748,8 @@ class CrowdCounter:
     ) -> Iterator[CountResult | None]:
         """Count a known number of samples within a time."""
         at_once = min(self._rows(PIXELS_AT_ONCE), max(1, number))
-        times, errors = self.profile, {heard: self.intervals.errors(heard=heard) for heard in (False, True)}
+        times = self.profile
+        errors = {has_audio: self.intervals.errors(has_audio=has_audio) for has_audio in (False, True)}
 
         def row_ms(step: str) -> float:
             ms = times.ms(step, at_once)
@@ -800,7 +810,7 @@ class CrowdCounter:
             self._times.note(PREPARING, 1, 1000 * (time.perf_counter() - begun))
             full = sum(map(len, together)) + len(rows) > at_once
             other = together and len(list(same_size_groups([*together[-1], *rows], at_once))) > 1
-            if together and (full or other or scene.heard != scenes[-1].heard):
+            if together and (full or other or scene.has_audio != scenes[-1].has_audio):
                 yield self._part(len(scenes) - len(together), together, self._times)
                 together = []
             order.append(len(scenes))
@@ -834,9 +844,9 @@ class CrowdCounter:
         # A regressor may undershoot zero; a crowd does not.
         count = max(0.0, count)
         familiar = self._is_familiar(sums)
-        interval = self.intervals.around(name, count, heard=scene.heard, familiar=familiar)
+        interval = self.intervals.around(name, count, has_audio=scene.has_audio, familiar=familiar)
         density = scene.density(maps) if maps else None
-        audio: AudioStatus = scene.audio if not scene.heard or self.network.uses_audio(name) else "switched off"
+        audio: AudioStatus = scene.audio if not scene.has_audio or self.network.uses_audio(name) else "switched off"
         latency = 1000 * (time.perf_counter() - begun)
         return ExitResult(name, count, interval, latency, density, scene.warnings, audio, familiar)
 
@@ -862,15 +872,15 @@ def load(name: str | Path, *, runtime: str = "auto", exits: Sequence[str] | None
 
     Args:
         name: of a shipped model, or the path of a checkpoint or of an exported folder.
-        runtime: ``auto``, or a name of :func:`crowdexit.runtimes.pick.names`.
+        runtime: ``auto``, or a name of :func:`crowdexit.runtimes.selection.names`.
         exits: names to serve; default: one a place, and the final exit.
 
     Raises:
         CrowdExitError: if there is no such model, checkpoint, runtime or exit.
     """
     keep_freed_memory()
-    network, spec, picked = open_model(name, runtime)
-    return CrowdCounter(network, spec.model, runtime=picked, exits=exits, **calibration_of(spec))
+    network, spec, selected = open_model(name, runtime)
+    return CrowdCounter(network, spec.model, runtime=selected, exits=exits, **calibration_of(spec))
 
 
 def _laid_out(rows: Sequence[Row], times: Profile) -> Features:

@@ -16,7 +16,7 @@ from crowdexit.models import zoo
 from crowdexit.models.folding import fold_norms
 from crowdexit.models.network import MultiExitNetwork
 from crowdexit.runtimes.base import ArrayReady, ReadyChain, Runtime
-from crowdexit.runtimes.pick import pick
+from crowdexit.runtimes.selection import select_runtime
 from crowdexit.utils.files import write_problem
 
 
@@ -49,16 +49,16 @@ def open_model(name: str | Path, runtime: str = "auto") -> tuple[MultiExitNetwor
 
     Args:
         name: of a shipped model, or the path of a checkpoint or of an exported folder.
-        runtime: ``auto``, or a name of :func:`crowdexit.runtimes.pick.names`; for checkpoints only.
+        runtime: ``auto``, or a name of :func:`crowdexit.runtimes.selection.names`; for checkpoints only.
 
     Raises:
         CrowdExitError: if there is no such model or runtime, or it is damaged.
     """
     if not _is_export(name):
-        picked = pick(runtime)
+        selected = select_runtime(runtime)
         network, spec = zoo.load(name)
         fold_norms(network)
-        return network, spec, picked
+        return network, spec, selected
     if runtime != "auto":
         raise ExportError(f"{name} runs on what it was exported for; --runtime {runtime} is for checkpoints")
     exported = Exported(name)
@@ -72,12 +72,12 @@ def open_model(name: str | Path, runtime: str = "auto") -> tuple[MultiExitNetwor
     with torch.device("meta"):
         network = zoo.build(spec).eval()
     built = [(exit, network.stage_of(exit)) for exit in network.exit_names]
-    for what, told, own in (
+    for what, stored, own in (
         ("exits", list(manifest.exits.items()), built),
         ("classifies", manifest.classifies, network.classifies),
         *((key, getattr(manifest, key), getattr(network.config, key)) for key in ("size", "scene", "view", "step")),
     ):
-        if told != own:
+        if stored != own:
             raise ExportError(f"{name}: the manifest describes another network than its models are ({what})")
     return network, spec, _ExportedRuntime(exported)
 

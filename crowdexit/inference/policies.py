@@ -1,4 +1,4 @@
-"""The policies (:class:`crowdexit.inference.walk.Policy`) by which a walk asks exits and lets samples leave."""
+"""The policies (:class:`crowdexit.inference.executor.Policy`) that decide which exits run and which samples leave."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from crowdexit.errors import CrowdExitError
-from crowdexit.inference.walk import Mask, Part, Policy, Walk
+from crowdexit.inference.executor import Mask, Part, Policy, StageExecutor
 
 _TRUSTED = 16  # measurements from which on the shortest of them is believed to be about the least there is
 
@@ -25,18 +25,18 @@ class Anytime:
     the next request would have to wait until it is broken off.
     """
 
-    def asks(self, exit: str, part: Part, walk: Walk) -> bool:
+    def should_run_exit(self, exit: str, part: Part, executor: StageExecutor) -> bool:
         return True
 
-    def stays(self, exit: str, part: Part, walk: Walk) -> Mask:
+    def keep_at_stage(self, exit: str, part: Part, executor: StageExecutor) -> Mask:
         return np.ones(len(part.samples), np.bool_)
 
-    def goes_on(self, stage: int, part: Part, walk: Walk) -> Mask:
+    def keep_for_stage(self, stage: int, part: Part, executor: StageExecutor) -> Mask:
         everyone = np.ones(len(part.samples), np.bool_)
-        if not walk.answered[part.samples].all():
+        if not executor.answered[part.samples].all():
             return everyone
-        fastest = walk.needed_ms(stage, None, part, quantile=0, least=_TRUSTED)
-        return everyone & (fastest is None or fastest <= walk.left_ms())
+        fastest = executor.needed_ms(stage, None, part, quantile=0, least=_TRUSTED)
+        return everyone & (fastest is None or fastest <= executor.left_ms())
 
 
 @dataclass(frozen=True)
@@ -52,20 +52,20 @@ class DeepestThatFits:
 
     sure: float = 0.95
 
-    def asks(self, exit: str, part: Part, walk: Walk) -> bool:
-        at = walk.exits.index(exit)
-        left, here = walk.left_ms(), walk.chain.stage_of(exit)
-        for deeper in reversed(walk.exits[at + 1 :]):
-            needed = walk.needed_ms(here + 1, deeper, part, quantile=self.sure)
+    def should_run_exit(self, exit: str, part: Part, executor: StageExecutor) -> bool:
+        at = executor.exits.index(exit)
+        left, here = executor.left_ms(), executor.chain.stage_of(exit)
+        for deeper in reversed(executor.exits[at + 1 :]):
+            needed = executor.needed_ms(here + 1, deeper, part, quantile=self.sure)
             if needed is not None and needed <= left:
                 return False
         return True
 
-    def stays(self, exit: str, part: Part, walk: Walk) -> Mask:
-        return ~walk.answered[part.samples]
+    def keep_at_stage(self, exit: str, part: Part, executor: StageExecutor) -> Mask:
+        return ~executor.answered[part.samples]
 
-    def goes_on(self, stage: int, part: Part, walk: Walk) -> Mask:
-        return ~walk.answered[part.samples]
+    def keep_for_stage(self, stage: int, part: Part, executor: StageExecutor) -> Mask:
+        return ~executor.answered[part.samples]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Confident:
     """A sample is asked about by one exit after the other, and leaves with the first answer that is sure enough.
 
     Attributes:
-        doubt: bound of the doubt: of counts the half-width of the interval in people; of classes 1 − confidence or
+        uncertainty: its bound: of counts the half-width of the interval in people; of classes 1 − confidence or
             the entropy, whichever is reckoned.
         share: of counts, the bound as a share of the count as well; the wider of the two bounds holds.
 
@@ -81,25 +81,25 @@ class Confident:
         PolicyError: if neither bound is above zero.
     """
 
-    doubt: float = 0.0
+    uncertainty: float = 0.0
     share: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (self.doubt > 0 or self.share > 0):
+        if not (self.uncertainty > 0 or self.share > 0):
             raise PolicyError("nobody is ever confident within a bound of nothing: give one above zero")
 
-    def asks(self, exit: str, part: Part, walk: Walk) -> bool:
+    def should_run_exit(self, exit: str, part: Part, executor: StageExecutor) -> bool:
         return True
 
-    def stays(self, exit: str, part: Part, walk: Walk) -> Mask:
-        return self._unsure(part, walk)
+    def keep_at_stage(self, exit: str, part: Part, executor: StageExecutor) -> Mask:
+        return self._unsure(part, executor)
 
-    def goes_on(self, stage: int, part: Part, walk: Walk) -> Mask:
-        return self._unsure(part, walk)
+    def keep_for_stage(self, stage: int, part: Part, executor: StageExecutor) -> Mask:
+        return self._unsure(part, executor)
 
-    def _unsure(self, part: Part, walk: Walk) -> Mask:
-        bound = np.maximum(self.doubt, self.share * walk.counts[part.samples])
-        kept: Mask = ~(walk.doubts[part.samples] <= bound)
+    def _unsure(self, part: Part, executor: StageExecutor) -> Mask:
+        bound = np.maximum(self.uncertainty, self.share * executor.counts[part.samples])
+        kept: Mask = ~(executor.uncertainties[part.samples] <= bound)
         return kept
 
 

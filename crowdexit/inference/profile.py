@@ -24,10 +24,10 @@ from uuid import uuid4
 import torch
 
 from crowdexit.models.network import MultiExitNetwork
-from crowdexit.runtimes.kept import gpu_name, installed_version
+from crowdexit.runtimes.model_cache import gpu_name, installed_version
 from crowdexit.utils.machine import cache_folder, processor
 
-KEPT = 64  # measurements of a step; the oldest goes for the newest
+MAX_MEASUREMENTS = 64  # measurements of a step; the oldest goes for the newest
 MOST_PROFILES = 100  # files of them; the one written longest ago goes
 _FORMAT = 1
 
@@ -70,7 +70,7 @@ class Profile:
         """
         value = ms if first_ms is None else ms / first_ms if first_ms > 0 else 0.0
         with self._lock:
-            self._times[step].setdefault(rows, deque(maxlen=KEPT)).append(value)
+            self._times[step].setdefault(rows, deque(maxlen=MAX_MEASUREMENTS)).append(value)
 
     def ms(
         self, step: str, rows: int = 1, *, quantile: float = 0.5, first_ms: float | None = None, least: int = 1
@@ -124,7 +124,7 @@ class Profile:
                     known = 1 <= int(rows) <= sys.maxsize
                     if not known or not kept or not all(0 <= value < math.inf for value in kept):
                         return False
-                    times[step][int(rows)] = deque(map(float, kept), KEPT)
+                    times[step][int(rows)] = deque(map(float, kept), MAX_MEASUREMENTS)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             return False
         with self._lock:

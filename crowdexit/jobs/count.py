@@ -26,9 +26,9 @@ from crowdexit.data.mel import AudioError, AudioInput, AudioStatus
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.anytime import DeadlineMissed
 from crowdexit.inference.counter import CountResult, CrowdCounter, Late
+from crowdexit.inference.executor import Policy
 from crowdexit.inference.policies import ANYTIME
-from crowdexit.inference.scene import AudioLike, audio_input
-from crowdexit.inference.walk import Policy
+from crowdexit.inference.preprocessing import AudioLike, audio_input
 from crowdexit.jobs.pipeline import How, count_frames
 from crowdexit.jobs.resume import Left, note_of, recipe, resumable, take_up, was_stopped
 from crowdexit.jobs.rows import (
@@ -118,7 +118,7 @@ def count_inputs(
         KeyboardInterrupt: after Ctrl-C; SystemExit with 143: after SIGTERM. Of a live source, all is written and whole.
     """
     checked_format(format)
-    sources = _tellable(expand(inputs))
+    sources = _printable(expand(inputs))
     single = len(sources) == 1 and sources[0].named
     live = sources[0].kind == "live"
     resumes = out is not None and format != "table" and not live and budget_ms is None
@@ -184,14 +184,14 @@ def count_inputs(
         advance = stack.enter_context(_bar(sources, span, left.rows, shown=progress and not file.isatty()))
         if deadline_ms is not None:
             counter.warm_up(exit)
-            _tell_too_short(counter, exit, deadline_ms)
+            _warn_if_too_short(counter, exit, deadline_ms)
         only_image = single and sources[0].kind == "image"
         lines = writer(format, file, names, single=only_image, begun=left.rows > 0)
         job = _Job(counter, audio, how, span, lines, drawings, advance)
         rows = left.rows
         for _ in job.all_rows(sources, left) if budget_ms is None else job.rows_within(budget_ms, sources):
             rows += 1
-        job.tell_late(rows - left.rows)
+        job.warn_late(rows - left.rows)
         if rows == 0 and job.interrupted:
             raise _end_by(job.interrupted)
         if rows == 0:
@@ -309,16 +309,16 @@ class _Job:
         self.lines.image(source.name, result)
         for warning in result.warnings:
             _warn(f"{source.path}: {warning}")
-        self._tell_unused({result.audio})
+        self._warn_of_unused_audio({result.audio})
         self.advance("")
 
-    def tell_late(self, rows: int) -> None:
+    def warn_late(self, rows: int) -> None:
         """Say how many of the rows of this run were answered after the deadline."""
         if self.late:
             marked = f" ({self.late} of {rows} rows)" if rows > 1 else ""
             _warn(f"answered after the deadline of {self.how.deadline_ms:g} ms{marked}")
 
-    def _tell_unused(self, statuses: set[AudioStatus]) -> None:
+    def _warn_of_unused_audio(self, statuses: set[AudioStatus]) -> None:
         """Say that the audio which the user has named was not used, and why; ``statuses`` are those of the rows."""
         if self.audio is None or "used" in statuses:
             return
@@ -350,14 +350,14 @@ class _Job:
 
     def _video(self, source: Source, left: Left) -> Iterator[None]:
         span = replace(self.span, after=left.after)
-        told: set[str] = set()
+        reported: set[str] = set()
 
         def warn(line: str) -> None:
-            told.add(line)
+            reported.add(line)
             _warn(line)
 
         frames = read_frames(source.path, span, audio=self.audio, warn=warn)
-        for _ in self._frames(source, frames, left, told, audio=self.audio or source.path):
+        for _ in self._frames(source, frames, left, reported, audio=self.audio or source.path):
             self.advance("")
             yield
 
@@ -374,12 +374,12 @@ class _Job:
                 rows += 1
                 self.advance(f"{frames.dropped} dropped")
                 yield
-        _tell(f"{source.name}: {rows} frames counted, {frames.dropped} dropped")
+        _print_line(f"{source.name}: {rows} frames counted, {frames.dropped} dropped")
 
     def _frames(
-        self, source: Source, frames: Iterable[Frame], left: Left, told: set[str], *, audio: Path | None
+        self, source: Source, frames: Iterable[Frame], left: Left, reported: set[str], *, audio: Path | None
     ) -> Iterator[None]:
-        """Count frames; ``told`` are the reader's warnings that have been printed, of which rows may hold some too."""
+        """Count frames; ``reported``: the reader's warnings that have been printed; rows may hold some too."""
         counted, rows, missed = count_frames(self.counter, frames, source.name, self.how), left.frames, 0
         within = f"no exit answered within {self.how.deadline_ms or 0:g} ms"
         statuses: set[AudioStatus] = set()
@@ -401,14 +401,15 @@ class _Job:
                 for (
                     warning
                 ) in result.warnings:  # each stands in the row of every frame that has it, but is reported once
-                    if warning not in told and warning != frame.loss_warning:  # the reader sums damage up at the end
+                    # The reader sums damage up at the end.
+                    if warning not in reported and warning != frame.loss_warning:
                         _warn(f"{source.name} at {frame.time_s:.1f} s: {warning}")
-                    told.add(warning)
+                    reported.add(warning)
                 if drawn is not None:
                     drawn.add(_annotated(frame, result), frame)
                 yield
             if statuses:
-                self._tell_unused(statuses)
+                self._warn_of_unused_audio(statuses)
             if missed and not rows and not self.interrupted:
                 raise DeadlineMissed(f"{source.name}: {within}, in any of {missed} frames")
             if missed > 1:
@@ -450,7 +451,7 @@ class _Drawings:
             return
         density = _density_of(result)
         if density is None:
-            _tell(f"warning: {source.path}: no density map, the answer is from before the final exit")
+            _print_line(f"warning: {source.path}: no density map, the answer is from before the final exit")
             return
         target = self._target(self.density, source, ".png")
         data = io.BytesIO()
@@ -542,10 +543,10 @@ def _bar(sources: Sequence[Source], span: Span, done: int, *, shown: bool) -> It
 
 
 def _warn(line: str) -> None:
-    _tell(f"warning: {line}")
+    _print_line(f"warning: {line}")
 
 
-def _tellable(sources: Sequence[Source]) -> list[Source]:
+def _printable(sources: Sequence[Source]) -> list[Source]:
     """Those whose names rows can hold, which is in UTF-8.
 
     Raises:
@@ -564,7 +565,7 @@ def _tellable(sources: Sequence[Source]) -> list[Source]:
     return good
 
 
-def _tell_too_short(counter: CrowdCounter, exit: str, deadline_ms: float) -> None:
+def _warn_if_too_short(counter: CrowdCounter, exit: str, deadline_ms: float) -> None:
     """Say before the run that a deadline is shorter than any exit takes, where it is."""
     name, takes = counter.first_answer(exit)
     if takes > deadline_ms:
@@ -579,8 +580,8 @@ def _pass_over(source: Source, error: CrowdExitError) -> None:
     """Say that a file of a folder is not counted; one that is named itself is an error."""
     if source.named:
         raise error
-    _tell(f"skipped: {error}")
+    _print_line(f"skipped: {error}")
 
 
-def _tell(line: str) -> None:
+def _print_line(line: str) -> None:
     print(line, file=sys.stderr)

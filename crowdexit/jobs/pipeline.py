@@ -15,8 +15,8 @@ from crowdexit.data.image import DecodedImage, ImageError
 from crowdexit.data.mel import AudioInput
 from crowdexit.inference.anytime import DeadlineMissed
 from crowdexit.inference.counter import CountResult, CrowdCounter, Late
+from crowdexit.inference.executor import Policy
 from crowdexit.inference.policies import ANYTIME
-from crowdexit.inference.walk import Policy
 from crowdexit.video.container import VideoError
 from crowdexit.video.frames import Frame
 

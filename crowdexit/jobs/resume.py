@@ -18,7 +18,7 @@ from crowdexit.inference.counter import CrowdCounter
 from crowdexit.jobs.rows import COLUMNS, Format, csv_text, opened, part_of, whole
 from crowdexit.jobs.smooth import Smoother
 from crowdexit.jobs.sources import Source
-from crowdexit.runtimes import pick
+from crowdexit.runtimes import selection
 
 
 class ResumeError(CrowdExitError):
@@ -87,7 +87,7 @@ def noted_runtime(out: Path) -> str | None:
         name = json.loads(note_of(out.resolve()).read_text("utf-8"))["runtime"]
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    return name if isinstance(name, str) and name in pick.names() else None
+    return name if isinstance(name, str) and name in selection.names() else None
 
 
 def take_up(out: Path, wanted: Mapping[str, Any], format: Format, names: Sequence[str], batch: int) -> Left:
@@ -107,8 +107,8 @@ def take_up(out: Path, wanted: Mapping[str, Any], format: Format, names: Sequenc
     except (OSError, ValueError, TypeError, AttributeError):
         raise ResumeError(f"{part}: what it was made with is not known; delete it to begin anew") from None
     if other:
-        told = [_told(key, there.get(key)) for key in other]
-        raise ResumeError(f"{part}: made with other {', '.join(told)}; delete it to begin anew")
+        changed = [_describe(key, there.get(key)) for key in other]
+        raise ResumeError(f"{part}: made with other {', '.join(changed)}; delete it to begin anew")
     if format == "csv":
         names = [csv_text(name) for name in names]
     half_life, end, last = float(wanted["smooth"]), 0, -1
@@ -136,7 +136,7 @@ def take_up(out: Path, wanted: Mapping[str, Any], format: Format, names: Sequenc
     return left
 
 
-def _told(key: str, value: object) -> str:
+def _describe(key: str, value: object) -> str:
     """An option of the stopped run, as it was where that fits into a line."""
     return f"{key} ({value})" if isinstance(value, (str, int, float)) else key
 

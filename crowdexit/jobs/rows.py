@@ -72,8 +72,8 @@ class FrameRow:
         smoothed = round(smoother.add(time, count), 2)
         interval = None if chosen.interval is None else (round(chosen.interval[0], 2), round(chosen.interval[1], 2))
         latency = round(chosen.latency_ms, 2)
-        told = (result.audio, result.familiar, result.warnings)
-        return cls(source, frame.index, time, count, interval, smoothed, chosen.exit, latency, *told)
+        extras = (result.audio, result.familiar, result.warnings)
+        return cls(source, frame.index, time, count, interval, smoothed, chosen.exit, latency, *extras)
 
 
 class Rows(Protocol):

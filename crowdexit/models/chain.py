@@ -1,7 +1,7 @@
 """A chain of stages with exits, and a plain walk along it, whatever runs the stages; knows nothing of PyTorch.
 
 Here everybody goes all the way and nobody looks at a clock; who leaves where, and when, is
-:mod:`crowdexit.inference.walk`'s.
+:mod:`crowdexit.inference.executor`'s.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Collection, Iterator
 from typing import Protocol, TypeVar
 
 State = TypeVar("State")
-Said = TypeVar("Said")
-Said_co = TypeVar("Said_co", covariant=True)
+Output = TypeVar("Output")
+Output_co = TypeVar("Output_co", covariant=True)
 
 
-class Chain(Protocol[State, Said_co]):
+class Chain(Protocol[State, Output_co]):
     """Stages and exits that are run one by one, wherever that is.
 
     A ``State`` is what a stage hands to the next; what an exit says is an answer, of tensors or of arrays.
@@ -30,16 +30,16 @@ class Chain(Protocol[State, Said_co]):
     def advance(self, index: int, state: State) -> State:
         """Run one stage."""
 
-    def ask(self, name: str, state: State) -> Said_co:
+    def run_exit(self, name: str, state: State) -> Output_co:
         """Run one exit on what its stage handed over."""
 
 
-def walk(
-    chain: Chain[State, Said],
+def iter_outputs(
+    chain: Chain[State, Output],
     state: State,
     exits: Collection[str] | None = None,
-) -> Iterator[tuple[str, Said]]:
-    """Walk a chain and yield each wanted exit's answer as soon as it is there.
+) -> Iterator[tuple[str, Output]]:
+    """Run a chain and yield each wanted exit's output as soon as it is there.
 
     Nothing behind the last wanted exit is computed, and nothing at all after the caller stops asking.
 
@@ -54,4 +54,4 @@ def walk(
         state = chain.advance(index, state)
         for name in wanted:
             if chain.stage_of(name) == index:
-                yield name, chain.ask(name, state)
+                yield name, chain.run_exit(name, state)

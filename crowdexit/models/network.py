@@ -8,8 +8,8 @@ from typing import Any, Literal, Protocol, cast
 
 from torch import nn
 
-from crowdexit.models.chain import walk
-from crowdexit.models.stages import Answer, Exit, Features, Stage
+from crowdexit.models.chain import iter_outputs
+from crowdexit.models.stages import Exit, ExitOutput, Features, Stage
 
 FINAL = "final"
 
@@ -72,13 +72,13 @@ class MultiExitNetwork(nn.Module):
         config: what shapes it.
 
     Attributes:
-        hears: whether sound reaches the final exit.
+        final_uses_audio: whether sound reaches the final exit.
         classifies: whether the exits tell classes apart rather than count.
         branch_options: of each early exit that was made here, the options of its own.
         activation_ranges: what int8 needs of layers, by name; empty where not measured.
     """
 
-    hears = False
+    final_uses_audio = False
     classifies = False
 
     def __init__(self, stages: Sequence[Stage], final: Exit, places: dict[str, int], config: Config) -> None:
@@ -159,23 +159,23 @@ class MultiExitNetwork(nn.Module):
     def uses_audio(self, name: str) -> bool:
         """Whether an exit's answer depends on the audio."""
         before = self.stages[: self.stage_of(name) + 1]
-        return self.exit_module(name).hears or any(cast(Stage, stage).fuses_audio for stage in before)
+        return self.exit_module(name).uses_audio or any(cast(Stage, stage).fuses_audio for stage in before)
 
     def advance(self, index: int, state: Features) -> Features:
         """Run one stage."""
         out: Features = self.stages[index](state)
         return out
 
-    def ask(self, name: str, state: Features) -> Answer:
+    def run_exit(self, name: str, state: Features) -> ExitOutput:
         """Run one exit on what its stage handed over."""
-        answer: Answer = self.exit_module(name)(state)
+        answer: ExitOutput = self.exit_module(name)(state)
         return answer
 
-    def stream(self, features: Features, exits: Collection[str] | None = None) -> Iterator[tuple[str, Answer]]:
-        """Each wanted exit's answer as soon as it is there; see :func:`crowdexit.models.chain.walk`."""
-        return walk(self, features, exits)
+    def stream(self, features: Features, exits: Collection[str] | None = None) -> Iterator[tuple[str, ExitOutput]]:
+        """Each wanted exit's answer as soon as it is there; see :func:`crowdexit.models.chain.iter_outputs`."""
+        return iter_outputs(self, features, exits)
 
-    def forward(self, features: Features, exits: Collection[str] | None = None) -> dict[str, Answer]:
+    def forward(self, features: Features, exits: Collection[str] | None = None) -> dict[str, ExitOutput]:
         """The answers of the wanted exits (default: all) by name."""
         return dict(self.stream(features, exits))
 

@@ -22,20 +22,20 @@ class Features:
     Attributes:
         visual: a feature map B×C×H×W, or tokens B×(1+N)×D with the classification token first.
         log_mel: B×1×96×64; what stands in rows that are not heard is never used.
-        heard: B, bool: whether this sample has sound.
-        inside: B×1×h×w, the share of each grid cell that is image rather than padding.
+        has_audio: B, bool: whether this sample has sound.
+        valid_mask: B×1×h×w, the share of each grid cell that is image rather than padding.
         audio: B×A, the audio's vector, from the stage that hears on.
         token_grid: (rows, columns) of the patch tokens when ``visual`` is tokens.
-        aside: B×C×H×W, the input of a residual block that a stage ends within, for its shortcut.
+        shortcut: B×C×H×W, the input of a residual block that a stage ends within, for its shortcut.
     """
 
     visual: Tensor
     log_mel: Tensor
-    heard: Tensor
-    inside: Tensor
+    has_audio: Tensor
+    valid_mask: Tensor
     audio: Tensor | None = None
     token_grid: tuple[int, int] | None = None
-    aside: Tensor | None = None
+    shortcut: Tensor | None = None
 
     def grid(self) -> Tensor:
         """The visual features as a map B×C×H×W; of tokens, the patches without the classification token."""
@@ -79,26 +79,26 @@ class Features:
 def inputs(
     image: Tensor,
     log_mel: Tensor | None = None,
-    heard: Tensor | None = None,
-    inside: Tensor | None = None,
+    has_audio: Tensor | None = None,
+    valid_mask: Tensor | None = None,
 ) -> Features:
     """The record before the first stage.
 
     Args:
         image: B×3×H×W, normalised; H and W multiples of 8.
         log_mel: B×1×96×64 or None when nothing is heard.
-        heard: B bool; default: all, if there is a ``log_mel``.
-        inside: B×1×H/8×W/8; default: no padding, ones.
+        has_audio: B bool; default: all, if there is a ``log_mel``.
+        valid_mask: B×1×H/8×W/8; default: no padding, ones.
     """
     batch, _, height, width = image.shape
     if log_mel is None:
         log_mel = image.new_zeros(batch, 1, 96, 64)
-        heard = torch.zeros(batch, dtype=torch.bool, device=image.device)
-    if heard is None:
-        heard = torch.ones(batch, dtype=torch.bool, device=image.device)
-    if inside is None:
-        inside = image.new_ones(batch, 1, height // 8, width // 8)
-    return Features(image, log_mel, heard, inside)
+        has_audio = torch.zeros(batch, dtype=torch.bool, device=image.device)
+    if has_audio is None:
+        has_audio = torch.ones(batch, dtype=torch.bool, device=image.device)
+    if valid_mask is None:
+        valid_mask = image.new_ones(batch, 1, height // 8, width // 8)
+    return Features(image, log_mel, has_audio, valid_mask)
 
 
 class Stage(nn.Module):
@@ -117,7 +117,7 @@ class Stage(nn.Module):
 
 
 @dataclass(frozen=True)
-class Answer:
+class ExitOutput:
     """What an exit says of a batch.
 
     Attributes:
@@ -133,17 +133,17 @@ class Exit(nn.Module):
     """Reads the record at the end of a stage and answers.
 
     Attributes:
-        kind: what it is called. maps: whether its answers have a density map. hears: whether it takes the audio's
+        kind: what it is called. maps: whether its answers have a density map. uses_audio: whether it takes the audio's
             vector itself, beside what the stages made of it.
         token_grid: (rows, columns) over the image of the tokens that it ends in, or None: it has no such tokens.
         count_head: the layers from its tokens to the count that a regression can start, or None
             (:func:`crowdexit.training.fit.fit_exits`).
-        eye: the convolution through which it reads a feature map, or None.
+        input_conv: the convolution through which it reads a feature map, or None.
     """
 
     kind: str
     maps: bool = False
-    hears: bool = False
+    uses_audio: bool = False
     token_grid: tuple[int, int] | None = None
 
     @property
@@ -151,7 +151,7 @@ class Exit(nn.Module):
         return None
 
     @property
-    def eye(self) -> nn.Conv2d | None:
+    def input_conv(self) -> nn.Conv2d | None:
         return None
 
     def start_at(self, count: float) -> None:
@@ -160,5 +160,5 @@ class Exit(nn.Module):
     def start_tied(self) -> None:
         """Start with the same weights at every position, if it has some that belong to positions."""
 
-    def forward(self, features: Features) -> Answer:
+    def forward(self, features: Features) -> ExitOutput:
         raise NotImplementedError  # abstract

@@ -393,12 +393,12 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint as they are stored, verified."""
     try:
         with safe_open(path, framework="pt") as file:
-            told = (file.metadata() or {}).get("weights_checksum")
+            expected = (file.metadata() or {}).get("weights_checksum")
             keys = file.keys()  # the file itself is not iterable
             tensors = {key: file.get_tensor(key) for key in keys}
     except Exception as error:  # whatever the library makes of a damaged file
         raise ZooError(f"{path}: not a checkpoint, or damaged ({str(error).partition(chr(10))[0]})") from None
-    if told != _weights_checksum(tensors):
+    if expected != _weights_checksum(tensors):
         raise ZooError(f"{path}: the weights are damaged (their checksum does not match)")
     return tensors
 

@@ -12,9 +12,9 @@ from crowdexit.errors import CrowdExitError
 
 # The tensors of crowdexit.models.stages.Features that are set, by the names of their fields.
 Record = dict[str, NDArray[Any]]
-# Those fields, and those of crowdexit.models.stages.Answer, in their order: that of every piece's ports.
-RECORD = ("visual", "log_mel", "heard", "inside", "audio", "aside")
-ANSWER = ("value", "density")
+# Those fields, and those of crowdexit.models.stages.ExitOutput, in their order: that of every piece's ports.
+FEATURE_FIELDS = ("visual", "log_mel", "has_audio", "valid_mask", "audio", "shortcut")
+OUTPUT_FIELDS = ("value", "density")
 
 
 class RuntimeUnavailable(CrowdExitError):
@@ -49,7 +49,7 @@ class Ports:
 
 
 @dataclass(frozen=True)
-class ArrayAnswer:
+class ArrayOutput:
     """What an exit says of a batch: ``value`` B or B×K, ``density`` B×1×h×w or None; float32."""
 
     value: NDArray[Any]
@@ -95,15 +95,15 @@ class ArrayChain:
         self._ports = dict(ports)
         self._engine = engine
         # What a record has to hold after each stage: what nobody takes any more is let go.
-        self._kept: list[set[str]] = []
-        kept: set[str] = set()
+        self._needed_after: list[set[str]] = []
+        needed: set[str] = set()
         for index in reversed(range(max(exits.values()) + 1)):
             for name in exits:
                 if exits[name] == index:
-                    kept = kept | {port.name for port in ports[exit_piece(name)].takes}
-            self._kept.insert(0, kept)
+                    needed = needed | {port.name for port in ports[exit_piece(name)].takes}
+            self._needed_after.insert(0, needed)
             stage = ports[stage_piece(index)]
-            kept = kept - {port.name for port in stage.gives} | {port.name for port in stage.takes}
+            needed = needed - {port.name for port in stage.gives} | {port.name for port in stage.takes}
 
     def stage_of(self, name: str) -> int:
         """The index of the stage after which an exit stands."""
@@ -112,11 +112,11 @@ class ArrayChain:
     def advance(self, index: int, state: Record) -> Record:
         """Run one stage."""
         state = {**state, **self._run(stage_piece(index), state)}
-        return {name: array for name, array in state.items() if name in self._kept[index]}
+        return {name: array for name, array in state.items() if name in self._needed_after[index]}
 
-    def ask(self, name: str, state: Record) -> ArrayAnswer:
+    def run_exit(self, name: str, state: Record) -> ArrayOutput:
         """Run one exit on what its stage handed over."""
-        return ArrayAnswer(**self._run(exit_piece(name), state))
+        return ArrayOutput(**self._run(exit_piece(name), state))
 
     def prepare(self, exits: Collection[str]) -> None:
         """Make ready all that leads to some exits, for images of the network's own size."""

@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from crowdexit.models.chain import walk
+from crowdexit.models.chain import iter_outputs
 from crowdexit.models.network import MultiExitNetwork
-from crowdexit.models.stages import Answer, Features
+from crowdexit.models.stages import ExitOutput, Features
 from crowdexit.runtimes.arrays import ArrayChain, Record
 from crowdexit.runtimes.pieces import record_of
 
@@ -60,7 +60,7 @@ class ReadyChain(ABC):
         """Run one stage to its end: what is begun after it has the machine to itself."""
 
     @abstractmethod
-    def ask(self, name: str, state: Any) -> Answer:
+    def run_exit(self, name: str, state: Any) -> ExitOutput:
         """Run one exit on what its stage handed over."""
 
     @abstractmethod
@@ -69,7 +69,7 @@ class ReadyChain(ABC):
 
     @abstractmethod
     def visual_of(self, state: Any) -> tuple[Tensor, Tensor]:
-        """The features that a stage handed over, and the share of each cell that is image (``visual``, ``inside``)."""
+        """The features that a stage handed over, and how much of each cell is image (``visual``, ``valid_mask``)."""
 
     def feature_sums(self, state: Any) -> NDArray[np.float64] | None:
         """What tells how familiar images are (:mod:`crowdexit.calibration.familiarity`), of the first stage's features.
@@ -90,9 +90,9 @@ class ReadyChain(ABC):
             sums = [values @ weights, values.square() @ weights, weights.sum(1, keepdim=True)]
             return np.asarray(torch.cat(sums, 1)[:, :, 0].cpu().numpy(), np.float64)
 
-    def stream(self, features: Features, exits: Collection[str] | None = None) -> Iterator[tuple[str, Answer]]:
-        """Each wanted exit's answer to a batch as soon as it is there; see :func:`crowdexit.models.chain.walk`."""
-        return walk(self, self.begin(features), exits)
+    def stream(self, features: Features, exits: Collection[str] | None = None) -> Iterator[tuple[str, ExitOutput]]:
+        """Each wanted exit's output for a batch as it comes; see :func:`crowdexit.models.chain.iter_outputs`."""
+        return iter_outputs(self, self.begin(features), exits)
 
 
 class Runtime(ABC):
@@ -129,13 +129,13 @@ class ArrayReady(ReadyChain):
     def advance(self, index: int, state: Record) -> Record:
         return self._chain.advance(index, state)
 
-    def ask(self, name: str, state: Record) -> Answer:
-        answer = self._chain.ask(name, state)
+    def run_exit(self, name: str, state: Record) -> ExitOutput:
+        answer = self._chain.run_exit(name, state)
         density = None if answer.density is None else torch.from_numpy(answer.density)
-        return Answer(torch.from_numpy(answer.value), density)
+        return ExitOutput(torch.from_numpy(answer.value), density)
 
     def select(self, state: Record, keep: Tensor) -> Record:
         return self._chain.select(state, keep.numpy())
 
     def visual_of(self, state: Record) -> tuple[Tensor, Tensor]:
-        return torch.from_numpy(state["visual"]), torch.from_numpy(state["inside"])
+        return torch.from_numpy(state["visual"]), torch.from_numpy(state["valid_mask"])

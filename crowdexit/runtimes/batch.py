@@ -20,14 +20,14 @@ def batch_of(
     """Images on canvases of one size and their log-mels as the network's input."""
     height, width = laid[0][0].shape[:2]
     image = torch.from_numpy(normalised([canvas for canvas, _ in laid]))
-    inside = torch.from_numpy(np.stack([placement.inside((width, height)) for _, placement in laid]))[:, None]
+    valid_mask = torch.from_numpy(np.stack([placement.valid_mask((width, height)) for _, placement in laid]))[:, None]
     silence = np.zeros((96, 64), np.float32)
     mels = torch.from_numpy(np.stack([silence if s is None else s for s in log_mels]))[:, None]
-    heard = torch.tensor([s is not None for s in log_mels])
-    return inputs(image, mels, heard, inside)
+    has_audio = torch.tensor([s is not None for s in log_mels])
+    return inputs(image, mels, has_audio, valid_mask)
 
 
-def look(image: NDArray[np.uint8], audio: NDArray[np.float32] | None, config: Config) -> Features:
+def make_batch(image: NDArray[np.uint8], audio: NDArray[np.float32] | None, config: Config) -> Features:
     """All that a network sees of an image H×W×3, in one view or several, each with the log-mel (96, 64) or None."""
     laid = views(image, config.size, config.view)
     return batch_of(laid, [audio] * len(laid))

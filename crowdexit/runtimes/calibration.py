@@ -14,7 +14,7 @@ from crowdexit.data.log_mel import log_mel, read_audio
 from crowdexit.data.store import Store
 from crowdexit.models.network import MultiExitNetwork
 from crowdexit.models.stages import Features, inputs
-from crowdexit.runtimes.batch import look
+from crowdexit.runtimes.batch import make_batch
 from crowdexit.utils.paths import PACKAGE
 
 MOST = 12  # images: more change no range by much, and all of them are in memory at once
@@ -49,7 +49,7 @@ def of_file(data: Path, split: str, network: MultiExitNetwork) -> Iterator[Featu
         for count, number in enumerate(_spread(len(ids))):
             stored = store.read(split, ids[number])
             image = decode_pixels(stored.image.tobytes(), f"{split}/{stored.id}")
-            yield look(image, None if count % 2 else stored.log_mel, config)
+            yield make_batch(image, None if count % 2 else stored.log_mel, config)
 
 
 def _spread(length: int) -> list[int]:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from crowdexit.models.network import MultiExitNetwork
-from crowdexit.models.stages import Answer, Features
-from crowdexit.runtimes import call_off
+from crowdexit.models.stages import ExitOutput, Features
+from crowdexit.runtimes import cancel
 from crowdexit.runtimes.arrays import RuntimeUnavailable, exit_piece, stage_piece
 from crowdexit.runtimes.base import ReadyChain, Runtime
-from crowdexit.runtimes.batch import look
+from crowdexit.runtimes.batch import make_batch
 from crowdexit.runtimes.eager import EagerChain
 from crowdexit.runtimes.pieces import Piece, take_apart
 
@@ -50,7 +50,7 @@ class _CompiledChain(EagerChain):
     def prepare(self, exits: Collection[str]) -> None:
         """Compile the way to some exits, by running a blank image of the size that the network looks at."""
         width, height = self.network.config.scene
-        blank = look(np.zeros((height, width, 3), np.uint8), None, self.network.config)
+        blank = make_batch(np.zeros((height, width, 3), np.uint8), None, self.network.config)
         for _ in self.stream(blank, exits):
             pass
 
@@ -58,13 +58,13 @@ class _CompiledChain(EagerChain):
         name = stage_piece(index)
         return replace(state, **self._run(name, state), token_grid=self._pieces[name].token_grid_after)
 
-    def ask(self, name: str, state: Features) -> Answer:
+    def run_exit(self, name: str, state: Features) -> ExitOutput:
         given = self._run(exit_piece(name), state)
-        return Answer(**{key: tensor.float() for key, tensor in given.items()})
+        return ExitOutput(**{key: tensor.float() for key, tensor in given.items()})
 
     def _run(self, name: str, state: Features) -> dict[str, Any]:
         ports = self._pieces[name].ports
-        call_off.check()  # compiled code runs to its end
+        cancel.check()  # compiled code runs to its end
         try:
             with self._mode():
                 given = self._compiled[name](*(getattr(state, port.name) for port in ports.takes))

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from crowdexit.models.network import MultiExitNetwork
-from crowdexit.models.stages import Answer, Features
-from crowdexit.runtimes import call_off
+from crowdexit.models.stages import ExitOutput, Features
+from crowdexit.runtimes import cancel
 from crowdexit.runtimes.arrays import RuntimeUnavailable
 from crowdexit.runtimes.base import ReadyChain, Runtime
 
@@ -58,16 +58,16 @@ def _on(device: torch.device) -> Iterator[None]:
         raise RuntimeUnavailable(f"the GPU cannot run it: {line[:200]}") from None
 
 
-class _BrokenOff(TorchFunctionMode):
+class _CancelMode(TorchFunctionMode):
     """Asks before every function of PyTorch, about a layer, whether the work has been called off."""
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        call_off.check()
+        cancel.check()
         return func(*args, **(kwargs or {}))
 
 
-def _may_be_called_off() -> Any:
-    return _BrokenOff() if call_off.may_be_called_off() else nullcontext()
+def _may_be_cancelled() -> Any:
+    return _CancelMode() if cancel.may_be_cancelled() else nullcontext()
 
 
 class EagerChain(ReadyChain):
@@ -96,21 +96,21 @@ class EagerChain(ReadyChain):
             return Features(
                 features.visual.to(self.device).contiguous(memory_format=torch.channels_last),
                 features.log_mel.to(self.device),
-                features.heard.to(self.device),
-                features.inside.to(self.device),
+                features.has_audio.to(self.device),
+                features.valid_mask.to(self.device),
             )
 
     def advance(self, index: int, state: Features) -> Features:
-        with self._mode(), _may_be_called_off():
+        with self._mode(), _may_be_cancelled():
             state = self.network.advance(index, state)
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
         return state
 
-    def ask(self, name: str, state: Features) -> Answer:
+    def run_exit(self, name: str, state: Features) -> ExitOutput:
         with self._mode():
-            with _may_be_called_off():
-                answer = self.network.ask(name, state)
+            with _may_be_cancelled():
+                answer = self.network.run_exit(name, state)
             density = None if answer.density is None else answer.density.float().cpu()
             return replace(answer, value=answer.value.float().cpu(), density=density)
 
@@ -119,4 +119,4 @@ class EagerChain(ReadyChain):
             return state.select(keep.to(self.device))
 
     def visual_of(self, state: Features) -> tuple[Tensor, Tensor]:
-        return state.visual, state.inside
+        return state.visual, state.valid_mask

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from crowdexit.errors import CrowdExitError
 from crowdexit.runtimes.arrays import RuntimeUnavailable, is_exit
-from crowdexit.runtimes.call_off import CalledOff, broken_off_by
+from crowdexit.runtimes.cancel import Cancelled, cancelled_by
 
 # Of sizes of pieces the one not used for longest goes first. A network has up to some ninety pieces (77 branches), and
 # a process hardly ever more than one size of image.
@@ -88,7 +88,7 @@ class Engine(ABC):
 
     def __init__(self, model: Callable[[str, Shapes], Any]) -> None:
         self._model = model
-        self._kept: OrderedDict[tuple[str, Shapes], Any] = OrderedDict()  # the one used last comes last
+        self._ready_models: OrderedDict[tuple[str, Shapes], Any] = OrderedDict()  # the one used last comes last
         self._lock = Lock()
 
     def run(self, piece: str, arrays: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
@@ -96,13 +96,13 @@ class Engine(ABC):
 
         Raises:
             RuntimeUnavailable: if the library cannot make the piece ready, or fails on it.
-            CalledOff: if this thread's work has been.
+            Cancelled: if this thread's work has been.
         """
         with self._lock:
             ready = self._made_ready(piece, tuple(array.shape[1:] for array in arrays))
             try:
                 return self._run(ready, [np.ascontiguousarray(array) for array in arrays])
-            except CalledOff:
+            except Cancelled:
                 raise
             except Exception as error:
                 raise self._failed(piece, "run", error) from None
@@ -118,12 +118,12 @@ class Engine(ABC):
 
     def _made_ready(self, piece: str, shapes: Shapes) -> Any:
         key = (piece, shapes)
-        if key not in self._kept:
-            self._kept[key] = self._checked_ready(piece, shapes)
-            if len(self._kept) > MOST_READY:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        return self._kept[key]
+        if key not in self._ready_models:
+            self._ready_models[key] = self._checked_ready(piece, shapes)
+            if len(self._ready_models) > MOST_READY:
+                self._ready_models.popitem(last=False)
+        self._ready_models.move_to_end(key)
+        return self._ready_models[key]
 
     def _checked_ready(self, piece: str, shapes: Shapes) -> Any:
         try:
@@ -166,7 +166,7 @@ class OpenVINOEngine(Engine):
 
     def _run(self, ready: Any, arrays: list[NDArray[Any]]) -> list[NDArray[Any]]:
         # Inputs are read where they lie; outputs are copied, for the next run of the piece overwrites its own.
-        with broken_off_by(ready.cancel):
+        with cancelled_by(ready.cancel):
             given = ready.infer(arrays, share_inputs=True, share_outputs=False)
         return [given[index] for index in range(len(ready.model_outputs))]
 
@@ -190,6 +190,6 @@ class OnnxEngine(Engine):
     def _run(self, ready: Any, arrays: list[NDArray[Any]]) -> list[NDArray[Any]]:
         names = [port.name for port in ready.get_inputs()]
         options = self._onnxruntime.RunOptions()
-        with broken_off_by(partial(setattr, options, "terminate", True)):
+        with cancelled_by(partial(setattr, options, "terminate", True)):
             given: list[NDArray[Any]] = ready.run(None, dict(zip(names, arrays, strict=True)), options)
         return given

@@ -14,7 +14,7 @@ import torch
 from crowdexit.models.network import MultiExitNetwork
 from crowdexit.runtimes.base import ArrayReady, ReadyChain, Runtime
 from crowdexit.runtimes.engines import OnnxEngine, Shapes, installed
-from crowdexit.runtimes.kept import KeptModels
+from crowdexit.runtimes.model_cache import ModelCache
 from crowdexit.runtimes.pieces import Piece, chain_of, take_apart, takes_any_size
 
 
@@ -34,7 +34,7 @@ class Onnx(Runtime):
 
     def ready(self, network: MultiExitNetwork) -> ReadyChain:
         network.cpu()
-        kept = KeptModels(network, self.name, ".onnx", Path.read_bytes, _write)
+        models = ModelCache(network, self.name, ".onnx", Path.read_bytes, _write)
 
         @cache
         def pieces() -> dict[str, Piece]:  # only made where something is not kept yet
@@ -42,9 +42,9 @@ class Onnx(Runtime):
 
         def model(piece: str, shapes: Shapes) -> bytes:
             of = () if takes_any_size(network) else shapes
-            return kept.model(piece, of, lambda: convert(pieces()[piece], of or None))
+            return models.model(piece, of, lambda: convert(pieces()[piece], of or None))
 
-        ports = kept.ports(lambda: {name: piece.ports for name, piece in pieces().items()})
+        ports = models.ports(lambda: {name: piece.ports for name, piece in pieces().items()})
         return ArrayReady(network, self.name, chain_of(network, ports, OnnxEngine(model)))
 
 

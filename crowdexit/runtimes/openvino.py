@@ -18,7 +18,7 @@ from crowdexit.runtimes.arrays import RuntimeUnavailable
 from crowdexit.runtimes.base import ArrayReady, ReadyChain, Runtime
 from crowdexit.runtimes.engines import OpenVINOEngine, Shapes, installed, openvino_core
 from crowdexit.runtimes.int8 import quantised
-from crowdexit.runtimes.kept import KeptModels
+from crowdexit.runtimes.model_cache import ModelCache
 from crowdexit.runtimes.pieces import Piece, chain_of, take_apart, takes_any_size
 
 _CONVERTING = Lock()
@@ -46,7 +46,7 @@ class OpenVINO(Runtime):
             raise RuntimeUnavailable(
                 "openvino-int8: the checkpoint has no activation ranges; `crowdexit calibrate-int8` measures them"
             )
-        kept = _kept(network, "openvino" if self.name == "openvino-bf16" else self.name)
+        models = _model_cache(network, "openvino" if self.name == "openvino-bf16" else self.name)
 
         @cache
         def pieces() -> dict[str, Piece]:  # only made where something is not kept yet
@@ -54,20 +54,20 @@ class OpenVINO(Runtime):
 
         def model(piece: str, shapes: Shapes) -> Any:
             of = () if takes_any_size(network) else shapes
-            return kept.model(piece, of, lambda: convert(pieces()[piece], of or None))
+            return models.model(piece, of, lambda: convert(pieces()[piece], of or None))
 
-        ports = kept.ports(lambda: {name: piece.ports for name, piece in pieces().items()})
+        ports = models.ports(lambda: {name: piece.ports for name, piece in pieces().items()})
         engine = OpenVINOEngine(model, half=self.name != "openvino")
         return ArrayReady(network, self.name, chain_of(network, ports, engine))
 
 
-def _kept(network: MultiExitNetwork, runtime: str) -> KeptModels[Any]:
+def _model_cache(network: MultiExitNetwork, runtime: str) -> ModelCache[Any]:
     openvino = installed("openvino")
 
     def write(model: Any, path: Path) -> None:
         openvino.save_model(model, path, compress_to_fp16=False)
 
-    return KeptModels(network, runtime, ".xml", openvino_core().read_model, write)
+    return ModelCache(network, runtime, ".xml", openvino_core().read_model, write)
 
 
 def multiplies_bf16() -> bool:
@@ -76,7 +76,7 @@ def multiplies_bf16() -> bool:
 
 
 @contextmanager
-def _root_logger_kept() -> Iterator[None]:
+def _root_logger_restored() -> Iterator[None]:
     """OpenVINO's converter has the root logger tell errors only; where it fails, or two convert at once, for good."""
     root = logging.getLogger()
     with _CONVERTING:
@@ -105,7 +105,7 @@ def convert(piece: Piece, shapes: Shapes | None = None) -> Any:
             openvino.PartialShape([-1 if d == 0 or d in sides else n for d, n in enumerate(example.shape)])
             for example, sides in zip(examples, piece.open_sides(), strict=True)
         ]
-        with _root_logger_kept():
+        with _root_logger_restored():
             model = openvino.convert_model(traced, example_input=examples, input=given)
     for names, sides in zip(piece.ports.names(), (model.inputs, model.outputs), strict=True):
         for name, side in zip(names, sides, strict=True):

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from crowdexit.models.network import MultiExitNetwork
-from crowdexit.models.stages import Answer, Exit, Features, Stage, inputs
+from crowdexit.models.stages import Exit, ExitOutput, Features, Stage, inputs
 from crowdexit.runtimes.arrays import ArrayChain, Engine, Port, Ports, Record, exit_piece, stage_piece
 from crowdexit.runtimes.engines import Shapes
 
@@ -47,7 +47,7 @@ class Piece(nn.Module):
         self.token_grid, self.token_grid_after = token_grid, token_grid_after
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        record: dict[str, Any] = dict.fromkeys(("visual", "log_mel", "heard", "inside"))
+        record: dict[str, Any] = dict.fromkeys(("visual", "log_mel", "has_audio", "valid_mask"))
         record |= {port.name: tensor for port, tensor in zip(self.ports.takes, tensors, strict=True)}
         given = self.module(Features(**record, token_grid=self.token_grid))
         return tuple(getattr(given, port.name) for port in self.ports.gives)
@@ -55,7 +55,7 @@ class Piece(nn.Module):
     def open_sides(self) -> list[tuple[int, ...]]:
         """Of each tensor that it takes, the dimensions after the batch whose lengths follow the image's size."""
         follows = self.any_size
-        return [(2, 3) if follows and port.name in ("visual", "inside") else () for port in self.ports.takes]
+        return [(2, 3) if follows and port.name in ("visual", "valid_mask") else () for port in self.ports.takes]
 
     def examples(self, shapes: Shapes | None = None, batch: int = 1) -> tuple[Tensor, ...]:
         """Tensors of ones that it takes; ``shapes`` without the batch, default: at the network's own image size."""
@@ -119,17 +119,17 @@ class _Touched(TorchFunctionMode):
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()
         self._watched = {id(tensor) for tensor in tensors}
-        self._seen: set[int] = set()
+        self._used: set[int] = set()
 
     def has(self, tensor: Tensor) -> bool:
-        return id(tensor) in self._seen
+        return id(tensor) in self._used
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._seen |= self._watched & {id(leaf) for leaf in tree_leaves((args, kwargs))}
+        self._used |= self._watched & {id(leaf) for leaf in tree_leaves((args, kwargs))}
         return func(*args, **(kwargs or {}))
 
 
-def _tensors(record: Features | Answer) -> dict[str, Tensor]:
+def _tensors(record: Features | ExitOutput) -> dict[str, Tensor]:
     return {f.name: value for f in fields(record) if isinstance(value := getattr(record, f.name), Tensor)}
 
 

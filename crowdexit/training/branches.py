@@ -17,7 +17,7 @@ from crowdexit.models import zoo
 from crowdexit.models.exits import Branch
 from crowdexit.models.network import FINAL, MultiExitNetwork
 from crowdexit.models.stages import Exit
-from crowdexit.training.cache import FeatureCache, walk
+from crowdexit.training.cache import FeatureCache, iter_features
 from crowdexit.training.losses import Batch, exit_loss, local_error
 from crowdexit.training.modules import (
     Experiment,
@@ -84,17 +84,17 @@ def taught(teacher: MultiExitNetwork, batch: Batch) -> Batch:
     """
     if "unlabelled" not in batch:
         return batch
-    told = cast(Tensor, batch.pop("unlabelled"))
-    if not told.any():
+    unlabelled = cast(Tensor, batch.pop("unlabelled"))
+    if not unlabelled.any():
         return batch
-    some = {key: value[told] for key, value in batch.items() if isinstance(value, Tensor)}
+    some = {key: value[unlabelled] for key, value in batch.items() if isinstance(value, Tensor)}
     answer = teacher(record(some), [FINAL])[FINAL]
     if "label" in batch:
-        batch["label"][told] = answer.value.argmax(1)
+        batch["label"][unlabelled] = answer.value.argmax(1)
         return batch
-    batch["count"][told] = answer.value.clamp(min=0).float()
+    batch["count"][unlabelled] = answer.value.clamp(min=0).float()
     if answer.density is not None:
-        batch["density"][told] = answer.density.float()
+        batch["density"][unlabelled] = answer.density.float()
     return batch
 
 
@@ -228,7 +228,7 @@ class BranchTraining(Experiment):
         losses = []
         step = self.current_epoch * int(self.trainer.num_training_batches) + index
         places = {network.stage_of(name) for name in active}
-        for stage, features in walk(network, batch, places, self.cache):
+        for stage, features in iter_features(network, batch, places, self.cache):
             for name in active:
                 if network.stage_of(name) != stage:
                     continue

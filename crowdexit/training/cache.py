@@ -24,7 +24,7 @@ from crowdexit.training.losses import Batch
 from crowdexit.training.modules import TrainingError, record
 
 MANIFEST = "cache.json"
-_SEEN = ("image", "log_mel", "heard", "inside")  # what no loss asks for
+_INPUT_KEYS = ("image", "log_mel", "has_audio", "valid_mask")  # what no loss asks for
 
 
 def fingerprints(
@@ -38,11 +38,11 @@ def fingerprints(
             weights.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     file = Path(dataset.store.path).stat()
     seen: tuple[Any, ...] = (dataset.setting,) if isinstance(dataset, CrowdDataset) else (dataset.size, dataset.augment)
-    told = (file.st_size, file.st_mtime_ns, dataset.split, dataset.ids, dataset.seed, seen, precision)
+    header = (file.st_size, file.st_mtime_ns, dataset.split, dataset.ids, dataset.seed, seen, precision)
     return {
         "places": ",".join(map(str, sorted(places))),
         "network": weights.hexdigest(),
-        "data": hashlib.sha256(repr(told).encode()).hexdigest(),
+        "data": hashlib.sha256(repr(header).encode()).hexdigest(),
     }
 
 
@@ -93,16 +93,16 @@ class FeatureCache:
         if self.rows == 0:
             raise TrainingError(f"cache: one sample takes {size / 1e6:.1f} MB, more than the bound allows in all")
         self.types = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in row.items()}
-        told = {**prints, "rows": self.rows, "types": self.types}
+        header = {**prints, "rows": self.rows, "types": self.types}
         if (folder / MANIFEST).exists():
-            self._check(told)
+            self._check(header)
         else:
-            self._make(told, {name: tuple(tensor.shape[1:]) for name, tensor in row.items()}, size)
+            self._make(header, {name: tuple(tensor.shape[1:]) for name, tensor in row.items()}, size)
 
-    def _check(self, told: dict[str, Any]) -> None:
+    def _check(self, header: dict[str, Any]) -> None:
         try:
             there = json.loads((self.folder / MANIFEST).read_text("utf-8"))
-            differs = [key for key in told if there[key] != told[key]]
+            differs = [key for key in header if there[key] != header[key]]
             self._open()
         except (OSError, ValueError, KeyError, TypeError):
             raise TrainingError(f"{self.folder}: the feature cache is damaged; delete the folder") from None
@@ -112,7 +112,7 @@ class FeatureCache:
             )
             raise TrainingError(f"{self.folder}: a feature cache of {what}; name another folder, or delete it")
 
-    def _make(self, told: dict[str, Any], shapes: dict[str, tuple[int, ...]], size: int) -> None:
+    def _make(self, header: dict[str, Any], shapes: dict[str, tuple[int, ...]], size: int) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             # Memory maps have holes until they are written: a disk that is full then would end the process.
@@ -128,7 +128,7 @@ class FeatureCache:
                     self.folder / f"{name}.npy", mode="w+", dtype=dtype, shape=(self.rows, *shape)
                 )
             part = self.folder / f"{MANIFEST}.part"
-            part.write_text(json.dumps(told), "utf-8")
+            part.write_text(json.dumps(header), "utf-8")
             part.replace(self.folder / MANIFEST)
         except OSError as error:
             raise TrainingError(f"{self.folder}: no feature cache can be made there ({error.strerror})") from None
@@ -148,13 +148,13 @@ class FeatureCache:
     @staticmethod
     def _row(batch: Batch, seen: dict[int, Features]) -> dict[str, Tensor]:
         """By file name, what is kept of a batch and its features."""
-        told = {key: value for key, value in batch.items() if isinstance(value, Tensor) and key not in _SEEN}
-        row = {f"sample-{key}": value for key, value in told.items() if key != "row"}
+        header = {key: value for key, value in batch.items() if isinstance(value, Tensor) and key not in _INPUT_KEYS}
+        row = {f"sample-{key}": value for key, value in header.items() if key != "row"}
         for stage, features in seen.items():
             row[f"visual-{stage}"] = features.visual
             if features.audio is not None:
                 row[f"audio-{stage}"] = features.audio
-            row |= {"heard": features.heard, "inside": features.inside}
+            row |= {"has_audio": features.has_audio, "valid_mask": features.valid_mask}
         return row
 
     def row_of(self, index: int, view: int) -> int:
@@ -221,14 +221,14 @@ def collate(items: Sequence[dict[str, Any]]) -> Batch:
     order = torch.tensor(kept + rest).argsort()
     stored = default_collate([items[i]["stored"] for i in kept]) if kept else None
     fresh = default_collate([items[i] for i in rest]) if rest else None
-    told: dict[str, list[Tensor]] = defaultdict(list)
+    header: dict[str, list[Tensor]] = defaultdict(list)
     for name, value in (stored or {}).items():
         if name.startswith("sample-"):
-            told[name.removeprefix("sample-")].append(value)
+            header[name.removeprefix("sample-")].append(value)
     for name, value in (fresh or {}).items():
-        if isinstance(value, Tensor) and name not in (*_SEEN, "row"):
-            told[name].append(value)
-    batch = {name: torch.cat(parts)[order] for name, parts in told.items()}
+        if isinstance(value, Tensor) and name not in (*_INPUT_KEYS, "row"):
+            header[name].append(value)
+    batch = {name: torch.cat(parts)[order] for name, parts in header.items()}
     return {"id": [item["id"] for item in items], **batch, "stored": stored, "fresh": fresh, "order": order}
 
 
@@ -242,7 +242,7 @@ def _through(network: MultiExitNetwork, batch: Batch, places: Collection[int]) -
 
 
 @torch.no_grad()
-def walk(
+def iter_features(
     network: MultiExitNetwork, batch: Batch, places: Collection[int], cache: FeatureCache | None = None
 ) -> Iterator[tuple[int, Features]]:
     """The features of a batch at each place with branches, in order: from the backbone, the cache, or both.
@@ -275,8 +275,8 @@ def _stored_features(cache: FeatureCache, stored: dict[str, Tensor], stage: int)
     return Features(
         visual,
         log_mel=torch.zeros(len(visual), 1, 96, 64, device=visual.device),  # it has been heard
-        heard=stored["heard"],
-        inside=stored["inside"],
+        has_audio=stored["has_audio"],
+        valid_mask=stored["valid_mask"],
         audio=stored.get(f"audio-{stage}"),
         token_grid=cache.token_grids[stage],
     )

@@ -38,10 +38,10 @@ def copycat_recipe(
         CrowdExitError: for a checkpoint that is none, or was trained otherwise, or values that mean nothing.
     """
     path = zoo.checkpoint_path(run)
-    told = zoo.read_spec(path).meta.get("recipe")
-    if not isinstance(told, dict) or told.get("stage") != "branches":
+    recorded = zoo.read_spec(path).meta.get("recipe")
+    if not isinstance(recorded, dict) or recorded.get("stage") != "branches":
         raise TrainingError(f"{path}: not trained classifier-wise; copycat goes on with branches on a frozen backbone")
-    optimiser = dict(told.get("optimiser") or {})
+    optimiser = dict(recorded.get("optimiser") or {})
     usual = min(optimiser.get("rates") or [optimiser.get("lr", 1e-3)])
     optimiser |= {"rates": (), "lr": usual / 10 if lr is None else lr}
     own: dict[str, Any] = {
@@ -52,9 +52,9 @@ def copycat_recipe(
         "fit": 0,
         "cache": None,
         "optimiser": optimiser,
-        "data": {**(told.get("data") or {}), "store": data},
+        "data": {**(recorded.get("data") or {}), "store": data},
         "copycat": {"pictures": images, "split": split, "ratio": ratio, "teacher": teacher},
     }
     if epochs is not None:
         own["epochs"] = epochs
-    return checked({**told, **own}, str(path))
+    return checked({**recorded, **own}, str(path))

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from crowdexit.models.exits import Branch
 from crowdexit.models.network import MultiExitNetwork
-from crowdexit.training.cache import walk
+from crowdexit.training.cache import iter_features
 from crowdexit.training.losses import Batch, evened
 from crowdexit.training.recipe import Recipe
 
@@ -55,14 +55,14 @@ def fit_exits(
     if not exits:
         return []
     network.eval()
-    eyes = {name: module for name, module in exits.items() if module.eye is not None}
+    eyes = {name: module for name, module in exits.items() if module.input_conv is not None}
     if eyes:
         _fit_eyes(network, eyes, batches())
     seen: dict[str, list[Tensor]] = defaultdict(list)
     counts = []
     for batch in batches():
         counts.append(batch["count"])
-        for stage, features in walk(network, batch, {network.stage_of(name) for name in exits}):
+        for stage, features in iter_features(network, batch, {network.stage_of(name) for name in exits}):
             for name, module in exits.items():
                 if network.stage_of(name) == stage:
                     seen[name].append(module.tokens(features)[:, : _cells(module)].mean(1).float())
@@ -92,35 +92,37 @@ def _fit_eyes(network: MultiExitNetwork, branches: dict[str, Branch], batches: I
     """
     moments: dict[str, Tensor] = {}
     for batch in batches:
-        for stage, features in walk(network, batch, {network.stage_of(name) for name in branches}):
+        for stage, features in iter_features(network, batch, {network.stage_of(name) for name in branches}):
             for name, branch in branches.items():
                 if network.stage_of(name) != stage:
                     continue
                 assert branch.token_grid is not None
-                cells = F.adaptive_avg_pool2d(branch.sees(features).float(), branch.token_grid)
+                cells = F.adaptive_avg_pool2d(branch.input_map(features).float(), branch.token_grid)
                 density = F.adaptive_avg_pool2d(batch["density"], branch.token_grid)
                 local = density * (batch["density"][0].numel() / density[0].numel())
-                told = torch.log1p(local).flatten()[:, None]
+                log_counts = torch.log1p(local).flatten()[:, None]
                 if not branch.rectifies:
-                    told = F.relu(told - _knots_of(branch))
-                ones = torch.ones_like(told[:, :1])
-                both = torch.cat([ones, cells.flatten(2).mT.flatten(0, 1), told], dim=1).double()
+                    log_counts = F.relu(log_counts - _knots_of(branch))
+                ones = torch.ones_like(log_counts[:, :1])
+                both = torch.cat([ones, cells.flatten(2).mT.flatten(0, 1), log_counts], dim=1).double()
                 moments[name] = moments.get(name, 0) + both.mT @ both
     for name, branch in branches.items():
-        eye, knots = branch.eye, _knots_of(branch)
-        assert eye is not None
-        assert eye.bias is not None
-        look, offset = _solved(moments[name], eye.in_channels, _MAP_RIDGE)
+        input_conv, knots = branch.input_conv, _knots_of(branch)
+        assert input_conv is not None
+        assert input_conv.bias is not None
+        make_batch, offset = _solved(moments[name], input_conv.in_channels, _MAP_RIDGE)
         if branch.rectifies:
-            look, offset = look.expand(-1, len(knots)), offset - knots
-        eye.weight.copy_((look.mT[:, :, None, None] / eye.weight[0, 0].numel()).expand_as(eye.weight))
-        eye.bias.copy_(offset)
+            make_batch, offset = make_batch.expand(-1, len(knots)), offset - knots
+        input_conv.weight.copy_(
+            (make_batch.mT[:, :, None, None] / input_conv.weight[0, 0].numel()).expand_as(input_conv.weight)
+        )
+        input_conv.bias.copy_(offset)
 
 
 def _knots_of(branch: Branch) -> Tensor:
     """From where on each of a convolution's channels tells log (1 + heads) in a cell."""
-    assert branch.eye is not None
-    return torch.linspace(0, math.log1p(_CELL) * 0.8, branch.eye.out_channels)
+    assert branch.input_conv is not None
+    return torch.linspace(0, math.log1p(_CELL) * 0.8, branch.input_conv.out_channels)
 
 
 def _solved(moments: Tensor, inputs: int, ridge: float) -> tuple[Tensor, Tensor]:
@@ -144,12 +146,12 @@ def _fit_count(head: nn.Sequential, tokens: Tensor, heads: Tensor, weights: Tens
     """Fill a head over several tokens from the regression of n (N) on their mean, N×d."""
     ones = torch.ones_like(heads)[:, None]
     both = torch.cat([ones, tokens, heads[:, None]], dim=1)
-    look, offset = _solved(both.mT @ (both * weights[:, None]), branch.dim, _RIDGE)
+    make_batch, offset = _solved(both.mT @ (both * weights[:, None]), branch.dim, _RIDGE)
     # Numbers near one in every layer, so that steps of one length suit them all.
-    look, offset = look / branch.scale, offset / branch.scale
-    shared = torch.zeros(branch.cells, branch.dim).to(look)  # the audio's patch says nothing yet
-    shared[: _cells(branch)] = look[:, 0] / _cells(branch)
-    ends = torch.tensor([0.0, 1.0]).to(look)
+    make_batch, offset = make_batch / branch.scale, offset / branch.scale
+    shared = torch.zeros(branch.cells, branch.dim).to(make_batch)  # the audio's patch says nothing yet
+    shared[: _cells(branch)] = make_batch[:, 0] / _cells(branch)
+    ends = torch.tensor([0.0, 1.0]).to(make_batch)
     _fill(head, shared.flatten(), offset[0], float(heads.mean()) / branch.scale, ends, ends.diff(), 1.0)
 
 
@@ -158,18 +160,20 @@ def _fit_log(head: nn.Sequential, tokens: Tensor, logs: Tensor, scale: float) ->
     mean, middle = tokens.mean(0), logs.mean()
     centred = tokens - mean
     ridge = _RIDGE * len(tokens) * torch.eye(tokens.shape[1]).to(tokens)
-    look = torch.linalg.solve(centred.T @ centred + ridge, centred.T @ (logs - middle))
+    make_batch = torch.linalg.solve(centred.T @ centred + ridge, centred.T @ (logs - middle))
     # The curve eˢ - 1 from zero to a little beyond the fullest image.
     first = head[0]
     assert isinstance(first, nn.Linear)
     knots = min(_KNOTS, first.out_features - first.out_features // 4)
     ends = torch.linspace(0, float(logs.max()) + 0.5, knots + 1).to(tokens)
-    _fill(head, look, middle - look @ mean, float(middle), ends, torch.expm1(ends).diff() / ends.diff(), scale)
+    _fill(
+        head, make_batch, middle - make_batch @ mean, float(middle), ends, torch.expm1(ends).diff() / ends.diff(), scale
+    )
 
 
 @torch.no_grad()
 def _fill(
-    head: nn.Sequential, look: Tensor, offset: Tensor, middle: float, ends: Tensor, slopes: Tensor, scale: float
+    head: nn.Sequential, make_batch: Tensor, offset: Tensor, middle: float, ends: Tensor, slopes: Tensor, scale: float
 ) -> None:
     """Fill the linear layers of a head so that it answers a curve of s = look · x + offset, from zero on.
 
@@ -186,14 +190,14 @@ def _fill(
     sharing = torch.bincount(knots)[knots]
     # A few units look the other way and say nothing yet. Without them a head whose s fell below zero for all
     # images, as a branch's own layer may have it in its first steps, would never learn again.
-    sign = torch.cat([torch.ones(units - away), -torch.ones(away)]).to(look)
-    offsets = torch.cat([ends[knots], torch.full((away,), -middle).to(look)])
-    first.weight.copy_(sign[:, None] * look)
+    sign = torch.cat([torch.ones(units - away), -torch.ones(away)]).to(make_batch)
+    offsets = torch.cat([ends[knots], torch.full((away,), -middle).to(make_batch)])
+    first.weight.copy_(sign[:, None] * make_batch)
     first.bias.copy_(sign * offset - offsets)
-    sums = torch.cat([bends[knots] / sharing / scale, torch.zeros(away).to(look)])
+    sums = torch.cat([bends[knots] / sharing / scale, torch.zeros(away).to(make_batch)])
     for layer in between:
         layer.weight.copy_(sums.expand_as(layer.weight))
         layer.bias.fill_(_ALIVE)
-        sums = torch.full((layer.out_features,), 1 / layer.out_features).to(look)
+        sums = torch.full((layer.out_features,), 1 / layer.out_features).to(make_batch)
     last.weight.copy_(sums.expand_as(last.weight))
     last.bias.fill_(-_ALIVE if between else 0)

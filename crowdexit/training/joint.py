@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from crowdexit.models import zoo
 from crowdexit.models.network import FINAL, MultiExitNetwork
-from crowdexit.models.stages import Answer
+from crowdexit.models.stages import ExitOutput
 from crowdexit.training.losses import Batch, exit_loss
 from crowdexit.training.modules import (
     Diverged,
@@ -146,7 +146,7 @@ class JointTraining(Experiment):
             self.log(f"train/{name}", loss)
         return sum(losses[1:], losses[0])
 
-    def answers(self, batch: Batch, exits: Collection[str]) -> Iterator[tuple[str, Answer]]:
+    def answers(self, batch: Batch, exits: Collection[str]) -> Iterator[tuple[str, ExitOutput]]:
         """The answers of these exits by name; the stages before a detached one get no gradient from it."""
         network, features = self.network, record(batch)
         early = [name for name in exits if name != FINAL]
@@ -155,7 +155,7 @@ class JointTraining(Experiment):
             features = network.advance(index, features)
             for name in exits:
                 if network.stage_of(name) == index:
-                    yield name, network.ask(name, features.detach() if name in detached else features)
+                    yield name, network.run_exit(name, features.detach() if name in detached else features)
 
     def on_train_batch_end(self, *_: Any) -> None:
         if self.average is not None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from crowdexit.models.backbones.audiocsrnet import STRIDE, upsample_sum
-from crowdexit.models.stages import Answer
+from crowdexit.models.stages import ExitOutput
 from crowdexit.training.recipe import Recipe
 
 Batch = dict[str, Any]
@@ -83,7 +83,7 @@ def value_loss(value: Tensor, batch: Batch, recipe: Recipe) -> Tensor:
     return (value - batch["count"]).abs().mean()
 
 
-def exit_loss(answer: Answer, batch: Batch, recipe: Recipe) -> Tensor:
+def exit_loss(answer: ExitOutput, batch: Batch, recipe: Recipe) -> Tensor:
     """What the recipe asks of an exit's answer: of a density map :func:`density_loss`, else :func:`value_loss`."""
     if answer.density is not None and recipe.loss != "mae":
         return density_loss(answer.density, answer.value, batch, recipe)

@@ -41,15 +41,15 @@ class Diverged(TrainingError):
 
 def record(batch: Batch) -> Features:
     """The network's input of a collated batch, channels last; of tiles, one image's as a batch of their own."""
-    image, log_mel, heard, inside = (batch.get(key) for key in ("image", "log_mel", "heard", "inside"))
+    image, log_mel, has_audio, valid_mask = (batch.get(key) for key in ("image", "log_mel", "has_audio", "valid_mask"))
     assert image is not None
-    if log_mel is None or heard is None or inside is None:  # images of classes
+    if log_mel is None or has_audio is None or valid_mask is None:  # images of classes
         return inputs(image.contiguous(memory_format=torch.channels_last))
     if image.dim() == 5:  # B×T×3×H×W
         tiles = image.shape[1]
-        image, inside = image.flatten(0, 1), inside.flatten(0, 1)
-        log_mel, heard = log_mel.repeat_interleave(tiles, 0), heard.repeat_interleave(tiles, 0)
-    return inputs(image.contiguous(memory_format=torch.channels_last), log_mel, heard, inside)
+        image, valid_mask = image.flatten(0, 1), valid_mask.flatten(0, 1)
+        log_mel, has_audio = log_mel.repeat_interleave(tiles, 0), has_audio.repeat_interleave(tiles, 0)
+    return inputs(image.contiguous(memory_format=torch.channels_last), log_mel, has_audio, valid_mask)
 
 
 def of_images(values: Tensor, batch: Batch) -> Tensor:
@@ -62,16 +62,16 @@ def truth(batch: Batch) -> Tensor:
     return cast(Tensor, batch["label"] if "label" in batch else batch["count"])
 
 
-def heard_and_silent(network: MultiExitNetwork, features: Features) -> dict[str, Features]:
+def with_and_without_audio(network: MultiExitNetwork, features: Features) -> dict[str, Features]:
     """The record after the first stage, as it is heard and as if it were not.
 
     A first stage that only looks is run once for both.
     """
     seen = network.stages[0](features)
-    silence = torch.zeros_like(features.heard)
+    silence = torch.zeros_like(features.has_audio)
     if isinstance(network.stages[0], AudioEncoder):
-        return {"sound": seen, "silent": network.stages[0](replace(features, heard=silence))}
-    return {"sound": seen, "silent": replace(seen, heard=silence)}
+        return {"sound": seen, "silent": network.stages[0](replace(features, has_audio=silence))}
+    return {"sound": seen, "silent": replace(seen, has_audio=silence)}
 
 
 def validated(
@@ -87,26 +87,26 @@ def validated(
     """
     features = record(batch)
     ids, true = batch["id"], truth(batch)
-    some = batch["heard"] if watch == "audio" else torch.ones_like(true, dtype=torch.bool)
+    some = batch["has_audio"] if watch == "audio" else torch.ones_like(true, dtype=torch.bool)
     if not some.any():
         return
     ids = [id for id, wanted in zip(ids, some.tolist(), strict=True) if wanted]
-    both = heard_and_silent(network, features)
+    both = with_and_without_audio(network, features)
     if watch == "audio":
         ways = [both["sound"]]
-    elif watch == "mean" and features.heard.any():
+    elif watch == "mean" and features.has_audio.any():
         ways = list(both.values())
     else:
         ways = [both["silent"]]
     for stage in range(max(map(stage_of, exits)) + 1):
-        if stage and network.hears and network.stages[stage].uses_audio:
+        if stage and network.final_uses_audio and network.stages[stage].uses_audio:
             ways = [network.stages[stage](way) for way in ways]
         elif stage:
             seen = network.stages[stage](ways[0])
-            ways = [replace(seen, heard=way.heard, audio=way.audio) for way in ways]
+            ways = [replace(seen, has_audio=way.has_audio, audio=way.audio) for way in ways]
         for name, module in exits.items():
             if stage_of(name) == stage:
-                for way in ways if network.hears or module.hears else ways[:1]:
+                for way in ways if network.final_uses_audio or module.uses_audio else ways[:1]:
                     yield name, ids, of_images(module(way).value, batch)[some], true[some]
 
 
@@ -197,10 +197,12 @@ class Validation:
 
     def add(self, name: str, ids: list[str], values: Tensor, truths: Tensor) -> None:
         """Of one exit (or state of hearing) called ``name``: counts B or class scores B×K, and what is true, B."""
-        said = values
+        predictions = values
         if values.dim() == 2:  # a class that nothing finite stands for is none
-            said = torch.where(values.isfinite().all(1), values.argmax(1).float(), math.nan)
-        self.rows += [(name, *row) for row in zip(ids, said.float().tolist(), truths.float().tolist(), strict=True)]
+            predictions = torch.where(values.isfinite().all(1), values.argmax(1).float(), math.nan)
+        self.rows += [
+            (name, *row) for row in zip(ids, predictions.float().tolist(), truths.float().tolist(), strict=True)
+        ]
 
     def collect(self) -> dict[str, dict[str, float]]:
         """By name: the figures of :meth:`table`. What was collected is forgotten."""
@@ -242,8 +244,8 @@ class ClassValidation(Validation):
     """``accuracy`` in percent, and ``error``, the share of wrong answers; not finite if some score is not."""
 
     def table(self, rows: list[tuple[str, float, float]]) -> dict[str, float]:
-        wrong = sum(said != true for _, said, true in rows) / len(rows)
-        if any(math.isnan(said) for _, said, _ in rows):
+        wrong = sum(predictions != true for _, predictions, true in rows) / len(rows)
+        if any(math.isnan(predictions) for _, predictions, _ in rows):
             wrong = math.nan
         return {"accuracy": 100 * (1 - wrong), "error": wrong}
 
@@ -389,7 +391,7 @@ class BackboneTraining(Experiment):
 
     def __init__(self, network: MultiExitNetwork, spec: zoo.Spec, recipe: Recipe, out: Path) -> None:
         super().__init__(network, spec, recipe, out)
-        if recipe.watch == "audio" and not network.hears:
+        if recipe.watch == "audio" and not network.final_uses_audio:
             raise TrainingError(f"watch: audio does not reach the final exit of {recipe.model}")
         self.best, self.best_epoch, self.stale = math.inf, -1, 0
         self.listener: nn.Module | None = None
@@ -491,11 +493,11 @@ class BackboneTraining(Experiment):
         network = self.evaluated().eval()
         if self.listener is not None:
             counts = torch.expm1(self.listener(audio_encoder(network).embed(batch["log_mel"])).squeeze(1).float())
-            self._note("sound", batch, counts, batch["heard"])
+            self._note("sound", batch, counts, batch["has_audio"])
             return
-        ways = heard_and_silent(network, record(batch))
+        ways = with_and_without_audio(network, record(batch))
         every = torch.ones(len(batch["id"]), dtype=torch.bool, device=self.device)
-        for name, of in (("silent", every), ("sound", batch.get("heard", ~every) & network.hears)):
+        for name, of in (("silent", every), ("sound", batch.get("has_audio", ~every) & network.final_uses_audio)):
             if not of.any():
                 continue
             features = ways[name]

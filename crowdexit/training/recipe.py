@@ -391,8 +391,8 @@ class Recipe(_Part):
 
         weights = {kind: Path(path).name for kind, path in self.weights.items()}
         senses = None if self.senses is None else plain(Path(self.senses))
-        told = {key: plain(value) for key, value in self.model_dump().items()}
-        return {**told, "weights": weights, "senses": senses}
+        settings = {key: plain(value) for key, value in self.model_dump().items()}
+        return {**settings, "weights": weights, "senses": senses}
 
 
 def bundled() -> list[str]:

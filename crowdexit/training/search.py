@@ -27,8 +27,8 @@ def search_recipe(run: Path, data: Path, place: str, dims: Sequence[int], heads:
     """
     path = zoo.checkpoint_path(run)
     spec = zoo.read_spec(path)
-    told = spec.meta.get("recipe")
-    if not isinstance(told, dict) or told.get("stage") != "branches":
+    recorded = spec.meta.get("recipe")
+    if not isinstance(recorded, dict) or recorded.get("stage") != "branches":
         raise TrainingError(f"{path}: not trained classifier-wise; the search takes its recipe from such a run")
     if not dims or not heads or min(*dims, *heads) < 1:
         raise TrainingError("a grid wants widths and numbers of heads above zero")
@@ -47,6 +47,6 @@ def search_recipe(run: Path, data: Path, place: str, dims: Sequence[int], heads:
         "copycat": None,
         "cache": None,
         "exits": exits,
-        "data": {**(told.get("data") or {}), "store": data},
+        "data": {**(recorded.get("data") or {}), "store": data},
     }
-    return checked({**told, **own}, str(path))
+    return checked({**recorded, **own}, str(path))

@@ -109,8 +109,8 @@ def write_problem(path: Path, error: OSError, *, needed: int | None = None, kept
     needed = needed or getattr(error, "needed", None)
     wanted = "" if needed is None else f"{megabytes(needed)} needed, "
     folder = _existing(path)
-    told = f"{path}: the disk is full ({wanted}{megabytes(free_bytes(path))} free in {folder})"
-    return f"{told}; {kept}" if kept else told
+    message = f"{path}: the disk is full ({wanted}{megabytes(free_bytes(path))} free in {folder})"
+    return f"{message}; {kept}" if kept else message
 
 
 def megabytes(number: int) -> str:

@@ -25,7 +25,7 @@ from crowdexit.video.container import read_only
 
 # Less of a frame's second than this, and the frame is not heard: half a second, as at a video's first and
 # last frame, less the tenth of it by which encoders shift a sound's beginning.
-LEAST_HEARD_S = 0.45
+MIN_AUDIO_S = 0.45
 _JITTER_S = 0.02  # by which sound's time stamps may be off without a gap in the audio
 _LEAP_S = 1.0  # by which they may leap before one alone is not believed
 
@@ -37,11 +37,11 @@ class AudioWindow:
 
     Args:
         rate: of the samples, in Hz.
-        kept: seconds of audio to hold when more comes than is asked for.
+        held_s: seconds of audio to hold when more comes than is asked for.
     """
 
-    def __init__(self, rate: int, kept: float = float("inf")) -> None:
-        self.rate, self._kept = rate, kept
+    def __init__(self, rate: int, held_s: float = float("inf")) -> None:
+        self.rate, self._held_s = rate, held_s
         self._held: deque[tuple[int, NDArray[np.float32]]] = deque()
         self._end = 0
 
@@ -54,8 +54,8 @@ class AudioWindow:
         """Samples (n,) of which the first is number ``start``."""
         self._held.append((start, samples))
         self._end = start + len(samples)
-        if self._kept < float("inf"):
-            self.forget(self.end - self._kept)
+        if self._held_s < float("inf"):
+            self.forget(self.end - self._held_s)
 
     def forget(self, time: float) -> None:
         """Let go of what was heard before a time."""
@@ -66,13 +66,13 @@ class AudioWindow:
     def second_around(self, time: float) -> Second | None:
         """(samples (rate,), rate) with ``time`` in the middle, zeros where there is no audio; None if hardly any."""
         begin = round((time - 0.5) * self.rate)
-        second, heard = np.zeros(self.rate, np.float32), 0
+        second, has_audio = np.zeros(self.rate, np.float32), 0
         for start, samples in self._held:
             first, last = max(start, begin), min(start + len(samples), begin + self.rate)
             if first < last:
                 second[first - begin : last - begin] = samples[first - start : last - start]
-                heard += last - first
-        return (second, self.rate) if heard >= LEAST_HEARD_S * self.rate else None
+                has_audio += last - first
+        return (second, self.rate) if has_audio >= MIN_AUDIO_S * self.rate else None
 
 
 class AudioTrack:
@@ -128,11 +128,11 @@ class Places:
     Args:
         rate: of the blocks, in Hz.
         origin: the time on the blocks' clock that is sample 0; None: where the first one begins.
-        goes_on: where the clock is set back; else that is left to whoever makes another of these then.
+        continues: where the clock is set back; else that is left to whoever makes another of these then.
     """
 
-    def __init__(self, rate: int, origin: float | None, *, goes_on: bool = True) -> None:
-        self.rate, self.origin, self._goes_on = rate, origin, goes_on
+    def __init__(self, rate: int, origin: float | None, *, continues: bool = True) -> None:
+        self.rate, self.origin, self._goes_on = rate, origin, continues
         self.expected: int | None = None
         self._leapt: int | None = None  # where the next one begins if the last one's leap is to be believed
 
@@ -190,7 +190,7 @@ def audio_blocks(path: Path, origin: float | None, warn: Warn, rates: tuple[int,
         read_only(container, stream)
         convert, place, damaged = Converter(rate), Places(rate, origin), False
 
-        def tell() -> None:
+        def warn_of_damage() -> None:
             nonlocal damaged
             if not damaged and place.expected is not None:
                 warn(f"{path}: the audio is damaged after {place.expected / rate:.1f} s; not all of it is heard")
@@ -205,7 +205,7 @@ def audio_blocks(path: Path, origin: float | None, warn: Warn, rates: tuple[int,
             except StopIteration:
                 break
             except FAULTS:
-                tell()
+                warn_of_damage()
                 faults += 1
                 packets = container.demux(stream)
                 continue
@@ -216,7 +216,7 @@ def audio_blocks(path: Path, origin: float | None, warn: Warn, rates: tuple[int,
                 if usable(samples):
                     yield start, samples, rate
                 else:
-                    tell()
+                    warn_of_damage()
         if damaged and place.expected is None:
             raise AudioError(f"{path}: not a readable audio track (damaged or cut short)")
 

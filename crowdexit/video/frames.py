@@ -20,13 +20,13 @@ from crowdexit.data.image import ImageError
 from crowdexit.data.media import FAULTS
 from crowdexit.data.mel import AudioError, AudioInput
 from crowdexit.errors import CrowdExitError
-from crowdexit.inference.scene import hear
+from crowdexit.inference.preprocessing import load_log_mel
 from crowdexit.video.audio import AudioTrack, Second
 from crowdexit.video.container import VideoError, check_size, open_file, stated_length, video_stream
 from crowdexit.video.decode import FrameSampler, Span
 from crowdexit.video.display import AS_STORED, Display
 
-_MOST_GAPS_TOLD = 5
+_MAX_REPORTED_GAPS = 5
 _UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED
 
 
@@ -80,7 +80,7 @@ class Frame:
         """
         if self.waveform is None:
             return AudioInput(None, "unreadable" if self.audio_unreadable else "none", self.audio_warnings)
-        return AudioInput(hear(self.waveform), warnings=self.audio_warnings)
+        return AudioInput(load_log_mel(self.waveform), warnings=self.audio_warnings)
 
     @property
     def loss_warning(self) -> str | None:
@@ -172,7 +172,7 @@ def read_frames(
         if not begun and span.after < 0:
             until = "on" if math.isinf(span.end) else f"to {span.end:g} s"
             warn(f"{path}: no frame is shown from {span.start:g} s {until}")
-        _tell(images, warn)
+        _warn_of_gaps(images, warn)
 
 
 def _merged(gaps: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -185,7 +185,7 @@ def _merged(gaps: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return out
 
 
-def _tell(video: FrameSampler, warn: Warn) -> None:
+def _warn_of_gaps(video: FrameSampler, warn: Warn) -> None:
     """What of the video was not there to be counted."""
     stated, length = stated_length(video.container, video.stream, video.origin), video.length
     gaps = _merged([(a, b) for a, b in video.gaps if b is not None and b > video.begins])
@@ -193,9 +193,9 @@ def _tell(video: FrameSampler, warn: Warn) -> None:
     if video.lost_beginning:
         warn(f"{video.path}: damaged at its beginning; times run from the first frame that can be decoded")
     if gaps:
-        told = ", ".join(f"{a:.1f} to {b:.1f} s" for a, b in gaps[:_MOST_GAPS_TOLD])
-        more = f" and {len(gaps) - _MOST_GAPS_TOLD} more" if len(gaps) > _MOST_GAPS_TOLD else ""
-        warn(f"{video.path}: damaged or without frames from {told}{more}; nothing is counted there")
+        spans = ", ".join(f"{a:.1f} to {b:.1f} s" for a, b in gaps[:_MAX_REPORTED_GAPS])
+        more = f" and {len(gaps) - _MAX_REPORTED_GAPS} more" if len(gaps) > _MAX_REPORTED_GAPS else ""
+        warn(f"{video.path}: damaged or without frames from {spans}{more}; nothing is counted there")
     cut = not video.past and rest < video.span.end and max(rest, video.stored) < stated - 0.5 - video.usual
     if rest < length or cut:
         how = "damaged" if rest < length else "cut short"

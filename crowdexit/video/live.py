@@ -37,7 +37,7 @@ _RTSP, _HTTP = "rtsp,rtsps,rtp,srtp,udp,tcp,tls", "http,https,httpproxy,tcp,tls,
 _PROTOCOLS = {"rtsp": _RTSP, "rtsps": _RTSP, "http": _HTTP, "https": _HTTP}
 _TIMEOUT_S = 10.0  # without a packet, until a source counts as gone
 _WAITS_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # between one try to open a source again and the next
-_LOOK_MICROSECONDS = 1_000_000  # of the source, to find out what it is
+_PROBE_MICROSECONDS = 1_000_000  # of the source, to find out what it is
 _AUDIO_S = 0.5  # that a frame waits for, and no longer than
 _MORE_S = 0.1  # at most, for it to come
 _BEHIND_S = 1.0  # by which decoding may fall behind the source before it leaves frames out
@@ -50,7 +50,7 @@ _AUDIO_HELD_S = 3.0
 _PATIENCE_S = 1.0  # for the reading to end
 _MOST_WITHOUT_KEY = 300  # packets behind damage, until what is refreshed bit by bit is believed again
 _SUSPECT = 4  # packets before one of which others may be missing, from a corrupt one on
-_MOST_TOLD = 5  # of places where frames are lost
+_MAX_REPORTED = 5  # of places where frames are lost
 _MOST_EARLY = 200  # blocks, some milliseconds each
 _MOST_BYTES = 2**28  # of frames that wait for their audio
 # What may be a part of an address that lets its reader in.
@@ -122,7 +122,7 @@ class LiveFrames:
         self._fault: BaseException | None = None
         self._begun: float | None = None  # the first frame, on our clock
         self._index, self._time = -1, 0.0  # of the last frame read
-        self._told_slow, self._told_lost, self._told_unusable = False, 0, False
+        self._reported_slow, self._reported_lost, self._reported_unusable = False, 0, False
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __iter__(self) -> Iterator[Frame]:
@@ -203,7 +203,7 @@ class LiveFrames:
             self._stopped.wait(max(0.0, min(wait, self._span.end - self._elapsed())))
 
     def _open(self) -> Any:
-        options = {"protocol_whitelist": self.address.protocols, "analyzeduration": str(_LOOK_MICROSECONDS)}
+        options = {"protocol_whitelist": self.address.protocols, "analyzeduration": str(_PROBE_MICROSECONDS)}
         if self.address.url.startswith("rtsp"):
             options["rtsp_flags"] = "prefer_tcp"
         try:
@@ -224,9 +224,9 @@ class LiveFrames:
 
     def lost(self, begin: float, end: float) -> None:
         """Say that there are no frames between two times."""
-        self._told_lost += 1
-        if self._told_lost <= _MOST_TOLD:
-            rest = "; whatever else is damaged is not told" if self._told_lost == _MOST_TOLD else ""
+        self._reported_lost += 1
+        if self._reported_lost <= _MAX_REPORTED:
+            rest = "; whatever else is damaged is not told" if self._reported_lost == _MAX_REPORTED else ""
             self._warn(f"{self.address.name}: damaged from {begin:.1f} to {end:.1f} s; nothing is counted there{rest}")
 
     def _over(self) -> bool:
@@ -273,7 +273,7 @@ class _Session:
         self.waiting: deque[Frame] = deque()  # for their audio
         self.stamps: list[int] = []  # a heap: of the packets whose frames have not come out
         self.passed = 0  # and of those that were let go of
-        self.least, self.asked, self.seen = float("inf"), monotonic(), monotonic()
+        self.least, self.asked, self.last_frame_at = float("inf"), monotonic(), monotonic()
         self.idle, self.new = 0.0, False  # how long packets were waited for, of late; whether the last ones were
         self.leaving_out, self.since = False, 0.0
         self.blind, self.without_key = False, 0  # from damage to the next key frame; packets since
@@ -311,7 +311,7 @@ class _Session:
                 self._take(packet)
         with suppress(*FAULTS):
             for image in () if self.blind else self.video.codec_context.decode(None):
-                self._seen(image)
+                self._take_frame(image)
         broken = self.lost_from if broken is None else broken
         # Of what has a size the length may only be estimated.
         stated = 0.0 if self.live.address.lasting else stated_length(self.container, self.video, self.origin)
@@ -333,17 +333,17 @@ class _Session:
         if packet.stream is self.audio_stream:
             with suppress(*FAULTS):  # one damaged packet is not the end
                 for block in packet.decode():
-                    self._hear(block)
+                    self._add_audio(block)
         elif not self._left_out(packet):
-            self._look(packet)
-        while self.waiting and (self.audio_window is None or self._heard(self.waiting[0].time_s)):
+            self._decode_frames(packet)
+        while self.waiting and (self.audio_window is None or self._audio_complete(self.waiting[0].time_s)):
             self._hand()
 
-    def _look(self, packet: Any) -> None:
+    def _decode_frames(self, packet: Any) -> None:
         """Decode a packet of frames; behind damage none before the next key frame, what it is made from is lost."""
         if self._torn_before(packet) and not self.blind:
             with suppress(*FAULTS):  # what came before is whole
-                all(map(self._seen, self.video.codec_context.decode(None)))
+                all(map(self._take_frame, self.video.codec_context.decode(None)))
             self._lose()
         if self.blind:
             self.without_key += 1
@@ -352,7 +352,7 @@ class _Session:
             self.video.codec_context.flush_buffers()
             self.blind, self.without_key, self.entry = False, 0, packet.pts
         with suppress(*FAULTS):
-            if all(map(self._seen, packet.decode())):
+            if all(map(self._take_frame, packet.decode())):
                 return
         self._lose()
 
@@ -374,20 +374,20 @@ class _Session:
         if self.lost_from is None and self.shift is not None:  # else there has been nothing to lose
             self.lost_from = self.live._time
 
-    def _seen(self, image: Any) -> bool:
+    def _take_frame(self, image: Any) -> bool:
         """See a frame that has come out of the decoder; False if it is damaged."""
         if not image.is_corrupt:
-            self._see(image)
+            self._queue(image)
             return True
         # Shown before the key frame that decoding has begun with anew, and made from what was lost.
         return self.entry is not None and image.pts is not None and image.pts < self.entry
 
-    def _heard(self, time: float) -> bool:
+    def _audio_complete(self, time: float) -> bool:
         """Whether the audio around a time is there, or will not come."""
         assert self.audio_window is not None
         return self.audio_window.end >= time + _AUDIO_S or self.live._time >= time + _AUDIO_S + _MORE_S
 
-    def _see(self, image: Any) -> None:
+    def _queue(self, image: Any) -> None:
         live = self.live
         display = self.display.of(image)
         check_size(live.address.name, *display.size(image.width, image.height))
@@ -433,14 +433,14 @@ class _Session:
         # One that is made to wait has not gone on with our clock.
         self.shift = (now if first or self.paced else live._time + usual_step(self.video)) - stamp
         if self.audio_stream is not None:
-            self.place = Places(self.audio_stream.rate, -self.shift, goes_on=False)
+            self.place = Places(self.audio_stream.rate, -self.shift, continues=False)
             self.convert = Converter(self.audio_stream.rate)
-            self.audio_window = AudioWindow(self.audio_stream.rate, kept=_AUDIO_HELD_S)
+            self.audio_window = AudioWindow(self.audio_stream.rate, held_s=_AUDIO_HELD_S)
             while self.early:
-                self._hear(self.early.popleft())
+                self._add_audio(self.early.popleft())
         return self.shift
 
-    def _hear(self, block: Any) -> None:
+    def _add_audio(self, block: Any) -> None:
         if self.audio_window is None:
             self.early.append(block)
             return
@@ -449,8 +449,8 @@ class _Session:
             # What is still on a clock that has been set back would never be let go of.
             known = start < (max(self.live._time, self.live._elapsed()) + _AHEAD_S) * self.audio_window.rate
             if not usable(samples):
-                if not self.live._told_unusable:
-                    self.live._told_unusable = True
+                if not self.live._reported_unusable:
+                    self.live._reported_unusable = True
                     self.live._warn(f"{self.live.address.name}: sound with values that cannot be used is left out")
             elif known:
                 self.audio_window.add(start, samples)
@@ -476,8 +476,8 @@ class _Session:
         # a clock was set, for nothing on the way holds so much.
         if self.new or now - time - self.least > _AHEAD_S:
             self.least = now - time
-        self.least = min(now - time, self.least + _DRIFT * (now - self.seen))
-        self.seen, self.new = now, False
+        self.least = min(now - time, self.least + _DRIFT * (now - self.last_frame_at))
+        self.last_frame_at, self.new = now, False
         behind = now - time - self.least > _BEHIND_S
         if self.leaving_out and packet.is_keyframe and not behind:
             self.leaving_out = False
@@ -486,7 +486,7 @@ class _Session:
             self.leaving_out, self.since = True, now
         if self.leaving_out and self.shift is not None and not self._leaps(time + self.shift):
             self.live.dropped += self.live._due(self.live._index, time + self.shift)
-        if self.leaving_out and now - self.since > _LONG_S and not self.live._told_slow:
-            self.live._told_slow = True
+        if self.leaving_out and now - self.since > _LONG_S and not self.live._reported_slow:
+            self.live._reported_slow = True
             self.live._warn(f"{self.live.address.name}: too much to decode here, frames are left out")
         return self.leaving_out

@@ -31,7 +31,7 @@ from crowdexit.errors import CrowdExitError
 from crowdexit.inference import counter as counting
 from crowdexit.inference.counter import CrowdCounter, ExitResult
 from crowdexit.models import zoo
-from crowdexit.runtimes.call_off import CalledOff, check
+from crowdexit.runtimes.cancel import Cancelled, check
 
 TINY = {"width": 0.0625, "audio_width": 0.0625, "size": [128, 64], "dim": 4, "heads": 2, "hidden": 8, "filters": 2}
 EXITS = ["V1", "AV1", "AV2", "final"]
@@ -91,8 +91,8 @@ def test_the_page_tells_what_is_unlike_the_training_images(
     counter: CrowdCounter, image: Path, monkeypatch: pytest.MonkeyPatch, familiar: bool | None
 ) -> None:
     monkeypatch.setattr(counter, "_is_familiar", lambda sums: familiar)
-    told = ["unlike those the network was trained on" in moment.headline for moment in answers(counter, image, None)]
-    assert told == [False, *[familiar is False] * 4]
+    report = ["unlike those the network was trained on" in moment.headline for moment in answers(counter, image, None)]
+    assert report == [False, *[familiar is False] * 4]
 
 
 def test_the_first_answer_is_there_before_the_last_is_computed(counter: CrowdCounter, image: Path) -> None:
@@ -106,18 +106,18 @@ def test_the_first_answer_is_there_before_the_last_is_computed(counter: CrowdCou
 def test_audio_is_used_unless_switched_off(
     counter: CrowdCounter, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heard: list[bool] = []
+    has_audio: list[bool] = []
     stream = counter.stream
 
     def listening(image: object, audio: object = None, **more: object) -> Iterator[ExitResult]:
-        heard.append(cast(AudioInput, audio).log_mel is not None)
+        has_audio.append(cast(AudioInput, audio).log_mel is not None)
         return stream(image, audio, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(counter, "stream", listening)
     audio = write_wav(tmp_path / "sound.wav", 16_000)
     with_audio = list(answers(counter, image, audio))[-1]
     without = list(answers(counter, image, audio, use_audio=False))[-1]
-    assert heard == [True, False]
+    assert has_audio == [True, False]
     assert "image and audio" in with_audio.headline
     assert "switched off" in without.headline
 
@@ -221,7 +221,7 @@ def test_a_client_that_has_gone_stops_the_computing(counter: CrowdCounter, image
                 assert go_on.wait(30)
                 check()
                 raise AssertionError("nobody wanted this any more")
-            except CalledOff:
+            except Cancelled:
                 ended.set()
                 raise
 
@@ -327,7 +327,7 @@ def test_serving_does_not_go_through_a_proxy(counter: CrowdCounter, host: str, m
     assert "NO_PROXY" not in os.environ
 
 
-def ask(port: int, method: str, path: str, body: object = None, **headers: str) -> tuple[int, str]:
+def run_exit(port: int, method: str, path: str, body: object = None, **headers: str) -> tuple[int, str]:
     """Status and text of a request to a page on this machine."""
     connection = HTTPConnection("127.0.0.1", port, timeout=20)
     data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
@@ -339,7 +339,7 @@ def ask(port: int, method: str, path: str, body: object = None, **headers: str) 
 def upload(port: int, data: bytes) -> tuple[int, str]:
     head = b'--cut\r\nContent-Disposition: form-data; name="files"; filename="junk.jpg"\r\n\r\n'
     body = head + data + b"\r\n--cut--\r\n"
-    return ask(port, "POST", "/gradio_api/upload", body, **{"Content-Type": "multipart/form-data; boundary=cut"})
+    return run_exit(port, "POST", "/gradio_api/upload", body, **{"Content-Type": "multipart/form-data; boundary=cut"})
 
 
 def test_forged_requests_are_refused_in_one_line(
@@ -371,19 +371,19 @@ def test_forged_requests_are_refused_in_one_line(
             (b"[" * 10_000, 400),
         ]:
             made = {**call, "session_hash": "forged"} if isinstance(call, dict) else call
-            assert ask(port, "POST", "/gradio_api/queue/join", made)[0] == status, call
+            assert run_exit(port, "POST", "/gradio_api/queue/join", made)[0] == status, call
         for method, path in [
             ("POST", "/gradio_api/run/predict"),
             ("POST", "/gradio_api/call/count"),
             ("POST", "/gradio_api/component_server"),
             ("DELETE", "/"),
         ]:
-            assert ask(port, method, path, {"fn_index": number, "data": []})[0] == 404
-        ask(port, "GET", "/gradio_api/queue/data?session_hash=unknown")
-        assert ask(port, "GET", f"/gradio_api/file={secret}")[0] == 403
-        assert ask(port, "POST", "/gradio_api/queue/join", b" " * (2**20 + 1))[0] == 413
+            assert run_exit(port, method, path, {"fn_index": number, "data": []})[0] == 404
+        run_exit(port, "GET", "/gradio_api/queue/data?session_hash=unknown")
+        assert run_exit(port, "GET", f"/gradio_api/file={secret}")[0] == 403
+        assert run_exit(port, "POST", "/gradio_api/queue/join", b" " * (2**20 + 1))[0] == 413
         assert "Traceback" not in capfd.readouterr().err
-        assert ask(port, "GET", "/")[0] == 200
+        assert run_exit(port, "GET", "/")[0] == 200
     finally:
         page.close(verbose=False)
 
@@ -394,7 +394,7 @@ def test_only_the_host_that_is_listened_on(counter: CrowdCounter, listens_on: st
     port = free_port()
     serve(page, listens_on, port, names=["Crowd.example"])
     statuses = {
-        host: ask(port, "GET", "/", Host=host)[0]
+        host: run_exit(port, "GET", "/", Host=host)[0]
         for host in ("127.0.0.1", f"localhost:{port}", "[::1]", "crowd.example:80", "evil.example", "", "192.0.2.7")
     }
     page.close(verbose=False)

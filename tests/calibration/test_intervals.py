@@ -24,7 +24,7 @@ def test_coverage(level):
         truths = random.lognormal(4, 1, 41)
         counts = truths * random.lognormal(0.1, 0.3, 41)
         w = width(counts[:40], truths[:40], level)
-        low, high = Intervals(level, {"final": w}).around("final", counts[40], heard=False)
+        low, high = Intervals(level, {"final": w}).around("final", counts[40], has_audio=False)
         held.append(low <= truths[40] <= high)
     assert level - 0.02 < np.mean(held) < level + 0.05
 
@@ -35,7 +35,7 @@ def test_covers_its_share_of_what_it_was_made_of(pairs):
     made = Intervals(0.9, {"x": width(counts, truths, 0.9)})
     inside = 0
     for count, truth in pairs:
-        low, high = made.around("x", count, heard=False)
+        low, high = made.around("x", count, has_audio=False)
         assert 0 <= low <= count <= high
         inside += low - 1e-6 * (1 + truth) <= truth <= high + 1e-6 * (1 + truth)
     assert inside >= math.ceil(0.9 * (len(pairs) + 1))
@@ -43,12 +43,12 @@ def test_covers_its_share_of_what_it_was_made_of(pairs):
 
 def test_which_state():
     made = Intervals(0.9, {"V1": 0.5, "final": 0.1}, {"final": 0.2}, 40)
-    assert made.around("final", 90.0, heard=False) == (80.0, 100.0)
-    assert made.around("final", 90.0, heard=True) == (70.0, 110.0)
-    assert made.around("V1", 1.0, heard=False) == (0.0, 6.5)
-    assert made.around("V1", 1.0, heard=True) is None
+    assert made.around("final", 90.0, has_audio=False) == (80.0, 100.0)
+    assert made.around("final", 90.0, has_audio=True) == (70.0, 110.0)
+    assert made.around("V1", 1.0, has_audio=False) == (0.0, 6.5)
+    assert made.around("V1", 1.0, has_audio=True) is None
     assert Intervals.from_dict(made.to_dict()) == made
-    assert Intervals.from_dict(None).around("final", 5.0, heard=False) is None
+    assert Intervals.from_dict(None).around("final", 5.0, has_audio=False) is None
 
 
 def test_too_few_and_no_probability():
@@ -78,7 +78,7 @@ def test_annotate_moves_no_weight(tmp_path):
     zoo.annotate(path, intervals=Intervals(0.9, {"final": 0.2}).to_dict())
     again = zoo.read_spec(path)
     assert again.meta["recipe"] == {"seed": 3}
-    assert Intervals.from_dict(again.meta["intervals"]).silent == {"final": 0.2}
+    assert Intervals.from_dict(again.meta["intervals"]).without_audio == {"final": 0.2}
     assert (again.exits, again.changes) == (spec.exits, changes)
     after = zoo.read_tensors(path)
     assert before.keys() == after.keys()
@@ -95,13 +95,15 @@ def test_thirds():
     made = thirds(counts.tolist(), truths.tolist(), 0.9)
     low, middle, high = made.widths
     assert low > high > middle
-    intervals = Intervals(0.9, {"V1": 0.5}, silent_thirds={"V1": made}, samples=120)
+    intervals = Intervals(0.9, {"V1": 0.5}, without_audio_thirds={"V1": made}, samples=120)
     first, second = made.bounds
-    assert intervals.half_width("V1", first - 1, heard=False) == pytest.approx(low * (first + 9))
-    assert intervals.half_width("V1", first, heard=False) == pytest.approx(middle * (first + 10))
-    assert intervals.half_width("V1", second, heard=False) == pytest.approx(high * (second + 10))
+    assert intervals.half_width("V1", first - 1, has_audio=False) == pytest.approx(low * (first + 9))
+    assert intervals.half_width("V1", first, has_audio=False) == pytest.approx(middle * (first + 10))
+    assert intervals.half_width("V1", second, has_audio=False) == pytest.approx(high * (second + 10))
     inside = [
-        a <= t <= b for c, t in zip(counts, truths, strict=True) for a, b in [intervals.around("V1", c, heard=False)]
+        a <= t <= b
+        for c, t in zip(counts, truths, strict=True)
+        for a, b in [intervals.around("V1", c, has_audio=False)]
     ]
     for part in np.split(np.array(inside)[np.argsort(counts)], 3):
         assert 0.9 <= part.mean() <= 0.98

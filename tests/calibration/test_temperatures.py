@@ -31,22 +31,22 @@ def test_the_factor_is_found(factor):
 def test_calibrated_confidence_is_how_often_it_is_right():
     scores, labels = drawn(8000)
     made = Temperatures({"x": temperature((3 * scores).astype(np.float32), labels)})
-    doubts = made.doubts("x", (3 * scores).astype(np.float32), "confidence")
+    uncertainties = made.uncertainties("x", (3 * scores).astype(np.float32), "confidence")
     right = scores.argmax(1) == labels
     for low in (0.1, 0.3, 0.5):
-        some = (doubts >= low) & (doubts < low + 0.1)
-        assert 1 - right[some].mean() == pytest.approx(doubts[some].mean(), abs=0.05)
+        some = (uncertainties >= low) & (uncertainties < low + 0.1)
+        assert 1 - right[some].mean() == pytest.approx(uncertainties[some].mean(), abs=0.05)
 
 
 def test_doubt():
     made = Temperatures({"cold": 0.5})
     scores = np.log(np.array([[0.7, 0.2, 0.1], [1 / 3, 1 / 3, 1 / 3], [1.0, 1e-30, 1e-30]])).astype(np.float32)
-    assert made.doubts("x", scores, "confidence") == pytest.approx([0.3, 2 / 3, 0], abs=1e-6)
+    assert made.uncertainties("x", scores, "confidence") == pytest.approx([0.3, 2 / 3, 0], abs=1e-6)
     entropy = -(0.7 * np.log(0.7) + 0.2 * np.log(0.2) + 0.1 * np.log(0.1)) / np.log(3)
-    assert made.doubts("x", scores, "entropy") == pytest.approx([entropy, 1, 0], abs=1e-6)
-    assert made.doubts("cold", scores, "confidence")[0] == pytest.approx(1 - 0.49 / (0.49 + 0.04 + 0.01))
+    assert made.uncertainties("x", scores, "entropy") == pytest.approx([entropy, 1, 0], abs=1e-6)
+    assert made.uncertainties("cold", scores, "confidence")[0] == pytest.approx(1 - 0.49 / (0.49 + 0.04 + 0.01))
     huge = np.array([[1e30, 0.0], [-1e30, 0.0]], np.float32)
-    assert made.doubts("x", huge, "confidence").tolist() == [0, 0]
+    assert made.uncertainties("x", huge, "confidence").tolist() == [0, 0]
 
 
 def test_scores_without_a_best_temperature():

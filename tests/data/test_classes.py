@@ -267,9 +267,13 @@ def test_ids_that_are_no_text(path):
 
 def test_what_is_not_there(path):
     store = ClassStore(path)
-    for ask in (lambda: store.ids("val"), lambda: store.labels("dev"), lambda: ClassDataset(store, "val", size=(8, 8))):
+    for run_exit in (
+        lambda: store.ids("val"),
+        lambda: store.labels("dev"),
+        lambda: ClassDataset(store, "val", size=(8, 8)),
+    ):
         with pytest.raises(StoreError, match=r"no split .* \(it has train, test\)"):
-            ask()
+            run_exit()
     for index in (-1, 6):
         with pytest.raises(StoreError, match="has no image"):
             store.image("train", index)

@@ -68,7 +68,7 @@ def test_a_changed_byte_anywhere_is_found(make: Callable[[Path], Path], read: Ca
     path = make(tmp_path / "set.h5")
     data, expected, random = path.read_bytes(), read(path), np.random.default_rng(0)
     used = np.flatnonzero(np.frombuffer(data, np.uint8))  # most of the rest is room that nothing is in
-    told = []
+    report = []
     for at in random.choice(used, 150):
         flipped = bytearray(data)
         flipped[at] ^= 1 << random.integers(8)
@@ -76,9 +76,9 @@ def test_a_changed_byte_anywhere_is_found(make: Callable[[Path], Path], read: Ca
         try:
             assert read(path) == expected
         except StoreError as error:
-            told.append(str(error))
-    assert len(told) > 75
-    assert all(line.startswith(f"{path}: ") and "\n" not in line for line in told)
+            report.append(str(error))
+    assert len(report) > 75
+    assert all(line.startswith(f"{path}: ") and "\n" not in line for line in report)
 
 
 def test_each_part_of_a_sample_has_its_checksum(tmp_path):

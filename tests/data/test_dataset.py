@@ -67,7 +67,7 @@ def test_density_sums_to_the_count(store, view, stride):
         assert item["total"] == 9
         height, width = item["image"].shape[1:]
         assert item["density"].shape == (1, height // stride, width // stride)
-        assert item["inside"].shape == (1, height // 8, width // 8)
+        assert item["valid_mask"].shape == (1, height // 8, width // 8)
         if view is None:
             assert item["count"] == 9
 
@@ -122,10 +122,10 @@ def test_audio_is_simulated_for_what_a_crop_shows(store, monkeypatch):
     crops = items(store, setting, 40)
     assert asked == [item["count"].item() for item in crops]
     assert max(asked) >= 2
-    assert 8 < sum(bool(item["heard"]) for item in crops) < 32
+    assert 8 < sum(bool(item["has_audio"]) for item in crops) < 32
     for one, again in zip(crops, items(store, setting, 40), strict=True):
         assert torch.equal(one["log_mel"], again["log_mel"])
-        assert one["heard"] == again["heard"]
+        assert one["has_audio"] == again["has_audio"]
     asked.clear()
     nobody = CrowdDataset(store, "train", ["A_1"], setting, negatives=Negatives(1.0))[0, 3]
     assert asked == [nobody["count"]] == [0]
@@ -151,7 +151,7 @@ def test_conditions_leave_the_padding_alone(store):
         Setting((128, 128), conditions=ConditionRange(share=1, dark=1, covered=1)),
     ):
         item = items(store, setting, 1)[0]
-        padding = torch.nn.functional.interpolate(plain["inside"][None], scale_factor=8)[0, 0] == 0
+        padding = torch.nn.functional.interpolate(plain["valid_mask"][None], scale_factor=8)[0, 0] == 0
         assert padding.any()
         assert torch.equal(item["image"][:, padding], plain["image"][:, padding])
         assert not torch.equal(item["image"][:, ~padding], plain["image"][:, ~padding])
@@ -159,7 +159,7 @@ def test_conditions_leave_the_padding_alone(store):
 
 def test_valid_mask_is_where_the_image_lies(store):
     item = items(store, Setting((128, 128)), 1)[0]  # 160×96 fitted: 128×77 from row 24 on
-    share = item["inside"][0]
+    share = item["valid_mask"][0]
     assert share.sum().item() * 64 == pytest.approx(128 * 77)
     assert share[2].max() == 0
     assert share[3].min() == 1
@@ -175,16 +175,16 @@ def test_takes_are_drawn_in_training_alone(store):
 
 
 def test_hear(store, tmp_path):
-    def heard(hear: float, of: Store = store) -> int:
+    def has_audio(hear: float, of: Store = store) -> int:
         found = items(of, Setting(CANVAS, hear=hear), 60)
         assert all(item["log_mel"].shape == (1, 96, 64) for item in found)
-        return sum(bool(item["heard"]) for item in found)
+        return sum(bool(item["has_audio"]) for item in found)
 
-    assert heard(1.0) == 60
-    assert heard(0.0) == 0
-    assert 15 < heard(0.5) < 45
-    silent = written(tmp_path / "silent.h5", log_mel=None, takes=None, audio_source="none")
-    assert heard(1.0, silent) == 0
+    assert has_audio(1.0) == 60
+    assert has_audio(0.0) == 0
+    assert 15 < has_audio(0.5) < 45
+    without_audio = written(tmp_path / "silent.h5", log_mel=None, takes=None, audio_source="none")
+    assert has_audio(1.0, without_audio) == 0
 
 
 def test_an_item_depends_on_seed_index_and_draw_alone(store):
@@ -284,8 +284,8 @@ def test_own_shape_is_laid_out_as_counting_does(store, most, shape):
     laid, placement = scale_down(_decoded(store), most)
     assert item["image"].shape == (3, *shape)
     assert torch.equal(item["image"], torch.from_numpy(normalise(laid)))
-    assert item["density"].shape == item["inside"].shape == (1, shape[0] // 8, shape[1] // 8)
-    assert torch.equal(item["inside"][0], torch.from_numpy(placement.inside((shape[1], shape[0]))))
+    assert item["density"].shape == item["valid_mask"].shape == (1, shape[0] // 8, shape[1] // 8)
+    assert torch.equal(item["valid_mask"][0], torch.from_numpy(placement.valid_mask((shape[1], shape[0]))))
     assert item["density"].sum() == item["count"] == 9
 
 

@@ -48,7 +48,7 @@ def test_any_shape_is_seen(width, height):
     image = np.full((height, width, 3), 200, np.uint8)
     seen = views(image, (64, 64), "tiles")
     assert 1 <= len(seen) <= 9
-    assert all((canvas == 200).all() and placement.inside((64, 64)).all() for canvas, placement in seen)
+    assert all((canvas == 200).all() and placement.valid_mask((64, 64)).all() for canvas, placement in seen)
     ((canvas, placement),) = views(image, (64, 64), "fit")
     assert canvas.shape == (64, 64, 3)
-    assert 0 < placement.inside((64, 64)).mean() <= 1
+    assert 0 < placement.valid_mask((64, 64)).mean() <= 1

@@ -499,15 +499,15 @@ def test_damage_that_libjpeg_decodes_through_is_told(capfd) -> None:
     rough = np.random.default_rng(0).integers(0, 255, (24, 40, 3), np.uint8)
     data = encoded(cv2.resize(rough, (320, 192), interpolation=cv2.INTER_CUBIC), "JPEG", quality=90)
     begin = data.index(b"\xff\xda") + 40
-    told = 0
+    report = 0
     random = np.random.default_rng(1)
     for _ in range(20):
         try:
             image = decode_image(flipped(data, random.integers(begin, len(data) - 10, 4)))
         except ImageError:
             continue
-        told += any("the JPEG data is damaged (" in warning for warning in image.warnings)
-    assert told >= 10
+        report += any("the JPEG data is damaged (" in warning for warning in image.warnings)
+    assert report >= 10
     assert decode_image(data).warnings == ()
     assert capfd.readouterr() == ("", "")
 
@@ -658,13 +658,13 @@ def test_a_png_with_a_wrong_checksum_is_told() -> None:
 def test_damage_of_a_jpeg_within_a_tiff_is_told(capfd) -> None:
     rough = np.random.default_rng(0).integers(0, 255, (24, 40, 3), np.uint8)
     data = encoded(cv2.resize(rough, (320, 192), interpolation=cv2.INTER_CUBIC), "TIFF", compression="jpeg")
-    told, random = 0, np.random.default_rng(1)
+    report, random = 0, np.random.default_rng(1)
     for _ in range(20):
         try:
             image = decode_image(flipped(data, random.integers(len(data) // 4, len(data) * 3 // 4, 8)))
         except ImageError:
             continue
-        told += any("the JPEG data is damaged (" in warning for warning in image.warnings)
-    assert told >= 10
+        report += any("the JPEG data is damaged (" in warning for warning in image.warnings)
+    assert report >= 10
     assert decode_image(data).warnings == ()
     assert "JPEG" not in capfd.readouterr().err

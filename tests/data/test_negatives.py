@@ -126,9 +126,9 @@ def store(tmp_path: Path) -> Store:
                 pixels[:], points, density = 255, points[:0], np.full((24, 40), 0.1, np.float32)
             image = cv2.imencode(".png", pixels)[1]
             audio = random.normal(size=(96, 64)).astype(np.float32)
-            told = {"log_mel": audio, "audio_source": "simulated", "density": density}
+            report = {"log_mel": audio, "audio_source": "simulated", "density": density}
             count = 6.0 if density is None else 96.0
-            write_sample(file, StoredSample(f"A_{i}", "train", image, points, 320, 192, count, **told))
+            write_sample(file, StoredSample(f"A_{i}", "train", image, points, 320, 192, count, **report))
     return Store(tmp_path / "crowd.h5")
 
 
@@ -150,10 +150,10 @@ def test_an_item_without_anybody(store):
     for draw in range(12):
         item = data[0, draw]
         assert item["image"].shape == (3, 64, 96)
-        assert item["density"].shape == item["inside"].shape == (1, 8, 12)
+        assert item["density"].shape == item["valid_mask"].shape == (1, 8, 12)
         assert item["count"] == item["total"] == item["density"].sum() == 0
-        assert item["inside"].min() == 1
-        assert not item["heard"], "its audio tells of people"
+        assert item["valid_mask"].min() == 1
+        assert not item["has_audio"], "its audio tells of people"
         assert item["log_mel"].std() > 0, "a batch normalisation only sees real audio"
         assert item["image"].mean() < 0, "degraded as the others are"
 

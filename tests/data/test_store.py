@@ -27,7 +27,7 @@ def sample(id="A_1", split="train", **changes) -> StoredSample:
     return StoredSample(id=id, split=split, **values)
 
 
-def heard(**changes) -> StoredSample:
+def has_audio(**changes) -> StoredSample:
     log_mel = np.random.default_rng(1).normal(size=(96, 64)).astype(np.float32)
     return sample(
         log_mel=log_mel,
@@ -44,7 +44,7 @@ def path(tmp_path):
     with open_for_writing(path) as file:
         write_sample(file, sample("A_1"))
         write_sample(file, sample("B_2", points=np.zeros((0, 2), np.float32), count=0))
-        write_sample(file, heard(id="A_1", split="test"))
+        write_sample(file, has_audio(id="A_1", split="test"))
     return path
 
 
@@ -55,7 +55,7 @@ def test_round_trip(path):
         assert store.ids("train", "B_*") == ["B_2"]
         assert store.counts("train") == {"A_1": 3, "B_2": 0}
         assert store.read("train", "B_2").points.shape == (0, 2)
-        for expected in (sample("A_1"), heard(id="A_1", split="test")):
+        for expected in (sample("A_1"), has_audio(id="A_1", split="test")):
             found = store.read(expected.split, expected.id, with_takes=True)
             for field in fields(StoredSample):
                 np.testing.assert_array_equal(getattr(found, field.name), getattr(expected, field.name))
@@ -110,14 +110,14 @@ def test_no_store_at_all(tmp_path, content):
 
 def test_what_is_not_there(path):
     store = Store(path)
-    for ask in (
+    for run_exit in (
         lambda: store.ids("val"),
         lambda: store.ids("train", "C_*"),
         lambda: store.read("train", "C_1"),
         lambda: store.read("val", "A_1"),
     ):
         with pytest.raises(StoreError):
-            ask()
+            run_exit()
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_wrong_parts(path, name, value):
 
 def test_what_may_not_be_written(tmp_path):
     with h5py.File(tmp_path / "a.h5", "w") as file:
-        for wrong in (sample(split="dev"), sample(audio_source="recorded"), heard(split="testing")):
+        for wrong in (sample(split="dev"), sample(audio_source="recorded"), has_audio(split="testing")):
             with pytest.raises(StoreError):
                 write_sample(file, wrong)
 

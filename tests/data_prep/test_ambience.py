@@ -41,7 +41,7 @@ def voices(tmp_path_factory):
 
 
 @pytest.fixture
-def silent(tmp_path):
+def without_audio(tmp_path):
     """A prepared file: 4 train and 12 val images without audio, and one of each split with recorded sound."""
     path = tmp_path / "silent.h5"
     counts = {"train": [0, 3, 80, 900], "val": [5 * 2**n for n in range(11)] + [33], "test": []}
@@ -136,25 +136,25 @@ def test_silent_recordings():
         model.VoiceBank.of([np.zeros(100, np.float32), np.zeros(0, np.float32)])
 
 
-def test_command(silent, voices, tmp_path, capsys):
+def test_command(without_audio, voices, tmp_path, capsys):
     target = tmp_path / "new" / "loud.h5"
-    assert run(silent, target, "--voices", voices, "--takes", 3, "--voices-origin", "hums") == 0
+    assert run(without_audio, target, "--voices", voices, "--takes", 3, "--voices-origin", "hums") == 0
     assert "16 simulated" in capsys.readouterr().out
-    before, after = Store(silent), Store(target)
+    before, after = Store(without_audio), Store(target)
     for split in ("train", "val", "test"):
         assert after.counts(split) == before.counts(split)
         recorded = after.read(split, "rec", with_takes=True)
         assert (recorded.audio_source, recorded.takes) == ("recorded", None)
         assert "sound" not in recorded.origin
         assert np.all(recorded.log_mel == 0.25)
-    heard = after.read("train", "A_IMG_2", with_takes=True)
-    assert heard.audio_source == "simulated"
-    assert heard.log_mel.shape == (96, 64)
-    assert (heard.takes.shape, heard.takes.dtype) == ((3, 96, 64), np.float16)
-    seconds = [heard.log_mel, *heard.takes.astype(np.float32)]
+    has_audio = after.read("train", "A_IMG_2", with_takes=True)
+    assert has_audio.audio_source == "simulated"
+    assert has_audio.log_mel.shape == (96, 64)
+    assert (has_audio.takes.shape, has_audio.takes.dtype) == ((3, 96, 64), np.float16)
+    seconds = [has_audio.log_mel, *has_audio.takes.astype(np.float32)]
     for i, one in enumerate(seconds):
         assert all(np.abs(one - other).mean() > 0.05 for other in seconds[:i])
-    assert heard.origin == {
+    assert has_audio.origin == {
         "dataset": "made up",
         "sound": "simulated, not recorded with the image",
         "ambience_model": model.MODEL_VERSION,
@@ -165,12 +165,12 @@ def test_command(silent, voices, tmp_path, capsys):
     assert list(target.parent.iterdir()) == [target]
 
 
-def test_fixed_by_seed_and_id_whatever_the_processes(silent, voices, tmp_path):
+def test_fixed_by_seed_and_id_whatever_the_processes(without_audio, voices, tmp_path):
     one, two, other = (tmp_path / f"{name}.h5" for name in ("one", "two", "other"))
     arguments = ["--voices", voices, "--takes", 2]
-    assert run(silent, one, *arguments) == 0
-    assert run(silent, two, *arguments, jobs=2) == 0
-    assert run(silent, other, *arguments, "--seed", 1) == 0
+    assert run(without_audio, one, *arguments) == 0
+    assert run(without_audio, two, *arguments, jobs=2) == 0
+    assert run(without_audio, other, *arguments, "--seed", 1) == 0
     assert contents(one) == contents(two)
     name = "train/A_IMG_2/log_mel"
     assert contents(one)[name] != contents(other)[name]
@@ -189,7 +189,7 @@ def test_few_voices_leave_no_split_without(tmp_path, number):
     assert all(find_voices(tmp_path).values())
 
 
-def test_bad_input_is_one_line_and_code_2(silent, voices, tmp_path, capsys):
+def test_bad_input_is_one_line_and_code_2(without_audio, voices, tmp_path, capsys):
     target, empty = tmp_path / "out.h5", tmp_path / "empty"
     empty.mkdir()
     damaged = tmp_path / "damaged"
@@ -199,16 +199,16 @@ def test_bad_input_is_one_line_and_code_2(silent, voices, tmp_path, capsys):
     broken = tmp_path / "broken.h5"
     broken.write_bytes(b"no HDF5 at all")
     for arguments, reason in [
-        ((silent, silent, "--voices", voices), "same file"),
-        ((silent, target), "--voices"),
-        ((silent, target, "--voices", tmp_path / "nowhere"), "no such folder of voices"),
-        ((silent, target, "--voices", empty), "0 WAV files"),
-        ((silent, target, "--voices", damaged), "not a readable audio file"),
+        ((without_audio, without_audio, "--voices", voices), "same file"),
+        ((without_audio, target), "--voices"),
+        ((without_audio, target, "--voices", tmp_path / "nowhere"), "no such folder of voices"),
+        ((without_audio, target, "--voices", empty), "0 WAV files"),
+        ((without_audio, target, "--voices", damaged), "not a readable audio file"),
         ((tmp_path / "none.h5", target, "--voices", voices), "no such prepared file"),
         ((broken, target, "--voices", voices), "not a readable HDF5 file"),
-        ((silent,), "nothing to do"),
-        ((silent, "--measure"), "1 images of 'train' have sound and heads"),  # the recorded one
-        ((silent, target, "--voices", voices, "--takes", -1), "--takes"),
+        ((without_audio,), "nothing to do"),
+        ((without_audio, "--measure"), "1 images of 'train' have sound and heads"),  # the recorded one
+        ((without_audio, target, "--voices", voices, "--takes", -1), "--takes"),
     ]:
         assert run(*arguments) == 2, reason
         error = capsys.readouterr().err.strip().splitlines()
@@ -217,9 +217,9 @@ def test_bad_input_is_one_line_and_code_2(silent, voices, tmp_path, capsys):
     assert not target.exists()
 
 
-def test_count_beyond_the_model_is_skipped_or_strict(silent, voices, tmp_path, capsys):
+def test_count_beyond_the_model_is_skipped_or_strict(without_audio, voices, tmp_path, capsys):
     source, target = tmp_path / "huge.h5", tmp_path / "out.h5"
-    with Store(silent) as store, open_for_writing(source) as file:
+    with Store(without_audio) as store, open_for_writing(source) as file:
         for split in store.splits():
             for id in store.ids(split):
                 write_sample(file, store.read(split, id))

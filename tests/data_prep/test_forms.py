@@ -78,9 +78,9 @@ def test_heads_lie_on_the_image_that_is_trained_on(tmp_path, capsys, orientation
     light = (item["image"].numpy().transpose(1, 2, 0) * STD + MEAN).mean(axis=2) > 0.6
     assert all(light[y, x] for x, y in sample.points.astype(int))
     assert item["density"].sum() == pytest.approx(9, abs=0.01)
-    told = capsys.readouterr()
-    assert ("1 images are turned by EXIF" in told.out) == (orientation != 1)
-    assert "warning" not in told.err
+    report = capsys.readouterr()
+    assert ("1 images are turned by EXIF" in report.out) == (orientation != 1)
+    assert "warning" not in report.err
 
 
 def test_the_wrong_convention_is_told_with_the_number(tmp_path, capsys):

@@ -102,7 +102,7 @@ def test_silence_of_two_splits_never_overlaps(source, tmp_path):
                 start = 6 if "val" in name else 14
                 file.writelines(f"{word}/{k}.wav\n" for k in range(start, start + n))
     assert prepare(source, tmp_path / "set.h5") == 0
-    heard = {name: {split: np.zeros(length, bool) for split in SPLITS} for name, length in NOISES.items()}
+    has_audio = {name: {split: np.zeros(length, bool) for split in SPLITS} for name, length in NOISES.items()}
     counts, volumes = Counter(), Counter()
     for id, (split, name, values) in everything(tmp_path / "set.h5").items():
         if name != "silence":
@@ -112,12 +112,12 @@ def test_silence_of_two_splits_never_overlaps(source, tmp_path):
         samples = read_audio(source / NOISE / file)[0][0, start : start + 16_000].astype(float)
         assert len(samples) == 16_000
         assert values == stft_image(samples * volume, 16_000, size=32).tobytes()
-        heard[file][split][start : start + 16_000] = True
+        has_audio[file][split][start : start + 16_000] = True
         counts[split] += 1
         volumes[volume] += 1
     assert counts == {"train": 12, "val": 9, "test": 9}
     assert set(volumes) == set(VOLUMES)
-    for file, by_split in heard.items():
+    for file, by_split in has_audio.items():
         assert np.sum(list(by_split.values()), axis=0).max() == 1
         # Both files serve every split that has room in them; to train on more than the first.
         assert by_split["train"].mean() > 0.3, file

@@ -53,15 +53,15 @@ def test_calibrate(prepared, checkpoint, capsys):
     assert "within ± w" in capsys.readouterr().out
     made = Intervals.from_dict(zoo.read_spec(checkpoint).meta["intervals"])
     exits = load(checkpoint, runtime="eager").network.exit_names
-    for table in (made.silent, made.heard, made.silent_errors, made.heard_errors):
+    for table in (made.without_audio, made.with_audio, made.without_audio_errors, made.with_audio_errors):
         assert list(table) == exits
     for name in exits:
         # The mean of the scores, and a quantile of them that is above most.
-        assert 0 < made.silent_errors[name] < made.silent[name]
-    assert (made.samples, made.heard_samples) == (12, 4)
-    assert made.errors(heard=True) == made.heard_errors
-    assert made.errors(heard=False) == made.silent_errors
-    assert made.errors(heard=True) != made.errors(heard=False)
+        assert 0 < made.without_audio_errors[name] < made.without_audio[name]
+    assert (made.samples, made.with_audio_samples) == (12, 4)
+    assert made.errors(has_audio=True) == made.with_audio_errors
+    assert made.errors(has_audio=False) == made.without_audio_errors
+    assert made.errors(has_audio=True) != made.errors(has_audio=False)
 
 
 def test_an_export_has_intervals_of_its_own(prepared, checkpoint, image_file, tmp_path, capsys):
@@ -96,10 +96,10 @@ def test_too_few_samples_with_audio(prepared, checkpoint, caplog):
     assert command.run(app, ["calibrate", *arguments]) == 0
     assert "not calibrated with sound: 4 images are too few for a level of 0.9" in caplog.text
     made = Intervals.from_dict(zoo.read_spec(checkpoint).meta["intervals"])
-    assert (made.samples, made.heard_samples) == (12, 0)
-    assert made.heard == made.heard_errors == {}
-    assert list(made.silent) == list(made.silent_errors)
-    assert made.errors(heard=True) == made.silent_errors
+    assert (made.samples, made.with_audio_samples) == (12, 0)
+    assert made.with_audio == made.with_audio_errors == {}
+    assert list(made.without_audio) == list(made.without_audio_errors)
+    assert made.errors(has_audio=True) == made.without_audio_errors
 
 
 def test_tiled_images_are_counted_without_audio(prepared, checkpoint, monkeypatch):
@@ -118,7 +118,7 @@ def test_tiled_images_are_counted_without_audio(prepared, checkpoint, monkeypatc
     monkeypatch.setattr(counter, "stream", lambda *given: counted.append(given) or stream(*given))
     with Store(wide) as store:
         made = calibrate(counter, store, "val", store.ids("val"), 0.7)
-        assert (made.samples, made.heard_samples) == (13, 4)
+        assert (made.samples, made.with_audio_samples) == (13, 4)
         assert len(counted) == (13 + 1) + (4 + 1)
         assert evaluate(counter, store, "val", ["wide"])["audio"] == "none"
 
@@ -128,17 +128,17 @@ def test_expected_errors():
     before = Intervals(0.9, {"V1": 0.4}, {}, 20).to_dict()
     del before["silent_errors"], before["heard_errors"]  # as checkpoints were calibrated once
     old = Intervals.from_dict(before)
-    assert old.errors(heard=False) == old.errors(heard=True) == {"V1": 0.4}
+    assert old.errors(has_audio=False) == old.errors(has_audio=True) == {"V1": 0.4}
     # A mean error is not to be held against another exit's width.
     widths, errors = {"V1": 0.4, "final": 0.3}, {"V1": 0.2, "final": 0.1}
-    for silent, heard, silent_errors, heard_errors, expected in [
+    for without_audio, has_audio, without_audio_errors, with_audio_errors, expected in [
         (widths, {}, {"final": 0.1}, {}, widths),
         (widths, {"final": 0.2}, errors, {"final": 0.2}, errors),
         (widths, widths, errors, {"V1": 0.2}, widths),
         ({"V1": 0.4}, {}, {"final": 0.1}, {}, {}),
     ]:
-        mixed = Intervals(0.9, silent, heard, 20, silent_errors, heard_errors)
-        assert mixed.errors(heard=True) == expected
+        mixed = Intervals(0.9, without_audio, has_audio, 20, without_audio_errors, with_audio_errors)
+        assert mixed.errors(has_audio=True) == expected
     with pytest.raises(IntervalError, match="damaged"):
         Intervals.from_dict({**before, "silent_errors": {"V1": "x"}})
 

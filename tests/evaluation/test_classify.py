@@ -52,10 +52,10 @@ def checkpoint(tmp_path):
 
 def test_calibrate_writes_temperatures(colours, checkpoint):
     before = zoo.read_tensors(checkpoint)
-    told = CliRunner().invoke(app, ["calibrate", str(checkpoint), "--data", str(colours), "--runtime", "eager"])
-    assert told.exit_code == 0, told.output
-    assert "temperatures from 80 images" in " ".join(told.stdout.split())
-    assert "confidence" in told.stdout
+    report = CliRunner().invoke(app, ["calibrate", str(checkpoint), "--data", str(colours), "--runtime", "eager"])
+    assert report.exit_code == 0, report.output
+    assert "temperatures from 80 images" in " ".join(report.stdout.split())
+    assert "confidence" in report.stdout
     made = Temperatures.from_dict(zoo.read_spec(checkpoint).meta["temperatures"])
     assert list(made.by_exit) == ["1", "2", "final"]
     assert made.samples == 80
@@ -70,11 +70,11 @@ def test_leaving_in_a_batch_as_alone(colours, checkpoint, measure):
     with ClassStore(colours) as store:
         scores, labels = classify.scores_of(Eager().ready(network), store, "val", range(80))
         temperatures = classify.calibrate(scores, labels)
-        doubts = {name: temperatures.doubts(name, scores[name], measure) for name in scores}
-        bound = float(np.median(doubts["1"]))
+        uncertainties = {name: temperatures.uncertainties(name, scores[name], measure) for name in scores}
+        bound = float(np.median(uncertainties["1"]))
         how = Leaving(measure, bound, temperatures)
         said = classify.evaluate(Eager().ready(network), store, "val", range(80), leaving=how)["leaving"]
-    sure = np.stack([doubts["1"] <= bound, doubts["2"] <= bound, np.ones(80, bool)])
+    sure = np.stack([uncertainties["1"] <= bound, uncertainties["2"] <= bound, np.ones(80, bool)])
     at = sure.argmax(0)
     assert said["left"] == pytest.approx({n: 100 * (at == i).mean() for i, n in enumerate(["1", "2", "final"])}, abs=3)
     assert 40 <= said["left"]["1"] <= 60
@@ -95,17 +95,17 @@ def test_leaving_between_exits_of_one_place_as_the_analysis_foretells(colours):
     with ClassStore(colours) as store:
         chain = Eager().ready(network)
         scores, labels = classify.scores_of(chain, store, "val", range(80))
-        doubts = {name: Temperatures().doubts(name, scores[name], "confidence") for name in scores}
-        bound = float(np.median(doubts["1-mlp"])) + 1e-4
+        uncertainties = {name: Temperatures().uncertainties(name, scores[name], "confidence") for name in scores}
+        bound = float(np.median(uncertainties["1-mlp"])) + 1e-4
         said = classify.evaluate(chain, store, "val", range(80), leaving=Leaving("confidence", bound, Temperatures()))[
             "leaving"
         ]
     errors = {name: (of_exit.argmax(1) != labels).astype(float) for name, of_exit in scores.items()}
-    (foretold,) = leaving(doubts, errors, dict.fromkeys(names, 1.0), [bound])
-    assert list(doubts) == names
-    assert said["left"] == pytest.approx({name: 100 * share for name, share in foretold.shares.items()}, abs=3)
+    (predicted,) = leaving(uncertainties, errors, dict.fromkeys(names, 1.0), [bound])
+    assert list(uncertainties) == names
+    assert said["left"] == pytest.approx({name: 100 * share for name, share in predicted.shares.items()}, abs=3)
     assert said["left"]["1-vit"] > 5
-    assert said["accuracy"] == pytest.approx(100 * (1 - foretold.error), abs=3)
+    assert said["accuracy"] == pytest.approx(100 * (1 - predicted.error), abs=3)
 
 
 def test_who_has_left_is_not_computed(colours, checkpoint):
@@ -115,8 +115,8 @@ def test_who_has_left_is_not_computed(colours, checkpoint):
     advance = chain.advance
     chain.advance = lambda index, state: rows.append(len(state.visual)) or advance(index, state)
     features = classify.inputs(torch.randn(6, 3, 16, 16))
-    told = list(Leaving("confidence", 0.999, Temperatures()).walk(chain, ["1", "2", "final"], features))
-    assert [t.exit for t in told] == ["1"]
+    report = list(Leaving("confidence", 0.999, Temperatures()).run(chain, ["1", "2", "final"], features))
+    assert [t.exit for t in report] == ["1"]
     assert rows == [6]
 
 
@@ -124,9 +124,9 @@ def test_evaluate_from_the_command_line(colours, checkpoint):
     arguments = ["evaluate", "--model", str(checkpoint), "--data", str(colours), "--split", "val", "--runtime", "eager"]
     said = CliRunner().invoke(app, [*arguments, "--confidence", "0.4", "--format", "json"])
     assert said.exit_code == 0, said.output
-    told = json.loads(said.stdout)["leaving"]
-    assert (told["measure"], told["bound"]) == ("confidence", pytest.approx(0.6))
-    assert sum(told["left"].values()) == pytest.approx(100)
+    report = json.loads(said.stdout)["leaving"]
+    assert (report["measure"], report["bound"]) == ("confidence", pytest.approx(0.6))
+    assert sum(report["left"].values()) == pytest.approx(100)
     table = CliRunner().invoke(app, [*arguments, "--entropy", "0.5"])
     assert "when sure" in table.stdout
     both = CliRunner().invoke(app, [*arguments, "--entropy", "0.5", "--confidence", "0.5"])

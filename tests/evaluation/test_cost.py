@@ -109,9 +109,11 @@ def test_by_hand():
     vgg = full * 9 * (3 * 4 + 4 * 4) + full // 4 * 9 * (4 * 8 + 8 * 8)
     vgg += full // 16 * 9 * (8 * 16 + 2 * 16 * 16) + cells * 9 * (16 * 32 + 2 * 32 * 32)
     mel = 96 * 64
-    hears = mel * 9 * 4 + mel // 4 * 9 * 4 * 8 + mel // 16 * 9 * (8 * 16 + 16 * 16) + mel // 64 * 9 * 32 * (16 + 32)
+    uses_audio = (
+        mel * 9 * 4 + mel // 4 * 9 * 4 * 8 + mel // 16 * 9 * (8 * 16 + 16 * 16) + mel // 64 * 9 * 32 * (16 + 32)
+    )
     fuse = [cells * 9 * a * b + 32 * 2 * b for a, b in [(32, 32), (32, 32), (32, 32), (32, 16), (16, 8), (8, 4)]]
-    assert stages == [2 * vgg, 2 * hears, 2 * fuse[0], 2 * sum(fuse[1:])]
+    assert stages == [2 * vgg, 2 * uses_audio, 2 * fuse[0], 2 * sum(fuse[1:])]
     tokens, d, h = 8 + 1, 8, 2
     slvit = 8 * 32 * 16 * d + 32 * d  # eight patches, and the audio's through the summed kernel
     slvit += tokens * d * 4 * h * d + 2 * h * tokens**2 * d  # projections; queries by keys, weights by values

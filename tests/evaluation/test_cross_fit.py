@@ -75,10 +75,10 @@ def test_every_image_is_counted_by_the_run_that_left_it_out(crowd, runs, tmp_pat
     checkpoint.write_bytes((zoo.checkpoint_path(runs[0])).read_bytes())
     calibrating = ["calibrate", str(checkpoint), "--data", str(crowd), "--runtime", "eager"]
     assert command.run(app, calibrating) == 0
-    assert load(checkpoint).intervals.silent_thirds == {}  # four images a third are too few for 0.9
+    assert load(checkpoint).intervals.without_audio_thirds == {}  # four images a third are too few for 0.9
     assert command.run(app, [*calibrating, "--held-out", str(out)]) == 0
     made = Intervals.from_dict(zoo.read_spec(checkpoint).meta["intervals"])
-    assert set(made.silent_thirds) == {"V1", "final"}
+    assert set(made.without_audio_thirds) == {"V1", "final"}
 
 
 def test_what_cannot_be_cross_fitted(crowd, runs, tmp_path, capsys):
@@ -88,8 +88,8 @@ def test_what_cannot_be_cross_fitted(crowd, runs, tmp_path, capsys):
     ):
         arguments = ["cross-fit", *wrong, "--data", str(crowd), "--out", str(tmp_path / "c.csv"), "--runtime", "eager"]
         assert command.run(app, arguments) == 2
-        (told,) = capsys.readouterr().err.splitlines()
-        assert line in told
+        (report,) = capsys.readouterr().err.splitlines()
+        assert line in report
     (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
     with pytest.raises(CrossFitError, match="not a table of crowdexit cross-fit"):
         read_counts(tmp_path / "bad.csv")

@@ -13,9 +13,9 @@ EXITS = tuple(zoo.ExitSpec(str(layer), str(layer), "mlp") for layer in (1, 6))
 
 
 def test_by_hand():
-    doubts = {"a": np.array([0.1, 0.5, 0.9, 0.2]), "final": np.array([0.3, 0.9, 0.0, 0.0])}
+    uncertainties = {"a": np.array([0.1, 0.5, 0.9, 0.2]), "final": np.array([0.3, 0.9, 0.0, 0.0])}
     errors = {"a": np.array([1.0, 1.0, 1.0, 0.0]), "final": np.array([0.0, 1.0, 0.0, 0.0])}
-    made = leaving(doubts, errors, {"a": 10.0, "final": 30.0}, [0.05, 0.2, 0.5, 1.0])
+    made = leaving(uncertainties, errors, {"a": 10.0, "final": 30.0}, [0.05, 0.2, 0.5, 1.0])
     assert [point.error for point in made] == [0.25, 0.5, 0.5, 0.75]
     assert [point.cost for point in made] == [30, 20, 15, 10]
     assert [point.shares["a"] for point in made] == [0, 0.5, 0.75, 1]

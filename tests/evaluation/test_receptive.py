@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from crowdexit.cli.commands import app
 from crowdexit.errors import CrowdExitError
-from crowdexit.evaluation.receptive import look
+from crowdexit.evaluation.receptive import receptive_fields
 from crowdexit.models import zoo
 from crowdexit.models.backbones.audiocsrnet import AudioCSRNet, AudioCSRNetConfig
 
@@ -32,7 +32,7 @@ def make_image() -> np.ndarray:
 
 
 def test_a_convolution_sees_a_patch_and_attention_everything(network, make_image):
-    sights = {sight.exit: sight for sight in look(network, make_image)}
+    sights = {sight.exit: sight for sight in receptive_fields(network, make_image)}
     assert set(sights) == {"V1", "V1-cnn", "AV1"}
     cnn, slvit = sights["V1-cnn"], sights["V1"]
     assert cnn.field.shape == slvit.field.shape == (128, 256)
@@ -47,7 +47,7 @@ def test_a_convolution_sees_a_patch_and_attention_everything(network, make_image
 
 def test_attention_is_by_patch_and_adds_up(network, make_image):
     for name in ("V1", "AV1"):
-        (sight,) = look(network, make_image, [name])
+        (sight,) = receptive_fields(network, make_image, [name])
         assert sight.attention is not None
         assert sight.attention.shape == (4, 8)  # the audio's patch is none of the image's
         assert sight.attention.sum() == pytest.approx(1, abs=1e-5)
@@ -83,9 +83,9 @@ def test_the_command(network, make_image, tmp_path):
 @pytest.mark.parametrize(("exits", "message"), [(["V2"], "no early exit 'V2'"), (["final"], "no early exit 'final'")])
 def test_no_such_exit(network, make_image, exits, message):
     with pytest.raises(CrowdExitError, match=message):
-        look(network, make_image, exits)
+        receptive_fields(network, make_image, exits)
 
 
 def test_a_model_without_branches(make_image):
     with pytest.raises(CrowdExitError, match="no early exits"):
-        look(zoo.build(zoo.Spec("audiocsrnet", (), CHANGES)), make_image)
+        receptive_fields(zoo.build(zoo.Spec("audiocsrnet", (), CHANGES)), make_image)

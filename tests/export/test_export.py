@@ -27,7 +27,7 @@ from crowdexit.inference.counter import CrowdCounter, load
 from crowdexit.inference.models import keep_calibration, open_model
 from crowdexit.models import zoo
 from crowdexit.runtimes import openvino
-from crowdexit.runtimes.batch import look
+from crowdexit.runtimes.batch import make_batch
 from crowdexit.runtimes.eager import Eager
 from crowdexit.runtimes.engines import Engine
 from crowdexit.utils import command
@@ -80,12 +80,12 @@ print(json.dumps(said))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    silent, heard, huge, first = json.loads(done.stdout)
-    for said, image, audio in ((silent, IMAGE, None), (heard, IMAGE, AUDIO), (huge, HUGE, None)):
+    without_audio, has_audio, huge, first = json.loads(done.stdout)
+    for counts, image, audio in ((without_audio, IMAGE, None), (has_audio, IMAGE, AUDIO), (huge, HUGE, None)):
         expected = by_eager(checkpoints / kind, image, audio)
-        assert list(said) == list(expected)
-        assert said == pytest.approx(expected, rel=1e-4)
-    assert first == {name: count for name, count in silent.items() if name == next(iter(silent))}
+        assert list(counts) == list(expected)
+        assert counts == pytest.approx(expected, rel=1e-4)
+    assert first == {name: count for name, count in without_audio.items() if name == next(iter(without_audio))}
 
 
 def test_boxes_that_count_below_zero_are_added_like_the_others(tmp_path):
@@ -100,7 +100,7 @@ def test_boxes_that_count_below_zero_are_added_like_the_others(tmp_path):
     chain = Eager().ready(network)
 
     def raw() -> list[float]:
-        return [float(dict(chain.stream(look(box, None, network.config), ["V1"]))["V1"].value) for box in boxes]
+        return [float(dict(chain.stream(make_batch(box, None, network.config), ["V1"]))["V1"].value) for box in boxes]
 
     with torch.no_grad():
         last.weight *= 1000
@@ -110,10 +110,10 @@ def test_boxes_that_count_below_zero_are_added_like_the_others(tmp_path):
     assert low < -1
     assert low + high > 1
     zoo.save(network, spec, tmp_path / "m" / "model.safetensors")
-    said = Exported(export(tmp_path / "m", tmp_path / "export")).count(image)
+    counts = Exported(export(tmp_path / "m", tmp_path / "export")).count(image)
     expected = by_eager(tmp_path / "m", image, None)
-    assert said == pytest.approx(expected, rel=1e-3)
-    assert said["V1"] == pytest.approx(low + high, rel=1e-3)
+    assert counts == pytest.approx(expected, rel=1e-3)
+    assert counts["V1"] == pytest.approx(low + high, rel=1e-3)
 
 
 def test_early_exit_of_a_large_image_skips_later_stages(exported, monkeypatch):
@@ -177,8 +177,8 @@ def test_the_command_and_the_counter(checkpoints, tmp_path, image_file):
     expected = by_eager(checkpoints / "audiocsrnet", IMAGE, AUDIO)
     result = {r.exit: r for r in counter.stream(IMAGE, AUDIO)}
     assert list(result) == ["V1", "AV2", "final"]
-    for name, said in result.items():
-        assert said.count == pytest.approx(expected[name], rel=0.02)
+    for name, counts in result.items():
+        assert counts.count == pytest.approx(expected[name], rel=0.02)
     assert float(result["final"].density.sum()) == pytest.approx(result["final"].count, rel=0.01)
     rows = CliRunner().invoke(app, ["count", str(image_file()), "--model", str(out), "--format", "json"])
     assert rows.exit_code == 0, rows.output
@@ -197,7 +197,7 @@ def test_a_classifier_is_exported_and_does_not_count(checkpoints, tmp_path):
     state = {"visual": features.visual.numpy()}
     for index in range(3):
         state = exported.chain.advance(index, state)
-    scores = exported.chain.ask("final", state).value
+    scores = exported.chain.run_exit("final", state).value
     expected = dict(Eager().ready(network).stream(features))["final"].value.numpy()
     np.testing.assert_allclose(scores, expected, atol=1e-4)
 
@@ -484,7 +484,7 @@ def copied(source: Path, target: Path) -> Path:
 def refused(folder: Path, line: str, capsys, image: Path) -> None:
     """The command ends with 2 and one line."""
     assert command.run(app, ["count", str(image), "--model", str(folder)]) == 2
-    said = capsys.readouterr().err
-    assert line in said
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1
+    counts = capsys.readouterr().err
+    assert line in counts
+    assert counts.startswith("error: ")
+    assert counts.count("\n") == 1

@@ -17,9 +17,9 @@ from contextlib import nullcontext
 
 import numpy as np
 import pytest
-from crowdexit.data.image import ImageError
 from slow import slow
 
+from crowdexit.data.image import ImageError
 from crowdexit.inference.anytime import DeadlineMissed, _Waking, answers_by
 from crowdexit.inference.counter import CounterError
 from crowdexit.inference.profile import PREPARING, stage_step
@@ -243,10 +243,10 @@ def test_two_at_once(counter, expected):
     tool = slow(counter.network, 0.3, 0.3, 0.3, 0.3)
     results = {}
 
-    def ask(seed: int) -> None:
+    def run_exit(seed: int) -> None:
         results[seed] = tool.count(make_image(seed), deadline_ms=60_000)
 
-    threads = [threading.Thread(target=ask, args=(seed,)) for seed in (1, 2, 3)]
+    threads = [threading.Thread(target=run_exit, args=(seed,)) for seed in (1, 2, 3)]
     for thread in threads:
         thread.start()
         time.sleep(0.1)
@@ -265,22 +265,22 @@ def test_many_deadlines(counter, expected):
     truth = [expected(image) for image in images]
     faults: list[object] = []
 
-    def ask(who: int) -> None:
+    def run_exit(who: int) -> None:
         random = np.random.default_rng(who)
         for _ in range(40):
             deadline = float(random.uniform(0.1, 60))
             try:
                 result = tool.count(images[who], deadline_ms=deadline)
-                said = {r.exit: r.count for r in result.exits}
-                assert list(said) == SERVED[: len(said)]
-                assert said == pytest.approx({name: truth[who][name] for name in said}, rel=1e-5)
+                counts = {r.exit: r.count for r in result.exits}
+                assert list(counts) == SERVED[: len(counts)]
+                assert counts == pytest.approx({name: truth[who][name] for name in counts}, rel=1e-5)
                 assert result.chosen is result.exits[-1]
                 assert result.in_time == (result.chosen.latency_ms <= deadline)
-                assert result.in_time or len(said) == 1
+                assert result.in_time or len(counts) == 1
             except BaseException as fault:
                 faults.append(fault)
 
-    threads = [threading.Thread(target=ask, args=(who,)) for who in range(3)]
+    threads = [threading.Thread(target=run_exit, args=(who,)) for who in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -319,11 +319,11 @@ def test_who_was_woken_late_wakes_earlier_the_next_time(monkeypatch):
     wait_for = threading.Condition.wait_for
 
     def late(self, predicate, timeout=None):
-        said = wait_for(self, predicate, timeout)
+        counts = wait_for(self, predicate, timeout)
         if threading.current_thread() is threading.main_thread() and timeout:
             waited.append(timeout)
             time.sleep(0.05)
-        return said
+        return counts
 
     monkeypatch.setattr(threading.Condition, "wait_for", late)
 

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crowdexit.inference.budget import Budget, BudgetError, Costs, climb, ladder
-from crowdexit.inference.walk import Batch, Part, Walk
-from crowdexit.models.stages import Answer
+from crowdexit.inference.executor import Batch, Part, StageExecutor
+from crowdexit.models.stages import ExitOutput
 
 EXITS = ["a", "b", "c", "final"]
 STAGE_OF = dict(zip(EXITS, range(4), strict=True))
@@ -39,9 +39,9 @@ class Simulated:
         self.now += self.pace() * len(state) * self.costs.stages[index] / 1000
         return state
 
-    def ask(self, name, state):
+    def run_exit(self, name, state):
         self.now += self.pace() * len(state) * self.costs.exits[name] / 1000
-        return Answer(state)
+        return ExitOutput(state)
 
     def select(self, state, keep):
         return state[keep]
@@ -49,11 +49,11 @@ class Simulated:
 
 def run(counts, budget_ms, **how):
     """(exit by image, milliseconds taken) of images with these counts."""
-    left, took, _ = walked(counts, budget_ms, **how)
+    left, took, _ = finish(counts, budget_ms, **how)
     return left, took
 
 
-def walked(
+def finish(
     counts,
     budget_ms,
     *,
@@ -79,23 +79,23 @@ def walked(
         window = counts[start : start + abreast]
         begun = []
         budget.window(begun)
-        walk = Walk(machine, len(window), EXITS, clock=lambda: machine.now)
+        executor = StageExecutor(machine, len(window), EXITS, clock=lambda: machine.now)
 
         def parts(window=window, begun=begun):
             for at in range(0, len(window), at_once):
                 rows = torch.tensor(window[at : at + at_once], dtype=torch.float32)
                 machine.now += pace() * (preparing if really is None else really) * len(rows) / 1000
-                begun += [SimpleNamespace(heard=False)] * len(rows)
+                begun += [SimpleNamespace(has_audio=False)] * len(rows)
                 batch = Batch(lambda rows=rows: rows, len(rows))
                 yield Part(np.arange(at, at + len(rows)), np.ones(len(rows), int), [batch])
 
-        said = [""] * len(window)
-        for told in walk.run(parts(), budget):
-            for number in [] if told is None else told.samples:
-                said[number] = told.exit
-        budget.walked()
+        results = [""] * len(window)
+        for report in executor.run(parts(), budget):
+            for number in [] if report is None else report.samples:
+                results[number] = report.exit
+        budget.finish()
         machine.now += pause / 1000
-        left += said
+        left += results
     return left, 1000 * machine.now, budget
 
 
@@ -242,12 +242,12 @@ def test_budgets_that_cannot_be():
 def test_uncountable_images_leave_their_time_to_the_others():
     machine = Simulated(COSTS)
     budget = Budget(8 * 61.0, 8, EXITS, {False: ERRORS, True: ERRORS}, COSTS, 0.0, clock=lambda: machine.now)
-    budget.window([SimpleNamespace(heard=False)] * 4)
+    budget.window([SimpleNamespace(has_audio=False)] * 4)
     for _ in range(4):
         budget.skip()
-    walk = Walk(machine, 4, EXITS, clock=lambda: machine.now)
+    executor = StageExecutor(machine, 4, EXITS, clock=lambda: machine.now)
     rows = torch.tensor([1.0, 10.0, 100.0, 1000.0])
-    for _ in walk.run([Part(np.arange(4), np.ones(4, int), [Batch(lambda: rows, 4)])], budget):
+    for _ in executor.run([Part(np.arange(4), np.ones(4, int), [Batch(lambda: rows, 4)])], budget):
         pass
     assert 1000 * machine.now == pytest.approx(4 * 105.0)
 
@@ -266,37 +266,37 @@ FALLING = {"a": 0.8, "b": 0.4, "c": 0.3, "final": 0.1}
 @pytest.mark.parametrize("factor", [0.8, 1.0, 1.25])
 def test_several_exits_after_the_first_stage_belong_to_looking(factor):
     """Preparing and first stages between them are nobody's climbing: the machine is as fast as it is."""
-    look = 10.0 + 60 + 1 + 2 + 3
-    budget_ms = 200 * (look + 20.0) * factor
-    exits, took, budget = walked(
+    make_batch = 10.0 + 60 + 1 + 2 + 3
+    budget_ms = 200 * (make_batch + 20.0) * factor
+    exits, took, budget = finish(
         crowds(200), budget_ms, costs=CROWDED, errors=FALLING, preparing=10.0, pace=lambda: factor
     )
     assert took == pytest.approx(budget_ms, rel=0.05)
     assert set(exits) == {"c", "final"}
-    assert budget.look_ms == pytest.approx(look * factor, rel=0.02)
+    assert budget.first_pass_ms == pytest.approx(make_batch * factor, rel=0.02)
     assert budget.pace == pytest.approx(factor, rel=0.1)
 
 
 def test_the_plan_chooses_between_exits_of_one_stage():
     """Deeper than the first stage not everybody who comes to an exit goes on to the next one there."""
     costs = Costs([60.0, 5.0, 12.0, 25.0], {"a": 1.0, "b": 1.0, "c": 30.0, "final": 1.0}, {**STAGE_OF, "c": 1})
-    exits, took, budget = walked(crowds(100), 100 * 75.0, costs=costs, errors={"a": 0.8, "b": 0.5, "c": 0.3})
+    exits, took, budget = finish(crowds(100), 100 * 75.0, costs=costs, errors={"a": 0.8, "b": 0.5, "c": 0.3})
     assert took == pytest.approx(100 * 75.0, rel=0.05)
     assert {"b", "c"} <= set(exits)
     assert budget.pace == pytest.approx(1.0, rel=0.01)
 
 
 def test_what_the_caller_does_meanwhile_is_not_the_machines_pace():
-    _, took, budget = walked(crowds(128), 128 * 110.0, pause=800.0)
+    _, took, budget = finish(crowds(128), 128 * 110.0, pause=800.0)
     assert took <= 1.05 * 128 * 110.0 + 800.0  # the last pause comes after the end
-    assert (budget.look_ms, budget.pace) == (pytest.approx(61.0), pytest.approx(1.0))
+    assert (budget.first_pass_ms, budget.pace) == (pytest.approx(61.0), pytest.approx(1.0))
 
 
 def test_first_exits_that_take_longer_than_was_thought():
     """Told long before the time is up; what the profile says would have been enough."""
     machine = []
     with pytest.raises(BudgetError, match=r"too small for 200 images: their first exits .* about 2\d\d\d\d ms"):
-        walked(crowds(200), 200 * 90.0, preparing=10.0, really=100.0, pace=lambda: machine.append(0) or 1.0)
+        finish(crowds(200), 200 * 90.0, preparing=10.0, really=100.0, pace=lambda: machine.append(0) or 1.0)
     assert len(machine) < 100  # of some 250 steps for the first exits alone
     # One step that hangs is not taken for what is to come.
     hangs = iter([40.0])

@@ -25,8 +25,8 @@ from crowdexit.data.log_mel import log_mel
 from crowdexit.data.mel import AudioError
 from crowdexit.inference import counter as module
 from crowdexit.inference.counter import CounterError, CrowdCounter, DeadlineMissed, load, served_exits
+from crowdexit.inference.preprocessing import load_log_mel, prepared
 from crowdexit.inference.profile import LAYING, PREPARING
-from crowdexit.inference.scene import hear, prepared
 from crowdexit.models import zoo
 from crowdexit.runtimes.arrays import RuntimeUnavailable
 from crowdexit.runtimes.eager import Eager
@@ -150,11 +150,11 @@ def test_a_deadline_holds_for_tiles(counter, monkeypatch):
 
     _ = counter.profile
     rows = prepared(image, None, counter.network.config)[1]
-    foreseen = counter._foreseen_s(rows, "V1")
-    assert 0 < foreseen < counter._foreseen_s(rows, "final")
+    predicted = counter._predicted_s(rows, "V1")
+    assert 0 < predicted < counter._predicted_s(rows, "final")
     monkeypatch.setattr(type(counter.chain), "advance", counted)
     for late, seconds in (("fail", 11), ("wait", 101)):
-        monkeypatch.setattr(counter, "_foreseen_s", lambda *_, s=seconds: s)
+        monkeypatch.setattr(counter, "_predicted_s", lambda *_, s=seconds: s)
         line = (
             rf"no exit can answer within 10000 ms: the image is cut into {tiles} tiles, for which the first, V1, takes"
         )
@@ -164,7 +164,7 @@ def test_a_deadline_holds_for_tiles(counter, monkeypatch):
         counter.count(image, deadline_ms=0.001, late="fail")
     assert run == []
     monkeypatch.setattr(module, "MOST_LATE", 1e9)
-    monkeypatch.setattr(counter, "_foreseen_s", lambda rows, exit: 0.0 if exit == "V1" else 1.0)
+    monkeypatch.setattr(counter, "_predicted_s", lambda rows, exit: 0.0 if exit == "V1" else 1.0)
     result = counter.count(image, deadline_ms=0.001)
     assert (result.chosen.exit, result.in_time) == ("V1", False)
     assert {*run} == {0}  # the stages behind the first exit are not run for an answer that is late anyhow
@@ -274,21 +274,21 @@ def test_forms_of_audio(counter, tmp_path):
     counts = [counter.count(image, form).count for form in forms]
     assert counts == pytest.approx([counts[0]] * 5, rel=1e-4)
     unheard = counter.count(image)
-    silent = counter.count(image, (0 * audio, 16_000))
-    assert len({round(c, 4) for c in (counts[0], unheard.count, silent.count)}) == 3
+    without_audio = counter.count(image, (0 * audio, 16_000))
+    assert len({round(c, 4) for c in (counts[0], unheard.count, without_audio.count)}) == 3
     # V1 stands before the ear.
-    assert unheard.exits[0].count == pytest.approx(silent.exits[0].count, rel=1e-6)
+    assert unheard.exits[0].count == pytest.approx(without_audio.exits[0].count, rel=1e-6)
 
 
 def test_audio_that_cannot_be_used(tmp_path):
-    assert hear(None) is None
+    assert load_log_mel(None) is None
     for wrong in (np.zeros((64, 96), np.float32), np.full((96, 64), np.nan, np.float32)):
         with pytest.raises(AudioError, match=r"\(96, 64\)"):
-            hear(wrong)
+            load_log_mel(wrong)
     with pytest.raises(AudioError, match="without samples"):
-        hear((np.zeros(0, np.float32), 16_000))
+        load_log_mel((np.zeros(0, np.float32), 16_000))
     with pytest.raises(AudioError, match="no such"):
-        hear(tmp_path / "none.wav")
+        load_log_mel(tmp_path / "none.wav")
 
 
 @pytest.mark.parametrize(
@@ -443,8 +443,8 @@ def test_load(counter, tmp_path):
     low, high = result.chosen.interval
     half = 0.25 * (result.count + 10)
     assert (low, high) == pytest.approx((max(0, result.count - half), result.count + half))
-    heard = again.count(image, np.zeros((96, 64), np.float32)).chosen
-    assert heard.interval[1] == pytest.approx(heard.count + 0.5 * (heard.count + 10))
+    has_audio = again.count(image, np.zeros((96, 64), np.float32)).chosen
+    assert has_audio.interval[1] == pytest.approx(has_audio.count + 0.5 * (has_audio.count + 10))
     assert result.exits[0].interval is None
     row = result.to_dict("p.jpg")
     assert row["exits"][-1]["interval"] == [round(low, 2), round(high, 2)]

@@ -24,7 +24,7 @@ from crowdexit.jobs.count import count_inputs
 from crowdexit.models import zoo
 from crowdexit.models.stages import inputs
 from crowdexit.runtimes.eager import Eager
-from crowdexit.runtimes.pick import pick
+from crowdexit.runtimes.selection import select_runtime
 from crowdexit.utils import command
 
 WIDTHS = dict.fromkeys(("V1", "AV1", "AV2", "final"), 0.25)
@@ -115,9 +115,9 @@ def test_every_output_has_it(calibrated, files, tmp_path, capsys):
     _, familiar, other = capsys.readouterr().out.splitlines()
     assert not familiar.endswith("unfamiliar")
     assert other.endswith("unfamiliar")
-    for file, told in zip(files, (False, True), strict=True):
+    for file, report in zip(files, (False, True), strict=True):
         count_inputs(calibrated, [file])
-        assert ("unlike those the network was trained on" in capsys.readouterr().out) is told
+        assert ("unlike those the network was trained on" in capsys.readouterr().out) is report
 
 
 def test_without_statistics_it_is_not_known(counter, files, tmp_path, capsys):
@@ -135,12 +135,12 @@ def test_the_interval_is_wider(calibrated):
             half = (0.25 if familiar else 2.0) * (result.count + 10)
             assert result.interval == pytest.approx((max(0, result.count - half), result.count + half))
     wide = Intervals(0.9, {"final": 5.0})
-    assert wide.around("final", 10.0, heard=False, familiar=False) == (0.0, 110.0)
-    assert Intervals().around("final", 10.0, heard=False, familiar=False) is None
+    assert wide.around("final", 10.0, has_audio=False, familiar=False) == (0.0, 110.0)
+    assert Intervals().around("final", 10.0, has_audio=False, familiar=False) is None
 
 
 def test_nobody_is_confident_of_what_is_not_familiar(calibrated):
-    policy = Confident(doubt=1e-3, share=1.9)
+    policy = Confident(uncertainty=1e-3, share=1.9)
     assert calibrated.count(noise(200), policy=policy).chosen.exit == "V1"
     assert calibrated.count(FLAT, policy=policy).chosen.exit == "final"
 
@@ -176,9 +176,9 @@ def test_padding_does_not_matter(calibrated):
     """An image that fills half of the canvas has the features of that half."""
     chain = calibrated.chain
     image = torch.randn(1, 3, 64, 128)
-    inside = torch.zeros(1, 1, 8, 16)
-    inside[..., :8] = 1
-    state = chain.advance(0, chain.begin(inputs(image, inside=inside)))
+    valid_mask = torch.zeros(1, 1, 8, 16)
+    valid_mask[..., :8] = 1
+    state = chain.advance(0, chain.begin(inputs(image, valid_mask=valid_mask)))
     visual, _ = chain.visual_of(state)
     (sums,) = chain.feature_sums(state)
     kept = visual[0, :, :, :8].flatten(1).double()
@@ -189,10 +189,10 @@ def test_padding_does_not_matter(calibrated):
 def test_runtimes_agree(counter, name):
     if name != "compile":
         pytest.importorskip({"openvino": "openvino", "onnx": "onnxruntime"}[name])
-    batch = inputs(torch.randn(2, 3, 64, 128), inside=torch.rand(2, 1, 8, 16))
+    batch = inputs(torch.randn(2, 3, 64, 128), valid_mask=torch.rand(2, 1, 8, 16))
     plain, other = (
         chain.feature_sums(chain.advance(0, chain.begin(batch)))
-        for chain in (Eager().ready(counter.network), pick(name).ready(counter.network))
+        for chain in (Eager().ready(counter.network), select_runtime(name).ready(counter.network))
     )
     assert other == pytest.approx(plain, rel=1e-3, abs=1e-3)
 

@@ -53,7 +53,7 @@ def test_the_canvas_ends_at_the_next_multiple_of_32(images):
     assert canvas.shape == (64, 96, 3)
     assert (placement.scale, placement.offset, placement.size) == (1.0, (0, 0), (70, 40))
     np.testing.assert_array_equal(canvas[:40, :70], images[2])
-    valid = placement.inside((96, 64))
+    valid = placement.valid_mask((96, 64))
     assert valid.sum() == pytest.approx(70 * 40 / 64)  # in cells of 8×8
 
 
@@ -78,7 +78,7 @@ def test_openvino_is_converted_once_for_all_sizes(network, images, monkeypatch):
     converted = []
     convert = openvino.convert
     monkeypatch.setattr(openvino, "convert", lambda piece, *of: converted.append(piece) or convert(piece, *of))
-    monkeypatch.setattr("crowdexit.runtimes.kept.cache_folder", lambda: None)
+    monkeypatch.setattr("crowdexit.runtimes.model_cache.cache_folder", lambda: None)
     chain, eager = OpenVINO().ready(network), Eager().ready(network)
     before = 0
     for image in images[1:4]:

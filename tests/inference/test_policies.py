@@ -86,15 +86,15 @@ def test_confident_in_people_or_as_a_share(calibrated, images):
     for image in images:
         answers = list(calibrated.stream(image))
         for policy in (Confident(5.0), Confident(share=0.5), Confident(4.0, 0.3), Confident(1e9), Confident(1e-9)):
-            bounds = [max(policy.doubt, policy.share * r.count) for r in answers]
+            bounds = [max(policy.uncertainty, policy.share * r.count) for r in answers]
             halves = [r.interval[1] - r.count for r in answers]
             enough = [half <= bound for half, bound in zip(halves, bounds, strict=True)]
             expected = SERVED[enough.index(True)] if any(enough) else "final"
             assert calibrated.count(image, policy=policy).chosen.exit == expected
     assert calibrated.count(images[0], policy=Confident(1e9), deadline_ms=60_000).chosen.exit == "V1"
     # Not calibrated with sound: nobody is ever sure.
-    heard = calibrated.count(images[0], np.zeros((96, 64), np.float32), policy=Confident(1e9))
-    assert heard.chosen.exit == "final"
+    has_audio = calibrated.count(images[0], np.zeros((96, 64), np.float32), policy=Confident(1e9))
+    assert has_audio.chosen.exit == "final"
 
 
 ALL = ["V1", "V1-cnn", "AV1", "AV1-cnn", "AV2", "AV2-cnn", "final"]
@@ -110,7 +110,7 @@ def test_leaving_between_the_exits_of_a_stage(counter, images, monkeypatch, at_o
     policy = left_between(tool, images)
     expected = []
     for of_one in answers:
-        enough = [r.interval[1] - r.count <= policy.doubt for r in of_one[:-1]]
+        enough = [r.interval[1] - r.count <= policy.uncertainty for r in of_one[:-1]]
         expected.append(ALL[: [*enough, True].index(True) + 1])
     assert len({len(names) for names in expected}) > 1
     assert ["V1"] in expected
@@ -365,12 +365,12 @@ def test_a_budget_too_small_for_the_first_exits_shows_on_the_way(counter, tmp_pa
             time.sleep(0.1)
             yield np.zeros((64, 128, 3), np.uint8), None
 
-    said = []
+    counts = []
     with pytest.raises(BudgetError, match="too small for 100 images: their first exits alone take about"):
-        said.extend(tool.count_many(slow_to_come(), budget_ms=3000, number=100))
+        counts.extend(tool.count_many(slow_to_come(), budget_ms=3000, number=100))
     assert len(asked) < 20
-    assert [result.chosen.exit for result in said] == ["V1"] * len(said)  # what was answered by then is not lost
-    assert 0 < len(said) < len(asked)
+    assert [result.chosen.exit for result in counts] == ["V1"] * len(counts)  # what was answered by then is not lost
+    assert 0 < len(counts) < len(asked)
 
 
 def test_a_budget_for_a_folder(counter, images, tmp_path, monkeypatch, capsys):

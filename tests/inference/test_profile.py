@@ -13,7 +13,7 @@ from networks import VIT
 from tiny import TINY
 
 from crowdexit.inference import profile as module
-from crowdexit.inference.profile import FIRST, KEPT, Profile, exit_step, profile_of, stage_step
+from crowdexit.inference.profile import FIRST, MAX_MEASUREMENTS, Profile, exit_step, profile_of, stage_step
 from crowdexit.models import zoo
 
 
@@ -51,9 +51,9 @@ def test_other_numbers_of_rows():
 
 def test_the_old_is_forgotten():
     profile = Profile()
-    for number in range(3 * KEPT):
+    for number in range(3 * MAX_MEASUREMENTS):
         profile.note(FIRST, 1, float(number))
-    assert profile.ms(FIRST, quantile=0) == 2 * KEPT
+    assert profile.ms(FIRST, quantile=0) == 2 * MAX_MEASUREMENTS
 
 
 def test_kept_and_read(tmp_path):

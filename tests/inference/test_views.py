@@ -61,8 +61,8 @@ def test_the_batch_does_not_matter(view, images, audio):
     counter = made(view)
     log_mels = [audio, None, audio]
     pairs = list(zip(images, log_mels, strict=True))
-    for together, (image, heard) in zip(counter.count_many(pairs), pairs, strict=True):
-        alone = {result.exit: result.count for result in counter.stream(image, heard)}
+    for together, (image, has_audio) in zip(counter.count_many(pairs), pairs, strict=True):
+        alone = {result.exit: result.count for result in counter.stream(image, has_audio)}
         assert {result.exit: result.count for result in together.exits} == pytest.approx(alone, rel=1e-4)
 
 

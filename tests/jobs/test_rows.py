@@ -180,20 +180,20 @@ WARNING = "2 pages in the file, only the first is counted"
 
 def test_warnings_of_the_reader_stand_in_every_row(counter, street, pages, tmp_path, capsys):
     """In every format, also where the standard error is not looked at; of good images there are none."""
-    told = f"warning: {pages}: {WARNING}"
+    report = f"warning: {pages}: {WARNING}"
     count_inputs(counter, [street, pages], format="json")
     out, err = capsys.readouterr()
     assert [row["warnings"] for row in json_lines(out)] == [[], [WARNING]]
-    assert err.splitlines() == [told]
+    assert err.splitlines() == [report]
     for format in ("csv", "parquet"):
         out = tmp_path / f"rows.{format}"
         count_inputs(counter, [street, pages], format=format, out=out)
         rows = list(csv.DictReader(out.open())) if format == "csv" else pq.read_table(out).to_pylist()
         assert [row["warnings"] for row in rows] == ["", WARNING]
-        assert capsys.readouterr().err.splitlines() == [told]
+        assert capsys.readouterr().err.splitlines() == [report]
     for inputs in ([pages], [pages, street]):
         count_inputs(counter, inputs)
-        assert capsys.readouterr().err.splitlines() == [told]
+        assert capsys.readouterr().err.splitlines() == [report]
 
 
 def test_warnings_reach_callers_from_python(counter, street, pages):
@@ -401,9 +401,9 @@ def test_bad_files_of_a_folder_are_told_and_passed_over(counter, street, tmp_pat
         (folder / name).write_bytes(data)
     with pytest.raises(RunError, match="none of the files"):
         count_inputs(counter, [folder])
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == len(bad)
-    assert all(sum(f"{folder / name}:" in line for line in told) == 1 for name in bad)
+    report = capsys.readouterr().err.splitlines()
+    assert len(report) == len(bad)
+    assert all(sum(f"{folder / name}:" in line for line in report) == 1 for name in bad)
     street.rename(folder / "street.jpg")
     make_video(folder / "z.mp4", [0, 0.1])
     assert count_inputs(counter, [folder], format="json") == 2

@@ -40,9 +40,9 @@ def make(**changes) -> AudioCSRNet:
 
 def make_features(batch=3) -> Features:
     torch.manual_seed(1)
-    heard = torch.tensor([True, False, True])[:batch]
-    inside = torch.rand(batch, 1, 8, 16)
-    return inputs(torch.randn(batch, 3, 64, 128), torch.randn(batch, 1, 96, 64), heard, inside)
+    has_audio = torch.tensor([True, False, True])[:batch]
+    valid_mask = torch.rand(batch, 1, 8, 16)
+    return inputs(torch.randn(batch, 3, 64, 128), torch.randn(batch, 1, 96, 64), has_audio, valid_mask)
 
 
 @pytest.mark.parametrize("front_norm", [False, True])
@@ -155,12 +155,12 @@ def test_rectified_density_is_never_negative():
 @pytest.mark.parametrize("regressor", [False, True])
 def test_padding_counts_out(regressor):
     network = make(regressor=regressor)
-    whole = replace(make_features(), inside=torch.ones(3, 1, 8, 16))
+    whole = replace(make_features(), valid_mask=torch.ones(3, 1, 8, 16))
     full = network(whole)["final"].density
-    inside = torch.ones_like(whole.inside)
-    inside[..., 10:] = 0
-    inside[..., 9] = 0.25
-    answer = network(replace(whole, inside=inside))["final"]
+    valid_mask = torch.ones_like(whole.valid_mask)
+    valid_mask[..., 10:] = 0
+    valid_mask[..., 9] = 0.25
+    answer = network(replace(whole, valid_mask=valid_mask))["final"]
     expected = full[..., :9].sum((1, 2, 3)) + 0.25 * full[..., 9].sum((1, 2))
     torch.testing.assert_close(answer.value, expected, rtol=1e-4, atol=1e-5)
     assert not answer.density[..., 10:].any()
@@ -179,8 +179,8 @@ def test_unheard_rows_ignore_their_log_mel_and_all_that_is_learned_of_hearing():
     with torch.no_grad():
         vggish.unheard.normal_()
     assert not vggish(features).audio[1].any()
-    heard = vggish.embed(features.log_mel[[0, 2]]) - vggish.unheard
-    torch.testing.assert_close(vggish(features).audio[[0, 2]], heard)
+    has_audio = vggish.embed(features.log_mel[[0, 2]]) - vggish.unheard
+    torch.testing.assert_close(vggish(features).audio[[0, 2]], has_audio)
     moved = network(features)
     before = make()(features)
     for name in ("AV1", "AV1-cnn", "AV2", "final"):

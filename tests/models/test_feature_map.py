@@ -48,7 +48,7 @@ def test_audio_matters_where_it_is_used(kind):
     torch.manual_seed(1)
     branch = EXITS[kind](6, 1).eval()
     features = record()
-    other = Features(features.visual, features.log_mel, features.heard, features.inside, 5 * torch.randn(2, 6))
+    other = Features(features.visual, features.log_mel, features.has_audio, features.valid_mask, 5 * torch.randn(2, 6))
     assert not torch.equal(branch(features).value, branch(other).value)
     deaf = EXITS[kind](0, 1).eval()
     assert torch.equal(deaf(features).value, deaf(other).value)

@@ -8,7 +8,7 @@ from torch import nn
 
 from crowdexit.models.backbones.audiocsrnet import AudioCSRNetConfig
 from crowdexit.models.network import FINAL, MultiExitNetwork
-from crowdexit.models.stages import Answer, Exit, Features, Stage, inputs
+from crowdexit.models.stages import Exit, ExitOutput, Features, Stage, inputs
 
 
 class Counting(Stage):
@@ -28,9 +28,9 @@ class Reading(Exit):
         super().__init__()
         self.calls = 0
 
-    def forward(self, features: Features) -> Answer:
+    def forward(self, features: Features) -> ExitOutput:
         self.calls += 1
-        return Answer(features.visual.mean((1, 2, 3)))
+        return ExitOutput(features.visual.mean((1, 2, 3)))
 
 
 @pytest.fixture

@@ -9,27 +9,27 @@ from crowdexit.models.stages import Features, inputs
 
 def record(visual: torch.Tensor, grid: tuple[int, int] | None = None) -> Features:
     n = visual.shape[0]
-    heard = torch.arange(n) % 2 == 0
-    return Features(visual, torch.randn(n, 1, 96, 64), heard, torch.rand(n, 1, 2, 3), torch.randn(n, 5), grid)
+    has_audio = torch.arange(n) % 2 == 0
+    return Features(visual, torch.randn(n, 1, 96, 64), has_audio, torch.rand(n, 1, 2, 3), torch.randn(n, 5), grid)
 
 
 def test_inputs_without_audio():
     features = inputs(torch.zeros(2, 3, 16, 24))
     assert features.log_mel.shape == (2, 1, 96, 64)
-    assert features.heard.tolist() == [False, False]
-    assert features.inside.shape == (2, 1, 2, 3)
-    assert features.inside.eq(1).all()
+    assert features.has_audio.tolist() == [False, False]
+    assert features.valid_mask.shape == (2, 1, 2, 3)
+    assert features.valid_mask.eq(1).all()
 
 
 def test_inputs_with_audio_use_it_by_default():
     audio = torch.zeros(2, 1, 96, 64)
-    assert inputs(torch.zeros(2, 3, 16, 24), audio).heard.tolist() == [True, True]
-    told = torch.tensor([True, False])
-    assert inputs(torch.zeros(2, 3, 16, 24), audio, told).heard.tolist() == [True, False]
+    assert inputs(torch.zeros(2, 3, 16, 24), audio).has_audio.tolist() == [True, True]
+    report = torch.tensor([True, False])
+    assert inputs(torch.zeros(2, 3, 16, 24), audio, report).has_audio.tolist() == [True, False]
 
 
 def test_inputs_without_log_mel_never_have_audio():
-    assert not inputs(torch.zeros(1, 3, 16, 24), heard=torch.tensor([True])).heard.any()
+    assert not inputs(torch.zeros(1, 3, 16, 24), has_audio=torch.tensor([True])).has_audio.any()
 
 
 def test_map_as_tokens():
@@ -55,13 +55,13 @@ def test_select_takes_every_tensor_alike():
     features = record(torch.randn(3, 4, 2, 3))
     for keep in (torch.tensor([True, False, True]), torch.tensor([0, 2])):
         kept = features.select(keep)
-        for name in ("visual", "log_mel", "heard", "inside", "audio"):
+        for name in ("visual", "log_mel", "has_audio", "valid_mask", "audio"):
             assert torch.equal(getattr(kept, name), getattr(features, name)[[0, 2]]), name
 
 
 def test_select_keeps_what_is_not_there():
     features = record(torch.randn(2, 7, 4), (2, 3))
-    kept = Features(features.visual, features.log_mel, features.heard, features.inside, None, (2, 3)).select(
+    kept = Features(features.visual, features.log_mel, features.has_audio, features.valid_mask, None, (2, 3)).select(
         torch.tensor([1])
     )
     assert kept.audio is None

@@ -30,8 +30,8 @@ EXITS = {
 def record(batch: int = 2) -> Features:
     torch.manual_seed(0)
     tokens = torch.randn(batch, LENGTH, DIM)
-    heard = torch.zeros(batch, dtype=torch.bool)
-    return Features(tokens, torch.zeros(batch, 1, 96, 64), heard, torch.ones(batch, 1, 8, 12), None, GRID)
+    has_audio = torch.zeros(batch, dtype=torch.bool)
+    return Features(tokens, torch.zeros(batch, 1, 96, 64), has_audio, torch.ones(batch, 1, 8, 12), None, GRID)
 
 
 def made(kind: str, outputs: int = 1):
@@ -67,9 +67,9 @@ def test_what_it_looks_at(kind):
     first, patch = features.visual.clone(), features.visual.clone()
     first[:, 0] += torch.randn(DIM)
     patch[:, 8] += 10 * torch.randn(DIM)
-    sees_first = not torch.equal(branch(features.with_visual(first)).value, before)
-    sees_patches = not torch.equal(branch(features.with_visual(patch)).value, before)
-    assert (sees_first, sees_patches) == (kind != "cnn-ignore", kind != "mlp")
+    input_map_first = not torch.equal(branch(features.with_visual(first)).value, before)
+    input_map_patches = not torch.equal(branch(features.with_visual(patch)).value, before)
+    assert (input_map_first, input_map_patches) == (kind != "cnn-ignore", kind != "mlp")
 
 
 @pytest.mark.parametrize("kind", EXITS)

@@ -122,10 +122,10 @@ def test_weights_that_do_not_fit(tmp_path):
     assert all(torch.equal(v, before[k]) for k, v in ours.state_dict().items())
 
 
-@pytest.mark.parametrize("hears", [False, True])
-def test_every_kind_at_every_place(hears):
-    ours = network(audio_width=1 / 16 if hears else 0.0)
-    kinds = [kind for kind in KINDS if hears or kind != "slvit-audio"]
+@pytest.mark.parametrize("uses_audio", [False, True])
+def test_every_kind_at_every_place(uses_audio):
+    ours = network(audio_width=1 / 16 if uses_audio else 0.0)
+    kinds = [kind for kind in KINDS if uses_audio or kind != "slvit-audio"]
     assert list(ours.places) == ["1", "2", "3"]
     for place in ours.places:
         assert list(ours.branch_kinds(place)) == kinds
@@ -138,7 +138,7 @@ def test_every_kind_at_every_place(hears):
     assert len(answers) == 3 * len(kinds) + 1
     assert all(a.value.shape == (2,) and torch.isfinite(a.value).all() for a in answers.values())
     # Sound reaches the branches that hear, of the samples that are heard, and nothing else.
-    other = ours(inputs(features.visual, torch.randn(2, 1, 96, 64), features.heard))
+    other = ours(inputs(features.visual, torch.randn(2, 1, 96, 64), features.has_audio))
     for name in answers:
         changed = (answers[name].value != other[name].value).tolist()
         assert changed == [name.endswith("slvit-audio"), False], name

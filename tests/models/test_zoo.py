@@ -265,8 +265,8 @@ def test_some_exits_alone(tmp_path):
     exits = tuple(zoo.ExitSpec(f"{place}-{kind}", place, kind) for place in "12" for kind in ("mlp", "cnn-add"))
     spec = zoo.Spec("transcrowd-token", exits, changes)
     network = zoo.build(spec).eval()
-    fewer, told = zoo.with_exits(network, spec, ["2-cnn-add", "1-mlp"])
-    assert [e.name for e in told.exits] == ["2-cnn-add", "1-mlp"]
+    fewer, report = zoo.with_exits(network, spec, ["2-cnn-add", "1-mlp"])
+    assert [e.name for e in report.exits] == ["2-cnn-add", "1-mlp"]
     image = inputs(torch.randn(1, 3, 64, 64))
     with torch.no_grad():
         before, after = network(image), fewer(image)

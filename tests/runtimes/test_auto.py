@@ -16,18 +16,18 @@ from crowdexit.inference.counter import CrowdCounter
 from crowdexit.inference.models import open_model
 from crowdexit.models import zoo
 from crowdexit.models.network import ActivationRange
-from crowdexit.runtimes import pick as module
+from crowdexit.runtimes import selection as module
 from crowdexit.runtimes.arrays import RuntimeUnavailable
 from crowdexit.runtimes.base import ReadyChain, Runtime
 from crowdexit.runtimes.eager import Eager
-from crowdexit.runtimes.kept import keep_choice
-from crowdexit.runtimes.pick import Auto, candidates, names
+from crowdexit.runtimes.model_cache import save_choice
+from crowdexit.runtimes.selection import Auto, candidates, names
 from crowdexit.utils.machine import cache_folder
 
 
 class Fake(Runtime):
     """Eager, wrong by a factor; ``breaks`` names the steps that fail, of ``prepare``, ``begin``, ``advance 0`` …,
-    ``ask V1`` …, ``select``."""
+    ``run_exit V1`` …, ``select``."""
 
     def __init__(self, name: str, factor: float = 1.0, error: Exception | None = None, breaks: str = "ask AV1") -> None:
         self.name, self.factor, self.error, self.breaks = name, factor, error, breaks
@@ -56,9 +56,9 @@ class FakeChain(ReadyChain):
         self._step(f"advance {index}")
         return self._own(state, self.inner.advance(index, state[1]))
 
-    def ask(self, name, state):
+    def run_exit(self, name, state):
         self._step(f"ask {name}")
-        given = self.inner.ask(name, self._own(state, state[1])[1])
+        given = self.inner.run_exit(name, self._own(state, state[1])[1])
         return type(given)(given.value * self.fake.factor, given.density)
 
     def select(self, state, keep):
@@ -83,13 +83,13 @@ def network():
 def tried(monkeypatch):
     """Sets rows of fakes with the seconds that each takes; returns the names in the order in which they are tried."""
     order: list[str] = []
-    real, answers = module.pick, module._answers
+    real, answers = module.select_runtime, module._answers
 
     def set_up(rows: list[list[tuple[Fake, float]]], eager: float = 1.0) -> list[str]:
         fakes = {fake.name: (fake, seconds) for row in rows for fake, seconds in row}
         monkeypatch.setattr(module, "candidates", lambda _: tuple(tuple(fake.name for fake, _ in row) for row in rows))
         monkeypatch.setattr(module, "READY_MADE", ("eager", *fakes))
-        monkeypatch.setattr(module, "pick", lambda name: fakes[name][0] if name in fakes else real(name))
+        monkeypatch.setattr(module, "select_runtime", lambda name: fakes[name][0] if name in fakes else real(name))
 
         def in_order(chain, features):
             order.append(chain.runtime)
@@ -159,9 +159,9 @@ def test_where_what_was_picked_fails_later_eager_goes_on(breaks, remembered, kin
         for index, keep in enumerate((torch.tensor([True, False, True, True]), torch.tensor([2, 0]))):
             state = chain.advance(index, state)
             if index == 0:
-                torch.testing.assert_close(chain.ask("V1", state).value, expected["V1"].value)
+                torch.testing.assert_close(chain.run_exit("V1", state).value, expected["V1"].value)
             state = chain.select(state, keep)
-        answer = chain.ask("final", chain.advance(3, chain.advance(2, state)))
+        answer = chain.run_exit("final", chain.advance(3, chain.advance(2, state)))
     torch.testing.assert_close(answer.value, expected["final"].value[[3, 0]])
     torch.testing.assert_close(answer.density, expected["final"].density[[3, 0]])
     assert caplog.messages == ["runtime auto: there is no more memory; eager goes on"]
@@ -171,7 +171,7 @@ def test_where_what_was_picked_fails_later_eager_goes_on(breaks, remembered, kin
     wanted = dict(Eager().ready(network).stream(other, ["final"]))["final"].value
     for index in (1, 2, 3):
         under_way = chain.advance(index, under_way)
-    torch.testing.assert_close(chain.ask("final", under_way).value, wanted)
+    torch.testing.assert_close(chain.run_exit("final", under_way).value, wanted)
     assert len(caplog.messages) == 1
 
 
@@ -227,7 +227,7 @@ def test_candidates(cuda, bf16, wide, libraries, openvino_bf16, expected, networ
 def test_only_what_auto_picks_is_remembered(name, network, tried):
     """Whatever else stands in the file, ``auto`` itself above all, would be picked for ever."""
     order = tried([[(Fake("quick"), 0.1)]])
-    keep_choice(module._key(network), name)
+    save_choice(module._key(network), name)
     assert Auto().ready(network).runtime == "quick"
     assert order == ["eager", "quick"]
 
@@ -235,14 +235,14 @@ def test_only_what_auto_picks_is_remembered(name, network, tried):
 def test_what_was_picked_and_is_gone_is_tried_anew(network, tried, monkeypatch, caplog):
     tried([[(Fake("quick"), 0.1)]])
     assert Auto().ready(network).runtime == "quick"
-    gone = module.pick
+    gone = module.select_runtime
 
-    def pick(name):
+    def select_runtime(name):
         if name == "quick":
             raise RuntimeUnavailable("quick is not installed")
         return gone(name)
 
-    monkeypatch.setattr(module, "pick", pick)
+    monkeypatch.setattr(module, "select_runtime", select_runtime)
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         assert Auto().ready(network).runtime == "eager"
@@ -379,7 +379,7 @@ def test_for_real(network, monkeypatch):
     again = Auto().ready(network)
     assert again.runtime == chain.runtime
     features = networks.batch(network, 1)
-    said = [dict(picked.stream(features)) for picked in (chain, again)]
+    said = [dict(selected.stream(features)) for selected in (chain, again)]
     expected = dict(Eager().ready(network).stream(features))
     for answers in said:
         for name, answer in answers.items():

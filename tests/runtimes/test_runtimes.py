@@ -17,16 +17,16 @@ import torch
 
 from crowdexit.inference.counter import CrowdCounter
 from crowdexit.models.network import ActivationRange, MultiExitNetwork
-from crowdexit.models.stages import Answer, Features, inputs
+from crowdexit.models.stages import ExitOutput, Features, inputs
 from crowdexit.runtimes import compiled, engines, openvino
-from crowdexit.runtimes.arrays import ANSWER, RECORD, ArrayChain, RuntimeUnavailable
+from crowdexit.runtimes.arrays import FEATURE_FIELDS, OUTPUT_FIELDS, ArrayChain, RuntimeUnavailable
 from crowdexit.runtimes.base import ReadyChain
 from crowdexit.runtimes.eager import Eager, _on
 from crowdexit.runtimes.int8 import measure_ranges, quantised
 from crowdexit.runtimes.onnx import Onnx
 from crowdexit.runtimes.openvino import OpenVINO
-from crowdexit.runtimes.pick import names, pick
 from crowdexit.runtimes.pieces import take_apart
+from crowdexit.runtimes.selection import names, select_runtime
 
 CUDA = torch.device("cuda")
 EXACT = {"rtol": 1e-5, "atol": 1e-4}
@@ -98,7 +98,7 @@ def test_compiled_pieces_answer_as_eager_does(compiler, monkeypatch):
 def test_bfloat16_is_near(name):
     network = networks.made("audiocsrnet")
     features = networks.batch(network, 2)
-    near(pick(name).ready(network), features, on_eager(network, features), 0.02)
+    near(select_runtime(name).ready(network), features, on_eager(network, features), 0.02)
 
 
 @pytest.mark.parametrize("kind", ["audiocsrnet", "transcrowd-tiles"])
@@ -113,8 +113,11 @@ def test_int8_is_near(kind):
     kinds = {
         name: {node.get_type_name() for node in openvino.convert(piece).get_ops()} for name, piece in pieces.items()
     }
-    sees = {"audiocsrnet": ("stage-0", "stage-2", "stage-3"), "transcrowd-tiles": ("stage-1", "stage-2", "stage-3")}
-    assert {name for name, types in kinds.items() if "FakeQuantize" in types} == set(sees[kind])
+    input_map = {
+        "audiocsrnet": ("stage-0", "stage-2", "stage-3"),
+        "transcrowd-tiles": ("stage-1", "stage-2", "stage-3"),
+    }
+    assert {name for name, types in kinds.items() if "FakeQuantize" in types} == set(input_map[kind])
 
 
 def test_without_ranges_there_is_no_int8():
@@ -154,7 +157,7 @@ def test_samples_that_have_left_are_gone(make):
         state = chain.select(chain.advance(index, state), keep)
     left = [3, 0]  # of 0, 2, 3 the last and the first
     state = chain.advance(3, chain.advance(2, state))
-    answer = chain.ask("final", state)
+    answer = chain.run_exit("final", state)
     torch.testing.assert_close(answer.value, expected["final"].value[left], **EXACT)
     torch.testing.assert_close(answer.density, expected["final"].density[left], **EXACT)
 
@@ -164,12 +167,12 @@ def test_a_state_is_not_overwritten_by_the_next_batch():
     one, other = networks.batch(network, 2, seed=1), networks.batch(network, 2, seed=2)
     chain = OpenVINO().ready(network)
     first = chain.advance(0, chain.begin(one))
-    answer = chain.ask("V1", first)
+    answer = chain.run_exit("V1", first)
     kept = answer.value.clone()
     second = chain.advance(0, chain.begin(other))
-    chain.ask("V1", second)
+    chain.run_exit("V1", second)
     assert torch.equal(answer.value, kept)
-    assert torch.equal(chain.ask("V1", first).value, kept)
+    assert torch.equal(chain.run_exit("V1", first).value, kept)
 
 
 def test_a_stage_and_an_exit_take_what_they_read_and_no_more():
@@ -177,11 +180,11 @@ def test_a_stage_and_an_exit_take_what_they_read_and_no_more():
     takes = {name: [port.name for port in piece.ports.takes] for name, piece in pieces.items()}
     gives = {name: [port.name for port in piece.ports.gives] for name, piece in pieces.items()}
     assert takes["stage-0"] == takes["exit-V1"] == takes["exit-AV2"] == ["visual"]
-    assert (takes["stage-1"], gives["stage-1"]) == (["log_mel", "heard"], ["audio"])
+    assert (takes["stage-1"], gives["stage-1"]) == (["log_mel", "has_audio"], ["audio"])
     assert takes["stage-2"] == takes["exit-AV1"] == ["visual", "audio"]
-    assert (takes["exit-final"], gives["exit-final"]) == (["visual", "inside"], ["value", "density"])
+    assert (takes["exit-final"], gives["exit-final"]) == (["visual", "valid_mask"], ["value", "density"])
     classifier = take_apart(networks.made("classifier"))
-    assert [port.name for port in classifier["stage-1"].ports.takes] == ["visual", "aside"]
+    assert [port.name for port in classifier["stage-1"].ports.takes] == ["visual", "shortcut"]
 
 
 def test_what_nobody_takes_any_more_is_let_go():
@@ -193,10 +196,10 @@ def test_what_nobody_takes_any_more_is_let_go():
         state = chain.advance(index, state)
         held.append(set(state))
     assert held == [
-        {"visual", "log_mel", "heard", "inside"},
-        {"visual", "audio", "inside"},
-        {"visual", "audio", "inside"},
-        {"visual", "inside"},
+        {"visual", "log_mel", "has_audio", "valid_mask"},
+        {"visual", "audio", "valid_mask"},
+        {"visual", "audio", "valid_mask"},
+        {"visual", "valid_mask"},
     ]
 
 
@@ -298,8 +301,8 @@ except KeyboardInterrupt:
 def test_an_engine_that_another_thread_lets_go_of_leaves_signals_alone():
     """OpenVINO's stack for signals would go with it, and the next of them would end the process without a word."""
     command = [sys.executable, "-c", LET_GO_ELSEWHERE]
-    told = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert (told.returncode, told.stdout) == (0, "interrupted\n"), told.stderr
+    report = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (report.returncode, report.stdout) == (0, "interrupted\n"), report.stderr
 
 
 def test_a_network_that_is_ready_is_left_alone():
@@ -333,7 +336,7 @@ def test_another_image_size():
 def test_what_is_not_installed_is_said_with_how_to_install_it(name, module, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(RuntimeUnavailable, match=rf"^{module} is not installed: pip install 'crowdexit\[fast\]'$"):
-        pick(name)
+        select_runtime(name)
 
 
 def test_what_is_installed_and_cannot_be_imported_is_said_with_why(monkeypatch, tmp_path):
@@ -359,9 +362,9 @@ def test_errors_of_a_gpu_are_one_line_and_of_a_cpu_our_own():
 def test_a_gpu_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeUnavailable, match="'cuda-half' needs a CUDA GPU, and there is none"):
-        pick("cuda-half")
+        select_runtime("cuda-half")
     with pytest.raises(RuntimeUnavailable, match=rf"no runtime 'abacus' \(there are {', '.join(names())}\)"):
-        pick("abacus")
+        select_runtime("abacus")
 
 
 def test_what_cannot_be_compiled_is_one_line(monkeypatch):
@@ -427,8 +430,8 @@ def test_compiled_network_is_ready_before_the_first_image(monkeypatch):
 def test_ports_are_named_like_the_fields_of_records():
     """An export's manifest is checked by these names, without PyTorch."""
     tensors = {f.name: f.type for f in fields(Features)}
-    assert list(RECORD) == [name for name, kind in tensors.items() if "Tensor" in kind]
-    assert list(ANSWER) == [f.name for f in fields(Answer)]
+    assert list(FEATURE_FIELDS) == [name for name, kind in tensors.items() if "Tensor" in kind]
+    assert list(OUTPUT_FIELDS) == [f.name for f in fields(ExitOutput)]
 
 
 def test_a_model_that_gives_less_than_its_ports_is_one_line():

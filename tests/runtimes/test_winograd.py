@@ -10,7 +10,7 @@ from crowdexit.models.stages import inputs
 from crowdexit.runtimes import winograd as module
 from crowdexit.runtimes.arrays import RuntimeUnavailable
 from crowdexit.runtimes.eager import Eager
-from crowdexit.runtimes.pick import pick
+from crowdexit.runtimes.selection import select_runtime
 from crowdexit.runtimes.winograd import Winograd, convolved, is_filtered
 
 pytestmark = pytest.mark.skipif(not torch.backends.nnpack.is_available(), reason="NNPACK does not know this processor")
@@ -64,7 +64,7 @@ def test_the_network_answers_alike_and_is_filtered(monkeypatch):
 
     monkeypatch.setattr(module, "convolved", spy)
     monkeypatch.setattr(module, "_DILATED_AREA", 48 * 64)
-    given = dict(pick("winograd").ready(network).stream(features))["final"]
+    given = dict(select_runtime("winograd").ready(network).stream(features))["final"]
     torch.testing.assert_close(given.density, expected.density, rtol=1e-3, atol=1e-4 * float(expected.density.max()))
     torch.testing.assert_close(given.value, expected.value, rtol=1e-4, atol=1e-2)
     assert {dilation for *_, dilation in filtered} == {1, 2}

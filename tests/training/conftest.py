@@ -26,7 +26,7 @@ def _one_thread():
 
 
 @pytest.fixture(autouse=True)
-def _faults_are_told(request):
+def _faults_are_reported(request):
     """Lightning gives all signals back to whom Python knows of; of faulthandler it does not, and a crash is silent."""
     yield
     if faulthandler.is_enabled():

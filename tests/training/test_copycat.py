@@ -103,24 +103,24 @@ def test_recordings_become_spectrograms_like_those_of_the_set(tmp_path):
 def test_their_truth_is_what_the_backbone_says(store, branches, images):
     _, network, data = mixed(store, branches, images)
     batch = next(iter(data.train_dataloader()))
-    told = batch["unlabelled"].clone()
-    assert 0 < told.sum() < len(told)
+    report = batch["unlabelled"].clone()
+    assert 0 < report.sum() < len(report)
     before = {key: batch[key].clone() for key in ("count", "density")}
     with torch.no_grad():
-        expected = network(record({key: batch[key] for key in ("image", "inside", "log_mel", "heard")}))[FINAL]
+        expected = network(record({key: batch[key] for key in ("image", "valid_mask", "log_mel", "has_audio")}))[FINAL]
     after = taught(network, batch)
-    torch.testing.assert_close(after["count"][told], expected.value[told].clamp(min=0), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(after["density"][told], expected.density[told], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(after["count"][report], expected.value[report].clamp(min=0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(after["density"][report], expected.density[report], rtol=1e-4, atol=1e-5)
     for key, value in before.items():
-        assert torch.equal(after[key][~told], value[~told])
-    assert not batch["heard"][told].any()
+        assert torch.equal(after[key][~report], value[~report])
+    assert not batch["has_audio"][report].any()
 
 
 @pytest.mark.parametrize(("ratio", "unlabelled"), [(2.0, 20), (0.5, 5)])
 def test_the_ratio_is_fake_to_real(store, branches, images, ratio, unlabelled):
     _, _, data = mixed(store, branches, images, ratio=ratio)
-    told = torch.cat([batch["unlabelled"] for batch in data.train_dataloader()])
-    assert (int((~told).sum()), int(told.sum())) == (10, unlabelled)
+    report = torch.cat([batch["unlabelled"] for batch in data.train_dataloader()])
+    assert (int((~report).sum()), int(report.sum())) == (10, unlabelled)
 
 
 @pytest.mark.parametrize("teacher", [None, "another"])
@@ -136,20 +136,20 @@ def test_the_teacher_labels(store, backbone, branches, images, tmp_path, monkeyp
 
     def taught_and_seen(network, batch):
         nonlocal labelled
-        told = batch["unlabelled"].clone()
+        report = batch["unlabelled"].clone()
         after = taught(network, batch)
-        features = record({key: batch[key] for key in ("image", "inside", "log_mel", "heard")})
+        features = record({key: batch[key] for key in ("image", "valid_mask", "log_mel", "has_audio")})
         wanted = expected(features, [FINAL])[FINAL].value.clamp(min=0)
-        torch.testing.assert_close(after["count"][told], wanted[told], rtol=1e-4, atol=1e-4)
-        labelled += int(told.sum())
+        torch.testing.assert_close(after["count"][report], wanted[report], rtol=1e-4, atol=1e-4)
+        labelled += int(report.sum())
         return after
 
     monkeypatch.setattr("crowdexit.training.branches.taught", taught_and_seen)
     run(copycat_recipe(branches, store, images, teacher=path, epochs=1), tmp_path / "cc")
     assert labelled == 20
     assert best(tmp_path / "cc").keys() == best(branches.parent).keys()
-    told = zoo.read_spec(tmp_path / "cc" / "model.safetensors").meta["recipe"]["copycat"]
-    assert told["teacher"] == teacher
+    report = zoo.read_spec(tmp_path / "cc" / "model.safetensors").meta["recipe"]["copycat"]
+    assert report["teacher"] == teacher
 
 
 def test_a_teacher_of_other_images_or_classes(store, backbone, branches, images, tmp_path):
@@ -194,9 +194,9 @@ def test_fine_tuning_moves_the_branches_and_nothing_else(store, branches, images
     for key, value in before.items():
         moved = not torch.equal(value, after[key])
         assert moved == key.startswith("branches."), key
-    told = zoo.read_spec(tmp_path / "cc" / "model.safetensors").meta["recipe"]
-    assert told["copycat"] == {"pictures": images.name, "split": "train", "ratio": 2.0, "teacher": None}
-    assert [e["name"] for e in told["exits"]] == ["V1", "AV2"]
+    report = zoo.read_spec(tmp_path / "cc" / "model.safetensors").meta["recipe"]
+    assert report["copycat"] == {"pictures": images.name, "split": "train", "ratio": 2.0, "teacher": None}
+    assert [e["name"] for e in report["exits"]] == ["V1", "AV2"]
 
 
 def test_a_prepared_files_own_truth_is_not_looked_at(store, branches, tmp_path):

@@ -50,7 +50,7 @@ class Shows(Stage):
         return replace(features, audio=torch.randn(len(features.visual), 5))
 
 
-class Silent(Exit):
+class WithoutAudio(Exit):
     """A final exit that nobody asks."""
 
     kind = "silent"
@@ -66,9 +66,9 @@ def test_a_map_that_hardly_shows_the_heads(kind):
         for _ in range(30):
             crowding = torch.rand(8, 1, 1, 1) * 3
             local = torch.poisson(torch.rand(8, 1, 4, 4) * torch.exp(crowding))
-            told = F.interpolate(torch.log1p(local), scale_factor=8)
+            report = F.interpolate(torch.log1p(local), scale_factor=8)
             noise = torch.randn(8, 1, 32, 32)
-            image = torch.cat([5 * torch.randn(8, 1, 32, 32), noise + 0.1 * told, noise - 0.1 * told], dim=1)
+            image = torch.cat([5 * torch.randn(8, 1, 32, 32), noise + 0.1 * report, noise - 0.1 * report], dim=1)
             yield {"image": image, "density": local, "count": local.sum((1, 2, 3)), "id": [str(i) for i in range(8)]}
 
     shaped = {"hidden": 16, "scale": 100.0}
@@ -77,7 +77,7 @@ def test_a_map_that_hardly_shows_the_heads(kind):
         branch = CNNExit(3, (32, 32), pool=8, **shaped)
     else:
         branch = SLViTExit(3, (32, 32), patch=8, dim=8, heads=2, audio=0 if kind == "slvit" else 5, **shaped)
-    network = MultiExitNetwork([Shows()], Silent(), {"1": 0}, ViTConfig())
+    network = MultiExitNetwork([Shows()], WithoutAudio(), {"1": 0}, ViTConfig())
     network.add_exit("1", "1", branch)
     recipe = Recipe(stage="branches", model="x", exits=[{"name": "1", "place": "1", "kind": "cnn"}], even=0.7, least=5)
     assert fit_exits(network, ["1"], batches, recipe) == ["1"]
@@ -92,7 +92,7 @@ def test_a_map_that_hardly_shows_the_heads(kind):
 
 
 def test_batch_norm_would_undo_the_fit():
-    network = MultiExitNetwork([Shows()], Silent(), {"1": 0}, ViTConfig())
+    network = MultiExitNetwork([Shows()], WithoutAudio(), {"1": 0}, ViTConfig())
     network.add_exit("1", "1", CNNExit(3, (32, 32), pool=8, audio=5))
     recipe = Recipe(stage="branches", model="x", exits=[{"name": "1", "place": "1", "kind": "cnn"}])
     assert fit_exits(network, ["1"], lambda: iter(()), recipe) == []

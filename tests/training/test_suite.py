@@ -70,8 +70,8 @@ def test_a_table_in_one_command_that_is_not_run_twice(tmp_path, data):
     assert (tmp_path / "out" / "table.png").stat().st_size > 1000
     # The figures are what the checkpoints reach on the test images.
     run = tmp_path / "out" / "resnet152" / "branches-0"
-    told = json.loads((run / "test.json").read_text())
-    assert (told["split"], told["samples"]) == ("test", 6)
+    report = json.loads((run / "test.json").read_text())
+    assert (report["split"], report["samples"]) == ("test", 6)
     spec = zoo.read_spec(run / "model.safetensors")
     assert [e.name for e in spec.exits] == ["1-cnn", "1-slvit", "2-cnn", "2-slvit"]
     # Again: nothing is trained.

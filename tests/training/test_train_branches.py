@@ -39,8 +39,8 @@ def test_parts_of_a_branch_can_stay(store, backbone, tmp_path):
     run(tiny(store, "branches", frozen=["*.project.*", "*.encoder.*"], **keys), tmp_path / "second")
     before, after = (part(best(tmp_path / run), "branches.AV1.") for run in ("first", "second"))
     for key, value in before.items():
-        stays = key.startswith(("project.", "encoder."))
-        assert torch.equal(value, after[key]) == stays, key
+        keep_at_stage = key.startswith(("project.", "encoder."))
+        assert torch.equal(value, after[key]) == keep_at_stage, key
     with pytest.raises(TrainingError, match=r"frozen: no branch has 'stages\.0'"):
         run(tiny(store, "branches", frozen=["stages.0"], **keys), tmp_path / "third")
 

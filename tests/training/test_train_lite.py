@@ -138,13 +138,13 @@ def test_what_is_heard_never_reaches_an_answer_without_audio(trained):
     image, log_mel = torch.randn(2, 3, 64, 96), torch.randn(2, 1, 96, 64)
     half = inputs(image, log_mel, torch.tensor([True, False]))
     with torch.inference_mode():
-        silent, heard = network(inputs(image)), network(half)
+        without_audio, has_audio = network(inputs(image)), network(half)
         final = network.stages[2].project[2].weight.detach()
     assert final.abs().max() > 0
-    torch.testing.assert_close(heard["V1"].density, silent["V1"].density)
+    torch.testing.assert_close(has_audio["V1"].density, without_audio["V1"].density)
     for name in ("AV2", "final"):
-        assert not torch.allclose(heard[name].density[0], silent[name].density[0])
-        torch.testing.assert_close(heard[name].density[1], silent[name].density[1])
+        assert not torch.allclose(has_audio[name].density[0], without_audio[name].density[0])
+        torch.testing.assert_close(has_audio[name].density[1], without_audio[name].density[1])
 
 
 def test_branches_are_density_exits_too(store, trained, tmp_path):
@@ -258,10 +258,10 @@ def test_the_average_sets_in_over_the_first_steps(store):
 
 
 def test_validation_is_deaf_where_training_is(store):
-    for hear, heard in ((0.0, False), (0.5, True)):
+    for hear, has_audio in ((0.0, False), (0.5, True)):
         recipe = lite(store, data={"hear": hear})
         items = make_data(recipe, zoo.build(zoo.Spec("audiocsrnet-lite", changes=CHANGES))).val_set
-        assert bool(items[0]["heard"]) == heard
+        assert bool(items[0]["has_audio"]) == has_audio
         assert items[0]["image"].shape == (3, 96, 160)
 
 

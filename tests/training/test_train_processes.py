@@ -87,7 +87,7 @@ def test_density_on_two_processes(store, tmp_path):
     with Store(store) as opened:
         images = CrowdDataset(opened, "val", opened.ids("val"), Setting(network.config.size))
         for image in (images[i] for i in range(len(images))):
-            if image["heard"]:
+            if image["has_audio"]:
                 batch = {k: v[None] for k, v in image.items() if isinstance(v, torch.Tensor)}
                 with torch.no_grad():
                     count = network(record(batch))["final"].value

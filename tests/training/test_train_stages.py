@@ -117,10 +117,10 @@ def test_stops_early(store, tmp_path):
 def test_the_condition_that_is_watched(store, tmp_path, watch, condition):
     recipe = tiny(store, "density", epochs=1, watch=watch)
     run(recipe, tmp_path)
-    told = zoo.read_spec(tmp_path / "model.safetensors").meta
-    errors = {name: told["validation"][name]["error"] for name in ("silent", "sound")}
+    report = zoo.read_spec(tmp_path / "model.safetensors").meta
+    errors = {name: report["validation"][name]["error"] for name in ("silent", "sound")}
     assert errors["silent"] != errors["sound"]
-    assert told["error"] == errors[condition]
+    assert report["error"] == errors[condition]
 
 
 def test_branches_are_validated_in_the_condition_that_is_watched(store, backbone, tmp_path):
@@ -140,10 +140,10 @@ def test_branches_are_validated_in_the_condition_that_is_watched(store, backbone
     answers = {}
     with torch.no_grad():
         for batch in data.val_dataloader():
-            heard = record(batch)
+            has_audio = record(batch)
             for watch, features in (
-                ("audio", heard),
-                ("no-audio", replace(heard, heard=torch.zeros_like(heard.heard))),
+                ("audio", has_audio),
+                ("no-audio", replace(has_audio, has_audio=torch.zeros_like(has_audio.has_audio))),
             ):
                 for name, answer in network(features, list(exits)).items():
                     for id, value, true in zip(batch["id"], answer.value, batch["count"], strict=True):

@@ -35,7 +35,7 @@ def write_store(path: Path, *, only_density: bool = False) -> Path:
                 for x, y in points.astype(int):
                     image[max(y - 2, 0) : y + 3, max(x - 2, 0) : x + 3] = 220
                 log_mel = random.normal(size=(96, 64)).astype(np.float32)
-                silent = (split, i) == ("val", 4)
+                without_audio = (split, i) == ("val", 4)
                 sample = StoredSample(
                     id=f"{'AB'[i % 2]}_{i}",
                     split=split,
@@ -44,9 +44,9 @@ def write_store(path: Path, *, only_density: bool = False) -> Path:
                     width=160,
                     height=96,
                     count=len(points),
-                    log_mel=None if silent else log_mel,
-                    audio_source="none" if silent else "simulated",
-                    takes=None if silent else np.stack([log_mel, -log_mel]).astype(np.float16),
+                    log_mel=None if without_audio else log_mel,
+                    audio_source="none" if without_audio else "simulated",
+                    takes=None if without_audio else np.stack([log_mel, -log_mel]).astype(np.float16),
                     density=np.full((12, 20), len(points) / 240, np.float32) if only_density else None,
                 )
                 write_sample(file, sample)

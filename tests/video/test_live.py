@@ -256,7 +256,7 @@ def test_slow_decoding_drops_frames(tmp_path, monkeypatch):
     for name, value in (("_BEHIND_S", 0.3), ("_LONG_S", 0.0), ("_MOST_STAMPS", 8)):
         monkeypatch.setattr(live, name, value)
     lines: list[str] = []
-    see, slow = live._Session._see, 0
+    see, slow = live._Session._queue, 0
 
     def slowly(self, image):
         nonlocal slow
@@ -265,7 +265,7 @@ def test_slow_decoding_drops_frames(tmp_path, monkeypatch):
             time.sleep(0.4)
         see(self, image)
 
-    monkeypatch.setattr(live._Session, "_see", slowly)
+    monkeypatch.setattr(live._Session, "_queue", slowly)
     with fed(tmp_path / "pipe", data, 2.5) as name:
         address = address_of(name)
         source = LiveFrames(Address(name, address.url, address.protocols), Span(10, end=2.35), lines.append)
@@ -371,14 +371,14 @@ def test_a_source_that_becomes_later_is_not_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(live, "_BEHIND_S", 0.3)
     monkeypatch.setattr(live, "_WAITS_S", (60.0,))  # the pipe is not opened again
     data = transport_stream(tmp_path / "v.ts", times=[i / 20 for i in range(120)], audio=False)
-    see, seen = live._Session._see, 0
+    see, seen = live._Session._queue, 0
 
     def counted(self, image):
         nonlocal seen
         seen += 1
         see(self, image)
 
-    monkeypatch.setattr(live._Session, "_see", counted)
+    monkeypatch.setattr(live._Session, "_queue", counted)
     with fed(tmp_path / "pipe", data, 6.0, pause=1.2) as name:
         got = list(LiveFrames(lasting(name), Span(10, end=8), lambda line: None))
     assert got[-1].index >= 115

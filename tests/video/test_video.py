@@ -134,10 +134,10 @@ def test_ends_of_the_audio_are_padded(tmp_path):
 
 def test_no_audio_beyond_the_end_of_the_track(tmp_path):
     path = make_video(tmp_path / "v.mp4", TENTHS, audio=tone(1.5))
-    heard = {f.index: f.waveform is not None for f in frames(path, fps=10)}
-    assert heard[14]  # 0.6 s before the end of the audio are in its second
-    assert not heard[17]
-    assert not any(heard[i] for i in range(17, 30))
+    has_audio = {f.index: f.waveform is not None for f in frames(path, fps=10)}
+    assert has_audio[14]  # 0.6 s before the end of the audio are in its second
+    assert not has_audio[17]
+    assert not any(has_audio[i] for i in range(17, 30))
 
 
 def test_audio_from_another_file(tmp_path):
@@ -232,7 +232,7 @@ def test_timestamps_of_audio(stamps, places):
 
 def test_timestamps_of_live_audio():
     """A block of the clock before is the first; the others come to where the new one has them."""
-    place = Places(100, 0.0, goes_on=False)
+    place = Places(100, 0.0, continues=False)
     assert [place(Block(time))[0] for time in (100.0, 0.0, 0.1, 0.2)] == [10_000, 10_010, 10, 20]
 
 
@@ -244,8 +244,8 @@ def test_audio_continues_when_its_clock_is_set_back(tmp_path):
     ]
     joined = tmp_path / "joined.ts"
     joined.write_bytes(b"".join(path.read_bytes() for path in paths))
-    told: list[str] = []
-    levels = [loudness(frame) for frame in read_frames(joined, Span(2), warn=told.append)]
+    report: list[str] = []
+    levels = [loudness(frame) for frame in read_frames(joined, Span(2), warn=report.append)]
     assert len(levels) == 12
     assert max(levels[:5]) < 0.01
     assert min(levels[7:-1]) > 0.1
@@ -254,8 +254,8 @@ def test_audio_continues_when_its_clock_is_set_back(tmp_path):
 def test_audio_changes_the_count(tmp_path, counter):
     path = make_video(tmp_path / "v.mp4", [0, 0.5, 1.0], audio=tone(2))
     mute = make_video(tmp_path / "mute.mp4", [0, 0.5, 1.0])
-    heard, unheard = ([r.count for _, r in counted(counter, p)] for p in (path, mute))
-    assert heard != pytest.approx(unheard, rel=1e-6)
+    has_audio, unheard = ([r.count for _, r in counted(counter, p)] for p in (path, mute))
+    assert has_audio != pytest.approx(unheard, rel=1e-6)
 
 
 def test_exit_and_deadline(tmp_path, counter):
@@ -279,7 +279,7 @@ def test_a_frame_leaves_when_its_count_is_sure(tmp_path, counter, monkeypatch):
     monkeypatch.setattr(counter, "intervals", Intervals(0.9, widths, widths))
     alone = [counter.count(f.image, f.waveform).exits for f in frames(path, fps=5)]
     halves = sorted((r.interval[1] - r.count) for exits in alone for r in exits if r.exit == "V1")
-    policy = Confident(doubt=float(np.mean(halves[6:8])))  # half of them leave at once
+    policy = Confident(uncertainty=float(np.mean(halves[6:8])))  # half of them leave at once
     together = counted(counter, path, fps=5, policy=policy, batch=4)
     expected = [counter.count(f.image, f.waveform, policy=policy) for f in frames(path, fps=5)]
     assert [r.chosen.exit for _, r in together] == [r.chosen.exit for r in expected]
@@ -360,8 +360,8 @@ def test_audio_is_not_used_after_damage(tmp_path):
     data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
     audio.write_bytes(bytes(data))
     lines: list[str] = []
-    heard = [f.waveform is not None for f in frames(path, fps=2, audio=audio, warn=lines.append)]
-    assert heard == [True, True, True, True, False, False] or heard == [True, True, True, False, False, False]
+    has_audio = [f.waveform is not None for f in frames(path, fps=2, audio=audio, warn=lines.append)]
+    assert has_audio == [True, True, True, True, False, False] or has_audio == [True, True, True, False, False, False]
     assert len(lines) == 1
 
 
@@ -496,10 +496,10 @@ def test_holes_outside_of_what_is_asked_for_are_not_told(tmp_path):
 
 def test_nothing_in_the_span_is_told(tmp_path):
     path = make_video(tmp_path / "v.mp4", TENTHS)
-    for span, told in (({"start": 10.0}, "from 10 s on"), ({"start": 4.0, "end": 5.0}, "from 4 s to 5 s")):
+    for span, report in (({"start": 10.0}, "from 10 s on"), ({"start": 4.0, "end": 5.0}, "from 4 s to 5 s")):
         lines: list[str] = []
         assert not frames(path, warn=lines.append, **span)
-        assert lines == [f"{path}: no frame is shown {told}"]
+        assert lines == [f"{path}: no frame is shown {report}"]
     assert not frames(path, after=29)  # a run that goes on had all of it
 
 
@@ -545,8 +545,8 @@ def test_unreadable_audio_ends(tmp_path, monkeypatch):
     opened = audio_module.open_media
     monkeypatch.setattr(audio_module, "open_media", lambda *arguments: Broken(opened(*arguments)))
     lines: list[str] = []
-    heard = [f.waveform is not None for f in frames(path, fps=2, warn=lines.append)]
-    assert heard == [True, True, True, False, False, False]
+    has_audio = [f.waveform is not None for f in frames(path, fps=2, warn=lines.append)]
+    assert has_audio == [True, True, True, False, False, False]
     assert len(lines) == 1
 
 

@@ -274,6 +274,6 @@ def test_frames_built_from_lost_frames_are_reported(tmp_path, name, codec, key_e
     video = FrameSampler(tmp_path / name, Span(25))
     got = {round(shown.time * 25): shown.behind_hole for shown in video}
     video.close()
-    told = {index for index, hole in got.items() if hole is not None}
-    assert 155 < min(told) < max(told) == until
+    report = {index for index, hole in got.items() if hole is not None}
+    assert 155 < min(report) < max(report) == until
     assert all(hole is None or hole[0] < 2.5 < 6 < hole[1] for hole in got.values())

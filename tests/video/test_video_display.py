@@ -215,13 +215,13 @@ def test_whether_each_frame_was_heard(tmp_path, counter, capsys):
     mute = write_images(tmp_path / "mute.mp4", [WIDE] * 30)
     short = write_images(tmp_path / "short.mp4", [WIDE] * 30, audio=tone(1))
     broken = write_images(tmp_path / "broken.mkv", [WIDE] * 30, audio=tone(3) * 20.0, audio_codec="pcm_f32le")
-    told = []
+    report = []
     for path in (mute, short, broken):
         count_inputs(counter, [path], format="json", fps=1)
         out, err = capsys.readouterr()
-        told.append([json.loads(line)["audio"] for line in out.splitlines()])
+        report.append([json.loads(line)["audio"] for line in out.splitlines()])
         assert bool(err) == (path == broken)
-    assert told == [["none"] * 3, ["used", "used", "none"], ["unreadable"] * 3]
+    assert report == [["none"] * 3, ["used", "used", "none"], ["unreadable"] * 3]
 
 
 def test_float_audio_of_any_scale(tmp_path, counter, capsys):

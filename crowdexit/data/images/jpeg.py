@@ -38,7 +38,7 @@ def sizes(data: bytes) -> Iterator[tuple[int, int]]:
     """
     at = data.find(_BEGINS)
     while at >= 0:
-        frame, at = _walk(data, at + 2)
+        frame, at = _find_frame(data, at + 2)
         if frame is not None:
             yield frame.size
         at = data.find(_BEGINS, at)
@@ -46,7 +46,7 @@ def sizes(data: bytes) -> Iterator[tuple[int, int]]:
 
 def has_8_bits(data: bytes) -> bool:
     """Whether a JPEG has 8 bits and is compressed with loss, as decoders here know it; True where no header says."""
-    frame, _ = _walk(data, 2)
+    frame, _ = _find_frame(data, 2)
     return frame is None or (frame.bits == 8 and frame.kind not in _LOSSLESS)
 
 
@@ -58,7 +58,7 @@ class _Frame(NamedTuple):
     size: tuple[int, int]
 
 
-def _walk(data: bytes, at: int) -> tuple[_Frame | None, int]:
+def _find_frame(data: bytes, at: int) -> tuple[_Frame | None, int]:
     """The header of an image from behind its first marker, and where the image ends."""
     frame = None
     while (found := _MARKER.search(data, at)) is not None:
@@ -83,30 +83,30 @@ def damage(data: bytes) -> str | None:
     not. So it is decoded once more, at an eighth of its size, with that turned into a file meanwhile; what others print
     there in that time comes a moment later.
     """
-    with _lock, tempfile.TemporaryFile() as said:
+    with _lock, tempfile.TemporaryFile() as captured:
         try:
             sys.stderr.flush()
             kept = os.dup(2)
         except (OSError, ValueError, AttributeError):  # there is no standard error
             return None
         try:
-            os.dup2(said.fileno(), 2)
+            os.dup2(captured.fileno(), 2)
             imdecode(data, cv2.IMREAD_REDUCED_GRAYSCALE_8, False)
         except cv2.error:
             pass
         finally:
             os.dup2(kept, 2)
             os.close(kept)
-        return _sorted_out(said)
+        return _first_warning(captured)
 
 
-def _sorted_out(said: BinaryIO) -> str | None:
-    said.seek(0)
-    told = None
-    for line in said.read().decode("utf-8", "replace").splitlines(keepends=True):
+def _first_warning(captured: BinaryIO) -> str | None:
+    captured.seek(0)
+    problem = None
+    for line in captured.read().decode("utf-8", "replace").splitlines(keepends=True):
         found = _DAMAGE.match(line.strip())
         if found is not None:
-            told = told or found[1] or found[2]
+            problem = problem or found[1] or found[2]
         elif not line.startswith(_HARMLESS) and _BY_OPENCV not in line:
             sys.stderr.write(line)
-    return told
+    return problem

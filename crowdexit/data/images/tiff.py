@@ -148,8 +148,8 @@ class Page:
         """The sample that is white, where the file says so; MaxSampleValue does only where it names a depth."""
         if self.bits % 8:  # decoded into the upper bits of the next wider type
             return (1 << -(-self.bits // 8) * 8) - 1
-        told = self.number(_MAXIMUM)
-        return told if self.format == 1 and 255 <= told < 2**self.bits and told & (told + 1) == 0 else None
+        stated = self.number(_MAXIMUM)
+        return stated if self.format == 1 and 255 <= stated < 2**self.bits and stated & (stated + 1) == 0 else None
 
     @property
     def is_jpeg(self) -> bool:

@@ -32,7 +32,7 @@ from crowdexit.models.exits import (
     density_of,
 )
 from crowdexit.models.network import MultiExitNetwork
-from crowdexit.models.stages import Answer, Exit, Features, Stage
+from crowdexit.models.stages import Exit, ExitOutput, Features, Stage
 
 STRIDE = 8
 FUSION_CHANNELS = (512, 512, 512, 256, 128, 64)
@@ -200,14 +200,14 @@ class DensityExit(Exit):
         self.regressor = nn.Linear(size[0] * size[1], 1, bias=False)
         nn.init.ones_(self.regressor.weight)
 
-    def forward(self, features: Features) -> Answer:
-        density = density_of(self.conv(features.visual), features.inside, self.activation, self.scale)
+    def forward(self, features: Features) -> ExitOutput:
+        density = density_of(self.conv(features.visual), features.valid_mask, self.activation, self.scale)
         if self.regressor is None:
-            return Answer(density.sum((1, 2, 3)), density)
+            return ExitOutput(density.sum((1, 2, 3)), density)
         full = upsample_sum(density, STRIDE).flatten(1)
         # Autocast knows no meta tensors.
         with torch.autocast("cpu" if full.is_meta else full.device.type, enabled=False):
-            return Answer(self.regressor(full.to(self.regressor.weight.dtype)).squeeze(1), density)
+            return ExitOutput(self.regressor(full.to(self.regressor.weight.dtype)).squeeze(1), density)
 
 
 class AudioCSRNet(MultiExitNetwork):
@@ -217,7 +217,7 @@ class AudioCSRNet(MultiExitNetwork):
     """
 
     config: AudioCSRNetConfig
-    hears = True
+    final_uses_audio = True
 
     def __init__(self, config: AudioCSRNetConfig | None = None) -> None:
         c = config or AudioCSRNetConfig()

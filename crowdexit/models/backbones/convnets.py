@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from crowdexit.models.exits import CNNExit, SLViTExit, patch_size
 from crowdexit.models.network import MultiExitNetwork
-from crowdexit.models.stages import Answer, Exit, Features, Stage, inputs
+from crowdexit.models.stages import Exit, ExitOutput, Features, Stage, inputs
 
 RESNETS = ("resnet18", "resnet34")
 BOTTLENECKS = ("resnet50", "resnet101", "resnet152")
@@ -138,7 +138,7 @@ class ResidualPart(nn.Module):
 class ResNetPart(Stage):
     """A ResNet from within one residual block to within another: the paper's branches stand inside blocks.
 
-    Between the two the record keeps the input of the block that is cut (``aside``), for its shortcut.
+    Between the two the record keeps the input of the block that is cut (``shortcut``), for its shortcut.
 
     Args:
         before: the rest of the block that the stage before has cut, and that block's shortcut.
@@ -159,14 +159,16 @@ class ResNetPart(Stage):
         self.cut = cut
 
     def forward(self, features: Features) -> Features:
-        x, aside = features.visual, features.aside
+        x, shortcut = features.visual, features.shortcut
         if self.joins:
-            assert aside is not None
+            assert shortcut is not None
             if self.rest is not None:
                 x = self.rest(x)
-            x = F.relu(x + (aside if self.shortcut is None else self.shortcut(aside)))
+            x = F.relu(x + (shortcut if self.shortcut is None else self.shortcut(shortcut)))
         x = self.layers(x)
-        return replace(features, visual=x if self.cut is None else self.cut(x), aside=None if self.cut is None else x)
+        return replace(
+            features, visual=x if self.cut is None else self.cut(x), shortcut=None if self.cut is None else x
+        )
 
 
 def plain(architecture: str, stride: str = "middle") -> Any:
@@ -227,8 +229,8 @@ class Top(Exit):
         first = [nn.Linear(channels, c.top), nn.ReLU(), nn.Dropout(c.top_dropout)] if c.top else []
         self.layers = nn.Sequential(*first, nn.Linear(c.top or channels, c.outputs))
 
-    def forward(self, features: Features) -> Answer:
-        return Answer(self.layers(features.visual.mean((2, 3))).float())
+    def forward(self, features: Features) -> ExitOutput:
+        return ExitOutput(self.layers(features.visual.mean((2, 3))).float())
 
 
 class ConvNet(MultiExitNetwork):

@@ -99,8 +99,8 @@ class VGGish(AudioEncoder):
     def forward(self, features: Features) -> Features:
         audio = self.embed(features.log_mel)
         audio = audio - self.unheard.to(audio.dtype)
-        # Not a product with ``heard``: what stands in rows that are not heard may be NaN.
-        return replace(features, audio=torch.where(features.heard[:, None], audio, 0.0))
+        # Not a product with ``has_audio``: what stands in rows that are not heard may be NaN.
+        return replace(features, audio=torch.where(features.has_audio[:, None], audio, 0.0))
 
 
 def _front(config: Any) -> tuple[VGGFront]:

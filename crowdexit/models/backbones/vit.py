@@ -27,7 +27,7 @@ from crowdexit.models.exits import (
 from crowdexit.models.exits.head import as_answer
 from crowdexit.models.exits.tokens import attend, encoder_layer
 from crowdexit.models.network import MultiExitNetwork
-from crowdexit.models.stages import Answer, Exit, Features, Stage
+from crowdexit.models.stages import Exit, ExitOutput, Features, Stage
 
 KINDS = (
     "mlp",
@@ -222,8 +222,8 @@ class TokenHead(Exit):
         token: Tensor = self.norm(features.tokens()[:, :1])
         return token
 
-    def forward(self, features: Features) -> Answer:
-        return Answer(as_answer(self.layers(self.tokens(features)[:, 0]).float()) * self.scale)
+    def forward(self, features: Features) -> ExitOutput:
+        return ExitOutput(as_answer(self.layers(self.tokens(features)[:, 0]).float()) * self.scale)
 
 
 class GapHead(Exit):
@@ -242,9 +242,9 @@ class GapHead(Exit):
             nn.ReLU(), nn.Linear(cells * self.VALUES, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 1)
         )
 
-    def forward(self, features: Features) -> Answer:
+    def forward(self, features: Features) -> ExitOutput:
         patches = self.norm(features.tokens())[:, 1:]
-        return Answer(as_answer(self.layers(self.pool(patches).flatten(1)).float()) * self.scale)
+        return ExitOutput(as_answer(self.layers(self.pool(patches).flatten(1)).float()) * self.scale)
 
 
 class ClassHead(Exit):
@@ -257,8 +257,8 @@ class ClassHead(Exit):
         self.norm = _Norm(config.dim)
         self.head = nn.Linear(config.dim, config.outputs)
 
-    def forward(self, features: Features) -> Answer:
-        return Answer(self.head(self.norm(features.tokens()[:, 0])).float())
+    def forward(self, features: Features) -> ExitOutput:
+        return ExitOutput(self.head(self.norm(features.tokens()[:, 0])).float())
 
 
 class ViT(MultiExitNetwork):

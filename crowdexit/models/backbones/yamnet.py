@@ -85,8 +85,8 @@ class YAMNet(AudioEncoder):
         return vector
 
     def forward(self, features: Features) -> Features:
-        # Not a product with ``heard``: what stands in rows without audio may be NaN.
-        return replace(features, audio=torch.where(features.heard[:, None], self.embed(features.log_mel), 0.0))
+        # Not a product with ``has_audio``: what stands in rows without audio may be NaN.
+        return replace(features, audio=torch.where(features.has_audio[:, None], self.embed(features.log_mel), 0.0))
 
 
 def _make(config: Any) -> YAMNet:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crowdexit.models.exits.feature_map import GammaBeta
-from crowdexit.models.stages import Answer, Exit, Features
+from crowdexit.models.stages import Exit, ExitOutput, Features
 
 DensityActivation = Literal["none", "relu", "softplus"]
 # softplus(y − 4): an untrained map is nearly empty, and no cell's gradient is ever cut off as a ReLU's is.
@@ -67,7 +67,7 @@ class DensityBranch(Exit):
         scale: float = 1.0,
     ) -> None:
         super().__init__()
-        self.hears = audio > 0
+        self.uses_audio = audio > 0
         self.fuse = GammaBeta(audio, widths[0]) if audio else None
         self.convs = nn.ModuleList()
         for width in widths:
@@ -76,7 +76,7 @@ class DensityBranch(Exit):
         self.conv = density_conv(channels, activation)
         self.activation, self.scale = activation, scale
 
-    def forward(self, features: Features) -> Answer:
+    def forward(self, features: Features) -> ExitOutput:
         # Its numbers are few, and in bfloat16 the gradient of a convolution over 40 channels comes out wrong on some
         # processors (oneDNN with AVX-512).
         with torch.autocast("cpu" if features.visual.is_meta else features.visual.device.type, enabled=False):
@@ -87,5 +87,5 @@ class DensityBranch(Exit):
                     assert features.audio is not None
                     visual = self.fuse(visual, features.audio.to(visual.dtype))
                 visual = F.relu(visual)
-            density = density_of(self.conv(visual), features.inside, self.activation, self.scale)
-        return Answer(density.sum((1, 2, 3)), density)
+            density = density_of(self.conv(visual), features.valid_mask, self.activation, self.scale)
+        return ExitOutput(density.sum((1, 2, 3)), density)

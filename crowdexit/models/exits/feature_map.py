@@ -71,7 +71,7 @@ class CNNExit(Branch):
         normalises = norm and audio > 0
         self.conv = nn.Conv2d(channels, filters, 3, padding=padding, bias=not normalises)
         self.norm = nn.BatchNorm2d(filters) if normalises else None
-        self.hears = audio > 0
+        self.uses_audio = audio > 0
         self.fuse = GammaBeta(audio, filters) if audio else None
         self.pool = nn.MaxPool2d(pool)
         shrink = 2 - 2 * padding
@@ -86,12 +86,12 @@ class CNNExit(Branch):
         return super().count_head if self.norm is None else None
 
     @property
-    def eye(self) -> nn.Conv2d:
+    def input_conv(self) -> nn.Conv2d:
         return self.conv
 
     def tokens(self, features: Features) -> Tensor:
         """What the head sees of each pooled cell, B×N×filters; position-major, as in SL-ViT."""
-        y = self.conv(self.sees(features))
+        y = self.conv(self.input_map(features))
         if self.norm is not None:
             y = self.norm(y)
         if self.fuse is not None:
@@ -190,24 +190,24 @@ class SLViTExit(Branch):
         if size[0] % patch or size[1] % patch:
             raise ValueError(f"a patch of {patch} does not divide a map of {size[0]}×{size[1]}")
         self.project = nn.Conv2d(channels, dim, patch, stride=patch)
-        self.hears = audio > 0
+        self.uses_audio = audio > 0
         self.audio_to_map = nn.Linear(audio, channels) if audio not in (0, channels) else nn.Identity()
         self.token_grid = (size[0] // patch, size[1] // patch)
         self.dim = dim
-        self.cells = self.token_grid[0] * self.token_grid[1] + self.hears
+        self.cells = self.token_grid[0] * self.token_grid[1] + self.uses_audio
         self.position = nn.Parameter(torch.empty(1, self.cells, dim))
         nn.init.trunc_normal_(self.position, std=0.02)
         self.encoder = EncoderLayer(dim, heads, second_residual)
         self.head = MLPHead(self.cells * dim, outputs, hidden, dropout)
 
     @property
-    def eye(self) -> nn.Conv2d:
+    def input_conv(self) -> nn.Conv2d:
         return self.project
 
     def embed(self, features: Features) -> Tensor:
         """The sequence before the encoder, B×N×d; the audio patch last."""
-        visual = self.project(self.sees(features)).flatten(2).transpose(1, 2)  # B×N×d
-        if not self.hears:
+        visual = self.project(self.input_map(features)).flatten(2).transpose(1, 2)  # B×N×d
+        if not self.uses_audio:
             return visual + self.position
         assert features.audio is not None
         # The projection of a vector tiled over p×p is its product with the kernel summed over p×p.

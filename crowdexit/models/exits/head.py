@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from crowdexit.models.stages import Answer, Exit, Features
+from crowdexit.models.stages import Exit, ExitOutput, Features
 
 
 class MLPHead(nn.Sequential):
@@ -54,7 +54,7 @@ class Branch(Exit):
         cells: N, the positions that the head sees. dim: d, the length of each.
         token_grid: (rows, columns) of the first of them over the image, or None where they stand for all of it.
         scale: the answer is the head's output times this; 100 keeps a count's weights near one.
-        rectifies: whether a ReLU follows the ``eye``.
+        rectifies: whether a ReLU follows the ``input_conv``.
     """
 
     head: MLPHead
@@ -65,7 +65,7 @@ class Branch(Exit):
 
     @property
     def count_head(self) -> nn.Sequential | None:
-        return self.head if self.cells == 1 or self.eye is not None else None
+        return self.head if self.cells == 1 or self.input_conv is not None else None
 
     @torch.no_grad()
     def start_at(self, count: float) -> None:
@@ -76,23 +76,23 @@ class Branch(Exit):
     def start_tied(self) -> None:
         self.head.start_tied(self.cells)
 
-    def sees(self, features: Features) -> Tensor:
-        """The map B×C×h×w that the ``eye`` reads."""
+    def input_map(self, features: Features) -> Tensor:
+        """The map B×C×h×w that the ``input_conv`` reads."""
         return features.grid()
 
     def tokens(self, features: Features) -> Tensor:
         """What the head sees, B×N×d, in reading order."""
         raise NotImplementedError  # abstract
 
-    def answer(self, tokens: Tensor) -> Answer:
+    def answer(self, tokens: Tensor) -> ExitOutput:
         """The head's answer to B×N×d."""
-        return Answer(as_answer(ask(self.head, tokens)) * self.scale)
+        return ExitOutput(as_answer(run_head(self.head, tokens)) * self.scale)
 
-    def forward(self, features: Features) -> Answer:
+    def forward(self, features: Features) -> ExitOutput:
         return self.answer(self.tokens(features))
 
 
-def ask(head: MLPHead, tokens: Tensor) -> Tensor:
+def run_head(head: MLPHead, tokens: Tensor) -> Tensor:
     """The head's output for B×N×d in float32 whatever the features came in: bfloat16 knows few counts."""
     flat = tokens.flatten(1).to(next(head.parameters()).dtype)
     # Autocast knows no meta tensors; a query whether it does would break torch.compile's graph.

@@ -98,10 +98,10 @@ class CNNTokenExit(Branch):
         self.head = MLPHead(filters * self.cells, outputs, hidden, dropout)
 
     @property
-    def eye(self) -> nn.Conv2d:
+    def input_conv(self) -> nn.Conv2d:
         return self.conv
 
-    def sees(self, features: Features) -> Tensor:
+    def input_map(self, features: Features) -> Tensor:
         """The patches as a map, joined with the classification token: B×D×rows×columns, or twice as deep."""
         patches = features.grid()
         first = features.tokens()[:, 0, :, None, None]
@@ -112,7 +112,7 @@ class CNNTokenExit(Branch):
         return patches
 
     def tokens(self, features: Features) -> Tensor:
-        return F.max_pool2d(F.relu(self.conv(self.sees(features))), 2).flatten(2).transpose(1, 2)
+        return F.max_pool2d(F.relu(self.conv(self.input_map(features))), 2).flatten(2).transpose(1, 2)
 
 
 class ViTExit(_Token):

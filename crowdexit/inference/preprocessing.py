@@ -47,7 +47,7 @@ class Scene:
     warnings: tuple[str, ...] = ()
 
     @property
-    def heard(self) -> bool:
+    def has_audio(self) -> bool:
         """Whether it is counted with audio."""
         return self.audio == "used"
 
@@ -73,7 +73,7 @@ class Scene:
         return out
 
 
-def hear(audio: AudioLike | None, *, warn: Warn = refuse) -> NDArray[np.float32] | None:
+def load_log_mel(audio: AudioLike | None, *, warn: Warn = refuse) -> NDArray[np.float32] | None:
     """Any form of audio as a log-mel (96, 64): a file, (waveform, sample rate) in either order, or a log-mel already.
 
     Args:
@@ -116,12 +116,12 @@ def audio_input(audio: AudioLike | None) -> AudioInput:
     """Any form of audio as a network takes it, with what its reader had to say.
 
     Raises:
-        AudioError: as :func:`hear`.
+        AudioError: as :func:`load_log_mel`.
     """
     if isinstance(audio, AudioInput):
         return audio
     warnings: list[str] = []
-    return AudioInput(hear(audio, warn=warnings.append), warnings=tuple(warnings))
+    return AudioInput(load_log_mel(audio, warn=warnings.append), warnings=tuple(warnings))
 
 
 def prepared(image: ImageLike, audio: AudioLike | None, config: Config) -> tuple[Scene, list[Row]]:

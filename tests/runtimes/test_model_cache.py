@@ -14,10 +14,10 @@ import torch
 from crowdexit.inference.counter import CrowdCounter
 from crowdexit.models import zoo
 from crowdexit.models.network import MultiExitNetwork
-from crowdexit.runtimes import kept, openvino
+from crowdexit.runtimes import model_cache, openvino
 from crowdexit.runtimes.eager import Eager
 from crowdexit.runtimes.int8 import measure_ranges
-from crowdexit.runtimes.kept import KeptModels, fingerprint
+from crowdexit.runtimes.model_cache import ModelCache, fingerprint
 from crowdexit.runtimes.openvino import OpenVINO
 from crowdexit.utils.machine import cache_folder
 
@@ -105,9 +105,9 @@ def test_a_cache_that_cannot_be_written_is_no_matter(monkeypatch, tmp_path, conv
     torch.testing.assert_close(answer.value, expected["final"].value)
 
 
-def models(name: str) -> KeptModels[bytes]:
+def models(name: str) -> ModelCache[bytes]:
     network = networks.made(name)
-    return KeptModels(network, "any", ".onnx", lambda path: path.read_bytes(), lambda m, path: path.write_bytes(m))
+    return ModelCache(network, "any", ".onnx", lambda path: path.read_bytes(), lambda m, path: path.write_bytes(m))
 
 
 def test_a_damaged_file_of_bytes_is_no_model():
@@ -129,7 +129,7 @@ def test_nothing_is_left_of_what_could_not_be_written(error):
         raise error
 
     network = networks.made("audiocsrnet")
-    some = KeptModels(network, "any", ".onnx", lambda path: path.read_bytes(), write)
+    some = ModelCache(network, "any", ".onnx", lambda path: path.read_bytes(), write)
     assert some.model("stage-0", ((1, 2),), lambda: b"model") == b"model"
     assert some.get("stage-0", ((1, 2),)) is None
     assert [path for path in cache_folder().rglob("*") if path.is_file() or path.name.startswith("part-")] == []
@@ -139,24 +139,24 @@ def test_without_a_home_nothing_is_kept(homeless):
     some = models("audiocsrnet")
     some.keep("stage-0", ((1, 2),), b"model")
     assert some.model("stage-0", ((1, 2),), lambda: b"anew") == b"anew"
-    kept.keep_choice("key", "eager")
-    kept.forget_choice("key")
-    assert kept.choices() == {}
+    model_cache.save_choice("key", "eager")
+    model_cache.forget_choice("key")
+    assert model_cache.choices() == {}
 
 
 def test_a_choice_is_kept_until_it_is_forgotten(monkeypatch):
-    monkeypatch.setattr(kept, "MOST_CHOICES", 2)
+    monkeypatch.setattr(model_cache, "MOST_CHOICES", 2)
     for key in ("one", "two", "three"):
-        kept.keep_choice(key, "eager")
-    assert kept.choices() == {"two": "eager", "three": "eager"}
-    kept.forget_choice("two")
-    kept.forget_choice("never")
-    assert kept.choices() == {"three": "eager"}
+        model_cache.save_choice(key, "eager")
+    assert model_cache.choices() == {"two": "eager", "three": "eager"}
+    model_cache.forget_choice("two")
+    model_cache.forget_choice("never")
+    assert model_cache.choices() == {"three": "eager"}
     assert [path.name for path in cache_folder().iterdir()] == ["runtimes.json"]
 
 
 def test_the_networks_used_last_are_kept(monkeypatch):
-    monkeypatch.setattr(kept, "MOST_NETWORKS", 2)
+    monkeypatch.setattr(model_cache, "MOST_NETWORKS", 2)
     one, two, three = (models(name) for name in ("audiocsrnet", "transcrowd-fit", "classifier"))
     for age, some in ((3, one), (2, two)):
         some.keep("stage-0", ((1, 2),), b"model")
@@ -181,14 +181,14 @@ def test_weights_exits_code_and_libraries_make_the_fingerprint(monkeypatch, tmp_
     with torch.no_grad():
         network.final.conv.bias += 1e-3
     prints.append(fingerprint(network))
-    monkeypatch.setattr(kept, "installed_version", lambda name: "9")
+    monkeypatch.setattr(model_cache, "installed_version", lambda name: "9")
     prints.append(fingerprint(network))
     for path in ("models/network.py", "models/exits/head.py"):
         source = tmp_path / path
         source.parent.mkdir(parents=True, exist_ok=True)
         source.write_text("# another way to the same names")
         package = shutil.copytree(tmp_path, tmp_path.with_name(f"{len(prints)}"))
-        monkeypatch.setattr(kept, "PACKAGE", package)
+        monkeypatch.setattr(model_cache, "PACKAGE", package)
         prints.append(fingerprint(network))
     assert len(set(prints)) == 5
 
@@ -210,5 +210,5 @@ def test_branches_of_equal_weights_have_entries_of_their_own(model, one, other):
 
 def test_the_code_that_makes_a_graph_is_found():
     """The patterns still name what is there."""
-    found = [path.name for pattern in kept._SOURCES for path in kept.PACKAGE.glob(pattern)]
+    found = [path.name for pattern in model_cache._SOURCES for path in model_cache.PACKAGE.glob(pattern)]
     assert {"vit.py", "feature_map.py", "network.py", "stages.py", "pieces.py", "openvino.py"} <= set(found)

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from crowdexit.models.network import MultiExitNetwork
-from crowdexit.models.stages import Answer, Features
+from crowdexit.models.stages import ExitOutput, Features
 from crowdexit.runtimes.arrays import RuntimeUnavailable
 from crowdexit.runtimes.base import ReadyChain, Runtime
-from crowdexit.runtimes.batch import look
+from crowdexit.runtimes.batch import make_batch
 from crowdexit.runtimes.calibration import made_up_crowd, sample
 from crowdexit.runtimes.compiled import Compiled
 from crowdexit.runtimes.eager import Eager
 from crowdexit.runtimes.engines import one_line
-from crowdexit.runtimes.kept import choices, fingerprint, forget_choice, gpu_name, installed_version, keep_choice
+from crowdexit.runtimes.model_cache import choices, fingerprint, forget_choice, gpu_name, installed_version, save_choice
 from crowdexit.runtimes.onnx import Onnx
 from crowdexit.runtimes.openvino import OpenVINO, multiplies_bf16
 from crowdexit.runtimes.winograd import Winograd, filtered_layers
@@ -47,7 +47,7 @@ def names() -> tuple[str, ...]:
     return ("auto", *(name for kind in KINDS for name in kind.NAMES))
 
 
-def pick(name: str) -> Runtime:
+def select_runtime(name: str) -> Runtime:
     """The runtime of that name; ``auto`` is :class:`Auto`.
 
     Raises:
@@ -81,17 +81,17 @@ class Auto(Runtime):
         known = choices().get(key)
         if known in READY_MADE:
             try:
-                return _with_eager_behind(pick(known).ready(network), key)
+                return _with_eager_fallback(select_runtime(known).ready(network), key)
             except Exception as error:
                 log.warning("%s; the runtimes are tried anew", one_line(error))
-        picked, chain, complete = _fastest(network)
+        selected, chain, complete = _fastest(network)
         if complete:
-            keep_choice(key, picked)
-        return _with_eager_behind(chain, key)
+            save_choice(key, selected)
+        return _with_eager_fallback(chain, key)
 
 
-def _with_eager_behind(chain: ReadyChain, key: str) -> ReadyChain:
-    return chain if chain.runtime == "eager" else _Picked(chain, key)
+def _with_eager_fallback(chain: ReadyChain, key: str) -> ReadyChain:
+    return chain if chain.runtime == "eager" else FallbackChain(chain, key)
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class _State:
     rows: Tensor
 
 
-class _Picked(ReadyChain):
+class FallbackChain(ReadyChain):
     """What ``auto`` has picked, until it fails: from then on eager float32, which walks again what was under way.
 
     Args:
@@ -125,39 +125,39 @@ class _Picked(ReadyChain):
         try:
             self._chain.prepare(exits)
         except _FAILURES as error:
-            self._give_up(self._chain, error)
+            self._fall_back(self._chain, error)
 
     def begin(self, features: Features) -> _State:
         state = _State(self._chain, None, -1, features, torch.arange(len(features.visual)))
         try:
             return replace(state, own=state.chain.begin(features))
         except _FAILURES as error:
-            return self._again(state, error)
+            return self._recompute(state, error)
 
     def advance(self, index: int, state: _State) -> _State:
         try:
             return replace(state, own=state.chain.advance(index, state.own), stage=index)
         except _FAILURES as error:
-            return self._again(replace(state, stage=index), error)
+            return self._recompute(replace(state, stage=index), error)
 
-    def ask(self, name: str, state: _State) -> Answer:
+    def run_exit(self, name: str, state: _State) -> ExitOutput:
         try:
-            return state.chain.ask(name, state.own)
+            return state.chain.run_exit(name, state.own)
         except _FAILURES as error:
-            again = self._again(state, error)
-            return again.chain.ask(name, again.own)
+            again = self._recompute(state, error)
+            return again.chain.run_exit(name, again.own)
 
     def select(self, state: _State, keep: Tensor) -> _State:
         state = replace(state, rows=state.rows[keep])
         try:
             return replace(state, own=state.chain.select(state.own, keep))
         except _FAILURES as error:
-            return self._again(state, error)
+            return self._recompute(state, error)
 
     def visual_of(self, state: _State) -> tuple[Tensor, Tensor]:
         return state.chain.visual_of(state.own)
 
-    def _give_up(self, failed: ReadyChain, error: Exception) -> None:
+    def _fall_back(self, failed: ReadyChain, error: Exception) -> None:
         """Have eager float32 go on, unless it does already."""
         if failed is self._chain:
             log.warning("runtime auto: %s; eager goes on", one_line(error))
@@ -165,9 +165,9 @@ class _Picked(ReadyChain):
             self._chain = Eager().ready(self.network)
             self.runtime = self._chain.runtime
 
-    def _again(self, state: _State, error: Exception) -> _State:
+    def _recompute(self, state: _State, error: Exception) -> _State:
         """A state whose chain has failed, by eager float32 from the beginning."""
-        self._give_up(state.chain, error)
+        self._fall_back(state.chain, error)
         own = self._chain.begin(state.features.select(state.rows))
         for index in range(state.stage + 1):
             own = self._chain.advance(index, own)
@@ -205,7 +205,7 @@ def _fastest(network: MultiExitNetwork) -> tuple[str, ReadyChain, bool]:
     rows = candidates(network)
     if not rows:
         return "eager", agreeing["eager"], complete
-    features = look(*sample(), network.config)
+    features = make_batch(*sample(), network.config)
     expected = _answers(agreeing["eager"], features)
     for row in rows:
         for name in row:
@@ -214,7 +214,7 @@ def _fastest(network: MultiExitNetwork) -> tuple[str, ReadyChain, bool]:
                 complete = False
                 continue
             try:
-                chain = pick(name).ready(network)
+                chain = select_runtime(name).ready(network)
                 agrees = (
                     _int8_agrees(chain, agreeing["eager"], features)
                     if name == INT8
@@ -227,10 +227,10 @@ def _fastest(network: MultiExitNetwork) -> tuple[str, ReadyChain, bool]:
                 agreeing[name] = chain
                 break
     least = _in_turn(network, agreeing, features)
-    picked = min(least, key=least.__getitem__)
-    told = 1e3 * least[picked], 1e3 * least["eager"]
-    log.warning("runtime auto: %s, %.0f ms an image here (eager %.0f ms)", picked, *told)
-    return picked, _in_place(picked, agreeing[picked], network), complete
+    selected = min(least, key=least.__getitem__)
+    timings = 1e3 * least[selected], 1e3 * least["eager"]
+    log.warning("runtime auto: %s, %.0f ms an image here (eager %.0f ms)", selected, *timings)
+    return selected, _in_place(selected, agreeing[selected], network), complete
 
 
 def _leave_out(name: str, why: str) -> None:
@@ -265,7 +265,7 @@ def _in_turn(network: MultiExitNetwork, chains: Mapping[str, ReadyChain], featur
 
 def _in_place(name: str, chain: ReadyChain, network: MultiExitNetwork) -> ReadyChain:
     """The chain; one that runs the network itself with its weights where it wants them: others may have moved them."""
-    kind = pick(name)
+    kind = select_runtime(name)
     return kind.ready(network) if isinstance(kind, Eager) else chain
 
 
@@ -285,7 +285,7 @@ def _agree(answers: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 
 def _int8_agrees(chain: ReadyChain, eager: ReadyChain, street: Features) -> bool:
     """Whether every exit agrees on the street and on a crowd."""
-    for features in (street, look(made_up_crowd(), None, chain.network.config)):
+    for features in (street, make_batch(made_up_crowd(), None, chain.network.config)):
         expected = dict(eager.stream(features))
         for name, answer in chain.stream(features):
             value = expected[name].value

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from crowdexit.inference.fair_lock import FairLock
 from crowdexit.inference.profile import FIRST, Profile, exit_step, stage_step
-from crowdexit.inference.turn import Turn
-from crowdexit.models.stages import Answer
+from crowdexit.models.stages import ExitOutput
 from crowdexit.runtimes.base import ReadyChain
 
 T = TypeVar("T")
@@ -58,7 +58,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Told:
+class BatchExitOutput:
     """What an exit said of a part's samples.
 
     Attributes:
@@ -77,18 +77,18 @@ class Told:
 class Policy(Protocol):
     """Decides in a walk which exits are asked, and who goes on."""
 
-    def asks(self, exit: str, part: Part, walk: Walk) -> bool:
+    def should_run_exit(self, exit: str, part: Part, executor: StageExecutor) -> bool:
         """Whether an exit is asked about a part that has just come to it."""
 
-    def stays(self, exit: str, part: Part, walk: Walk) -> Mask:
+    def keep_at_stage(self, exit: str, part: Part, executor: StageExecutor) -> Mask:
         """Which of a part's samples (n,), just answered by an exit, are there for a further one of the same stage."""
 
-    def goes_on(self, stage: int, part: Part, walk: Walk) -> Mask:
+    def keep_for_stage(self, stage: int, part: Part, executor: StageExecutor) -> Mask:
         """Which of a part's samples (n,) go through a stage; the others have left. Not asked of the first stage."""
 
 
 @dataclass
-class Walk:
+class StageExecutor:
     """A walk of numbered samples through a chain, and what a policy may know of it.
 
     Attributes:
@@ -97,15 +97,15 @@ class Walk:
         exits: names that may be asked, in the order of the chain.
         profile: how long steps take; every step that is run with all its rows is noted.
         left_ms: the time until the deadline; negative after it.
-        doubt: how unsure an exit's answers are (n,), in the unit that the policy compares; default: not known, inf.
-        turn: held during every step: one step at a time on a chain, whichever threads walk it.
+        uncertainty: of an exit's outputs (n,), in the unit that the policy compares; default: unknown, inf.
+        lock: held during every step: one step at a time on a chain, whichever threads walk it.
         earlier: what each exit has said of the samples' rows that went another walk before; it is added.
         feature_sums: of each sample by its number, added to by each of its rows after the first stage
             (:meth:`ReadyChain.feature_sums`); None: they are not wanted.
         clock: seconds.
         answered: which samples have an answer (size,).
         counts: their latest counts (size,); zero for classes.
-        doubts: of their latest answers (size,); inf without one.
+        uncertainties: of their latest answers (size,); inf without one.
     """
 
     chain: ReadyChain
@@ -113,8 +113,10 @@ class Walk:
     exits: Sequence[str]
     profile: Profile = field(default_factory=Profile)
     left_ms: Callable[[], float] = lambda: math.inf
-    doubt: Callable[[Told], NDArray[np.float64]] = lambda told: np.full(len(told.samples), math.inf)
-    turn: Turn = field(default_factory=Turn)
+    uncertainty: Callable[[BatchExitOutput], NDArray[np.float64]] = lambda output: np.full(
+        len(output.samples), math.inf
+    )
+    lock: FairLock = field(default_factory=FairLock)
     earlier: Mapping[str, float] = field(default_factory=dict)
     feature_sums: dict[int, NDArray[np.float64]] | None = None
     clock: Callable[[], float] = time.perf_counter
@@ -122,10 +124,10 @@ class Walk:
     def __post_init__(self) -> None:
         self.answered = np.zeros(self.size, np.bool_)
         self.counts = np.zeros(self.size)
-        self.doubts = np.full(self.size, math.inf)
+        self.uncertainties = np.full(self.size, math.inf)
 
-    def run(self, parts: Iterable[Part], policy: Policy) -> Iterator[Told | None]:
-        """Walk, and yield what the exits say as they say it.
+    def run(self, parts: Iterable[Part], policy: Policy) -> Iterator[BatchExitOutput | None]:
+        """Run the parts through the stages, and yield each exit's output as it comes.
 
         Args:
             parts: each is asked for when the one before has gone through the first stage.
@@ -145,13 +147,13 @@ class Walk:
 
     def _through(
         self, index: int, here: Sequence[str], arrived: Part, policy: Policy
-    ) -> Generator[Told | None, None, Part | None]:
+    ) -> Generator[BatchExitOutput | None, None, Part | None]:
         """Take a part through a stage and to the exits there.
 
         Returns:
             What is left of it; None of nobody.
         """
-        part = arrived if index == 0 else self._only(arrived, policy.goes_on(index, arrived, self))
+        part = arrived if index == 0 else self._select(arrived, policy.keep_for_stage(index, arrived, self))
         if part is None:
             return None
         for batch in part.batches:
@@ -164,11 +166,11 @@ class Walk:
         answered = False
         for name in here:
             if answered:
-                part = self._only(part, policy.stays(name, part, self))
+                part = self._select(part, policy.keep_at_stage(name, part, self))
                 if part is None:
                     return None
-            if policy.asks(name, part, self):
-                yield self._ask(name, part)
+            if policy.should_run_exit(name, part, self):
+                yield self._run_exit(name, part)
                 answered = True
         return part
 
@@ -193,7 +195,7 @@ class Walk:
             total += ms
         return total
 
-    def _only(self, part: Part, keep: Mask) -> Part | None:
+    def _select(self, part: Part, keep: Mask) -> Part | None:
         """The part of some samples only; None of none."""
         if keep.all():
             return part
@@ -201,7 +203,7 @@ class Walk:
             return None
         (batch,) = part.batches
         rows = np.repeat(keep, part.views)
-        with self.turn:
+        with self.lock:
             state = self.chain.select(batch.state, torch.from_numpy(rows))
         return replace(
             part, samples=part.samples[keep], views=part.views[keep], batches=[Batch(state, int(rows.sum()))]
@@ -218,24 +220,26 @@ class Walk:
         for number, of_row in zip(numbers, sums, strict=True):
             self.feature_sums[number] = self.feature_sums.get(number, 0) + of_row
 
-    def _ask(self, name: str, part: Part) -> Told:
+    def _run_exit(self, name: str, part: Part) -> BatchExitOutput:
         answers = [self._answer(name, batch) for batch in part.batches]
         starts = np.cumsum([0, *part.views[:-1]])
         values = np.add.reduceat(np.concatenate([answer.value.numpy() for answer in answers]), starts)
         if name in self.earlier:
             values = values + np.float32(self.earlier[name])
         maps = [answer.density[:, 0].numpy() for answer in answers if answer.density is not None]
-        told = Told(name, part.samples, values, np.split(np.concatenate(maps), starts[1:]) if maps else None)
-        self.answered[told.samples] = True
-        self.counts[told.samples] = np.maximum(values, 0) if values.ndim == 1 else 0
-        self.doubts[told.samples] = self.doubt(told)
-        return told
+        output = BatchExitOutput(
+            name, part.samples, values, np.split(np.concatenate(maps), starts[1:]) if maps else None
+        )
+        self.answered[output.samples] = True
+        self.counts[output.samples] = np.maximum(values, 0) if values.ndim == 1 else 0
+        self.uncertainties[output.samples] = self.uncertainty(output)
+        return output
 
-    def _answer(self, name: str, batch: Batch) -> Answer:
-        return self._timed(exit_step(name), batch, lambda: self.chain.ask(name, batch.state))
+    def _answer(self, name: str, batch: Batch) -> ExitOutput:
+        return self._timed(exit_step(name), batch, lambda: self.chain.run_exit(name, batch.state))
 
     def _timed(self, step: str, batch: Batch, work: Callable[[], T]) -> T:
-        with self.turn:
+        with self.lock:
             begun = self.clock()
             out = work()
             took = 1000 * (self.clock() - begun)

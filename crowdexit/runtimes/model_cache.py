@@ -63,8 +63,8 @@ def fingerprint(network: MultiExitNetwork, *more: object) -> str:
         (name, network.stage_of(name), network.exit_module(name).kind, network.branch_options.get(name))
         for name in network.exit_names
     ]
-    told = libraries, _code(PACKAGE), str(network), network.config, exits, network.activation_ranges, more
-    digest.update(repr(told).encode())
+    identity = libraries, _code(PACKAGE), str(network), network.config, exits, network.activation_ranges, more
+    digest.update(repr(identity).encode())
     for name, tensor in network.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -80,7 +80,7 @@ def _code(package: Path) -> str:
     return digest.hexdigest()
 
 
-class KeptModels(Generic[M]):
+class ModelCache(Generic[M]):
     """The converted pieces of one network for one runtime.
 
     Beside each model lie the digests of its files: a damaged one may well be readable, and count wrongly.
@@ -156,9 +156,9 @@ class KeptModels(Generic[M]):
 
     def model(self, piece: str, shapes: Shapes, make: Callable[[], M]) -> M:
         """A kept model, or one that is made and kept."""
-        kept = self.get(piece, shapes)
-        if kept is not None:
-            return kept
+        cached = self.get(piece, shapes)
+        if cached is not None:
+            return cached
         made = make()
         self.keep(piece, shapes, made)
         return made
@@ -194,7 +194,7 @@ def choices() -> dict[str, str]:
     return {}
 
 
-def keep_choice(key: str, name: str) -> None:
+def save_choice(key: str, name: str) -> None:
     """Keep a choice, and of all the last ones."""
     _write_choices({**choices(), key: name})
 

@@ -6,7 +6,7 @@ import threading
 from collections import deque
 
 
-class Turn:
+class FairLock:
     """As a context, held by one thread at a time, in the order in which they came.
 
     A plain lock goes to whoever snatches it: a thread that lets go of it and wants it again at once would have it over

@@ -1,6 +1,6 @@
 """Calling off what another thread computes: it ends between two layers, not only between two stages.
 
-A runtime that can be broken off says how while it runs (:func:`broken_off_by`), or asks now and then (:func:`check`);
+A runtime that can be broken off says how while it runs (:func:`cancelled_by`), or asks now and then (:func:`check`);
 one that does neither runs to the end of its stage. Knows nothing of PyTorch.
 """
 
@@ -13,12 +13,12 @@ from contextlib import contextmanager
 _here = threading.local()  # .work: what this thread works under, if anything
 
 
-class CalledOff(Exception):
+class Cancelled(Exception):
     """What was being computed is not wanted any more."""
 
 
-class CallOff:
-    """Work of one thread (``with call_off.working():``) that another may call off (``call_off()``), once for all.
+class CancelToken:
+    """Work of one thread (``with token.working():``) that another may cancel (``token()``), once for all.
 
     Attributes:
         off: whether it has been.
@@ -45,7 +45,7 @@ class CallOff:
             _here.work = None
 
     @contextmanager
-    def _broken_off_by(self, end: Callable[[], None]) -> Iterator[None]:
+    def _cancel_with(self, end: Callable[[], None]) -> Iterator[None]:
         with self._lock:
             self._check()
             self._break = end
@@ -60,10 +60,10 @@ class CallOff:
 
     def _check(self) -> None:
         if self.off:
-            raise CalledOff
+            raise Cancelled
 
 
-def may_be_called_off() -> bool:
+def may_be_cancelled() -> bool:
     """Whether what this thread computes may be."""
     return _work() is not None
 
@@ -72,7 +72,7 @@ def check() -> None:
     """Go on, unless it has been called off.
 
     Raises:
-        CalledOff
+        Cancelled
     """
     work = _work()
     if work is not None:
@@ -80,20 +80,20 @@ def check() -> None:
 
 
 @contextmanager
-def broken_off_by(end: Callable[[], None]) -> Iterator[None]:
+def cancelled_by(end: Callable[[], None]) -> Iterator[None]:
     """While this thread computes here, ``end``, called from another thread, makes it raise an error soon.
 
     Raises:
-        CalledOff: in place of that error, or at once, if it has been called off.
+        Cancelled: in place of that error, or at once, if it has been called off.
     """
     work = _work()
     if work is None:
         yield
         return
-    with work._broken_off_by(end):
+    with work._cancel_with(end):
         yield
 
 
-def _work() -> CallOff | None:
-    work: CallOff | None = getattr(_here, "work", None)
+def _work() -> CancelToken | None:
+    work: CancelToken | None = getattr(_here, "work", None)
     return work

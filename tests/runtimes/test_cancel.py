@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from crowdexit.models.network import MultiExitNetwork
-from crowdexit.models.stages import Answer, Exit, Features, Stage, inputs
+from crowdexit.models.stages import Exit, ExitOutput, Features, Stage, inputs
 from crowdexit.runtimes import onnx, openvino
 from crowdexit.runtimes.arrays import Port, Ports
-from crowdexit.runtimes.call_off import CalledOff, CallOff, broken_off_by, check, may_be_called_off
+from crowdexit.runtimes.cancel import Cancelled, CancelToken, cancelled_by, check, may_be_cancelled
 from crowdexit.runtimes.eager import EagerChain
 from crowdexit.runtimes.engines import Engine, OnnxEngine, OpenVINOEngine
 from crowdexit.runtimes.pieces import Piece
@@ -44,17 +44,17 @@ class Deep(Stage):
 class Mean(Exit):
     kind = "mean"
 
-    def forward(self, features: Features) -> Answer:
-        return Answer(features.visual.mean((1, 2, 3)))
+    def forward(self, features: Features) -> ExitOutput:
+        return ExitOutput(features.visual.mean((1, 2, 3)))
 
 
 def called_off(work: Callable[[], object], running: threading.Event) -> BaseException | None:
     """What comes of work in another thread that is called off soon after it has begun to run."""
-    call_off, came = CallOff(), list[BaseException | None]()
+    cancel_token, came = CancelToken(), list[BaseException | None]()
 
     def run() -> None:
         try:
-            with call_off.working():
+            with cancel_token.working():
                 work()
             came.append(None)
         except BaseException as error:
@@ -64,7 +64,7 @@ def called_off(work: Callable[[], object], running: threading.Event) -> BaseExce
     thread.start()
     assert running.wait(60)
     time.sleep(0.02)
-    call_off()
+    cancel_token()
     thread.join(60)
     assert not thread.is_alive()
     return came[0]
@@ -77,10 +77,10 @@ def test_eager_ends_between_two_layers():
     state = chain.begin(inputs(torch.ones(1, 3, SIDE, SIDE)))
     running = threading.Event()
     stage.register_forward_pre_hook(lambda *_: running.set())
-    assert isinstance(called_off(lambda: chain.advance(0, state), running), CalledOff)
+    assert isinstance(called_off(lambda: chain.advance(0, state), running), Cancelled)
     assert stage.ran < LAYERS
     stage.ran = 0
-    whole = chain.ask("final", chain.advance(0, state)).value
+    whole = chain.run_exit("final", chain.advance(0, state)).value
     assert stage.ran == LAYERS
     assert torch.isfinite(whole).all()
 
@@ -119,43 +119,43 @@ def test_engines_end_between_two_layers(convert, kind):
     engine.running = threading.Event()  # type: ignore[attr-defined]
     before = run(1)
     engine.running.clear()  # type: ignore[attr-defined]
-    assert isinstance(called_off(lambda: run(0), engine.running), CalledOff)  # type: ignore[attr-defined]
+    assert isinstance(called_off(lambda: run(0), engine.running), Cancelled)  # type: ignore[attr-defined]
     # Who comes next gets his own answer, and nobody has called that off.
     np.testing.assert_array_equal(run(1), before)
-    late = CallOff()
+    late = CancelToken()
     late()
-    with pytest.raises(CalledOff), late.working():
+    with pytest.raises(Cancelled), late.working():
         run(0)
 
 
 def test_nothing_but_that_work_is_called_off():
-    first, second = CallOff(), CallOff()
+    first, second = CancelToken(), CancelToken()
     broken: list[str] = []
-    with first.working(), broken_off_by(lambda: broken.append("first")):
-        assert may_be_called_off()
+    with first.working(), cancelled_by(lambda: broken.append("first")):
+        assert may_be_cancelled()
         first()
     assert broken == ["first"]
     with second.working():
         first()  # once more, when another's work runs
         check()
-        with pytest.raises(ZeroDivisionError), broken_off_by(lambda: broken.append("second")):
+        with pytest.raises(ZeroDivisionError), cancelled_by(lambda: broken.append("second")):
             raise ZeroDivisionError  # an error of its own stays one
     assert broken == ["first"]
-    assert not may_be_called_off()
+    assert not may_be_cancelled()
     check()
-    with broken_off_by(lambda: broken.append("nobody's")):
+    with cancelled_by(lambda: broken.append("nobody's")):
         pass
-    with first.working(), pytest.raises(CalledOff):
+    with first.working(), pytest.raises(Cancelled):
         check()
 
 
 def test_what_breaks_since_it_was_called_off_is_no_error_of_its_own():
-    work = CallOff()
+    work = CancelToken()
 
     def cancelled() -> None:
-        with broken_off_by(lambda: None):
+        with cancelled_by(lambda: None):
             work()
             raise RuntimeError("Infer Request was canceled")
 
-    with work.working(), pytest.raises(CalledOff):
+    with work.working(), pytest.raises(Cancelled):
         cancelled()
