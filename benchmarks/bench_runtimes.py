@@ -153,7 +153,8 @@ def main() -> None:
             speedups = "  ".join(f"{name} {v['measured'] / v['of_flops']:.2f}" for name, v in entry["speedups"].items())
             print(
                 f"{runtime:14} {1e3 * entry['seconds'][FINAL]:8.1f} {entry['faster_than_plain']:7.2f}× "
-                f"{entry['share_of_matrix_rate']:14.0%} {entry['exits_cost']:10.3f}× {entry['off_plain']:10.1e}   {speedups}",
+                f"{entry['share_of_matrix_rate']:14.0%} {entry['exits_cost']:10.3f}× {entry['off_plain']:10.1e}   "
+                f"{speedups}",
                 flush=True,
             )
     keep({"machine": machine, "model": args.model, "size": args.size, "runtimes": results}, args.json)
