@@ -50,7 +50,7 @@ def test_a_benchmark_that_there_is_not(monkeypatch, capsys):
     assert "no benchmark 'sleep'" in capsys.readouterr().err
 
 
-def test_what_is_missed_is_told():
+def test_missed_targets_are_reported():
     state = {"requests": 9, "first_exit_fits": 5, "unanswered_though_it_fits": 0.0, "late_p99_ms": 4.0}
     late, none_fits = {**state, "late_p99_ms": 5.1}, {**state, "first_exit_fits": 0}
     states = dict(zip(STATES, (state, late, none_fits, state), strict=True))
@@ -95,7 +95,7 @@ def test_rounds_run_all_in_orders_of_their_own():
     assert len(set(rounds)) == 6
 
 
-def test_a_benchmark_that_fails_is_told(tmp_path, monkeypatch):
+def test_failing_benchmark_is_reported(tmp_path, monkeypatch):
     tiny = Bench(("--rounds", "x"), (), BENCHES["scaling"].targets, BENCHES["scaling"].draw)
     monkeypatch.setitem(BENCHES, "scaling", tiny)
     monkeypatch.setattr(sys, "argv", ["benchmarks", "--only", "scaling", "--out", str(tmp_path)])

@@ -87,7 +87,7 @@ def test_warnings_of_the_reader_are_shown(counter: CrowdCounter, tmp_path: Path)
 
 
 @pytest.mark.parametrize("familiar", [True, False, None])
-def test_the_page_tells_what_is_unlike_the_training_images(
+def test_page_warns_of_unfamiliar_images(
     counter: CrowdCounter, image: Path, monkeypatch: pytest.MonkeyPatch, familiar: bool | None
 ) -> None:
     monkeypatch.setattr(counter, "_is_familiar", lambda sums: familiar)
@@ -173,7 +173,7 @@ def bad_gone(folder: Path) -> tuple[Path, Path | None]:
         (bad_gone, "no longer there"),
     ],
 )
-def test_bad_input_is_told_in_one_line(
+def test_bad_input_is_one_line(
     counter: CrowdCounter, tmp_path: Path, make: Callable[[Path], tuple[Path, Path | None]], words: str
 ) -> None:
     image, audio = make(tmp_path)
@@ -190,7 +190,7 @@ def test_no_image_given(counter: CrowdCounter) -> None:
     assert "Choose an image" in shown.headline
 
 
-def test_a_failure_on_the_way_is_told(counter: CrowdCounter, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_while_counting_is_shown(counter: CrowdCounter, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*_: object) -> Iterator[ExitResult]:
         yield ExitResult("V1", 1.0, None, 1.0)
         raise CrowdExitError("it went wrong")
@@ -299,7 +299,7 @@ def test_several_shipped_models_can_be_chosen(
     assert "no such model" in last[0]
 
 
-def test_a_model_or_a_port_that_cannot_be_used_is_told(counter: CrowdCounter, tmp_path: Path) -> None:
+def test_unusable_model_or_port_is_reported(counter: CrowdCounter, tmp_path: Path) -> None:
     with pytest.raises(CrowdExitError, match="neither a model's name"):
         make_page(tmp_path / "nothing")
     page = make_page(counter)

@@ -38,7 +38,7 @@ def test_calibrated_confidence_is_how_often_it_is_right():
         assert 1 - right[some].mean() == pytest.approx(uncertainties[some].mean(), abs=0.05)
 
 
-def test_doubt():
+def test_uncertainty():
     made = Temperatures({"cold": 0.5})
     scores = np.log(np.array([[0.7, 0.2, 0.1], [1 / 3, 1 / 3, 1 / 3], [1.0, 1e-30, 1e-30]])).astype(np.float32)
     assert made.uncertainties("x", scores, "confidence") == pytest.approx([0.3, 2 / 3, 0], abs=1e-6)
@@ -60,7 +60,7 @@ def test_scores_without_a_best_temperature():
         temperature(np.zeros((0, 3), np.float32), np.zeros(0, np.int64))
 
 
-def test_kept_in_a_header():
+def test_stored_in_the_header():
     made = Temperatures({"V1": 1.5, "final": 0.8}, 30)
     assert Temperatures.from_dict(made.to_dict()) == made
     assert Temperatures.from_dict(None) == Temperatures()

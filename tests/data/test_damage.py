@@ -128,7 +128,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
         os.system(f"umount '{folder}'")
 
 
-def test_a_full_disk_is_told_and_what_was_written_is_kept(tmp_path):
+def test_full_disk_is_reported_and_written_rows_stay(tmp_path):
     with small_disk(tmp_path / "disk", "2m") as disk:
         path = disk / "set.h5"
         images = np.random.default_rng(0).integers(0, 256, (20, 64, 64, 3), np.uint8)

@@ -174,7 +174,7 @@ def test_takes_are_drawn_in_training_alone(store):
     assert taken(Setting(CANVAS)) == {0: 60}
 
 
-def test_hear(store, tmp_path):
+def test_audio_dropout(store, tmp_path):
     def has_audio(hear: float, of: Store = store) -> int:
         found = items(of, Setting(CANVAS, hear=hear), 60)
         assert all(item["log_mel"].shape == (1, 96, 64) for item in found)

@@ -44,7 +44,7 @@ def test_tiles_put_together_are_the_image():
 
 
 @given(st.integers(32, 300), st.integers(32, 300))
-def test_any_shape_is_seen(width, height):
+def test_any_image_shape_is_accepted(width, height):
     image = np.full((height, width, 3), 200, np.uint8)
     seen = views(image, (64, 64), "tiles")
     assert 1 <= len(seen) <= 9

@@ -189,7 +189,7 @@ GUESSED: dict[str, tuple[Callable[[], bytes], Pixels, str]] = {
 
 
 @pytest.mark.parametrize("name", GUESSED)
-def test_a_range_that_is_guessed_is_told(name: str) -> None:
+def test_guessed_range_is_reported(name: str) -> None:
     make, expected, warning = GUESSED[name]
     assert_like(make(), expected, warned=warning)
 
@@ -243,7 +243,7 @@ def test_lab() -> None:
 
 
 @pytest.mark.parametrize("deep", [False, True])
-def test_transparent_pixels_are_white_and_told(deep: bool) -> None:
+def test_transparent_pixels_become_white_with_a_warning(deep: bool) -> None:
     opacity = np.where(np.arange(160) < 80, 0, 255).astype(np.uint8) * np.ones((96, 1), np.uint8)
     expected = np.where(opacity[..., None] == 0, 255, RGB).astype(np.uint8)
     rgba = np.dstack([RGB, opacity])
@@ -401,7 +401,7 @@ def test_pages_in_a_circle_end() -> None:
 
 
 @pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "AVIF", "HEIF"])
-def test_frames_that_are_not_counted_are_told(format: str) -> None:
+def test_uncounted_frames_are_reported(format: str) -> None:
     frames = [Image.fromarray(np.roll(RGB, 30 * i, axis=1)) for i in range(3)]
     data = encoded(frames[0], format, save_all=True, append_images=frames[1:])
     image = decode_image(data)
@@ -410,7 +410,7 @@ def test_frames_that_are_not_counted_are_told(format: str) -> None:
     assert warning.startswith("3 images in the file, only the ")
 
 
-def test_images_behind_the_end_of_a_jpeg_are_told() -> None:
+def test_images_after_the_end_of_a_jpeg_are_reported() -> None:
     one = encoded(RGB, "JPEG")
     preview = encoded(RGB[::2, ::2].copy(), "JPEG")
     assert decode_image(one + one + bytes(7) + one).warnings == ("3 images in the file, only the first is counted",)
@@ -495,7 +495,7 @@ def flipped(data: bytes, places: NDArray[np.intp]) -> bytes:
     return bytes(out)
 
 
-def test_damage_that_libjpeg_decodes_through_is_told(capfd) -> None:
+def test_damage_that_libjpeg_tolerates_is_reported(capfd) -> None:
     rough = np.random.default_rng(0).integers(0, 255, (24, 40, 3), np.uint8)
     data = encoded(cv2.resize(rough, (320, 192), interpolation=cv2.INTER_CUBIC), "JPEG", quality=90)
     begin = data.index(b"\xff\xda") + 40
@@ -512,7 +512,7 @@ def test_damage_that_libjpeg_decodes_through_is_told(capfd) -> None:
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_jpeg_without_its_last_rows_is_told(capfd) -> None:
+def test_jpeg_without_its_last_rows_is_reported(capfd) -> None:
     """Its scan ends early, but properly."""
     data = encoded(RGB, "JPEG", quality=90)
     (warning,) = decode_image(data[:-300] + b"\xff\xd9").warnings
@@ -520,7 +520,7 @@ def test_a_jpeg_without_its_last_rows_is_told(capfd) -> None:
     assert capfd.readouterr().err == ""
 
 
-def test_what_others_print_while_damage_is_looked_for_is_not_lost(monkeypatch, capfd) -> None:
+def test_other_output_survives_the_damage_check(monkeypatch, capfd) -> None:
     def printing(*_: object) -> None:
         os.write(2, b"another thread\nCorrupt JPEG data: bad Huffman code\n")
 
@@ -529,7 +529,7 @@ def test_what_others_print_while_damage_is_looked_for_is_not_lost(monkeypatch, c
     assert capfd.readouterr().err == "another thread\n"
 
 
-def test_without_a_standard_error_nobody_tells_of_damage(monkeypatch) -> None:
+def test_damage_check_without_standard_error(monkeypatch) -> None:
     monkeypatch.setattr(sys, "stderr", None)
     assert jpeg.damage(encoded(RGB, "JPEG")) is None
 
@@ -573,16 +573,16 @@ def ramp(most: float) -> bytes:
 
 
 @pytest.mark.parametrize("most", [1023, 4095, 16383])
-def test_floats_of_a_camera_s_bits_are_guessed_and_told(most: int) -> None:
+def test_guessed_float_range_of_camera_bits_is_reported(most: int) -> None:
     assert_like(ramp(most), GREY, warned=f"{most} is taken as white")
 
 
-def test_floats_up_to_a_hundred_are_told() -> None:
+def test_floats_up_to_a_hundred_are_reported() -> None:
     assert_like(ramp(100), np.rint(GREY * (100 / 255)).astype(np.uint8), warned="up to 100: 255 is taken as white")
 
 
 @pytest.mark.parametrize("transfer", ["pq", "hlg"])
-def test_high_dynamic_range_is_tone_mapped_and_told(transfer: str) -> None:
+def test_hdr_is_tone_mapped_with_a_warning(transfer: str) -> None:
     """As a 16-bit PNG, and as HEIC and AVIF by their colour description."""
     image = (RGB * 0.9).astype(np.uint8)  # without highlights
     code = {"pq": 16, "hlg": 18}[transfer]
@@ -605,12 +605,12 @@ def test_a_heif_that_is_cut_short_is_refused(format: str) -> None:
         decode_image(data[: len(data) - len(data) // 10])
 
 
-def test_the_image_behind_its_preview_is_told() -> None:
+def test_image_after_its_preview_is_reported() -> None:
     preview = encoded(RGB[::2, ::2].copy(), "JPEG")
     assert decode_image(preview + encoded(RGB, "JPEG")).warnings == ("2 images in the file, only the first is counted",)
 
 
-def test_a_stream_of_netpbm_images_is_told() -> None:
+def test_stream_of_netpbm_images_is_reported() -> None:
     for magic, samples in (("P5", GREY), ("P6", RGB)):
         assert_like(pnm(magic, 255, samples) * 3, samples, warned="only the first is counted")
         assert_like(pnm(magic, 255, samples) + b"\n", samples)
@@ -647,7 +647,7 @@ def test_kinds_that_are_not_supported_are_named() -> None:
             decode_image(encoded(RGB, "JPEG") if "THM" in name else bytes(range(200)), name)
 
 
-def test_a_png_with_a_wrong_checksum_is_told() -> None:
+def test_png_with_a_wrong_checksum_is_reported() -> None:
     data = bytearray(encoded(RGB, "PNG", compress_level=0))  # stored: a flipped byte is a wrong pixel
     data[data.index(b"IDAT") + 5000] ^= 4
     image = decode_image(bytes(data))
@@ -655,7 +655,7 @@ def test_a_png_with_a_wrong_checksum_is_told() -> None:
     assert decode_image(encoded(RGB, "PNG")).warnings == ()
 
 
-def test_damage_of_a_jpeg_within_a_tiff_is_told(capfd) -> None:
+def test_damaged_jpeg_in_a_tiff_is_reported(capfd) -> None:
     rough = np.random.default_rng(0).integers(0, 255, (24, 40, 3), np.uint8)
     data = encoded(cv2.resize(rough, (320, 192), interpolation=cv2.INTER_CUBIC), "TIFF", compression="jpeg")
     report, random = 0, np.random.default_rng(1)

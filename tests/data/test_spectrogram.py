@@ -108,7 +108,7 @@ def test_time_runs_right_and_short_audio_ends_in_silence():
     assert stft_image([0.5], 48_000, size=64).shape == (64, 64, 3)
 
 
-def test_only_the_beginning_is_looked_at():
+def test_only_the_beginning_is_read():
     second = hiss()
     longer = np.concatenate([second, np.full(9999, np.nan)])
     np.testing.assert_array_equal(stft_image(longer, 16_000, size=32), stft_image(second, 16_000, size=32))

@@ -152,7 +152,7 @@ def two(tmp_path, pixels, **options):
 
 
 @pytest.mark.parametrize(("width", "height"), [(120, 80), (80, 120), (60, 20), (400, 33)])
-def test_the_middle_square_is_kept(tmp_path, width, height):
+def test_middle_square_is_cropped(tmp_path, width, height):
     """An image green within its middle square, red outside, its upper half a little blue."""
     pixels = np.zeros((height, width, 3), np.uint8)
     side = min(width, height)

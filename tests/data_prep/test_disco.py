@@ -123,7 +123,7 @@ def test_another_shape_is_filled_up(tmp_path, crowd_image):
     assert density.sum() == pytest.approx(2, rel=1e-4)
 
 
-def test_sparse_matrix_and_size_kept(tmp_path, crowd_image):
+def test_sparse_matrix_and_image_size(tmp_path, crowd_image):
     source = tmp_path / "DISCO"
     image, heads = crowd_image(1024, 576, 3)
     add(source, "val", "1", image, heads)

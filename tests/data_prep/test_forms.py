@@ -83,7 +83,7 @@ def test_heads_lie_on_the_image_that_is_trained_on(tmp_path, capsys, orientation
     assert "warning" not in report.err
 
 
-def test_the_wrong_convention_is_told_with_the_number(tmp_path, capsys):
+def test_wrong_convention_is_reported_with_the_number(tmp_path, capsys):
     pixels, _ = with_heads()
     heads = np.array([[90.5, 10.5], [80.5, 20.5], [10.5, 10.5]])
     assert prepare(part_a(tmp_path, encoded(pixels, 6), heads), tmp_path / "set.h5") == 0

@@ -172,7 +172,7 @@ def test_bad_input_is_one_line(checkpoint, image_file, tmp_path, monkeypatch, ca
 
 
 @pytest.mark.parametrize("option", ["--deadline-ms", "--budget-ms"])
-def test_times_that_are_none_are_told_before_the_weights_are_read(option, image_file, monkeypatch, capsys):
+def test_invalid_times_fail_before_loading_weights(option, image_file, monkeypatch, capsys):
     monkeypatch.setattr("crowdexit.inference.counter.load", lambda *_, **__: pytest.fail("loaded"))
     assert command.run(app, ["count", str(image_file()), option, "-1"]) == 2
     assert " of -1 ms " in capsys.readouterr().err

@@ -83,7 +83,7 @@ def test_leaving_in_a_batch_as_alone(colours, checkpoint, measure):
     assert said["latency_ms"] > 0
 
 
-def test_leaving_between_exits_of_one_place_as_the_analysis_foretells(colours):
+def test_exiting_at_one_location_matches_the_analysis(colours):
     torch.manual_seed(1)
     exits = tuple(zoo.ExitSpec(f"1-{kind}", "1", kind) for kind in ("mlp", "vit"))
     network = zoo.build(zoo.Spec("vit-ti16", exits, {**TINY, "hidden": 8})).eval()

@@ -178,7 +178,7 @@ def test_an_answer_stands_whatever_comes_after_it(counter, caplog):
 
 
 @pytest.mark.parametrize("breaks", ["never", "before the deadline", "after it"])
-def test_nothing_of_a_request_is_kept(counter, breaks):
+def test_requests_are_not_retained(counter, breaks):
     """Freed at once, nothing is to be collected."""
     tool = slow(counter.network, 0, 0.8 if breaks == "after it" else 0, 0, 0)
     tool.chain.breaks = RuntimeError("out of memory") if breaks == "before the deadline" else None

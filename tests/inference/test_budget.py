@@ -264,7 +264,7 @@ FALLING = {"a": 0.8, "b": 0.4, "c": 0.3, "final": 0.1}
 
 
 @pytest.mark.parametrize("factor", [0.8, 1.0, 1.25])
-def test_several_exits_after_the_first_stage_belong_to_looking(factor):
+def test_exits_after_the_first_stage_are_in_the_first_pass(factor):
     """Preparing and first stages between them are nobody's climbing: the machine is as fast as it is."""
     make_batch = 10.0 + 60 + 1 + 2 + 3
     budget_ms = 200 * (make_batch + 20.0) * factor

@@ -145,7 +145,7 @@ def test_nobody_is_confident_of_what_is_not_familiar(calibrated):
     assert calibrated.count(FLAT, policy=policy).chosen.exit == "final"
 
 
-def test_every_way_to_count_tells_the_same(calibrated):
+def test_every_way_to_count_agrees(calibrated):
     """One by one, in batches, prepared before, by a deadline; whatever else is in the batch."""
     shown = [noise(200), FLAT, noise(201), noise(202)]
     expected = [calibrated.count(image).familiar for image in shown]

@@ -293,7 +293,7 @@ def test_a_profile_of_a_busy_machine_refuses_no_budget(counter, images, tmp_path
     assert len(later.chain.ran) == runs
 
 
-def test_a_budget_that_is_overrun_is_told(counter, tmp_path, monkeypatch, caplog):
+def test_overrun_budget_is_reported(counter, tmp_path, monkeypatch, caplog):
     """The last image comes late: there is nothing left to give up."""
     tool = budgeted(counter, tmp_path, monkeypatch)
 
@@ -330,7 +330,7 @@ FALLING = {"V1": 0.6, "AV1": 0.3, "AV2": 0.2, "final": 0.15}
 
 
 @pytest.mark.parametrize("ms_per_image", [42.0, 60.0])
-def test_a_middling_budget_is_kept_and_spent(counter, tmp_path, monkeypatch, ms_per_image):
+def test_medium_budget_is_met_and_used(counter, tmp_path, monkeypatch, ms_per_image):
     """Forty images of which a stage takes 20 ms each: between 20 ms an image for the first exit and 80 for all."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(module, "PIXELS_AT_ONCE", 2 * 128 * 64)

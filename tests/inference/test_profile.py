@@ -56,7 +56,7 @@ def test_the_old_is_forgotten():
     assert profile.ms(FIRST, quantile=0) == 2 * MAX_MEASUREMENTS
 
 
-def test_kept_and_read(tmp_path):
+def test_saved_and_loaded(tmp_path):
     path = tmp_path / "a" / "p.json"
     made(path, {"runtime": "eager"}).write()
     assert [file.name for file in path.parent.iterdir()] == ["p.json"]
@@ -104,7 +104,7 @@ def test_damaged_files(tmp_path, damage):
     assert profile.ms(FIRST) == 11  # as it was
 
 
-def test_what_a_profile_is_kept_by(tmp_path, monkeypatch):
+def test_profile_key(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
     def path_of(changes=(), exits=both_kinds(), runtime="eager", network=None):

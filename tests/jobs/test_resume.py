@@ -146,7 +146,7 @@ def test_killed(counter, inputs, tmp_path, format):
     assert read(out, format) == read(whole, format)
 
 
-def test_auto_goes_on_with_what_it_had_picked(counter, inputs, tmp_path, monkeypatch):
+def test_auto_resumes_with_the_selected_runtime(counter, inputs, tmp_path, monkeypatch):
     """By now it might pick another, whose rows would not go with those that are there."""
     out = tmp_path / "rows.csv"
     with monkeypatch.context() as patch:

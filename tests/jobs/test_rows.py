@@ -49,7 +49,7 @@ def film(tmp_path) -> Path:
     return make_video(tmp_path / "film.mp4", [i / 10 for i in range(20)], audio=tone(2))
 
 
-def write_sound(path: Path, audio) -> Path:
+def write_audio(path: Path, audio) -> Path:
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
@@ -220,7 +220,7 @@ def test_warnings_of_images_within_a_budget(counter, street, pages, monkeypatch,
     assert [row["warnings"] for row in json_lines(capsys.readouterr().out)] == [[], [WARNING]]
 
 
-def test_a_warning_of_many_frames_is_told_once(counter, film, monkeypatch, capsys):
+def test_warning_of_many_frames_is_printed_once(counter, film, monkeypatch, capsys):
     """It stands in the row of each of them."""
     prepare = counter.prepare
 
@@ -264,8 +264,8 @@ def test_audio(counter, street, film, tmp_path, capsys):
         count_inputs(counter, inputs, format="json", **options)
         return [row["count"] for row in json_lines(capsys.readouterr().out)]
 
-    loud = write_sound(tmp_path / "loud.wav", tone(3))
-    quiet = write_sound(tmp_path / "quiet.wav", 0 * tone(3))
+    loud = write_audio(tmp_path / "loud.wav", tone(3))
+    quiet = write_audio(tmp_path / "quiet.wav", 0 * tone(3))
     expected = {None: counter.count(street).count} | {s: counter.count(street, s).count for s in (loud, quiet)}
     assert len({round(value, 2) for value in expected.values()}) == 3
     assert counts(street) == pytest.approx([expected[None]], abs=0.006)
@@ -310,7 +310,7 @@ def audio_of(counter, inputs, capsys, tmp_path, **options) -> list[str]:
 
 def test_every_row_says_whether_audio_was_used(counter, street, film, image_file, tmp_path, capsys):
     """``switched off``: the exit V1 stands before the audio joins the image."""
-    audio = write_sound(tmp_path / "s.wav", tone(3))
+    audio = write_audio(tmp_path / "s.wav", tone(3))
     large = image_file("large.jpg", width=1024, height=256)
     assert audio_of(counter, [street, film], capsys, tmp_path, fps=1) == ["none", "used", "used"]
     assert audio_of(counter, [street], capsys, tmp_path, audio=audio) == ["used"]
@@ -325,8 +325,8 @@ def test_every_row_says_whether_audio_was_used(counter, street, film, image_file
     assert [result.audio for result in counter.count_many([(street, audio), (large, audio)])] == ["used", "tiled"]
 
 
-def test_audio_that_is_named_and_not_used_is_told(counter, street, image_file, tmp_path, capsys):
-    audio = write_sound(tmp_path / "s.wav", tone(3))
+def test_unused_audio_is_reported(counter, street, image_file, tmp_path, capsys):
+    audio = write_audio(tmp_path / "s.wav", tone(3))
     large = image_file("large.jpg", width=1024, height=256)
     for path, exit, reason in ((large, "auto", "cut into tiles"), (street, "V1", "the exit that answers takes none")):
         count_inputs(counter, [path], audio=audio, exit=exit)
@@ -393,7 +393,7 @@ def test_bad_image_named_directly_is_a_one_line_error(counter, street, tmp_path)
         assert "\n" not in str(caught.value)
 
 
-def test_bad_files_of_a_folder_are_told_and_passed_over(counter, street, tmp_path, capsys):
+def test_bad_files_of_a_folder_are_reported_and_skipped(counter, street, tmp_path, capsys):
     folder = tmp_path / "folder"
     folder.mkdir()
     bad = bad_images(street.read_bytes()) | {"film.mp4": b"no film"}
@@ -439,7 +439,7 @@ def test_out_appears_whole(counter, street, film, tmp_path):
     assert not (tmp_path / "rows.json.part").exists()
 
 
-def test_rows_before_an_error_are_kept(counter, street, film, tmp_path):
+def test_rows_before_an_error_stay(counter, street, film, tmp_path):
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(b"words")
     out = tmp_path / "rows.json"
@@ -527,7 +527,7 @@ def test_names_that_a_spreadsheet_would_run(counter, image_file, tmp_path, monke
     assert json.loads((tmp_path / "rows.json").read_text())["source"] == names[0]
 
 
-def test_deadlines_that_no_exit_can_keep_are_told_in_words(counter, street, film, tmp_path, capsys):
+def test_impossible_deadlines_are_reported(counter, street, film, tmp_path, capsys):
     rows = count_inputs(counter, [street, film], deadline_ms=1e-3, format="json", out=tmp_path / "rows.json")
     first, *_, last = capsys.readouterr().err.splitlines()
     size = "×".join(map(str, counter.size))
@@ -621,7 +621,7 @@ def test_frames_without_an_answer_in_time_have_no_row(counter, film, tmp_path, m
     assert sorted(path.name for path in tmp_path.iterdir()) == ["film.mp4", "rows.csv"]
 
 
-def test_rows_of_a_video_that_breaks_off_are_kept(counter, tmp_path, capsys):
+def test_rows_of_a_truncated_video_stay(counter, tmp_path, capsys):
     path = make_video(tmp_path / "v.mkv", [i / 10 for i in range(40)], codec="mpeg4", key_every=1)
     path.write_bytes(path.read_bytes()[: int(0.6 * path.stat().st_size)])
     assert count_inputs(counter, [path], format="json") == 3

@@ -166,7 +166,7 @@ def test_padding_counts_out(regressor):
     assert not answer.density[..., 10:].any()
 
 
-def test_unheard_rows_ignore_their_log_mel_and_all_that_is_learned_of_hearing():
+def test_rows_without_audio_ignore_log_mel_and_audio_weights():
     network = make()
     features = make_features()
     garbage = features.log_mel.clone()
@@ -189,7 +189,7 @@ def test_unheard_rows_ignore_their_log_mel_and_all_that_is_learned_of_hearing():
     assert torch.equal(moved["V1"].value, before["V1"].value)
 
 
-def test_v1_hears_nothing_and_the_others_do():
+def test_v1_ignores_audio_and_the_others_use_it():
     network = make()
     features = make_features()
     louder = replace(features, log_mel=features.log_mel + 1)

@@ -60,7 +60,7 @@ def test_shapes_and_gradients(kind, outputs):
 
 
 @pytest.mark.parametrize("kind", EXITS)
-def test_what_it_looks_at(kind):
+def test_tokens_it_reads(kind):
     """The classification token alone, the patches alone, or both."""
     features, branch = record(), made(kind)
     before = branch(features).value

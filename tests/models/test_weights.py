@@ -135,7 +135,7 @@ def test_vggish(saved, top):
     torch.testing.assert_close(vggish.embed(log_mel), source.features(log_mel).mean((2, 3)))
 
 
-def test_csrnet_fills_the_front_and_tells_what_it_cannot_use(saved):
+def test_csrnet_fills_the_front_and_reports_unused_weights(saved):
     state = csrnet()
     checkpoint = {"epoch": 3, "arch": "vgg16", "best_prec1": torch.tensor(66.4), "optimizer": {"state": {}}}
     path = saved({**checkpoint, "state_dict": {f"module.{k}": t for k, t in state.items()}}, "model_best.pth.tar")

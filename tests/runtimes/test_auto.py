@@ -105,7 +105,7 @@ def tried(monkeypatch):
     return set_up
 
 
-def test_the_fastest_that_agrees_is_picked_and_remembered(network, tried, caplog):
+def test_fastest_agreeing_runtime_is_selected_and_cached(network, tried, caplog):
     order = tried(
         [[(Fake("slow"), 2.0)], [(Fake("wrong", 1.05), 0.1), (Fake("quick", 1.005), 0.2), (Fake("next"), 0.1)]]
     )
@@ -142,7 +142,7 @@ BREAKS = ["prepare", "begin", *(f"advance {index}" for index in range(4)), "ask 
 @pytest.mark.parametrize("breaks", BREAKS)
 @pytest.mark.parametrize("remembered", [False, True], ids=["new", "remembered"])
 @pytest.mark.parametrize("kind", [RuntimeUnavailable, RuntimeError], ids=lambda kind: kind.__name__)
-def test_where_what_was_picked_fails_later_eager_goes_on(breaks, remembered, kind, network, tried, caplog):
+def test_eager_takes_over_when_the_selected_runtime_fails(breaks, remembered, kind, network, tried, caplog):
     """In the middle of a walk too, with the samples that are left; said once, and never picked again by memory."""
     fake = Fake("quick", breaks=breaks)
     tried([[(fake, 0.1)]])
@@ -224,7 +224,7 @@ def test_candidates(cuda, bf16, wide, libraries, openvino_bf16, expected, networ
 
 
 @pytest.mark.parametrize("name", ["auto", "compile", "openvino-int8", "abacus"])
-def test_only_what_auto_picks_is_remembered(name, network, tried):
+def test_only_choices_of_auto_are_cached(name, network, tried):
     """Whatever else stands in the file, ``auto`` itself above all, would be picked for ever."""
     order = tried([[(Fake("quick"), 0.1)]])
     save_choice(module._key(network), name)
@@ -232,7 +232,7 @@ def test_only_what_auto_picks_is_remembered(name, network, tried):
     assert order == ["eager", "quick"]
 
 
-def test_what_was_picked_and_is_gone_is_tried_anew(network, tried, monkeypatch, caplog):
+def test_missing_cached_runtime_is_selected_again(network, tried, monkeypatch, caplog):
     tried([[(Fake("quick"), 0.1)]])
     assert Auto().ready(network).runtime == "quick"
     gone = module.select_runtime

@@ -79,7 +79,7 @@ def test_counter_is_ready_before_the_first_image(converted):
     assert len(converted) == 4
 
 
-def test_int8_is_kept_by_its_ranges(converted):
+def test_int8_models_are_cached_by_their_ranges(converted):
     network = networks.made("audiocsrnet")
     features = networks.batch(network, 1)
     network.activation_ranges = measure_ranges(network, [features])
@@ -135,7 +135,7 @@ def test_nothing_is_left_of_what_could_not_be_written(error):
     assert [path for path in cache_folder().rglob("*") if path.is_file() or path.name.startswith("part-")] == []
 
 
-def test_without_a_home_nothing_is_kept(homeless):
+def test_without_a_home_nothing_is_cached(homeless):
     some = models("audiocsrnet")
     some.keep("stage-0", ((1, 2),), b"model")
     assert some.model("stage-0", ((1, 2),), lambda: b"anew") == b"anew"
@@ -144,7 +144,7 @@ def test_without_a_home_nothing_is_kept(homeless):
     assert model_cache.choices() == {}
 
 
-def test_a_choice_is_kept_until_it_is_forgotten(monkeypatch):
+def test_choice_is_cached_until_forgotten(monkeypatch):
     monkeypatch.setattr(model_cache, "MOST_CHOICES", 2)
     for key in ("one", "two", "three"):
         model_cache.save_choice(key, "eager")
@@ -155,7 +155,7 @@ def test_a_choice_is_kept_until_it_is_forgotten(monkeypatch):
     assert [path.name for path in cache_folder().iterdir()] == ["runtimes.json"]
 
 
-def test_the_networks_used_last_are_kept(monkeypatch):
+def test_most_recent_networks_stay_cached(monkeypatch):
     monkeypatch.setattr(model_cache, "MOST_NETWORKS", 2)
     one, two, three = (models(name) for name in ("audiocsrnet", "transcrowd-fit", "classifier"))
     for age, some in ((3, one), (2, two)):

@@ -446,7 +446,7 @@ def test_a_model_that_gives_less_than_its_ports_is_one_line():
         chain.advance(0, {"visual": np.zeros((1, 3, 64, 128), np.float32)})
 
 
-def test_nobody_is_told_what_is_run():
+def test_no_telemetry():
     """Both libraries would report their use to their makers."""
     import os
 

@@ -199,7 +199,7 @@ def test_fine_tuning_moves_the_branches_and_nothing_else(store, branches, images
     assert [e["name"] for e in report["exits"]] == ["V1", "AV2"]
 
 
-def test_a_prepared_files_own_truth_is_not_looked_at(store, branches, tmp_path):
+def test_labels_of_a_prepared_file_are_not_read(store, branches, tmp_path):
     lies = tmp_path / "lies.h5"
     with Store(store) as true, open_for_writing(lies) as file:
         for id in true.ids("train"):

@@ -32,7 +32,7 @@ def resumed(out: Path) -> tuple[Path | None, str]:
     return checkpoint_to_resume(out, Console(file=said, width=500)), said.getvalue()
 
 
-def test_the_last_two_are_kept(out):
+def test_last_two_checkpoints_stay(out):
     assert sorted(path.name for path in out.iterdir()) == [BEFORE, LAST]
     assert [RunCheckpoints().load_checkpoint(out / name)["epoch"] for name in (LAST, BEFORE)] == [2, 1]
     assert resumed(out) == (out / LAST, "")
@@ -48,7 +48,7 @@ def damaged(data: bytes) -> list[bytes]:
     return [*cuts, bytes(len(data)), data + b"x", *map(bytes, flips)]
 
 
-def test_a_damaged_one_is_told_and_the_one_before_goes_on(out):
+def test_damaged_checkpoint_falls_back_to_the_previous(out):
     whole = (out / LAST).read_bytes()
     for data in damaged(whole):
         (out / LAST).write_bytes(data)

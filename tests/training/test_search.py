@@ -22,7 +22,7 @@ def branches(store, backbone, tmp_path_factory):
     return out
 
 
-def test_the_grid_is_trained_and_told(store, branches, tmp_path):
+def test_grid_is_trained_and_written(store, branches, tmp_path):
     arguments = ["search", str(branches), "--data", str(store), "--place", "AV2", "--dims", "2,4", "--heads", "1,3"]
     result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "grid")])
     assert result.exit_code == 0, result.output

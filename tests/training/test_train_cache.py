@@ -79,7 +79,7 @@ def test_what_is_cached_is_not_computed(store, trained, tmp_path, monkeypatch):
     assert images.count("val") == 3 * 5
 
 
-def test_bfloat16_is_kept_as_it_is(store, trained, tmp_path):
+def test_bfloat16_is_cached_exactly(store, trained, tmp_path):
     keys = {"precision": "bf16-mixed", "epochs": 4}
     branches(store, trained, tmp_path / "passed", **keys)
     branches(store, trained, tmp_path / "cached", cache={}, **keys)

@@ -92,7 +92,7 @@ def test_killed_and_resumed_is_the_same(store, trained, tmp_path, break_off):
     assert same(best(tmp_path), best(trained))
 
 
-def test_hearing_trains_the_projection_alone(store, trained, tmp_path):
+def test_hearing_stage_trains_only_the_projection(store, trained, tmp_path):
     recipe = tiny(
         store,
         "hearing",
@@ -132,7 +132,7 @@ def test_audio_of_a_whole_image_is_not_that_of_a_crop(store):
         read_recipe("audiocsrnet-lite-hearing", {"data.store": store, "data.voices": store.parent})
 
 
-def test_what_is_heard_never_reaches_an_answer_without_audio(trained):
+def test_audio_never_reaches_outputs_without_audio(trained):
     network, _ = zoo.load(trained)
     torch.manual_seed(1)
     image, log_mel = torch.randn(2, 3, 64, 96), torch.randn(2, 1, 96, 64)
@@ -257,7 +257,7 @@ def test_the_average_sets_in_over_the_first_steps(store):
         assert average.module.weight.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_validation_is_deaf_where_training_is(store):
+def test_validation_uses_audio_only_if_training_does(store):
     for hear, has_audio in ((0.0, False), (0.5, True)):
         recipe = lite(store, data={"hear": hear})
         items = make_data(recipe, zoo.build(zoo.Spec("audiocsrnet-lite", changes=CHANGES))).val_set

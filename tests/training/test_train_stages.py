@@ -232,7 +232,7 @@ def test_what_is_frozen_stays_to_the_bit(store, backbone, tmp_path):
         run(tiny(store, "density", start=backbone, frozen=["stages.9"]), tmp_path / "no")
 
 
-def test_hearing_is_learned_without_a_change_to_any_silent_answer(store, backbone, tmp_path):
+def test_learning_audio_leaves_outputs_without_audio_unchanged(store, backbone, tmp_path):
     frozen = ["stages.0", "*.conv", "*.norm", "*.fuse.linear.bias", "final"]
     recipe = tiny(store, "density", epochs=2, start=backbone, frozen=frozen, ema=0.5, data={"hear": 1.0})
     run(recipe, tmp_path / "out")

@@ -83,7 +83,7 @@ def test_a_table_of_runs(store, trained, tmp_path):
     assert "name that file with --data" in str(done.exception)
 
 
-def test_a_transformer_sees_and_hears_with_an_audiocsrnet(store, backbone, tmp_path):
+def test_transformer_with_an_audiocsrnet_front_uses_audio(store, backbone, tmp_path):
     """Its stem and ears are the other's, and stay as they are where the recipe says so."""
     frozen = ["stages.0", "stages.1.embedding.patch_embed.0"]
     changes = {**SMALL["changes"], "stem_width": 0.0625}

@@ -406,7 +406,7 @@ def test_a_clock_that_is_set_anew(tmp_path, monkeypatch, paced):
     assert sum(f.waveform is not None for f in got if f.time_s > 3.2) >= 3
 
 
-def test_what_breaks_off_is_told(tmp_path):
+def test_broken_stream_is_reported(tmp_path):
     data = make_video(tmp_path / "v.mkv", TENTHS, codec="mpeg4", key_every=1).read_bytes()
     lines: list[str] = []
     with fed(tmp_path / "pipe", data[: len(data) // 2], 0.0) as name:
@@ -537,7 +537,7 @@ def test_frames_after_damage_do_not_use_lost_frames(tmp_path):
     assert 30 < len(got) < 80
 
 
-def test_the_end_of_a_pipe_that_has_fallen_silent(tmp_path):
+def test_end_of_a_pipe_without_data(tmp_path):
     data = transport_stream(tmp_path / "v.ts", audio=False)
     os.mkfifo(tmp_path / "pipe")
     silence = threading.Event()

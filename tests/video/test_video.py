@@ -325,7 +325,7 @@ def test_damaged_in_the_middle(tmp_path, counter, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_packets_that_are_missing_are_told(tmp_path):
+def test_missing_packets_are_reported(tmp_path):
     """A format that finds its way behind them does not say so itself."""
     path = make_video(tmp_path / "v.ts", [i / 10 for i in range(100)], key_every=5)
     data = path.read_bytes()
@@ -483,7 +483,7 @@ def test_a_whole_video_is_not_called_cut_short(tmp_path):
     assert len(frames(matroska, end=11)) == 3
 
 
-def test_holes_outside_of_what_is_asked_for_are_not_told(tmp_path):
+def test_gaps_outside_of_the_span_are_not_reported(tmp_path):
     path = make_video(tmp_path / "v.ts", [i / 10 for i in range(40)] + [10 + i / 10 for i in range(40)], key_every=5)
     lines: list[str] = []
     whole = frames(path, warn=lines.append)
@@ -494,7 +494,7 @@ def test_holes_outside_of_what_is_asked_for_are_not_told(tmp_path):
     assert frames(path, start=3, end=3.9)
 
 
-def test_nothing_in_the_span_is_told(tmp_path):
+def test_empty_span_is_reported(tmp_path):
     path = make_video(tmp_path / "v.mp4", TENTHS)
     for span, report in (({"start": 10.0}, "from 10 s on"), ({"start": 4.0, "end": 5.0}, "from 4 s to 5 s")):
         lines: list[str] = []
@@ -511,7 +511,7 @@ def write_floats(path: Path, audio) -> Path:
     return path
 
 
-def test_what_is_no_number_is_not_heard(tmp_path, counter):
+def test_non_finite_audio_is_not_used(tmp_path, counter):
     path, audio = make_video(tmp_path / "v.mp4", [i / 10 for i in range(40)]), tone(4)
     audio[24_000:40_000] = np.nan
     audio[30_000] = np.inf

@@ -163,7 +163,7 @@ def test_hdr_is_shown_as_sdr(tmp_path, transfer):
         assert np.abs(smaller - cv2.resize(image, (96, 72), interpolation=cv2.INTER_AREA)).mean() < 4
 
 
-def test_light_that_cannot_be_shown_is_told(tmp_path):
+def test_light_out_of_range_is_reported(tmp_path):
     path = write_images(tmp_path / "v.mp4", [WIDE] * 2, options={"x264-params": "transfer=linear"})
     assert [len(frame.warnings) for frame in frames(path)] == [1, 1]
     assert "linear light" in frames(path)[0].warnings[0]
@@ -196,7 +196,7 @@ def test_behind_damage_the_row_says_so(tmp_path, counter, capsys):
         assert [row["frame"] for row in csv.DictReader(file) if "damaged" in row["warnings"]] == ["20"]
 
 
-def test_a_damaged_beginning_is_told(tmp_path):
+def test_damaged_beginning_is_reported(tmp_path):
     """AVI has no time stamps by which to know how much is missing."""
     path = tmp_path / "v.avi"
     write_moving(path, 30, codec="mpeg4", key_every=10, rate=10, size=(128, 96))
@@ -210,7 +210,7 @@ def test_a_damaged_beginning_is_told(tmp_path):
     assert any("damaged at its beginning" in line for line in warnings)
 
 
-def test_whether_each_frame_was_heard(tmp_path, counter, capsys):
+def test_audio_status_of_each_frame(tmp_path, counter, capsys):
     """No audio track; one that ends before the frames; one that cannot be decoded."""
     mute = write_images(tmp_path / "mute.mp4", [WIDE] * 30)
     short = write_images(tmp_path / "short.mp4", [WIDE] * 30, audio=tone(1))
