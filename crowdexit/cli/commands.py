@@ -174,7 +174,7 @@ def count(
     chosen = policy_named(policy, within)
     if resume and out is not None and runtime == "auto":
         runtime = noted_runtime(out) or runtime
-    counter = load(model, runtime=runtime)
+    counter = load(model, runtime=runtime, warm=False)
     count_inputs(
         counter,
         inputs,

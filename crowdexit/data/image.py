@@ -169,14 +169,21 @@ def scaled_size(width: int, height: int, most: tuple[int, int]) -> tuple[int, in
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
+def canvas_size(width: int, height: int, canvas: tuple[int, int], view: str) -> tuple[int, int]:
+    """The (width, height) of the canvases of :func:`views`."""
+    if view != "scale":
+        return canvas
+    across, down = scaled_size(width, height, canvas)
+    return -(-across // SCALE_STEP) * SCALE_STEP, -(-down // SCALE_STEP) * SCALE_STEP
+
+
 def scale_down(image: NDArray[np.uint8], most: tuple[int, int]) -> tuple[NDArray[np.uint8], Placement]:
     """An image of :func:`scaled_size` in the upper left corner of a canvas whose sides are multiples of 32."""
     height, width = image.shape[:2]
     size = scaled_size(width, height, most)
     if size != (width, height):
         image = np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
-    canvas = (-(-size[0] // SCALE_STEP) * SCALE_STEP, -(-size[1] // SCALE_STEP) * SCALE_STEP)
-    return place(image, canvas, (0, 0)), Placement(size[0] / width, (0, 0), size)
+    return place(image, canvas_size(width, height, most, "scale"), (0, 0)), Placement(size[0] / width, (0, 0), size)
 
 
 def views(

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -24,6 +25,7 @@ from crowdexit.data.image import (
     PIXELS_OF_TILES_AT_ONCE,
     DecodedImage,
     ImageError,
+    canvas_size,
     decode_pixels,
     read_header,
     same_size_groups,
@@ -39,7 +41,7 @@ from crowdexit.inference.executor import Batch, BatchExitOutput, Part, Policy, S
 from crowdexit.inference.fair_lock import FairLock
 from crowdexit.inference.models import calibration_of, open_model
 from crowdexit.inference.policies import ANYTIME, Confident, DeepestThatFits
-from crowdexit.inference.preprocessing import AudioLike, ImageLike, Row, Scene, photo, prepared
+from crowdexit.inference.preprocessing import AudioLike, Box, ImageLike, Row, Scene, photo, prepared
 from crowdexit.inference.profile import LAYING, PREPARING, Profile, exit_step, profile_of, stage_step
 from crowdexit.models.network import FINAL, MultiExitNetwork
 from crowdexit.models.stages import Features
@@ -47,6 +49,7 @@ from crowdexit.runtimes.base import Runtime
 from crowdexit.runtimes.batch import batch_of
 from crowdexit.runtimes.selection import select_runtime
 from crowdexit.utils.memory import keep_freed_memory
+from crowdexit.utils.paths import is_file
 
 log = logging.getLogger(__name__)
 
@@ -165,6 +168,7 @@ class CrowdCounter:
         exits: names to serve; default: one a place, and the final exit (:func:`served_exits`).
         intervals: the checkpoint's calibration.
         familiarity: its statistics of the training images, or None.
+        warm: get ready for images of the network's own size now; else, as for other sizes, at the first image.
 
     Raises:
         CounterError: for an exit that the network does not have.
@@ -179,6 +183,7 @@ class CrowdCounter:
         exits: Sequence[str] | None = None,
         intervals: Intervals | None = None,
         familiarity: Familiarity | None = None,
+        warm: bool = True,
     ) -> None:
         if network.classifies:
             raise CounterError(f"{model} tells classes apart; it does not count")
@@ -188,9 +193,10 @@ class CrowdCounter:
         self.intervals = intervals or Intervals()
         self.familiarity = familiarity
         self.chain = (runtime or select_runtime("auto")).ready(network)
-        self._prepared: set[str] = set()
+        self._prepared: set[tuple[str, tuple[int, int]]] = set()
         self._lock = FairLock()
-        self._asked(self.exits)
+        if warm:
+            self._prepare(self.exits, None)
         self._times = Profile()
         self._measured = False  # the profile, by this counter
 
@@ -203,13 +209,20 @@ class CrowdCounter:
         return [name for name in self.network.exit_names if name in exits]
 
     def _asked(self, exits: Sequence[str] | None) -> list[str]:
-        """Exits that are going to be asked, all that are served by default: made ready, before any clock runs."""
-        names = self.exits if exits is None else self._known(exits)
-        if new := [name for name in names if name not in self._prepared]:
+        """Exits that are going to be asked: all that are served by default."""
+        return self.exits if exits is None else self._known(exits)
+
+    def _prepare(self, exits: Sequence[str], size: tuple[int, int] | None) -> None:
+        """Get the way to exits ready for images of a (width, height), before any clock runs.
+
+        What is cut into tiles, or whose size is not known (None), counts as one of the network's own size.
+        """
+        config = self.network.config
+        canvas = config.size if size is None else canvas_size(*size, config.size, config.view)
+        if new := [name for name in exits if (name, canvas) not in self._prepared]:
             with self._lock:
-                self.chain.prepare(new)
-            self._prepared.update(new)
-        return names
+                self.chain.prepare(new, canvas if config.view == "scale" else None)
+            self._prepared.update((name, canvas) for name in new)
 
     def _up_to(self, exit: str) -> list[str]:
         """The exits that are asked on the way to one, and that one; ``auto`` is the last that this counter serves."""
@@ -242,6 +255,7 @@ class CrowdCounter:
             CrowdExitError: for an image or a sound that cannot be used.
         """
         wanted = self._asked(exits)
+        self._prepare(wanted, self._size_of(image))
         for result in self._steps(image, audio, wanted, ANYTIME, time.perf_counter()):
             if result is not None:
                 yield result
@@ -277,23 +291,27 @@ class CrowdCounter:
                 go by.
         """
         check_deadline(deadline_ms)
-        tiled = False
+        size = self._size_of(image)
+        boxes = self._tiles_of(size)
+        tiled = len(boxes) > 1
         if late not in get_args(Late):
             raise CounterError(f"late is one of {', '.join(get_args(Late))}, not {late!r}")
+        most_ms = math.inf if deadline_ms is None else deadline_ms * (1 if late == "fail" else MOST_LATE)
         if deadline_ms is None:
             self._check_without_deadline(policy)
         else:
             self.make_ready_for(policy)
-            if tiled := self._is_tiled(image):
-                _ = self.profile  # by which it is foreseen when the exits will answer
         wanted = self._up_to(exit)
         last = wanted[-1]
+        if deadline_ms is not None and tiled:
+            _ = self.profile  # by which it is foreseen when the exits will answer
+            self._check_in_time(wanted[0], boxes, deadline_ms, most_ms)
+        self._prepare(wanted, None if tiled else size)
         begun = time.perf_counter()
         if deadline_ms is None:
             results = list(filter(None, self._steps(image, audio, wanted, policy, begun)))
         else:
             deadline = begun + deadline_ms / 1000
-            most_ms = deadline_ms * (1 if late == "fail" else MOST_LATE)
             steps = self._steps(image, audio, wanted, policy, begun, deadline, begun + most_ms / 1000)
             come = answers_by(deadline, steps, wait=late == "wait")
             results = [result for result in come if result.latency_ms <= deadline_ms]
@@ -341,6 +359,7 @@ class CrowdCounter:
             CrowdExitError: as :meth:`stream`; for a policy that has nothing to go by.
         """
         wanted = self._asked(exits)
+        self._prepare(wanted, None)
         self._check(policy)
         if isinstance(policy, DeepestThatFits):
             raise CounterError("many images together have no deadline that an exit could fit; give a budget")
@@ -399,6 +418,9 @@ class CrowdCounter:
         """
         self._check_without_deadline(policy)
         wanted = self._up_to(exit)
+        if ready.scenes:
+            first = ready.scenes[0]
+            self._prepare(wanted, first.size if len(first.rows) == 1 else None)
         begun = time.perf_counter() - ready.seconds
         executor = self._executor(wanted[-1:] if policy is ANYTIME else wanted, ready.scenes, len(ready.scenes))
         results: list[list[ExitResult]] = [[] for _ in ready.scenes]
@@ -626,20 +648,49 @@ class CrowdCounter:
                     continue
                 yield self._result(output.exit, counts[output.exit], maps[output.exit], scene, sums.get(0), begun)
 
-    def _is_tiled(self, image: ImageLike) -> bool:
-        """Whether an image will be cut into tiles, by its header alone; False of what cannot be read."""
+    @staticmethod
+    def _size_of(image: ImageLike) -> tuple[int, int] | None:
+        """The (width, height) of an image, of a file by its header; None of what cannot be read: counting says why."""
         try:
             if isinstance(image, (str, Path)):
+                if not is_file(Path(image)):
+                    return None
                 header = read_header(Path(image))
-                width, height = header.width, header.height
-            elif isinstance(image, Image.Image):
-                width, height = image.size
-            else:
-                pixels = image.pixels if isinstance(image, DecodedImage) else image
-                height, width = pixels.shape[:2]
-            return len(tile_boxes(width, height, self.network.config.scene)) > 1
-        except (ImageError, AttributeError, ValueError):  # counting it says what is wrong
-            return False
+                return header.width, header.height
+            if isinstance(image, Image.Image):
+                return image.size
+            height, width = (image.pixels if isinstance(image, DecodedImage) else image).shape[:2]
+        except (ImageError, AttributeError, ValueError):
+            return None
+        return (width, height) if min(width, height) > 0 else None
+
+    def _tiles_of(self, size: tuple[int, int] | None) -> list[Box]:
+        """The tiles of an image; none where its size is not known or needs too many: counting says so."""
+        try:
+            return [] if size is None else tile_boxes(*size, self.network.config.scene)
+        except ImageError:
+            return []
+
+    def _check_in_time(self, exit: str, boxes: Sequence[Box], deadline_ms: float, most_ms: float) -> None:
+        """Refuse a tiled image before it is decoded, if the first exit is foreseen to answer too late.
+
+        Raises:
+            DeadlineMissed: if decoding and counting take longer than ``most_ms``, as far as the profile tells.
+        """
+        config = self.network.config
+        if config.view == "tiles":  # of those it is only foreseen once they are there
+            return
+        canvases = [canvas_size(width, height, config.size, config.view) for *_, width, height in boxes]
+        counting, decoding = self._predicted_s(canvases, exit), self._times.ms(PREPARING)
+        if counting is None or decoding is None:
+            return
+        # The profile's image has four times the pixels of the scene.
+        pixels = sum(width * height for *_, width, height in boxes)
+        decoding *= pixels / (4 * config.scene[0] * config.scene[1])
+        # Half of the usual: formats differ, and what might be in time is tried.
+        takes_ms = 1000 * counting + decoding / 2
+        if takes_ms > most_ms:
+            raise _too_late(deadline_ms, len(boxes), exit, takes_ms)
 
     def _exits_in_time(
         self, rows: Sequence[Row], exits: Sequence[str], begun: float, deadline: float, last_moment: float
@@ -650,33 +701,33 @@ class CrowdCounter:
             DeadlineMissed: if the first is foreseen to answer after the last moment.
         """
         now = time.perf_counter()
-        predicted = {name: self._predicted_s(rows, name) for name in exits}
+        canvases = [(canvas.shape[1], canvas.shape[0]) for canvas, *_ in rows]
+        predicted = {name: self._predicted_s(canvases, name) for name in exits}
         first = predicted[exits[0]]
         if first is not None and now + first > last_moment:
-            within, takes = 1000 * (deadline - begun), 1000 * (now + first - begun)
-            raise DeadlineMissed(
-                f"no exit can answer within {within:g} ms: the image is cut into {len(rows)} tiles, for which the "
-                f"first, {exits[0]}, takes about {takes:.0f} ms here"
-            )
+            raise _too_late(1000 * (deadline - begun), len(rows), exits[0], 1000 * (now + first - begun))
         if len(rows) <= self._rows(PIXELS_ABREAST):  # every tile comes to an exit before any goes on
             return exits
         fits = [name for name in exits[1:] if (s := predicted[name]) is not None and now + s <= deadline]
         return [exits[0], *fits]
 
-    def _predicted_s(self, rows: Sequence[Row], exit: str) -> float | None:
-        """How long rows will take at least until an exit's answer, in seconds; None: not known.
+    def _predicted_s(self, canvases: Sequence[tuple[int, int]], exit: str) -> float | None:
+        """How long rows on such canvases will take at least until an exit's answer, in seconds; None: not known.
 
         Canvases smaller than the native size are reckoned by their pixels.
         """
         width, height = self.network.config.size
         steps = [LAYING, *map(stage_step, range(self.network.stage_of(exit) + 1)), exit_step(exit)]
         total = 0.0
-        for group in same_size_groups(rows, self._tiles_at_once):
-            ms: float | None = self._times.total_ms(steps, len(group), quantile=0)
-            if ms is None:
-                return None
-            canvas = group[0][0]
-            total += ms / 1000 * min(1.0, canvas.shape[0] * canvas.shape[1] / (width * height))
+        for size, alike in groupby(canvases):
+            left = len(list(alike))
+            while left > 0:
+                together = min(left, self._tiles_at_once)
+                ms: float | None = self._times.total_ms(steps, together, quantile=0)
+                if ms is None:
+                    return None
+                total += ms / 1000 * min(1.0, size[0] * size[1] / (width * height))
+                left -= together
         return total
 
     def _many(
@@ -851,6 +902,13 @@ class CrowdCounter:
         return ExitResult(name, count, interval, latency, density, scene.warnings, audio, familiar)
 
 
+def _too_late(within_ms: float, tiles: int, exit: str, takes_ms: float) -> DeadlineMissed:
+    return DeadlineMissed(
+        f"no exit can answer within {within_ms:g} ms: the image is cut into {tiles} tiles, for which the first, "
+        f"{exit}, takes about {takes_ms:.0f} ms here"
+    )
+
+
 def check_deadline(deadline_ms: float | None) -> None:
     """Refuse a deadline that is over when it begins, before anything is loaded.
 
@@ -867,20 +925,23 @@ def served_exits(network: MultiExitNetwork) -> list[str]:
     return plain if len(plain) > 1 else network.exit_names
 
 
-def load(name: str | Path, *, runtime: str = "auto", exits: Sequence[str] | None = None) -> CrowdCounter:
+def load(
+    name: str | Path, *, runtime: str = "auto", exits: Sequence[str] | None = None, warm: bool = True
+) -> CrowdCounter:
     """A counter with a shipped model's or a checkpoint's weights.
 
     Args:
         name: of a shipped model, or the path of a checkpoint or of an exported folder.
         runtime: ``auto``, or a name of :func:`crowdexit.runtimes.selection.names`.
         exits: names to serve; default: one a place, and the final exit.
+        warm: get ready for images of the network's own size now; else, as for other sizes, at the first image.
 
     Raises:
         CrowdExitError: if there is no such model, checkpoint, runtime or exit.
     """
     keep_freed_memory()
     network, spec, selected = open_model(name, runtime)
-    return CrowdCounter(network, spec.model, runtime=selected, exits=exits, **calibration_of(spec))
+    return CrowdCounter(network, spec.model, runtime=selected, exits=exits, warm=warm, **calibration_of(spec))
 
 
 def _laid_out(rows: Sequence[Row], times: Profile) -> Features:

@@ -14,6 +14,7 @@ from crowdexit.errors import CrowdExitError
 Record = dict[str, NDArray[Any]]
 # Those fields, and those of crowdexit.models.stages.ExitOutput, in their order: that of every piece's ports.
 FEATURE_FIELDS = ("visual", "log_mel", "has_audio", "valid_mask", "audio", "shortcut")
+IMAGE_FIELDS = ("visual", "valid_mask")  # whose maps have sides that follow the image's
 OUTPUT_FIELDS = ("value", "density")
 
 
@@ -81,6 +82,14 @@ def is_exit(piece: str) -> bool:
     return piece.startswith("exit-")
 
 
+def _scaled(port: Port, scale: tuple[float, float]) -> tuple[int, ...]:
+    """A port's shape; a map's follows the image's."""
+    if port.name not in IMAGE_FIELDS or len(port.shape) != 3:
+        return port.shape
+    channels, height, width = port.shape
+    return channels, round(height * scale[1]), round(width * scale[0])
+
+
 class ArrayChain:
     """Stages and exits that an engine runs, as a chain (:class:`crowdexit.models.chain.Chain`) over records.
 
@@ -118,11 +127,15 @@ class ArrayChain:
         """Run one exit on what its stage handed over."""
         return ArrayOutput(**self._run(exit_piece(name), state))
 
-    def prepare(self, exits: Collection[str]) -> None:
-        """Make ready all that leads to some exits, for images of the network's own size."""
+    def prepare(self, exits: Collection[str], scale: tuple[float, float] = (1.0, 1.0)) -> None:
+        """Make ready all that leads to some exits, for images of the network's own size.
+
+        Args:
+            scale: of the width and the height of the images over the network's own, if it takes any size.
+        """
         last = max((self._stage_of[name] for name in exits), default=-1)
         for piece in (*map(stage_piece, range(last + 1)), *map(exit_piece, exits)):
-            self._engine.prepare(piece, tuple(port.shape for port in self._ports[piece].takes))
+            self._engine.prepare(piece, tuple(_scaled(port, scale) for port in self._ports[piece].takes))
 
     def select(self, state: Record, keep: NDArray[Any]) -> Record:
         """The record of some samples only: ``keep`` is a bool mask or indices over the batch."""

@@ -37,8 +37,13 @@ class ReadyChain(ABC):
         self.exit_names = network.exit_names
         self.stage_of = network.stage_of
 
-    def prepare(self, exits: Collection[str]) -> None:  # noqa: B027  (most runtimes have nothing to prepare)
-        """Do what would otherwise be done at the first image, for the way to some exits.
+    def prepare(  # noqa: B027  (most runtimes have nothing to prepare)
+        self, exits: Collection[str], size: tuple[int, int] | None = None
+    ) -> None:
+        """Do what would otherwise be done at the first image of a size, for the way to some exits.
+
+        Args:
+            size: (width, height) of its canvas; default: the network's own.
 
         Raises:
             RuntimeUnavailable: if this runtime cannot run it.
@@ -120,8 +125,10 @@ class ArrayReady(ReadyChain):
         super().__init__(network, runtime)
         self._chain = chain
 
-    def prepare(self, exits: Collection[str]) -> None:
-        self._chain.prepare(exits)
+    def prepare(self, exits: Collection[str], size: tuple[int, int] | None = None) -> None:
+        own = self.network.config.size
+        width, height = own if size is None else size
+        self._chain.prepare(exits, (width / own[0], height / own[1]))
 
     def begin(self, features: Features) -> Record:
         return record_of(features)

@@ -47,9 +47,9 @@ class _CompiledChain(EagerChain):
             name: torch.compile(_own_forward(name, piece)) for name, piece in self._pieces.items()
         }
 
-    def prepare(self, exits: Collection[str]) -> None:
-        """Compile the way to some exits, by running a blank image of the size that the network looks at."""
-        width, height = self.network.config.scene
+    def prepare(self, exits: Collection[str], size: tuple[int, int] | None = None) -> None:
+        """Compile the way to some exits, by running a blank image."""
+        width, height = self.network.config.scene if size is None else size
         blank = make_batch(np.zeros((height, width, 3), np.uint8), None, self.network.config)
         for _ in self.stream(blank, exits):
             pass

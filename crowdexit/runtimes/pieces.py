@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from crowdexit.models.network import MultiExitNetwork
 from crowdexit.models.stages import Exit, ExitOutput, Features, Stage, inputs
-from crowdexit.runtimes.arrays import ArrayChain, Engine, Port, Ports, Record, exit_piece, stage_piece
+from crowdexit.runtimes.arrays import IMAGE_FIELDS, ArrayChain, Engine, Port, Ports, Record, exit_piece, stage_piece
 from crowdexit.runtimes.engines import Shapes
 
 
@@ -55,7 +55,7 @@ class Piece(nn.Module):
     def open_sides(self) -> list[tuple[int, ...]]:
         """Of each tensor that it takes, the dimensions after the batch whose lengths follow the image's size."""
         follows = self.any_size
-        return [(2, 3) if follows and port.name in ("visual", "valid_mask") else () for port in self.ports.takes]
+        return [(2, 3) if follows and port.name in IMAGE_FIELDS else () for port in self.ports.takes]
 
     def examples(self, shapes: Shapes | None = None, batch: int = 1) -> tuple[Tensor, ...]:
         """Tensors of ones that it takes; ``shapes`` without the batch, default: at the network's own image size."""

@@ -121,9 +121,9 @@ class FallbackChain(ReadyChain):
         super().__init__(chain.network, chain.runtime)
         self._chain, self._key = chain, key
 
-    def prepare(self, exits: Collection[str]) -> None:
+    def prepare(self, exits: Collection[str], size: tuple[int, int] | None = None) -> None:
         try:
-            self._chain.prepare(exits)
+            self._chain.prepare(exits, size)
         except _FAILURES as error:
             self._fall_back(self._chain, error)
 

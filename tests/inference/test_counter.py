@@ -150,8 +150,9 @@ def test_a_deadline_holds_for_tiles(counter, monkeypatch):
 
     _ = counter.profile
     rows = prepared(image, None, counter.network.config)[1]
-    predicted = counter._predicted_s(rows, "V1")
-    assert 0 < predicted < counter._predicted_s(rows, "final")
+    canvases = [(canvas.shape[1], canvas.shape[0]) for canvas, *_ in rows]
+    predicted = counter._predicted_s(canvases, "V1")
+    assert 0 < predicted < counter._predicted_s(canvases, "final")
     monkeypatch.setattr(type(counter.chain), "advance", counted)
     for late, seconds in (("fail", 11), ("wait", 101)):
         monkeypatch.setattr(counter, "_predicted_s", lambda *_, s=seconds: s)
@@ -160,6 +161,7 @@ def test_a_deadline_holds_for_tiles(counter, monkeypatch):
         )
         with pytest.raises(DeadlineMissed, match=line):
             counter.count(image, deadline_ms=10_000, late=late)
+    monkeypatch.setattr(counter, "_predicted_s", lambda *_: None)  # not known
     with pytest.raises(DeadlineMissed, match=r"no exit answered within 0\.001 ms; the image is cut into tiles"):
         counter.count(image, deadline_ms=0.001, late="fail")
     assert run == []
@@ -170,6 +172,15 @@ def test_a_deadline_holds_for_tiles(counter, monkeypatch):
     assert {*run} == {0}  # the stages behind the first exit are not run for an answer that is late anyhow
     assert result.count == pytest.approx(next(iter(counter.stream(image))).count, rel=1e-5)
     assert counter.count(image, deadline_ms=1e6).chosen.exit == "final"
+
+
+def test_huge_images_are_refused_before_they_are_decoded(counter, tmp_path, monkeypatch):
+    """What the profile foresees to come too late, by its decoding too, does not take that time first."""
+    Image.fromarray(noise(1500, 1100)[..., 0]).save(tmp_path / "huge.png")
+    _ = counter.profile
+    monkeypatch.setattr(module, "prepared", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(DeadlineMissed, match=r"no exit can answer within 0\.01 ms: the image is cut into \d+ tiles"):
+        counter.count(tmp_path / "huge.png", deadline_ms=0.01)
 
 
 def test_exif_orientation(counter, tmp_path):

@@ -6,16 +6,19 @@ import numpy as np
 import pytest
 import torch
 from networks import settled
+from PIL import Image
 
 from crowdexit.data.image import scale_down, scaled_size, views
 from crowdexit.export.runner import Exported
 from crowdexit.export.writer import export
+from crowdexit.inference import counter as counter_module
 from crowdexit.inference.counter import CrowdCounter
 from crowdexit.models import zoo
 from crowdexit.models.network import MultiExitNetwork
 from crowdexit.runtimes import openvino
 from crowdexit.runtimes.batch import batch_of
 from crowdexit.runtimes.eager import Eager
+from crowdexit.runtimes.engines import OpenVINOEngine
 from crowdexit.runtimes.openvino import OpenVINO
 
 SIZE = (128, 96)  # of no more than so many pixels is an image
@@ -113,3 +116,19 @@ def test_exits_whose_weights_belong_to_positions_are_refused():
 def test_an_unknown_front_is_named():
     with pytest.raises(zoo.ZooError, match=r"no front 'vgg17' \(there are .*vgg16"):
         zoo.build(zoo.Spec("audiocsrnet", (), {"front": "vgg17"}))
+
+
+def test_no_latency_has_the_compiling_of_another_size(network, monkeypatch, tmp_path):
+    """An image of its own shape is compiled for before it is read, a file by its header."""
+    done: list[str] = []
+    ready, prepared = OpenVINOEngine._ready, counter_module.prepared
+    monkeypatch.setattr(OpenVINOEngine, "_ready", lambda *given: done.append("compiled") or ready(*given))
+    monkeypatch.setattr(counter_module, "prepared", lambda *given: done.append("read") or prepared(*given))
+    counter = CrowdCounter(network, "tiny", runtime=OpenVINO(), warm=False)
+    assert done == []
+    Image.new("RGB", (70, 100)).save(tmp_path / "tall.png")
+    assert len(counter.count(tmp_path / "tall.png").exits) == 3
+    assert done[-1] == "read"
+    compiled = len(done) - 1
+    list(counter.stream(np.zeros((100, 70, 3), np.uint8)))
+    assert done[compiled:] == ["read", "read"]

@@ -45,7 +45,7 @@ class FakeChain(ReadyChain):
         if self.fake.error is not None and name == self.fake.breaks:
             raise self.fake.error
 
-    def prepare(self, exits):
+    def prepare(self, exits, size=None):
         self._step("prepare")
 
     def begin(self, features):
