@@ -187,6 +187,15 @@ def test_a_counter_on_what_fails_counts_on_eager(network, tried, caplog):
         CrowdCounter(network, "tiny", runtime=fake)
 
 
+def test_onnx_is_tried_only_where_int8_does_not_agree(network, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(module, "has_bfloat16", lambda: False)
+    monkeypatch.setattr(module, "installed_version", lambda name: "9")
+    monkeypatch.setattr(module, "multiplies_bf16", lambda: False)
+    network.activation_ranges = {"stages.0": ActivationRange(0.0, 1.0, 255, ())}
+    assert candidates(network)[-2:] == (("openvino",), ("openvino-int8", "onnx"))
+
+
 @pytest.mark.parametrize(
     ("cuda", "bf16", "wide", "libraries", "openvino_bf16", "expected"),
     [
