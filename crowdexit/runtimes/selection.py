@@ -190,7 +190,7 @@ def candidates(network: MultiExitNetwork) -> tuple[tuple[str, ...], ...]:
         except Exception as error:  # it is there, and cannot be used
             _leave_out("openvino", one_line(error))
     # To write ONNX takes longer than all the rest, and ONNX Runtime's float32 has never been as fast as 16 or 8 bits.
-    others = (INT8,) if openvino and network.activation_ranges else ()
+    others: tuple[str, ...] = (INT8,) if openvino and network.activation_ranges else ()
     if installed_version("onnxruntime") and "openvino-bf16" not in openvino:
         others += ("onnx",)
     return tuple(filter(None, (pytorch, openvino, others)))

@@ -421,6 +421,6 @@ def test_auto_refuses_int8_that_disagrees(shipped, monkeypatch, caplog):
 
 
 def test_int8_is_tried_where_there_are_ranges(network):
-    assert ("openvino-int8",) not in candidates(network)
+    assert "openvino-int8" not in {name for row in candidates(network) for name in row}
     network.activation_ranges = {"stages.0": ActivationRange(0.0, 1.0)}
-    assert (("openvino-int8",) in candidates(network)) != torch.cuda.is_available()
+    assert ("openvino-int8" in {name for row in candidates(network) for name in row}) != torch.cuda.is_available()
