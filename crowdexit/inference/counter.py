@@ -273,7 +273,8 @@ class CrowdCounter:
         """Count with the exits up to ``exit``, and choose the last answer.
 
         Args:
-            image, audio: as of :meth:`stream`.
+            image: as of :meth:`stream`.
+            audio: as of :meth:`stream`.
             exit: the last exit to run; ``auto`` is the last that this counter serves.
             deadline_ms: when to return, from this call on, with the latest answer that is there by then, even in
                 the middle of a stage. Preparing the image counts, and so does the end of the layer (with
