@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from crowdexit.data.classes import ClassStore
 from crowdexit.data.spectrogram import MUSIC_RATE, MUSIC_SECONDS, Spectrogram, beginning
 from crowdexit.errors import CrowdExitError
+
 from .common import Destination, Size, Skipped, Strict, divided, run, shown
 from .labelled import Labelled, prepare_classes, read_recording
 from .registry import DataSet

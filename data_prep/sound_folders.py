@@ -14,6 +14,7 @@ import typer
 from crowdexit.data.spectrogram import Spectrogram
 from crowdexit.data.store import SPLITS
 from crowdexit.errors import CrowdExitError
+
 from .class_folders import Folder, Place, Sample, Samples, find_samples, hidden
 from .common import Destination, Size, Skipped, Strict, Val, divided, plain, run, shown
 from .labelled import Labelled, prepare_classes, read_recording

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from crowdexit.data.spectrogram import SPEECH_RATE, Spectrogram, beginning
 from crowdexit.data.store import SPLITS
 from crowdexit.errors import CrowdExitError
+
 from .common import Destination, Size, Skipped, Strict, by_hash, check_size, plain, read_lines, run, shown
 from .labelled import Labelled, prepare_classes, read_recording
 from .registry import DataSet
