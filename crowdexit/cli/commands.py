@@ -594,7 +594,7 @@ def export(
     split: Annotated[str | None, typer.Option(help="Of that file; default: train.")] = None,
 ) -> None:
     """Write every stage and every exit as a model that runs without PyTorch, and a manifest that says how."""
-    from crowdexit.export.runner import read_manifest
+    from crowdexit.export.manifest import read_manifest
     from crowdexit.export.writer import export as run_export
 
     path = run_export(
@@ -607,7 +607,7 @@ def export(
         calibrate=calibrate,
         split=split,
     )
-    files = sorted(path.iterdir())
+    files = [file for file in path.rglob("*") if file.is_file()]
     print(f"{path}: {len(files)} files, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB")
     manifest = read_manifest(path)
     if manifest.classifies or (manifest.intervals is not None and precision is Precision.fp32):

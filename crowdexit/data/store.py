@@ -39,7 +39,8 @@ from numpy.typing import NDArray
 
 from crowdexit.data.image import ImageError, decode_pixels, read_header
 from crowdexit.errors import CrowdExitError
-from crowdexit.utils.files import DiskFullError, checksum, sync, sync_folder
+from crowdexit.utils.checksum import checksum
+from crowdexit.utils.files import DiskFullError, sync, sync_folder
 from crowdexit.utils.paths import is_file
 
 AudioSource = Literal["recorded", "simulated", "none"]

@@ -19,21 +19,18 @@ from PIL import Image
 
 from crowdexit.calibration.familiarity import Familiarity
 from crowdexit.calibration.intervals import Intervals
-from crowdexit.data.image import (
+from crowdexit.data.image import DecodedImage, ImageError, decode_pixels, read_header
+from crowdexit.data.mel import AudioStatus
+from crowdexit.data.views import (
     PIXELS_ABREAST,
     PIXELS_AT_ONCE,
     PIXELS_OF_TILES_AT_ONCE,
-    DecodedImage,
-    ImageError,
     canvas_size,
-    decode_pixels,
-    read_header,
     same_size_groups,
     scaled_size,
     tile_boxes,
     views,
 )
-from crowdexit.data.mel import AudioStatus
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.anytime import DeadlineMissed, answers_by
 from crowdexit.inference.budget import TOLERANCE, Budget, BudgetTooSmall, Costs, check_budget
