@@ -322,7 +322,13 @@ def _first_line(error: Exception) -> str:
 
 
 class Store(PreparedFile):
-    """Reads a prepared set for counting."""
+    """Reads a prepared set for counting.
+
+    Example:
+        >>> with Store("crowd.h5") as store:
+        ...     print(store.splits(), store.counts("val"))
+        ['train', 'val'] {'B_IMG_2': 2.0}
+    """
 
     def _verify(self, file: h5py.File) -> None:
         if "classes" in file.attrs:

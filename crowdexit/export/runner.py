@@ -1,9 +1,5 @@
 """Exported networks: read, checked and run without PyTorch.
 
-    from crowdexit.export.runner import Exported
-
-    print(Exported("street-int8").count("street.jpg"))
-
 A folder that ``crowdexit export`` wrote holds a model for every stage and every exit, OpenVINO's or ONNX, and
 ``manifest.json``, which says how they belong together. What is here needs NumPy, OpenCV, Pillow, pydantic and the
 library that runs the models.
@@ -34,6 +30,13 @@ class Exported(Runner):
     Raises:
         ExportError: if it is no such folder, or one of its files is missing or not what the manifest says.
         RuntimeUnavailable: if the library that runs it is not installed; when it runs, if it cannot run a model.
+
+    Example:
+        >>> exported = Exported("street-v0")
+        >>> for name, count in exported.stream("street.jpg"):
+        ...     print(f"{name} {count:.1f}")
+        V0 11.3
+        final 9.5
     """
 
     def __init__(self, folder: str | Path) -> None:

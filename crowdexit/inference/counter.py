@@ -70,8 +70,8 @@ class ExitResult:
         count: people.
         interval: (low, high), or None where the checkpoint is not calibrated.
         latency_ms: from the request to this answer, preparing the image included.
-        density: (h, w) heads per cell of 8×8 network pixels over the image without padding, from the
-            final exit; None from early exits.
+        density: (h, w) heads per cell of 8×8 network pixels over the image without padding; None from exits that
+            make none.
         warnings: what the reader of the input had to say, e.g. of damage; the same of every exit.
         audio: whether this exit was given audio, or why not: ``none`` was there, it was ``unreadable``, the image is
             ``tiled`` (audio belongs to all of it), or it is ``switched off`` (also where this exit uses none).
@@ -250,6 +250,17 @@ class CrowdCounter:
 
         Raises:
             CrowdExitError: for an image or a sound that cannot be used.
+
+        Example:
+            >>> import crowdexit
+            >>> counter = crowdexit.load("audiocsrnet-lite", runtime="eager")
+            >>> for result in counter.stream("street.jpg", "street-simulated.wav"):
+            ...     print(f"{result.exit} {result.count:.1f}")
+            V0 11.3
+            V1 9.0
+            AV1 9.0
+            AV2 9.6
+            final 9.5
         """
         wanted = self._asked(exits)
         self._prepare(wanted, self._size_of(image))
@@ -287,6 +298,18 @@ class CrowdCounter:
             DeadlineMissed: if no exit has answered, and ``late`` is ``fail``; or of a tiled image, if that is foreseen.
             CrowdExitError: as :meth:`stream`; for a deadline that is not positive, or a policy that has nothing to
                 go by.
+
+        Example:
+            >>> import crowdexit
+            >>> counter = crowdexit.load("audiocsrnet-lite", runtime="eager")
+            >>> result = counter.count("street.jpg", exit="V1")
+            >>> f"{result.count:.1f}"
+            '9.0'
+            >>> low, high = result.chosen.interval
+            >>> f"{low:.1f} to {high:.1f}"
+            '5.8 to 12.2'
+            >>> counter.count("street.jpg", deadline_ms=60_000).in_time
+            True
         """
         check_deadline(deadline_ms)
         size = self._size_of(image)
@@ -355,6 +378,13 @@ class CrowdCounter:
             BudgetTooSmall: if the first exits alone take longer than the budget: when the first result is asked for,
                 as far as the profile tells, and with any later one, as soon as the time shows it.
             CrowdExitError: as :meth:`stream`; for a policy that has nothing to go by.
+
+        Example:
+            >>> import crowdexit
+            >>> counter = crowdexit.load("audiocsrnet-lite", runtime="eager")
+            >>> results = counter.count_many([("street.jpg", None), ("crowd.jpg", None)])
+            >>> [result.chosen.exit for result in results]
+            ['final', 'final']
         """
         wanted = self._asked(exits)
         self._prepare(wanted, None)
@@ -936,6 +966,12 @@ def load(
 
     Raises:
         CrowdExitError: if there is no such model, checkpoint, runtime or exit.
+
+    Example:
+        >>> import crowdexit
+        >>> counter = crowdexit.load("audiocsrnet-lite", runtime="eager")
+        >>> counter.exits
+        ['V0', 'V1', 'AV1', 'AV2', 'final']
     """
     keep_freed_memory()
     network, spec, selected = open_model(name, runtime)
