@@ -324,7 +324,7 @@ def _first_line(error: Exception) -> str:
 class Store(PreparedFile):
     """Reads a prepared set for counting.
 
-    Example:
+    Examples:
         >>> with Store("crowd.h5") as store:
         ...     print(store.splits(), store.counts("val"))
         ['train', 'val'] {'B_IMG_2': 2.0}

@@ -31,7 +31,7 @@ class Exported(Runner):
         ExportError: if it is no such folder, or one of its files is missing or not what the manifest says.
         RuntimeUnavailable: if the library that runs it is not installed; when it runs, if it cannot run a model.
 
-    Example:
+    Examples:
         >>> exported = Exported("street-v0")
         >>> for name, count in exported.stream("street.jpg"):
         ...     print(f"{name} {count:.1f}")

@@ -251,7 +251,7 @@ class CrowdCounter:
         Raises:
             CrowdExitError: for an image or a sound that cannot be used.
 
-        Example:
+        Examples:
             >>> import crowdexit
             >>> counter = crowdexit.load("audiocsrnet-lite", runtime="eager")
             >>> for result in counter.stream("street.jpg", "street-simulated.wav"):
@@ -299,7 +299,7 @@ class CrowdCounter:
             CrowdExitError: as :meth:`stream`; for a deadline that is not positive, or a policy that has nothing to
                 go by.
 
-        Example:
+        Examples:
             >>> import crowdexit
             >>> counter = crowdexit.load("audiocsrnet-lite", runtime="eager")
             >>> result = counter.count("street.jpg", exit="V1")
@@ -379,7 +379,7 @@ class CrowdCounter:
                 as far as the profile tells, and with any later one, as soon as the time shows it.
             CrowdExitError: as :meth:`stream`; for a policy that has nothing to go by.
 
-        Example:
+        Examples:
             >>> import crowdexit
             >>> counter = crowdexit.load("audiocsrnet-lite", runtime="eager")
             >>> results = counter.count_many([("street.jpg", None), ("crowd.jpg", None)])
@@ -967,7 +967,7 @@ def load(
     Raises:
         CrowdExitError: if there is no such model, checkpoint, runtime or exit.
 
-    Example:
+    Examples:
         >>> import crowdexit
         >>> counter = crowdexit.load("audiocsrnet-lite", runtime="eager")
         >>> counter.exits

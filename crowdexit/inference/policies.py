@@ -49,7 +49,7 @@ class DeepestThatFits:
     Attributes:
         sure: how often each step is to keep within the time that is reckoned for it.
 
-    Example:
+    Examples:
         >>> import crowdexit
         >>> counter = crowdexit.load("audiocsrnet-lite", runtime="eager")
         >>> counter.count("street.jpg", deadline_ms=60_000, policy=DeepestThatFits()).chosen.exit
@@ -86,7 +86,7 @@ class Confident:
     Raises:
         PolicyError: if neither bound is above zero.
 
-    Example:
+    Examples:
         >>> import crowdexit
         >>> counter = crowdexit.load("audiocsrnet-lite", runtime="eager")
         >>> counter.count("street.jpg", policy=Confident(share=0.4)).chosen.exit
