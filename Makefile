@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 # The first run caches bytecode for all later ones: without it every command compiles PyTorch anew, for seconds.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test lint app bench clean
+.PHONY: demo test lint app bench docs clean
 
 demo: $(STAMP)
 	$(BIN)/crowdexit demo
@@ -31,6 +31,11 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
+
+# The documentation as a site in site/, with the API from the docstrings.
+docs: $(STAMP)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt --group docs
+	$(BIN)/mkdocs build --strict
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from crowdexit.cli import commands as cli
 from crowdexit.utils import command
 
+from .command import app
+
 if __name__ == "__main__":
-    sys.exit(command.run(cli.app, ["app", *sys.argv[1:]]))
+    sys.exit(command.run(app))

@@ -15,8 +15,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from crowdexit.data.image import decode_image, tile_boxes
+from crowdexit.data.image import decode_image
 from crowdexit.data.mel import AudioInput, AudioStatus
+from crowdexit.data.views import tile_boxes
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.counter import CrowdCounter, ExitResult
 from crowdexit.inference.preprocessing import audio_input

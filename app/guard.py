@@ -185,7 +185,7 @@ class Guard:
 def host_name(header: str) -> str:
     """The name or address in a ``Host`` header, without port and brackets, in lower case.
 
-    Example:
+    Examples:
         >>> host_name("[::1]:7860"), host_name("Localhost:7860")
         ('::1', 'localhost')
     """

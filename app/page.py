@@ -17,12 +17,13 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 import crowdexit
-from app import guard
-from app.answer import WELCOME, Shown, answers, in_model_thread, problem
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference import counter as counting
 from crowdexit.inference.counter import CrowdCounter
 from crowdexit.models import zoo
+
+from . import guard
+from .answer import WELCOME, Shown, answers, in_model_thread, problem
 
 MAX_FILE_BYTES = 100 * 10**6
 MAX_UPLOADED_BYTES = 10**9  # of all files together; the oldest go for new ones
@@ -222,7 +223,7 @@ def serve(page: gr.Blocks, host: str = "127.0.0.1", port: int = 7860, names: Seq
     """Start serving the page in the background; ``page.close()`` ends it.
 
     Args:
-        host: the address to listen on; requests to another host are refused (:class:`app.guard.Guard`).
+        host: the address to listen on; requests to another host are refused (:class:`Guard`).
         names: further host names by which the page is reached, e.g. behind a proxy.
 
     Returns:

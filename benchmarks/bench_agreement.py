@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from benchmarks.machine import describe, in_a_line, keep
 from crowdexit.data.store import Store
 from crowdexit.evaluation.evaluate import count_samples
-from crowdexit.export.runner import is_export
+from crowdexit.export.manifest import is_export
 from crowdexit.inference.counter import load
 
 OTHERS = ("eager-bf16", "openvino", "openvino-bf16", "onnx")

@@ -1,4 +1,4 @@
-"""Scripts that turn public data sets into prepared files: ``python -m data_prep.shanghaitech --help``."""
+"""Scripts that turn public data sets into prepared files: ``crowdexit prepare``."""
 
 from crowdexit.utils.signals import end_imports_in_one_line
 

@@ -1,4 +1,4 @@
-"""Gives a prepared set without audio a simulated ambience, marked so: ``python -m data_prep.ambience``.
+"""Gives a prepared set without audio a simulated ambience, marked so: ``crowdexit prepare ambience``.
 
 The acoustic model stands in ``crowdexit.data.ambience``, the measuring in ``data_prep.ambience_report``.
 """
@@ -24,9 +24,12 @@ from crowdexit.data.store import Store, StoredSample
 from crowdexit.data.voices import read_voices
 from crowdexit.errors import CrowdExitError
 from crowdexit.utils import command
-from data_prep.ambience_report import measure, plot
-from data_prep.common import CORES, Jobs, Strict, Task, prepare, run
 
+from .ambience_report import measure, plot
+from .common import CORES, Jobs, Strict, Task, prepare, run
+from .registry import DataSet
+
+DATA_SET = DataSet("Simulated audio for a prepared set of images", task="counting", has_audio=True)
 app = typer.Typer(add_completion=False)
 
 
@@ -67,7 +70,7 @@ def main(
     processes. A training image gets further takes: the same crowd, heard in other seconds. An interrupted
     run goes on where it was.
 
-    Example: python -m data_prep.ambience data/shanghaitech.h5 data/ambience.h5 --voices recordings --measure
+    Example: crowdexit prepare ambience data/shanghaitech.h5 data/ambience.h5 --voices recordings --measure
     """
     if dst is None and not (measured or plotted):
         raise CrowdExitError("nothing to do: give DST.h5, --measure or --plot")

@@ -1,4 +1,4 @@
-"""Prepares CIFAR-10 and CIFAR-100 (Krizhevsky, 2009) for classification: ``python -m data_prep.cifar``."""
+"""Prepares CIFAR-10 and CIFAR-100 (Krizhevsky, 2009) for classification: ``crowdexit prepare cifar``."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from crowdexit.data.classes import ClassStore, stratified, write_classes
 from crowdexit.errors import CrowdExitError
 from crowdexit.utils import command
+
+from .registry import STARTS_AGAIN, DataSet
 
 SIDE = 32
 TRAIN_PER_VAL = 5  # of 50,000 training images one in five is for validation
@@ -66,6 +68,7 @@ CIFAR_100 = Published(
 )
 BOTH = (CIFAR_10, CIFAR_100)
 
+DATA_SET = DataSet("CIFAR-10 and CIFAR-100 (Krizhevsky, 2009)", task="classification", resumes=False)
 app = typer.Typer(add_completion=False)
 
 
@@ -88,7 +91,7 @@ def main(
     10,000 and 10,000 images. The archive is read without being extracted, and its pickles are read as data
     only: they cannot run anything.
 
-    Example: python -m data_prep.cifar cifar-10-python.tar.gz data/cifar10.h5
+    Example: crowdexit prepare cifar cifar-10-python.tar.gz data/cifar10.h5
     """
     if src.resolve() == dst.resolve():
         raise CrowdExitError(f"{dst}: would replace what it is made from")
@@ -325,7 +328,7 @@ _ADMITTED = {
 
 def run(arguments: list[str] | None = None) -> int:
     """Run the command; see :func:`crowdexit.utils.command.run`."""
-    return command.run(app, arguments, interrupted="interrupted; nothing was written")
+    return command.run(app, arguments, interrupted=STARTS_AGAIN)
 
 
 if __name__ == "__main__":

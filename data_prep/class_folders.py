@@ -1,4 +1,4 @@
-"""Prepares class folders of images for classification: ``python -m data_prep.class_folders``."""
+"""Prepares class folders of images for classification: ``crowdexit prepare class-folders``."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ from PIL import Image, ImageOps
 from crowdexit.data.image import FORMATS, MIN_SIDE, SUFFIXES, ImageError, decode_pixels
 from crowdexit.data.store import SPLITS
 from crowdexit.errors import CrowdExitError
-from data_prep.common import Destination, Size, Strict, Val, check_size, plain, run, shown
-from data_prep.labelled import Labelled, prepare_classes
+
+from .common import Destination, Size, Strict, Val, check_size, plain, run, shown
+from .labelled import Labelled, prepare_classes
+from .registry import DataSet
 
 _SALT = 1  # see split_of
 _DEPTH = 5  # folders below SRC that are looked into: a set needs two, and may lie within others
@@ -50,6 +52,7 @@ class Source(Protocol):
     def state(self) -> str: ...
 
 
+DATA_SET = DataSet("Images in class folders", task="classification")
 app = typer.Typer(add_completion=False)
 
 
@@ -67,7 +70,7 @@ def main(
     training images, chosen by name alone, becomes `val`; of CLASS alone, another one as large becomes `test`.
     The middle square of each image is taken. An interrupted run goes on where it was.
 
-    Example: python -m data_prep.class_folders pictures.tar data/pictures.h5 --size 224
+    Example: crowdexit prepare class-folders pictures.tar data/pictures.h5 --size 224
     """
     if src.resolve() == dst.resolve():
         raise CrowdExitError(f"{dst}: would replace what it is made from")

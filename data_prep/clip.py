@@ -28,8 +28,9 @@ from crowdexit.data.voices import read_voices
 from crowdexit.errors import CrowdExitError
 from crowdexit.utils import command
 from crowdexit.utils.files import write_problem
-from data_prep.ambience import generator, marks
-from data_prep.common import JPEG_QUALITY, run
+
+from .ambience import generator, marks
+from .common import JPEG_QUALITY, run
 
 CONSTANT_RATE_FACTOR = "23"  # of H.264: smaller is better and larger
 VOICES = "test"  # the split of the recordings: nothing is trained or chosen on the samples

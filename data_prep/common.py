@@ -35,6 +35,8 @@ from crowdexit.errors import CrowdExitError
 from crowdexit.utils import command
 from crowdexit.utils.files import write_problem
 
+from .registry import RESUMES
+
 JPEG_QUALITY = 95
 DENSITY_STRIDE = 8  # stored density maps have the grid that the networks answer on
 MAX_BYTES = 2**28  # of one image or recording
@@ -259,8 +261,9 @@ def _work(
     # Workers fork from a fresh server: threads of this process and its open file are not copied into them.
     # The server imports the script, and with it all that is slow to import, once for all workers.
     context = multiprocessing.get_context("forkserver")
-    script = sys.modules["__main__"].__spec__
-    context.set_forkserver_preload(["data_prep.worker_server", *([script.name] if script else [])])
+    module, main = getattr(make, "func", make).__module__, sys.modules["__main__"].__spec__
+    scripts = [module] if module != "__main__" else [main.name] if main else []
+    context.set_forkserver_preload([f"{__package__}.worker_server", *scripts])
     pool = ProcessPoolExecutor(jobs, context, _start_worker)
     waiting: dict[Future[StoredSample | CrowdExitError], T] = {}
     left = iter(tasks)
@@ -317,7 +320,7 @@ def divided(names: Iterable[str], val: float, *, test: bool = True) -> dict[str,
 
 def run(app: typer.Typer, arguments: Sequence[str] | None = None) -> int:
     """Run a script's command; see :func:`crowdexit.utils.command.run`."""
-    return command.run(app, arguments, interrupted="interrupted; the same command goes on where it was")
+    return command.run(app, arguments, interrupted=RESUMES)
 
 
 @dataclass(frozen=True)

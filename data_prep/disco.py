@@ -1,4 +1,4 @@
-"""Prepares DISCO, crowds with their audio (Hu et al., 2020), for counting: ``python -m data_prep.disco``."""
+"""Prepares DISCO, crowds with their audio (Hu et al., 2020), for counting: ``crowdexit prepare disco``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from crowdexit.data.log_mel import log_mel, read_audio
 from crowdexit.data.store import SPLITS, StoredSample
 from crowdexit.data.unlabelled import AUDIO_SUFFIXES
 from crowdexit.errors import CrowdExitError
-from data_prep.common import (
+
+from .common import (
     CORES,
     DENSITY_STRIDE,
     Destination,
@@ -39,6 +40,7 @@ from data_prep.common import (
     resized,
     run,
 )
+from .registry import DataSet
 
 WIDTH, HEIGHT = 1024, 576
 
@@ -54,6 +56,7 @@ class Recording(Task):
     problem: str = ""
 
 
+DATA_SET = DataSet("DISCO, crowds with their audio (Hu et al., 2020)", task="counting", has_audio=True, has_heads=True)
 app = typer.Typer(add_completion=False)
 
 
@@ -79,7 +82,7 @@ def main(
     of another shape than 16:9 are fitted in and filled up with black at the right or below. Heads and densities are
     those of the image as it is displayed (EXIF orientation applied).
 
-    Example: python -m data_prep.disco DISCO data/disco.h5 --heads DISCO/annotations
+    Example: crowdexit prepare disco DISCO data/disco.h5 --heads DISCO/annotations
     """
     tasks = find_recordings(src, heads)
     make = partial(make_sample, kernel=kernel if store_density else None, stored_pixels=stored_pixels)

@@ -1,4 +1,4 @@
-"""Prepares Fashion MNIST (Xiao et al., 2017) for classification: ``python -m data_prep.fashion_mnist``."""
+"""Prepares Fashion MNIST (Xiao et al., 2017) for classification: ``crowdexit prepare fashion-mnist``."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from crowdexit.data.classes import ClassStore, stratified, write_classes
 from crowdexit.errors import CrowdExitError
 from crowdexit.utils import command
 
+from .registry import STARTS_AGAIN, DataSet
+
 CLASSES = (
     "T-shirt/top",
     "Trouser",
@@ -36,6 +38,7 @@ SIDE = 28
 TRAIN_PER_VAL = 6  # of 60,000 training images one in six is for validation
 _MAX_IMAGES = 200_000  # more are no Fashion MNIST, and might not fit into memory
 
+DATA_SET = DataSet("Fashion MNIST (Xiao et al., 2017)", task="classification", resumes=False)
 app = typer.Typer(add_completion=False)
 
 
@@ -53,7 +56,7 @@ def main(
     A sixth of the training images becomes `val`, the same in every run and as many of each class: 50,000,
     10,000 and 10,000 images. The four files may be compressed (.gz) or not.
 
-    Example: python -m data_prep.fashion_mnist FashionMNIST/raw data/fashion-mnist.h5
+    Example: crowdexit prepare fashion-mnist FashionMNIST/raw data/fashion-mnist.h5
     """
     if not src.is_dir():
         raise CrowdExitError(f"{src}: no such folder")
@@ -132,7 +135,7 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
 
 def run(arguments: list[str] | None = None) -> int:
     """Run the command; see :func:`crowdexit.utils.command.run`."""
-    return command.run(app, arguments, interrupted="interrupted; nothing was written")
+    return command.run(app, arguments, interrupted=STARTS_AGAIN)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Prepares GTZAN (Tzanetakis and Cook, 2002) for classification: ``python -m data_prep.gtzan``."""
+"""Prepares GTZAN (Tzanetakis and Cook, 2002) for classification: ``crowdexit prepare gtzan``."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from crowdexit.data.classes import ClassStore
 from crowdexit.data.spectrogram import MUSIC_RATE, MUSIC_SECONDS, Spectrogram, beginning
 from crowdexit.errors import CrowdExitError
-from data_prep.common import Destination, Size, Skipped, Strict, divided, run, shown
-from data_prep.labelled import Labelled, prepare_classes, read_recording
+
+from .common import Destination, Size, Skipped, Strict, divided, run, shown
+from .labelled import Labelled, prepare_classes, read_recording
+from .registry import DataSet
 
 GENRES = ("blues", "classical", "country", "disco", "hiphop", "jazz", "metal", "pop", "reggae", "rock")
 FOLDERS = ("", "genres", "genres_original", "Data/genres_original")  # in which the genres may lie
@@ -32,6 +34,7 @@ class Clip(Labelled):
     path: Path
 
 
+DATA_SET = DataSet("GTZAN, music by genre (Tzanetakis and Cook, 2002)", task="classification", has_audio=True)
 app = typer.Typer(add_completion=False)
 
 
@@ -49,7 +52,7 @@ def main(
     official split, and clips of one artist may come to lie in two. The images are those of
     crowdexit.data.spectrogram.gtzan_image. An interrupted run goes on where it was.
 
-    Example: python -m data_prep.gtzan genres data/gtzan.h5
+    Example: crowdexit prepare gtzan genres data/gtzan.h5
     """
     if not src.is_dir():
         raise CrowdExitError(f"{src}: no such folder")

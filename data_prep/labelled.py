@@ -19,7 +19,8 @@ from crowdexit.data.mel import AudioError
 from crowdexit.data.spectrogram import Spectrogram
 from crowdexit.data.store import SPLITS
 from crowdexit.errors import CrowdExitError
-from data_prep.common import Skipped, Task, check_size, plain, print_skipped, progress_bar, shown
+
+from .common import Skipped, Task, check_size, plain, print_skipped, progress_bar, shown
 
 BATCH = 64  # images that are written at once; a kill costs no more than these
 

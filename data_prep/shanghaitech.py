@@ -1,4 +1,4 @@
-"""Prepares ShanghaiTech (Zhang et al., CVPR 2016) for counting: ``python -m data_prep.shanghaitech``."""
+"""Prepares ShanghaiTech (Zhang et al., CVPR 2016) for counting: ``crowdexit prepare shanghaitech``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from crowdexit.data.density import Kernel, density_map
 from crowdexit.data.image import SUFFIXES
 from crowdexit.data.store import StoredSample
 from crowdexit.errors import CrowdExitError
-from data_prep.common import (
+
+from .common import (
     CORES,
     DENSITY_STRIDE,
     Destination,
@@ -33,6 +34,7 @@ from data_prep.common import (
     resized,
     run,
 )
+from .registry import DataSet
 
 _SALT = 1  # see split_of
 
@@ -50,6 +52,7 @@ class ImageTask(Task):
     problem: str = ""
 
 
+DATA_SET = DataSet("ShanghaiTech A and B, crowds and streets (Zhang et al., 2016)", task="counting", has_heads=True)
 app = typer.Typer(add_completion=False)
 
 
@@ -76,7 +79,7 @@ def main(
     the heads in the image as it is displayed (EXIF orientation applied). An eighth of the training images, chosen
     by id alone, becomes `val`. Images are kept byte by byte. An interrupted run goes on where it was.
 
-    Example: python -m data_prep.shanghaitech ShanghaiTech data/shanghaitech.h5 --jobs 4
+    Example: crowdexit prepare shanghaitech ShanghaiTech data/shanghaitech.h5 --jobs 4
     """
     tasks = [
         task

@@ -1,4 +1,4 @@
-"""Prepares recordings in class folders for classification by spectrograms: ``python -m data_prep.sound_folders``."""
+"""Prepares recordings in class folders for classification by spectrograms: ``crowdexit prepare sound-folders``."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ import typer
 from crowdexit.data.spectrogram import Spectrogram
 from crowdexit.data.store import SPLITS
 from crowdexit.errors import CrowdExitError
-from data_prep.class_folders import Folder, Place, Sample, Samples, find_samples, hidden
-from data_prep.common import Destination, Size, Skipped, Strict, Val, divided, plain, run, shown
-from data_prep.labelled import Labelled, prepare_classes, read_recording
+
+from .class_folders import Folder, Place, Sample, Samples, find_samples, hidden
+from .common import Destination, Size, Skipped, Strict, Val, divided, plain, run, shown
+from .labelled import Labelled, prepare_classes, read_recording
+from .registry import DataSet
 
 SUFFIXES = (".wav", ".flac", ".ogg")
 
@@ -28,6 +30,7 @@ class Recording(Labelled):
     place: Place
 
 
+DATA_SET = DataSet("Recordings in class folders", task="classification", has_audio=True)
 app = typer.Typer(add_completion=False)
 
 
@@ -57,7 +60,7 @@ def main(
     text that it matches in the file names (its first group, if it has one), so that nobody's voice is in two splits.
     The images are those of crowdexit.data.spectrogram.stft_image. An interrupted run goes on where it was.
 
-    Example: python -m data_prep.sound_folders recordings digits.h5 --label name --size 64 --group '_(.+)'
+    Example: crowdexit prepare sound-folders recordings digits.h5 --label name --size 64 --group '_(.+)'
     """
     if not src.is_dir():
         raise CrowdExitError(f"{src}: no such folder")

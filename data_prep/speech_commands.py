@@ -1,4 +1,4 @@
-"""Prepares Speech Commands (Warden, 2018) for classification: ``python -m data_prep.speech_commands``."""
+"""Prepares Speech Commands (Warden, 2018) for classification: ``crowdexit prepare speech-commands``."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from crowdexit.data.spectrogram import SPEECH_RATE, Spectrogram, beginning
 from crowdexit.data.store import SPLITS
 from crowdexit.errors import CrowdExitError
-from data_prep.common import Destination, Size, Skipped, Strict, by_hash, check_size, plain, read_lines, run, shown
-from data_prep.labelled import Labelled, prepare_classes, read_recording
+
+from .common import Destination, Size, Skipped, Strict, by_hash, check_size, plain, read_lines, run, shown
+from .labelled import Labelled, prepare_classes, read_recording
+from .registry import DataSet
 
 WORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
 CLASSES = (*WORDS, "unknown", "silence")
@@ -39,6 +41,7 @@ class Second(Labelled):
     volume: float = 1.0
 
 
+DATA_SET = DataSet("Speech Commands, spoken words (Warden, 2018)", task="classification", has_audio=True)
 app = typer.Typer(add_completion=False)
 
 
@@ -56,7 +59,7 @@ def main(
     these are is fixed by the hashes of their names; each split has its own stretch of every noise file. The
     images are those of crowdexit.data.spectrogram.stft_image. An interrupted run goes on where it was.
 
-    Example: python -m data_prep.speech_commands speech_commands_v0.02 data/speech-commands.h5
+    Example: crowdexit prepare speech-commands speech_commands_v0.02 data/speech-commands.h5
     """
     if not src.is_dir():
         raise CrowdExitError(f"{src}: no such folder")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -40,3 +41,12 @@ def test_version():
     result = CliRunner().invoke(app, ["--version"])
     assert result.output == f"crowdexit {version('crowdexit')}\n"
     assert result.exit_code == 0
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "H×W×3 uint8 RGB" in (tmp_path / "api" / "index.html").read_text("utf-8")

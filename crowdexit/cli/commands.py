@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from crowdexit.cli.extensions import ExtensibleGroup
+from crowdexit.cli.options import DEFAULT_MODEL, Model, RuntimeName
 from crowdexit.errors import CrowdExitError
 from crowdexit.utils import command
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 # Everything heavy is imported where it is used: `--help` and a mistyped option answer at once.
 
 app = typer.Typer(
+    cls=ExtensibleGroup,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -51,19 +54,9 @@ def _options(
 ) -> None: ...
 
 
-DEFAULT_MODEL = "audiocsrnet-lite"
 CONFIDENCES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)  # to tell what leaving at them is worth
-Model = Annotated[
-    str, typer.Option("--model", help="A shipped model's name, or the path of a checkpoint or an export.")
-]
 Ids = Annotated[str, typer.Option(help="Only samples whose id matches this shell pattern.")]
 AudioFlag = Annotated[bool, typer.Option("--audio/--no-audio", help="Use audio where there is some.")]
-RuntimeName = Annotated[
-    str,
-    typer.Option(
-        "--runtime", help="auto, eager, compile, openvino, onnx, cuda; -bf16, -int8, -half (docs/runtimes.md)."
-    ),
-]
 
 
 class CountFormat(StrEnum):
@@ -601,7 +594,7 @@ def export(
     split: Annotated[str | None, typer.Option(help="Of that file; default: train.")] = None,
 ) -> None:
     """Write every stage and every exit as a model that runs without PyTorch, and a manifest that says how."""
-    from crowdexit.export.runner import read_manifest
+    from crowdexit.export.manifest import read_manifest
     from crowdexit.export.writer import export as run_export
 
     path = run_export(
@@ -614,7 +607,7 @@ def export(
         calibrate=calibrate,
         split=split,
     )
-    files = sorted(path.iterdir())
+    files = [file for file in path.rglob("*") if file.is_file()]
     print(f"{path}: {len(files)} files, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB")
     manifest = read_manifest(path)
     if manifest.classifies or (manifest.intervals is not None and precision is Precision.fp32):
@@ -797,23 +790,6 @@ def demo(
     from crowdexit.jobs.demo import run_demo
 
     run_demo(load(model, runtime=runtime), out, Console())
-
-
-@app.command("app", epilog="Example: `crowdexit app --port 7860`")
-def page(
-    model: Model = DEFAULT_MODEL,
-    host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
-    host_name: Annotated[
-        list[str] | None, typer.Option(help="A name by which browsers reach it, beside --host; may be repeated.")
-    ] = None,
-    runtime: RuntimeName = "auto",
-) -> None:
-    """Open the page: drop an image in, see the count at every exit."""
-    # The page stands on the same floor; it is found by name so that the command line works without it.
-    from importlib import import_module
-
-    import_module("app.page").launch(model, host=host, port=port, runtime=runtime, names=host_name or [])
 
 
 class _progress:

@@ -29,7 +29,7 @@ changes; with more talkers still only the level rises, by about 2 dB each time t
 
 How much that tells, on ShanghaiTech with spoken digits as voices and seed 0: R² of log count 0.61 on the 87
 validation images (of part A alone 0.55, of part B alone 0.40), by kernel ridge regression on statistics of
-the log-mel, fitted on the training images' nine seconds each (``python -m data_prep.ambience … --measure``).
+the log-mel, fitted on the training images' nine seconds each (``crowdexit prepare ambience … --measure``).
 The set is small: other draws of the audio move the figure by about 0.07 either way.
 """
 

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from crowdexit.data.image import Placement, place, scaled_size
+from crowdexit.data.views import Placement, place, scaled_size
 
 
 @dataclass(frozen=True)

@@ -29,12 +29,13 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Dataset
 
-from crowdexit.data.image import normalise, place
 from crowdexit.data.spectrogram import Spectrogram
 from crowdexit.data.store import SPLITS, PreparedFile, StoreError, open_for_writing, reserve
 from crowdexit.data.unlabelled import AudioFolder, ImageFolder
+from crowdexit.data.views import normalise, place
 from crowdexit.errors import CrowdExitError
-from crowdexit.utils.files import DiskFullError, checksum, write_problem
+from crowdexit.utils.checksum import checksum
+from crowdexit.utils.files import DiskFullError, write_problem
 
 FORMAT = "crowdexit-classes-2"
 _CHUNK_BYTES = 2**17  # small images share a chunk, of large ones each has its own

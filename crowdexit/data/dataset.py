@@ -16,11 +16,11 @@ from torch.utils.data import Dataset, Sampler
 from crowdexit.data.ambience import MAX_COUNT, SAMPLE_RATE, VoiceBank, simulate
 from crowdexit.data.augment import ConditionRange, Conditions, View, keep_inside, random_view
 from crowdexit.data.density import density_map
-from crowdexit.data.image import Placement, normalise, tiles, views
 from crowdexit.data.log_mel import log_mel
 from crowdexit.data.negatives import Negatives, cut, is_headless, random_box
 from crowdexit.data.store import Store, StoredSample, StoreError, decode_image
 from crowdexit.data.unlabelled import ImageFolder
+from crowdexit.data.views import Placement, normalise, tiles, views
 
 STRIDE = 8
 _TRIES = 30  # to find a part of an image without heads

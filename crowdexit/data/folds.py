@@ -8,7 +8,7 @@ import zlib
 def in_fold(id: str, fold: str) -> bool:
     """Whether a sample belongs to a fold, ``K/N``: the K-th of N, counted from 0, of about the same size.
 
-    Example:
+    Examples:
         >>> [in_fold("A_IMG_1", f"{k}/3") for k in range(3)].count(True)
         1
     """

@@ -39,7 +39,8 @@ from numpy.typing import NDArray
 
 from crowdexit.data.image import ImageError, decode_pixels, read_header
 from crowdexit.errors import CrowdExitError
-from crowdexit.utils.files import DiskFullError, checksum, sync, sync_folder
+from crowdexit.utils.checksum import checksum
+from crowdexit.utils.files import DiskFullError, sync, sync_folder
 from crowdexit.utils.paths import is_file
 
 AudioSource = Literal["recorded", "simulated", "none"]
@@ -321,7 +322,13 @@ def _first_line(error: Exception) -> str:
 
 
 class Store(PreparedFile):
-    """Reads a prepared set for counting."""
+    """Reads a prepared set for counting.
+
+    Examples:
+        >>> with Store("crowd.h5") as store:
+        ...     print(store.splits(), store.counts("val"))
+        ['train', 'val'] {'B_IMG_2': 2.0}
+    """
 
     def _verify(self, file: h5py.File) -> None:
         if "classes" in file.attrs:

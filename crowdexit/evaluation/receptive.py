@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from crowdexit.data.image import normalise, views
+from crowdexit.data.views import normalise, views
 from crowdexit.errors import CrowdExitError
 from crowdexit.evaluation.files import blank, write_files
 from crowdexit.models.exits import Branch, SLViTExit

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from crowdexit.data.image import MEAN, STD
+from crowdexit.data.views import MEAN, STD
 from crowdexit.errors import CrowdExitError
-from crowdexit.export.runner import (
+from crowdexit.export.bundle import write_program
+from crowdexit.export.manifest import (
     FORMAT,
-    ExportError,
     FilePart,
     Library,
     Manifest,
@@ -26,6 +26,7 @@ from crowdexit.export.runner import (
     Precision,
     write_manifest,
 )
+from crowdexit.export.standalone import ExportError
 from crowdexit.models import zoo
 from crowdexit.models.folding import fold_norms
 from crowdexit.models.network import FINAL, MultiExitNetwork
@@ -37,6 +38,7 @@ from crowdexit.runtimes.pieces import Piece, take_apart
 from crowdexit.utils.files import DiskFullError, disk_is_full, write_problem
 
 _NEEDED = {"openvino": ("openvino",), "onnx": ("onnx", "onnxscript", "onnxruntime")}
+_LIBRARIES = {"openvino": "OpenVINO", "onnx": "ONNX Runtime"}
 
 
 def export(
@@ -96,6 +98,7 @@ def export(
             name: _save(part, number, name, piece, library, precision)
             for number, (name, piece) in enumerate(pieces.items())
         }
+        write_program(part, _LIBRARIES[library])
         write_manifest(part, _manifest(network, spec, library, precision, parts, part))
         part.rename(out)
     except CrowdExitError:

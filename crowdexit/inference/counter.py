@@ -19,21 +19,18 @@ from PIL import Image
 
 from crowdexit.calibration.familiarity import Familiarity
 from crowdexit.calibration.intervals import Intervals
-from crowdexit.data.image import (
+from crowdexit.data.image import DecodedImage, ImageError, decode_pixels, read_header
+from crowdexit.data.mel import AudioStatus
+from crowdexit.data.views import (
     PIXELS_ABREAST,
     PIXELS_AT_ONCE,
     PIXELS_OF_TILES_AT_ONCE,
-    DecodedImage,
-    ImageError,
     canvas_size,
-    decode_pixels,
-    read_header,
     same_size_groups,
     scaled_size,
     tile_boxes,
     views,
 )
-from crowdexit.data.mel import AudioStatus
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.anytime import DeadlineMissed, answers_by
 from crowdexit.inference.budget import TOLERANCE, Budget, BudgetTooSmall, Costs, check_budget
@@ -73,8 +70,8 @@ class ExitResult:
         count: people.
         interval: (low, high), or None where the checkpoint is not calibrated.
         latency_ms: from the request to this answer, preparing the image included.
-        density: (h, w) heads per cell of 8×8 network pixels over the image without padding, from the
-            final exit; None from early exits.
+        density: (h, w) heads per cell of 8×8 network pixels over the image without padding; None from exits that
+            make none.
         warnings: what the reader of the input had to say, e.g. of damage; the same of every exit.
         audio: whether this exit was given audio, or why not: ``none`` was there, it was ``unreadable``, the image is
             ``tiled`` (audio belongs to all of it), or it is ``switched off`` (also where this exit uses none).
@@ -253,6 +250,17 @@ class CrowdCounter:
 
         Raises:
             CrowdExitError: for an image or a sound that cannot be used.
+
+        Examples:
+            >>> import crowdexit
+            >>> counter = crowdexit.load("audiocsrnet-lite", runtime="eager")
+            >>> for result in counter.stream("street.jpg", "street-simulated.wav"):
+            ...     print(f"{result.exit} {result.count:.1f}")
+            V0 11.3
+            V1 9.0
+            AV1 9.0
+            AV2 9.6
+            final 9.5
         """
         wanted = self._asked(exits)
         self._prepare(wanted, self._size_of(image))
@@ -273,7 +281,8 @@ class CrowdCounter:
         """Count with the exits up to ``exit``, and choose the last answer.
 
         Args:
-            image, audio: as of :meth:`stream`.
+            image: as of :meth:`stream`.
+            audio: as of :meth:`stream`.
             exit: the last exit to run; ``auto`` is the last that this counter serves.
             deadline_ms: when to return, from this call on, with the latest answer that is there by then, even in
                 the middle of a stage. Preparing the image counts, and so does the end of the layer (with
@@ -289,6 +298,18 @@ class CrowdCounter:
             DeadlineMissed: if no exit has answered, and ``late`` is ``fail``; or of a tiled image, if that is foreseen.
             CrowdExitError: as :meth:`stream`; for a deadline that is not positive, or a policy that has nothing to
                 go by.
+
+        Examples:
+            >>> import crowdexit
+            >>> counter = crowdexit.load("audiocsrnet-lite", runtime="eager")
+            >>> result = counter.count("street.jpg", exit="V1")
+            >>> f"{result.count:.1f}"
+            '9.0'
+            >>> low, high = result.chosen.interval
+            >>> f"{low:.1f} to {high:.1f}"
+            '5.8 to 12.2'
+            >>> counter.count("street.jpg", deadline_ms=60_000).in_time
+            True
         """
         check_deadline(deadline_ms)
         size = self._size_of(image)
@@ -357,6 +378,13 @@ class CrowdCounter:
             BudgetTooSmall: if the first exits alone take longer than the budget: when the first result is asked for,
                 as far as the profile tells, and with any later one, as soon as the time shows it.
             CrowdExitError: as :meth:`stream`; for a policy that has nothing to go by.
+
+        Examples:
+            >>> import crowdexit
+            >>> counter = crowdexit.load("audiocsrnet-lite", runtime="eager")
+            >>> results = counter.count_many([("street.jpg", None), ("crowd.jpg", None)])
+            >>> [result.chosen.exit for result in results]
+            ['final', 'final']
         """
         wanted = self._asked(exits)
         self._prepare(wanted, None)
@@ -938,6 +966,12 @@ def load(
 
     Raises:
         CrowdExitError: if there is no such model, checkpoint, runtime or exit.
+
+    Examples:
+        >>> import crowdexit
+        >>> counter = crowdexit.load("audiocsrnet-lite", runtime="eager")
+        >>> counter.exits
+        ['V0', 'V1', 'AV1', 'AV2', 'final']
     """
     keep_freed_memory()
     network, spec, selected = open_model(name, runtime)

@@ -11,7 +11,9 @@ import torch
 from crowdexit.calibration.familiarity import Familiarity
 from crowdexit.calibration.intervals import Intervals
 from crowdexit.calibration.temperatures import Temperatures
-from crowdexit.export.runner import Exported, ExportError, is_export, read_manifest, write_manifest
+from crowdexit.export.manifest import is_export, read_manifest, write_manifest
+from crowdexit.export.runner import Exported
+from crowdexit.export.standalone import ExportError
 from crowdexit.models import zoo
 from crowdexit.models.folding import fold_norms
 from crowdexit.models.network import MultiExitNetwork

@@ -48,6 +48,12 @@ class DeepestThatFits:
 
     Attributes:
         sure: how often each step is to keep within the time that is reckoned for it.
+
+    Examples:
+        >>> import crowdexit
+        >>> counter = crowdexit.load("audiocsrnet-lite", runtime="eager")
+        >>> counter.count("street.jpg", deadline_ms=60_000, policy=DeepestThatFits()).chosen.exit
+        'final'
     """
 
     sure: float = 0.95
@@ -79,6 +85,12 @@ class Confident:
 
     Raises:
         PolicyError: if neither bound is above zero.
+
+    Examples:
+        >>> import crowdexit
+        >>> counter = crowdexit.load("audiocsrnet-lite", runtime="eager")
+        >>> counter.count("street.jpg", policy=Confident(share=0.4)).chosen.exit
+        'V1'
     """
 
     uncertainty: float = 0.0

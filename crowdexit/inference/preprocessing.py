@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from crowdexit.data.audio import Warn, read_middle_second, refuse
-from crowdexit.data.image import DecodedImage, Placement, checked_image, from_pil, read_image, tile_boxes, views
+from crowdexit.data.image import DecodedImage, from_pil, read_image
 from crowdexit.data.log_mel import log_mel
 from crowdexit.data.mel import AudioError, AudioInput, AudioStatus, checked_log_mel
+from crowdexit.data.views import Placement, checked_image, tile_boxes, views
 from crowdexit.models.backbones.audiocsrnet import STRIDE
 from crowdexit.models.network import Config
 

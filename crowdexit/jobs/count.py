@@ -21,8 +21,9 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from crowdexit.data.image import DecodedImage, ImageError, read_image, tile_boxes
+from crowdexit.data.image import DecodedImage, ImageError, read_image
 from crowdexit.data.mel import AudioError, AudioInput, AudioStatus
+from crowdexit.data.views import tile_boxes
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.anytime import DeadlineMissed
 from crowdexit.inference.counter import CountResult, CrowdCounter, Late

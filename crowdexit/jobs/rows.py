@@ -267,7 +267,7 @@ class JSONRows:
 def csv_text(text: str) -> str:
     """A text as a CSV cell: with an apostrophe before what a spreadsheet would run as a formula.
 
-    Example:
+    Examples:
         >>> csv_text("=1+1.jpg")
         "'=1+1.jpg"
     """

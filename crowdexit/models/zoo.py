@@ -25,7 +25,8 @@ from crowdexit.models.backbones.audiocsrnet import AudioCSRNet, AudioCSRNetConfi
 from crowdexit.models.backbones.convnets import ConvNet, ConvNetConfig
 from crowdexit.models.backbones.vit import ViT, ViTConfig
 from crowdexit.models.network import ActivationRange, MultiExitNetwork
-from crowdexit.utils.files import atomic_write, checksum, write_problem
+from crowdexit.utils.checksum import checksum
+from crowdexit.utils.files import atomic_write, write_problem
 from crowdexit.utils.paths import PACKAGE, is_file
 
 FORMAT = "crowdexit-2"

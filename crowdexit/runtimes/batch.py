@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from crowdexit.data.image import Placement, normalised, views
+from crowdexit.data.views import Placement, normalised, views
 from crowdexit.models.network import Config
 from crowdexit.models.stages import Features, inputs
 

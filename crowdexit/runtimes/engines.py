@@ -40,7 +40,7 @@ def installed(module: str) -> Any:
         return import_module(module)
     except Exception as error:  # a library of its own that is missing or of another version, however that shows
         if isinstance(error, ModuleNotFoundError) and error.name == module:
-            raise RuntimeUnavailable(f"{module} is not installed: pip install 'crowdexit[fast]'") from None
+            raise RuntimeUnavailable(f"{module} is not installed: pip install {module}") from None
         raise RuntimeUnavailable(f"{module} cannot be imported: {one_line(error)}") from None
 
 

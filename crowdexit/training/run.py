@@ -48,7 +48,8 @@ from crowdexit.training.losses import Batch
 from crowdexit.training.modules import BackboneTraining, Diverged, Experiment, TrainingError
 from crowdexit.training.norms import start_norms
 from crowdexit.training.recipe import Recipe
-from crowdexit.utils.files import atomic_write, checksum, sync, write_problem
+from crowdexit.utils.checksum import checksum
+from crowdexit.utils.files import atomic_write, sync, write_problem
 from crowdexit.utils.machine import has_bfloat16
 from crowdexit.utils.memory import keep_freed_memory
 

@@ -23,6 +23,10 @@ from crowdexit.utils.signals import INTERRUPTED, TERMINATED, hand_over
 _Misuse: type[Exception] = typer.BadParameter.__mro__[1]
 
 
+class Interrupted(Exception):
+    """Ctrl-C in a command that has a line of its own for it."""
+
+
 def run(app: typer.Typer, arguments: Sequence[str] | None = None, *, interrupted: str = INTERRUPTED) -> int:
     """Run a command line and return its exit code; what a user can mend becomes one line on stderr.
 
@@ -41,6 +45,8 @@ def run(app: typer.Typer, arguments: Sequence[str] | None = None, *, interrupted
         if error.filename is None:
             raise
         return _refuse(f"{error.filename}: {error.strerror}")
+    except Interrupted as error:
+        interrupted, code = str(error), 130
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     if code == 130:

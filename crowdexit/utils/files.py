@@ -1,4 +1,4 @@
-"""Writing files: whole or not at all, with checksums, and a clear line where the disk is full."""
+"""Writing files: whole or not at all, and a clear line where the disk is full."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from zlib import crc32
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -23,18 +22,6 @@ class DiskFullError(OSError):
     def __init__(self, path: Path | str, needed: int | None = None) -> None:
         super().__init__(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         self.needed = needed
-
-
-def checksum(*parts: bytes | bytearray | memoryview) -> str:
-    """A CRC-32 of several pieces of data, 8 hex digits; it depends on where each piece ends.
-
-    It is against damage, not against forgery: a changed byte is always found, other damage all but one time in 2³². It
-    takes a tenth of the time of a cryptographic hash.
-    """
-    value = 0
-    for part in parts:
-        value = crc32(part, crc32(memoryview(part).nbytes.to_bytes(8, "little"), value))
-    return f"{value:08x}"
 
 
 @contextmanager

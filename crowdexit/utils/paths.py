@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1]  # the installed package, with the samples b
 def is_file(path: Path) -> bool:
     """Whether a path is a file; one that the system cannot even look up (too long a name, say) is none.
 
-    Example:
+    Examples:
         >>> is_file(Path("x" * 300))
         False
     """
@@ -26,7 +26,7 @@ def output_file_problem(path: Path) -> str | None:
     Raises:
         OSError: if the system refuses to look at it, e.g. because its name is too long.
 
-    Example:
+    Examples:
         >>> output_file_problem(Path("."))
         'a folder; name a file to write'
     """
@@ -41,7 +41,7 @@ def output_folder_problem(path: Path) -> str | None:
     Raises:
         OSError: if the system refuses to look at it.
 
-    Example:
+    Examples:
         >>> output_folder_problem(Path(".")) is None
         True
     """

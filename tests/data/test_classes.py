@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 
 from crowdexit.data.classes import FORMAT, ClassDataset, ClassStore, shifted, stratified, write_classes
 from crowdexit.data.dataset import EpochPlan
-from crowdexit.data.image import MEAN, STD
 from crowdexit.data.store import StoredSample, StoreError, open_for_writing, write_sample
+from crowdexit.data.views import MEAN, STD
 
 CLASSES = ["cat", "dög", "ship"]
 WIDTH, HEIGHT = 40, 24

@@ -16,9 +16,9 @@ from crowdexit.data import dataset
 from crowdexit.data.ambience import VoiceBank, simulate
 from crowdexit.data.augment import ConditionRange, Conditions, View
 from crowdexit.data.dataset import CrowdDataset, EpochPlan, Kernel, Setting
-from crowdexit.data.image import MEAN, STD, normalise, scale_down
 from crowdexit.data.negatives import Negatives
 from crowdexit.data.store import Store, StoredSample, StoreError, open_for_writing, write_sample
+from crowdexit.data.views import MEAN, STD, normalise, scale_down
 
 CANVAS = (128, 128)
 

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from crowdexit.data.image import read_pixels, tiles, views
+from crowdexit.data.image import read_pixels
+from crowdexit.data.views import tiles, views
 
 
 def test_warnings_are_logged_where_pixels_alone_are_read(tmp_path, caplog):

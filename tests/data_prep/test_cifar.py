@@ -435,4 +435,4 @@ def test_through_the_true_command(batches, tmp_path):
 
 def test_help_has_an_example(capsys):
     assert prepare("--help") == 0
-    assert "Example: python -m data_prep.cifar" in capsys.readouterr().out
+    assert "Example: crowdexit prepare cifar" in capsys.readouterr().out

@@ -469,4 +469,4 @@ def test_through_the_true_command(halves, tmp_path):
 
 def test_help_has_an_example(capsys):
     assert prepare("--help") == 0
-    assert "Example: python -m data_prep.class_folders" in capsys.readouterr().out
+    assert "Example: crowdexit prepare class-folders" in capsys.readouterr().out

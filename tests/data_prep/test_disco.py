@@ -195,4 +195,4 @@ def test_missing_folder_is_one_line(source, tmp_path, capsys, missing):
 
 def test_help_has_an_example(capsys):
     assert prepare("--help") == 0
-    assert "Example: python -m data_prep.disco" in capsys.readouterr().out
+    assert "Example: crowdexit prepare disco" in capsys.readouterr().out

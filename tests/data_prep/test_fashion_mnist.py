@@ -186,4 +186,4 @@ def test_through_the_true_command(source, tmp_path):
 
 def test_help_has_an_example(capsys):
     assert prepare("--help") == 0
-    assert "Example: python -m data_prep.fashion_mnist" in capsys.readouterr().out
+    assert "Example: crowdexit prepare fashion-mnist" in capsys.readouterr().out

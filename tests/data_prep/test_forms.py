@@ -13,8 +13,9 @@ from PIL import Image, ImageOps
 from scipy.io import savemat
 
 from crowdexit.data.dataset import CrowdDataset, Setting
-from crowdexit.data.image import MEAN, STD, ImageHeader, decode_pixels
+from crowdexit.data.image import ImageHeader, decode_pixels
 from crowdexit.data.store import Store, StoreError
+from crowdexit.data.views import MEAN, STD
 from data_prep import common, disco, shanghaitech, speech_commands
 
 WIDTH, HEIGHT = 96, 64

@@ -241,4 +241,4 @@ def test_through_the_true_command(source, tmp_path):
 
 def test_help_has_an_example(capsys):
     assert common.run(gtzan.app, ["--help"]) == 0
-    assert "Example: python -m data_prep.gtzan" in capsys.readouterr().out
+    assert "Example: crowdexit prepare gtzan" in capsys.readouterr().out

@@ -233,4 +233,4 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, crowd_image, argum
 
 def test_help_has_an_example(capsys):
     assert prepare("--help") == 0
-    assert "Example: python -m data_prep.shanghaitech" in capsys.readouterr().out
+    assert "Example: crowdexit prepare shanghaitech" in capsys.readouterr().out

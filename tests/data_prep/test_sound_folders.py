@@ -340,5 +340,5 @@ def test_bad_input_is_one_line(plain, tmp_path, monkeypatch, capsys, arguments, 
 def test_help_has_an_example(capsys):
     assert common.run(sound_folders.app, ["--help"]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "Example: python -m data_prep.sound_folders" in out
+    assert "Example: crowdexit prepare sound-folders" in out
     assert "--group '_(.+)'" in out

@@ -302,4 +302,4 @@ def test_through_the_true_command(source, tmp_path):
 
 def test_help_has_an_example(capsys):
     assert common.run(speech_commands.app, ["--help"]) == 0
-    assert "Example: python -m data_prep.speech_commands" in capsys.readouterr().out
+    assert "Example: crowdexit prepare speech-commands" in capsys.readouterr().out

@@ -16,7 +16,7 @@ from crowdexit.calibration.intervals import IntervalError, Intervals, expected_e
 from crowdexit.cli.commands import app
 from crowdexit.data.store import Store, StoredSample, open_for_writing, write_sample
 from crowdexit.evaluation.evaluate import calibrate, evaluate
-from crowdexit.export.runner import read_manifest
+from crowdexit.export.manifest import read_manifest
 from crowdexit.export.writer import export
 from crowdexit.inference.counter import load
 from crowdexit.models import zoo

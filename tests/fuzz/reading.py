@@ -23,6 +23,7 @@ from crowdexit.data.audio import read_audio, read_middle_second
 from crowdexit.data.image import read_image
 from crowdexit.data.store import Store
 from crowdexit.errors import CrowdExitError
+from crowdexit.export.images import read_image as read_plain_image
 from crowdexit.models import zoo
 from crowdexit.video.frames import Span, read_frames
 
@@ -69,6 +70,12 @@ def _image(path: Path) -> None:
     assert pixels.dtype == np.uint8
 
 
+def _plain_image(path: Path) -> None:
+    pixels, _ = read_plain_image(path)
+    assert pixels.ndim == 3
+    assert pixels.dtype == np.uint8
+
+
 def _audio(path: Path) -> None:
     samples, rate = read_audio(path, seconds=60, warn=lambda line: None)
     assert np.isfinite(samples).all()
@@ -96,6 +103,7 @@ def _checkpoint(path: Path) -> None:
 
 READERS: dict[str, Callable[[Path], None]] = {
     "image": _image,
+    "plain-image": _plain_image,
     "audio": _audio,
     "video": _video,
     "store": _store,

@@ -48,6 +48,15 @@ def write_image_files(folder: Path) -> None:
     pillow_heif.from_pillow(image).save(folder / "image.heic")
 
 
+def write_plain_image_files(folder: Path) -> None:
+    image = photo()
+    image.save(folder / "image.jpg", exif=_exif())
+    image.convert("L").save(folder / "progressive.jpg", progressive=True)
+    image.save(folder / "image.png", exif=_exif())
+    image.convert("P").save(folder / "palette.png", transparency=3)
+    image.convert("RGBA").save(folder / "transparent.png")
+
+
 def _exif() -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -144,6 +153,7 @@ def checkpoints(folder: Path) -> None:
 
 MAKERS = {
     "image": write_image_files,
+    "plain-image": write_plain_image_files,
     "audio": write_audio_files,
     "video": videos,
     "store": stores,

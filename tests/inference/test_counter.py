@@ -20,9 +20,10 @@ from tiny import TINY
 from videos import tone
 
 from crowdexit.calibration.intervals import Intervals
-from crowdexit.data.image import LEAST_SCALE, ImageError, decode_pixels, tile_boxes
+from crowdexit.data.image import ImageError, decode_pixels
 from crowdexit.data.log_mel import log_mel
 from crowdexit.data.mel import AudioError
+from crowdexit.data.views import LEAST_SCALE, tile_boxes
 from crowdexit.inference import counter as module
 from crowdexit.inference.counter import CounterError, CrowdCounter, DeadlineMissed, load, served_exits
 from crowdexit.inference.preprocessing import load_log_mel, prepared

@@ -8,7 +8,7 @@ import torch
 from networks import settled
 from PIL import Image
 
-from crowdexit.data.image import scale_down, scaled_size, views
+from crowdexit.data.views import scale_down, scaled_size, views
 from crowdexit.export.runner import Exported
 from crowdexit.export.writer import export
 from crowdexit.inference import counter as counter_module

@@ -12,7 +12,7 @@ import pytest
 from slow import slow
 
 from crowdexit.calibration.intervals import Intervals
-from crowdexit.data.image import tile_boxes
+from crowdexit.data.views import tile_boxes
 from crowdexit.inference import counter as module
 from crowdexit.inference.budget import BudgetError, BudgetTooSmall
 from crowdexit.inference.counter import CounterError, CrowdCounter

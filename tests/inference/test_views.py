@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from crowdexit.data.image import tiles, views
+from crowdexit.data.views import tiles, views
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.counter import CrowdCounter
 from crowdexit.jobs.count import count_inputs

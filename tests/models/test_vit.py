@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn import functional as F
 
-from crowdexit.data.image import normalise
+from crowdexit.data.views import normalise
 from crowdexit.models.backbones.audiocsrnet import AudioCSRNet, AudioCSRNetConfig
 from crowdexit.models.backbones.vit import KINDS, ViT, ViTConfig
 from crowdexit.models.backbones.weights import WeightsError, load_published

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.vgg import cfgs, make_layers
 
-from crowdexit.data.image import MEAN, STD
+from crowdexit.data.views import MEAN, STD
 from crowdexit.models.backbones.audiocsrnet import FUSION_CHANNELS, AudioCSRNet, AudioCSRNetConfig
 from crowdexit.models.backbones.vgg import VGG_FRONT, VGGISH, VGGish
 from crowdexit.models.backbones.weights import WeightsError, apply_weights, load_published, read_published

@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 from crowdexit.cli.commands import app
 from crowdexit.data.classes import write_classes
 from crowdexit.data.dataset import EpochPlan, MixedPlan
-from crowdexit.data.image import normalise
 from crowdexit.data.log_mel import read_audio
 from crowdexit.data.spectrogram import Spectrogram
 from crowdexit.data.store import Store, open_for_writing, write_sample
 from crowdexit.data.unlabelled import ImageFolder
+from crowdexit.data.views import normalise
 from crowdexit.errors import CrowdExitError
 from crowdexit.models import zoo
 from crowdexit.models.backbones.convnets import ConvNetConfig

@@ -50,12 +50,19 @@ def has_8_bits(data: bytes) -> bool:
     return frame is None or (frame.bits == 8 and frame.kind not in _LOSSLESS)
 
 
+def channels(data: bytes) -> int:
+    """How many values a pixel of a JPEG has: 1, 3, or 4 (CMYK); 0 where no header says."""
+    frame, _ = _find_frame(data, 2)
+    return 0 if frame is None else frame.channels
+
+
 class _Frame(NamedTuple):
-    """The header of an image's pixels: its marker, bits of a sample, (width, height)."""
+    """The header of an image's pixels: its marker, bits of a sample, (width, height), values of a pixel."""
 
     kind: int
     bits: int
     size: tuple[int, int]
+    channels: int
 
 
 def _find_frame(data: bytes, at: int) -> tuple[_Frame | None, int]:
@@ -69,9 +76,9 @@ def _find_frame(data: bytes, at: int) -> tuple[_Frame | None, int]:
             return frame, found.start()
         if kind in _ALONE:
             continue
-        if kind in _FRAMES and frame is None and at + 7 <= len(data):
-            bits, height, width = struct.unpack_from(">BHH", data, at + 2)
-            frame = _Frame(kind, bits, (width, height))
+        if kind in _FRAMES and frame is None and at + 8 <= len(data):
+            bits, height, width, channels = struct.unpack_from(">BHHB", data, at + 2)
+            frame = _Frame(kind, bits, (width, height), channels)
         at += max(2, int.from_bytes(data[at : at + 2], "big"))
     return frame, at if found is not None else len(data)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from crowdexit.data.image import MEAN, STD
+from crowdexit.data.views import MEAN, STD
 from crowdexit.models.stages import Stage
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from crowdexit.data.image import MEAN, STD
+from crowdexit.data.views import MEAN, STD
 from crowdexit.errors import CrowdExitError
 from crowdexit.models.backbones.audiocsrnet import STRIDE, AudioCSRNet, FusionBlock
 from crowdexit.models.backbones.convnets import BOTTLENECKS, INCEPTIONS, ConvNet

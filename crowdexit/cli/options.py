@@ -1,0 +1,18 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+DEFAULT_MODEL = "audiocsrnet-lite"
+Model = Annotated[
+    str, typer.Option("--model", help="A shipped model's name, or the path of a checkpoint or an export.")
+]
+RuntimeName = Annotated[
+    str,
+    typer.Option(
+        "--runtime", help="auto, eager, compile, openvino, onnx, cuda; -bf16, -int8, -half (docs/runtimes.md)."
+    ),
+]
