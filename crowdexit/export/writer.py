@@ -91,6 +91,8 @@ def export(
     size_of = {"fp32": 4, "bf16": 2, "int8": 1}[precision]
     needed = size_of * sum(tensor.numel() for tensor in network.state_dict().values())
     try:
+        if disk_is_full(out, needed=needed):
+            raise DiskFullError(out, needed)
         run = _quantised(network, calibrate, split or "train") if precision == "int8" else network
         pieces = take_apart(run)
         part.mkdir(parents=True)
@@ -106,13 +108,18 @@ def export(
     except OSError as error:
         raise ExportError(write_problem(out, error, needed=needed, kept="nothing is written")) from None
     except Exception as error:  # whatever the libraries make of a network, an image or a full disk
-        if disk_is_full(out, needed=2**16):  # they report it as something else, and what they wrote is still there
+        # They report a full disk as something else, and may have left there what they wrote.
+        if disk_is_full(out, needed=max(2**16, needed - _bytes_in(part))):
             full = DiskFullError(out, needed)
             raise ExportError(write_problem(out, full, kept="nothing is written")) from None
         raise ExportError(f"{spec.model} cannot be exported: {one_line(error)}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return out
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*")) if folder.is_dir() else 0
 
 
 def _quantised(network: MultiExitNetwork, calibrate: Path | None, split: str) -> MultiExitNetwork:

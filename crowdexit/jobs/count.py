@@ -49,6 +49,7 @@ from crowdexit.jobs.smooth import HALF_LIFE_S, Smoother
 from crowdexit.jobs.sources import Source, expand
 from crowdexit.models.network import FINAL
 from crowdexit.reports.draw import banner, overlay
+from crowdexit.utils.files import write_problem
 from crowdexit.utils.paths import output_file_problem, output_folder_problem
 from crowdexit.video.annotate import AnnotatedVideo
 from crowdexit.video.container import VideoError
@@ -464,7 +465,7 @@ class _Drawings:
             with whole(target) as new:
                 new.write_bytes(data.getvalue())
         except OSError as error:
-            raise RunError(f"{target}: cannot be written ({error.strerror})") from None
+            raise RunError(write_problem(target, error)) from None
 
     def video(self, source: Source, audio: Path | None, usual: float) -> AnnotatedVideo | None:
         """A video to draw the counted frames into, if that is wanted."""

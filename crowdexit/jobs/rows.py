@@ -20,6 +20,7 @@ from crowdexit.data.mel import AudioStatus
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.counter import CountResult
 from crowdexit.jobs.smooth import Smoother
+from crowdexit.utils.files import write_problem
 from crowdexit.video.frames import Frame
 
 if sys.platform != "win32":
@@ -149,7 +150,7 @@ def alone(out: Path) -> Iterator[None]:
     try:
         file = part.open("ab")
     except OSError as error:
-        raise RowError(f"{out}: cannot be written ({error.strerror})") from None
+        raise RowError(write_problem(out, error)) from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -196,7 +197,7 @@ def opened(
             part.unlink()
         note = f" (the rows until then are in {part})" if kept else ""
         if isinstance(error, OSError):
-            raise RowError(f"{out}: cannot be written ({error.strerror}){note}") from None
+            raise RowError(f"{write_problem(out, error)}{note}") from None
         if isinstance(error, CrowdExitError):
             raise type(error)(f"{error}{note}") from error
         if kept:

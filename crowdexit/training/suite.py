@@ -24,6 +24,7 @@ from crowdexit.errors import CrowdExitError
 from crowdexit.models import zoo
 from crowdexit.models.scenarios import CLASSES, branch_options
 from crowdexit.training.recipe import checked, first_problem
+from crowdexit.utils.files import write_problem
 
 BUNDLED = Path(__file__).parent / "suites"
 
@@ -278,7 +279,7 @@ def _finished(run: Run, out: Path) -> bool:
         mark = folder / "finished"
         return mark.exists() and mark.read_text("utf-8") == sha256(text.encode()).hexdigest()
     except OSError as error:
-        raise SuiteError(f"{folder}: cannot be written ({error.strerror})") from None
+        raise SuiteError(write_problem(folder, error)) from None
 
 
 def _train(run: Run, out: Path, threads: int, children: set[subprocess.Popen[bytes]]) -> str | None:

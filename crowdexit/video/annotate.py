@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator
 from contextlib import suppress
 from fractions import Fraction
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from crowdexit.data.mel import AudioError
 from crowdexit.errors import CrowdExitError
+from crowdexit.utils.files import write_problem
 from crowdexit.video.audio import audio_blocks
 from crowdexit.video.frames import Frame
 
@@ -27,6 +29,13 @@ _PIECES = {"movflags": "frag_keyframe+empty_moov", "frag_duration": "10000000", 
 
 class VideoWriteError(CrowdExitError):
     """A video that cannot be written."""
+
+
+def _write_error(path: Path, error: Exception) -> VideoWriteError:
+    number = getattr(error, "errno", None)
+    if isinstance(number, int) and number > 0:  # FFmpeg's own numbers are negative
+        return VideoWriteError(write_problem(path, OSError(number, os.strerror(number))))
+    return VideoWriteError(f"{path}: cannot be written ({error})")
 
 
 class AnnotatedVideo:
@@ -56,7 +65,7 @@ class AnnotatedVideo:
         except (av.FFmpegError, OSError, ValueError) as error:
             with suppress(OSError):
                 self._part.unlink(missing_ok=True)
-            raise VideoWriteError(f"{path}: cannot be written ({getattr(error, 'strerror', error)})") from None
+            raise _write_error(path, error) from None
 
     def __enter__(self) -> AnnotatedVideo:
         return self
@@ -75,7 +84,7 @@ class AnnotatedVideo:
             self._container.mux(self._video.encode(encoded))
             self._write_audio_until(self._time)
         except (av.FFmpegError, OSError, ValueError) as error:
-            raise VideoWriteError(f"{self.path}: cannot be written ({error})") from None
+            raise _write_error(self.path, error) from None
 
     def _begin(self, image: NDArray[np.uint8], frame: Frame) -> None:
         self._begins = frame.time_s
@@ -134,7 +143,7 @@ class AnnotatedVideo:
                 self._container.close()
                 self._part.replace(self.path)
         except (av.FFmpegError, OSError, ValueError) as failure:
-            raise VideoWriteError(f"{self.path}: cannot be written ({failure})") from None
+            raise _write_error(self.path, failure) from None
         finally:
             with suppress(av.FFmpegError, OSError, ValueError):
                 self._container.close()

@@ -365,6 +365,13 @@ def test_a_full_disk_is_one_line_whatever_the_library_says(checkpoints, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+def test_nothing_is_converted_for_a_disk_without_room(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr("crowdexit.utils.files.free_bytes", lambda _: 1000)
+    monkeypatch.setattr("crowdexit.export.writer.take_apart", lambda _: pytest.fail("converted"))
+    with pytest.raises(ExportError, match=r"the disk is full \(\d.* needed, 1\.0 kB free in .*; nothing is written$"):
+        export(checkpoints / "audiocsrnet", tmp_path / "out")
+
+
 def changed(manifest: Any, path: str, value: object) -> None:
     *keys, last = (int(key) if key.isdigit() else key for key in path.split("/"))
     for key in keys:

@@ -316,7 +316,7 @@ def test_a_full_disk_leaves_what_can_go_on(counter, inputs, tmp_path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", full)
-        with pytest.raises(RowError, match="No space left"):
+        with pytest.raises(RowError, match="the disk is full"):
             count_inputs(counter, inputs[:1], format="json", out=out, **OPTIONS)
     assert not list(tmp_path.iterdir())
     with monkeypatch.context() as patch:

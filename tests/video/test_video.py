@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import struct
 import weakref
@@ -454,6 +455,19 @@ def test_an_annotated_video_appears_whole_or_not(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["v.mp4"]
     with pytest.raises(VideoWriteError, match=r"out\.mp4: cannot be written"):
         AnnotatedVideo(tmp_path / "nowhere" / "out.mp4", None, 1)
+
+
+def test_a_full_disk_is_reported_with_what_is_free(tmp_path, monkeypatch):
+    path = make_video(tmp_path / "v.mp4", [0, 0.1])
+    frame = frames(path)[0]
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "v.mp4.part")
+
+    with AnnotatedVideo(tmp_path / "out.mp4", None, 1) as drawn:
+        monkeypatch.setattr(drawn, "_begin", full)
+        with pytest.raises(VideoWriteError, match=r"out\.mp4: the disk is full \(.* free in "):
+            drawn.add(frame.image, frame)
 
 
 def remuxed(path: Path, out: Path, *, last_s: float, **options) -> Path:
