@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from functools import partial
 from importlib.metadata import version
@@ -20,7 +22,7 @@ from rich.table import Table
 
 from crowdexit.cli.extensions import ExtensibleGroup
 from crowdexit.cli.options import DEFAULT_MODEL, Model, RuntimeName
-from crowdexit.errors import CrowdExitError
+from crowdexit.errors import CrowdExitError, OptionError
 from crowdexit.utils import command
 
 if TYPE_CHECKING:
@@ -149,45 +151,48 @@ def count(
     ] = None,
 ) -> None:
     """Count people in images, folders, videos and live sources."""
-    from crowdexit.inference.budget import check_positive
-    from crowdexit.inference.counter import check_deadline, load
+    from crowdexit.inference.counter import load
     from crowdexit.inference.policies import policy_named
-    from crowdexit.jobs.count import check_outputs, count_inputs
+    from crowdexit.jobs.count import check_inputs, count_inputs
+    from crowdexit.jobs.options import CountOptions
     from crowdexit.jobs.resume import noted_runtime
     from crowdexit.jobs.sources import expand
+    from crowdexit.video.decode import DEFAULT_FPS
     from crowdexit.video.frames import parse_time
 
-    span = {"start": parse_time(start)} | ({} if end is None else {"end": parse_time(end)})
-    # What is mistyped is said before the weights are read.
-    check_outputs(expand(inputs), audio=audio, out=out, density=density, annotate=annotate)
-    check_deadline(deadline_ms)
-    check_positive(budget_ms)
-    if late is Late.fail and deadline_ms is None:
-        raise CrowdExitError("--late fail: nothing is late without --deadline-ms")
-    chosen = policy_named(policy, within)
-    if resume and out is not None and runtime == "auto":
-        runtime = noted_runtime(out) or runtime
-    counter = load(model, runtime=runtime, warm=False)
-    count_inputs(
-        counter,
-        inputs,
-        audio=audio,
-        exit=exit,
-        deadline_ms=deadline_ms,
-        late=late.value,
-        policy=chosen,
-        budget_ms=budget_ms,
-        fps=fps,
-        **span,
-        batch=batch,
-        smooth=smooth,
-        format=(format or _format_of(out)).value,
-        out=out,
-        resume=resume,
-        density=density,
-        annotate=annotate,
-        progress=sys.stderr.isatty(),
-    )
+    # Mistyped options and inputs are reported before the weights are read.
+    with _flags_in_errors():
+        options = CountOptions(
+            audio=audio,
+            exit=exit,
+            deadline_ms=deadline_ms,
+            late=late.value,
+            policy=policy_named(policy, within),
+            budget_ms=budget_ms,
+            fps=DEFAULT_FPS if fps is None else fps,
+            start=parse_time(start),
+            end=math.inf if end is None else parse_time(end),
+            batch=batch,
+            smooth=smooth,
+            format=(format or _format_of(out)).value,
+            out=out,
+            resume=resume,
+            density=density,
+            annotate=annotate,
+        )
+        check_inputs(expand(inputs), options)
+        if resume and out is not None and runtime == "auto":
+            runtime = noted_runtime(out) or runtime
+        count_inputs(load(model, runtime=runtime, warm=False), inputs, options, progress=sys.stderr.isatty())
+
+
+@contextmanager
+def _flags_in_errors() -> Iterator[None]:
+    """Name settings by their flags in errors of the library."""
+    try:
+        yield
+    except OptionError as error:
+        raise CrowdExitError(error.with_names(lambda name: f"--{name.replace('_', '-')}")) from None
 
 
 def _format_of(out: Path | None) -> CountFormat:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import signal
 import sys
 import threading
@@ -13,7 +12,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,35 +22,32 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from crowdexit.data.image import DecodedImage, ImageError, read_image
 from crowdexit.data.mel import AudioError, AudioInput, AudioStatus
 from crowdexit.data.views import tile_boxes
-from crowdexit.errors import CrowdExitError
+from crowdexit.errors import CrowdExitError, Option, OptionError
 from crowdexit.inference.anytime import DeadlineMissed
-from crowdexit.inference.counter import CountResult, CrowdCounter, Late
-from crowdexit.inference.executor import Policy
-from crowdexit.inference.policies import ANYTIME
+from crowdexit.inference.counter import CountResult, CrowdCounter
 from crowdexit.inference.preprocessing import AudioLike, audio_input
-from crowdexit.jobs.pipeline import How, count_frames
-from crowdexit.jobs.resume import Left, note_of, recipe, resumable, take_up, was_stopped
+from crowdexit.jobs.options import CountOptions, not_resumable
+from crowdexit.jobs.pipeline import count_frames, count_one
+from crowdexit.jobs.resume import ResumeState, load_resume_state, note_of, recipe, resumable, was_stopped
 from crowdexit.jobs.rows import (
-    Format,
     FrameRow,
     Rows,
-    alone,
-    beside,
-    checked_format,
+    exclusive_lock,
     opened,
+    output_paths,
     part_of,
-    whole,
     write_parquet,
     writer,
 )
-from crowdexit.jobs.smooth import HALF_LIFE_S, Smoother
+from crowdexit.jobs.smooth import Smoother
 from crowdexit.jobs.sources import Source, expand
 from crowdexit.models.network import FINAL
 from crowdexit.reports.draw import banner, overlay
+from crowdexit.utils.files import atomic_write
 from crowdexit.utils.paths import output_file_problem, output_folder_problem
 from crowdexit.video.annotate import AnnotatedVideo
 from crowdexit.video.container import VideoError
-from crowdexit.video.decode import DEFAULT_FPS, Span
+from crowdexit.video.decode import Span
 from crowdexit.video.frames import Frame, expected_rows, read_frames
 from crowdexit.video.live import LiveFrames
 
@@ -66,49 +61,22 @@ _NOT_USED: dict[AudioStatus, str] = {
 
 
 class RunError(CrowdExitError):
-    """Options that do not go together, or results that cannot be written."""
+    """Nothing that could be counted, or results that cannot be written."""
 
 
 def count_inputs(
     counter: CrowdCounter,
     inputs: Sequence[str | Path],
+    options: CountOptions | None = None,
     *,
-    audio: Path | None = None,
-    exit: str = "auto",
-    deadline_ms: float | None = None,
-    late: Late = "wait",
-    policy: Policy = ANYTIME,
-    budget_ms: float | None = None,
-    fps: float | None = None,
-    start: float = 0.0,
-    end: float = math.inf,
-    batch: int | None = None,
-    smooth: float = HALF_LIFE_S,
-    format: Format = "table",
-    out: Path | None = None,
-    resume: bool = False,
-    density: Path | None = None,
-    annotate: Path | None = None,
     progress: bool = True,
 ) -> int:
     """Count images, folders, videos or a live source, and write a row for each image and each counted frame.
 
-    An image ``x.jpg`` is heard with ``x.wav`` beside it, a video with its own sound. A file of a folder that
-    cannot be counted is reported on the standard error and passed over; one that is named itself is an error.
+    An image ``x.jpg`` is counted with the audio ``x.wav`` beside it, a video with its own. A file of a folder that
+    cannot be counted is reported on the standard error and skipped; one that is named itself is an error.
 
     Args:
-        audio: the audio of a single image, or in place of a single video's own.
-        exit, deadline_ms, late, policy: of each of them, as of :meth:`CrowdCounter.count`.
-        budget_ms: of all together, for images alone, as of :meth:`CrowdCounter.count_many`.
-        fps: frames a second to count in videos; default: one.
-        start, end: of each video only what is shown from then to then, in seconds; of a live source, when to end.
-        batch: frames of a video to count at once; default: as of :func:`count_frames`.
-        smooth: half-life of a video's smoothed count, in seconds.
-        out: the file for the rows; default: the standard output.
-        resume: go on with a run that was stopped while it wrote into ``out``; there need not be one yet.
-        density: where to draw what was counted: of a single image ``.png`` or ``.npy`` ((h, w) float32, heads
-            a cell), of a single video as ``annotate``; of several inputs a folder.
-        annotate: where to write the counted frames with what was counted: ``.mp4``, of several inputs a folder.
         progress: show a bar on the standard error, where that is a terminal and the rows go elsewhere.
 
     Returns:
@@ -118,81 +86,46 @@ def count_inputs(
         CrowdExitError: for inputs or options that cannot be used.
         KeyboardInterrupt: after Ctrl-C; SystemExit with 143: after SIGTERM. Of a live source, all is written and whole.
     """
-    checked_format(format)
+    options = options or CountOptions()
     sources = _printable(expand(inputs))
-    single = len(sources) == 1 and sources[0].named
-    live = sources[0].kind == "live"
-    resumes = out is not None and format != "table" and not live and budget_ms is None
-    if audio is not None and not (single and not live):
-        raise RunError(f"--audio {audio}: a sound belongs to one image or video, not to several or a live source")
-    if out is not None and out.is_symlink():
-        out = out.resolve()  # what it points to is written, not another file in its place
-    taken = check_outputs(sources, audio=audio, out=out, density=density, annotate=annotate)
-    if live and start:
-        raise RunError(f"--start {start:g}: a live source begins now")
-    if format == "parquet" and out is None:
-        raise RunError("--format parquet: name a file with --out")
-    if budget_ms is not None:
-        if any(source.kind != "image" for source in sources):
-            raise RunError("--budget-ms: images share a budget, a video has none")
-        if exit != "auto" or deadline_ms is not None or policy is not ANYTIME or density is not None:
-            raise RunError(
-                "--budget-ms: a budget chooses the exits itself, without --exit, --deadline-ms, --policy or --density"
-            )
-        if resume:
-            raise RunError("--resume: a budget is for all images in one run, what is left of it does not go on")
-    if resume and not resumes:
-        raise RunError("--resume: only rows of files go on, in --out as csv, json or parquet")
-    if resume and deadline_ms is not None and late == "fail" and len(set(sources)) < len(sources):
-        raise RunError("--resume: with --late fail it could not be told where a file that is named twice begins again")
-    if resume and (annotate or density):
-        raise RunError("--resume: what is drawn cannot go on where it was stopped, only rows can")
-    span = Span(DEFAULT_FPS if fps is None else fps, start, end)
-    how = How(exit, deadline_ms, late, policy, 1 if live and batch is None else batch)
-    left = Left(Smoother(smooth))
-    drawings = _Drawings(density, annotate, sources, single, exit, counter, taken)
+    if options.out is not None and options.out.is_symlink():
+        options = replace(options, out=options.out.resolve())  # what it points to is written, not the link
+    taken = check_inputs(sources, options)
+    if sources[0].kind == "live" and options.batch is None:
+        options = replace(options, batch=1)
+    single = _is_single(sources)
+    out, span = options.out, options.span
+    leaves_note = options.resumable and sources[0].kind != "live"
+    state = ResumeState(Smoother(options.smooth))
+    drawings = _Drawings(options, sources, counter, taken)
     names = [s.name for s in sources]
 
     with ExitStack() as stack:
-        finish = write_parquet if format == "parquet" else Path.replace
+        finish = write_parquet if options.format == "parquet" else Path.replace
         if out is not None:
-            if resume and out.exists() and not was_stopped(out):
-                raise RunError(f"--resume: a run has ended in {out}; delete it to count again")
-            stack.enter_context(alone(out))
-            if not resume and was_stopped(out):
-                hint = "--resume goes on with it, or delete" if note_of(out).is_file() else "rename or delete its rows,"
-                raise RunError(f"{out}: a run was stopped there; {hint} {part_of(out)}")
-        if out is not None and resumes:
-            wanted = recipe(
-                counter,
-                sources,
-                audio,
-                format=format,
-                fps=span.fps,
-                start=start,
-                end=end,
-                smooth=smooth,
-                exit=exit,
-                deadline_ms=deadline_ms,
-                late=late,
-                policy=policy,
-            )
-            if resume and was_stopped(out):
-                left = take_up(out, wanted, format, names, how.at_once)
-            file = stack.enter_context(resumable(out, wanted, going_on=left.rows > 0, finish=finish))
+            if options.resume and out.exists() and not was_stopped(out):
+                raise OptionError("{}: a run has ended in {}; delete it to count again", Option("resume"), out)
+            stack.enter_context(exclusive_lock(out))
+            if not options.resume and was_stopped(out):
+                raise _stopped_before(out)
+        if out is not None and leaves_note:
+            wanted = recipe(counter, sources, options)
+            if options.resume and was_stopped(out):
+                state = load_resume_state(out, wanted, options.format, names, options.batch_size)
+            file = stack.enter_context(resumable(out, wanted, going_on=state.rows > 0, finish=finish))
         else:
             file = stack.enter_context(opened(out, finish=finish))
-        advance = stack.enter_context(_bar(sources, span, left.rows, shown=progress and not file.isatty()))
-        if deadline_ms is not None:
-            counter.warm_up(exit)
-            _warn_if_too_short(counter, exit, deadline_ms)
+        advance = stack.enter_context(_bar(sources, span, state.rows, shown=progress and not file.isatty()))
+        if options.deadline_ms is not None:
+            counter.warm_up(options.exit)
+            _warn_if_too_short(counter, options.exit, options.deadline_ms)
         only_image = single and sources[0].kind == "image"
-        lines = writer(format, file, names, single=only_image, begun=left.rows > 0)
-        job = _Job(counter, audio, how, span, lines, drawings, advance)
-        rows = left.rows
-        for _ in job.all_rows(sources, left) if budget_ms is None else job.rows_within(budget_ms, sources):
+        lines = writer(options.format, file, names, single=only_image, begun=state.rows > 0)
+        job = _Job(counter, options, lines, drawings, advance)
+        rows = state.rows
+        for _ in job.all_rows(sources, state) if options.budget_ms is None else job.rows_within_budget(sources):
             rows += 1
-        job.warn_late(rows - left.rows)
+        job.warn_late(rows - state.rows)
         if rows == 0 and job.interrupted:
             raise _end_by(job.interrupted)
         if rows == 0:
@@ -202,59 +135,89 @@ def count_inputs(
     return rows
 
 
-def check_outputs(
-    sources: Sequence[Source],
-    *,
-    audio: Path | None = None,
-    out: Path | None = None,
-    density: Path | None = None,
-    annotate: Path | None = None,
-) -> set[Path]:
-    """Refuse paths that the results of :func:`count_inputs` cannot go to, before anything is loaded.
+def check_inputs(sources: Sequence[Source], options: CountOptions) -> set[Path]:
+    """Refuse options that do not suit the sources, and paths that results cannot go to, before anything is loaded.
 
     Returns:
         All files that have been named, resolved: inputs and what will be written.
 
     Raises:
-        RunError: for a path that is an input or cannot be written, or that does not suit the inputs.
+        OptionError: for an option that does not suit, or a path that is an input or cannot be written.
     """
-    single = len(sources) == 1 and sources[0].named
+    kinds = {s.kind for s in sources}
+    single = _is_single(sources)
+    if options.audio is not None and (not single or "live" in kinds):
+        problem = "a sound belongs to one image or video, not to several or a live source"
+        raise OptionError("{} {}: {}", Option("audio"), options.audio, problem)
+    taken = _check_paths(sources, options)
+    if "live" in kinds:
+        if options.start:
+            raise OptionError("{} {:g}: a live source begins now", Option("start"), options.start)
+        if options.resume:
+            raise not_resumable()
+    if options.budget_ms is not None and kinds != {"image"}:
+        raise OptionError("{}: images share a budget, a video has none", Option("budget_ms"))
+    if options.resume and options.late == "fail" and len(set(sources)) < len(sources):
+        problem = "it could not be told where a file that is named twice begins again"
+        raise OptionError("{}: with {} fail {}", Option("resume"), Option("late"), problem)
+    return taken
+
+
+def _check_paths(sources: Sequence[Source], options: CountOptions) -> set[Path]:
+    single = _is_single(sources)
     named: set[Path] = set()
-    given = {path.resolve() for s in sources for path in (s.path, s.audio, audio) if path is not None}
-    for option, path in (("--out", out), ("--density", density), ("--annotate", annotate)):
+    given = {path.resolve() for s in sources for path in (s.path, s.audio, options.audio) if path is not None}
+    drawn = {Option("density"): options.density, Option("annotate"): options.annotate}
+    for option, path in {Option("out"): options.out, **drawn}.items():
         if path is None:
             continue
         if path.resolve() in given:
-            raise RunError(f"{option} {path}: this is an input, it would be overwritten")
-        is_one_file = single or option == "--out"  # else a folder, in which nothing is overwritten
+            raise OptionError("{} {}: this is an input, it would be overwritten", option, path)
+        is_one_file = single or option == "out"  # else a folder, in which nothing is overwritten
         problem = output_file_problem(path) if is_one_file else output_folder_problem(path)
-        if problem is None and option == "--out" and not path.parent.is_dir():
+        if problem is None and option == "out" and not path.parent.is_dir():
             problem = f"cannot be written, there is no folder {path.parent}"
         if problem is not None:
-            raise RunError(f"{option} {path}: {problem}")
-        written = beside(path) if is_one_file else set()
+            raise OptionError("{} {}: {}", option, path, problem)
+        written = output_paths(path) if is_one_file else set()
         if overwritten := written & (given | named):
-            raise RunError(f"{option} {path}: {min(overwritten)} would be overwritten, choose another name")
+            problem = f"{min(overwritten)} would be overwritten, choose another name"
+            raise OptionError("{} {}: {}", option, path, problem)
         named |= written
     kinds = {s.kind for s in sources}
-    if annotate is not None and kinds == {"image"}:
-        raise RunError(f"--annotate {annotate}: this is for videos; of images, --density shows the map")
-    if annotate is not None and density is not None and "image" not in kinds:
-        raise RunError(f"--density {density}: of a video, --annotate draws it; name one of the two")
-    for option, path in (("--density", density), ("--annotate", annotate)):
+    density, annotate = drawn
+    if options.annotate is not None and kinds == {"image"}:
+        text = "{} {}: this is for videos; of images, {} shows the map"
+        raise OptionError(text, annotate, options.annotate, density)
+    if options.annotate is not None and options.density is not None and "image" not in kinds:
+        raise OptionError("{} {}: of a video, {} draws it; name one of the two", density, options.density, annotate)
+    for option, path in drawn.items():
         if path is None:
             continue
         suffix = path.suffix.lower()
         if not single:
             if suffix in (".png", ".npy", ".mp4"):
-                raise RunError(f"{option} {path}: for several inputs this has to be a folder")
+                raise OptionError("{} {}: for several inputs this has to be a folder", option, path)
             continue
         kind = sources[0].kind
         suffixes = (".png", ".npy") if kind == "image" else (".mp4",)
         if suffix not in suffixes:
             of = {"live": "a live source", "video": "a video", "image": "an image"}[kind]
-            raise RunError(f"{option} {path}: of {of} this ends in {' or '.join(suffixes)}")
+            raise OptionError("{} {}: of {} this ends in {}", option, path, of, " or ".join(suffixes))
     return given | named
+
+
+def _is_single(sources: Sequence[Source]) -> bool:
+    """Whether the user has named one file or live source, and nothing else."""
+    return len(sources) == 1 and sources[0].named
+
+
+def _stopped_before(out: Path) -> OptionError:
+    """That a run was stopped while it wrote there, and what can be done."""
+    if note_of(out).is_file():
+        text = "{}: a run was stopped there; {} goes on with it, or delete {}"
+        return OptionError(text, out, Option("resume"), part_of(out))
+    return OptionError("{}: a run was stopped there; rename or delete its rows, {}", out, part_of(out))
 
 
 @dataclass
@@ -262,21 +225,19 @@ class _Job:
     """How each source is counted, and where that is written."""
 
     counter: CrowdCounter
-    audio: Path | None
-    how: How
-    span: Span
+    options: CountOptions
     lines: Rows
     drawings: _Drawings
     advance: Callable[[str], None]
     late: int = 0  # answers that came after the deadline
     interrupted: int = 0  # the signal that came while a live source was counted, which is how most of them end
 
-    def all_rows(self, sources: Sequence[Source], left: Left) -> Iterator[None]:
+    def all_rows(self, sources: Sequence[Source], state: ResumeState) -> Iterator[None]:
         """Count sources one after the other, from where a stopped run has left; yield after each row written."""
         for number, source in enumerate(sources):
-            if number < left.source or (number == left.source and source.kind == "image"):
+            if number < state.source or (number == state.source and source.kind == "image"):
                 continue
-            at = left if number == left.source else Left(Smoother(left.smoother.half_life))
+            at = state if number == state.source else ResumeState(Smoother(state.smoother.half_life))
             try:
                 if source.kind == "image":
                     yield from self._image(source)
@@ -285,9 +246,11 @@ class _Job:
             except (ImageError, VideoError, AudioError, DeadlineMissed) as error:
                 _pass_over(source, error)
 
-    def rows_within(self, budget_ms: float, sources: Sequence[Source]) -> Iterator[None]:
+    def rows_within_budget(self, sources: Sequence[Source]) -> Iterator[None]:
         """Count images within a time for all of them, and yield after each row written."""
-        results = self.counter.count_many(map(self._sample, sources), budget_ms=budget_ms, number=len(sources))
+        results = self.counter.count_many(
+            map(self._sample, sources), budget_ms=self.options.budget_ms, number=len(sources)
+        )
         for source, result in zip(sources, results, strict=True):
             if result is not None:
                 self._write(source, result)
@@ -295,9 +258,9 @@ class _Job:
 
     def _image(self, source: Source) -> Iterator[None]:
         try:
-            result = self._count(source, self.audio or source.audio)
+            result = self._count(source, self.options.audio or source.audio)
         except AudioError as error:
-            if self.audio is not None:
+            if self.options.audio is not None:
                 raise
             result = self._count(source, _unreadable(error))
         self._write(source, result)
@@ -317,20 +280,18 @@ class _Job:
         """Say how many of the rows of this run were answered after the deadline."""
         if self.late:
             marked = f" ({self.late} of {rows} rows)" if rows > 1 else ""
-            _warn(f"answered after the deadline of {self.how.deadline_ms:g} ms{marked}")
+            _warn(f"answered after the deadline of {self.options.deadline_ms:g} ms{marked}")
 
     def _warn_of_unused_audio(self, statuses: set[AudioStatus]) -> None:
         """Say that the audio which the user has named was not used, and why; ``statuses`` are those of the rows."""
-        if self.audio is None or "used" in statuses:
+        if self.options.audio is None or "used" in statuses:
             return
         for status in sorted(statuses):
-            _warn(f"--audio {self.audio}: not used, {_NOT_USED[status]}")
+            _warn(f"{self.options.audio}: not used, {_NOT_USED[status]}")
 
     def _count(self, source: Source, audio: AudioLike | None) -> CountResult:
-        how = self.how
-        by: dict[str, Any] = {"exit": how.exit, "deadline_ms": how.deadline_ms, "late": how.late}
         try:
-            return self.counter.count(source.path, audio, **by, policy=how.policy)
+            return count_one(self.counter, source.path, audio, self.options)
         except DeadlineMissed as error:
             raise DeadlineMissed(f"{source.path}: {error}") from None
 
@@ -338,58 +299,58 @@ class _Job:
         """An image with its audio; None of one that cannot be counted."""
         try:
             fits = partial(tile_boxes, native=self.counter.size)
-            image, audio = read_image(source.path, fits), audio_input(self.audio)
+            image, audio = read_image(source.path, fits), audio_input(self.options.audio)
         except (ImageError, AudioError) as error:
             _pass_over(source, error)
             return None
-        if self.audio is None:
+        if self.options.audio is None:
             try:
                 audio = audio_input(source.audio)
             except AudioError as error:
                 audio = _unreadable(error)
         return image, audio
 
-    def _video(self, source: Source, left: Left) -> Iterator[None]:
-        span = replace(self.span, after=left.after)
+    def _video(self, source: Source, state: ResumeState) -> Iterator[None]:
+        span = replace(self.options.span, after=state.after)
         reported: set[str] = set()
 
         def warn(line: str) -> None:
             reported.add(line)
             _warn(line)
 
-        frames = read_frames(source.path, span, audio=self.audio, warn=warn)
-        for _ in self._frames(source, frames, left, reported, audio=self.audio or source.path):
+        frames = read_frames(source.path, span, audio=self.options.audio, warn=warn)
+        for _ in self._frames(source, frames, state, reported, audio=self.options.audio or source.path):
             self.advance("")
             yield
 
-    def _live(self, source: Source, left: Left) -> Iterator[None]:
+    def _live(self, source: Source, state: ResumeState) -> Iterator[None]:
         assert source.address is not None
-        frames, rows = LiveFrames(source.address, self.span, _warn), 0
+        frames, rows = LiveFrames(source.address, self.options.span, _warn), 0
 
         def interrupt(number: int, _: object) -> None:
             self.interrupted = number
             frames.stop()
 
         with _on_interrupt(interrupt):
-            for _ in self._frames(source, frames, left, set(), audio=None):
+            for _ in self._frames(source, frames, state, set(), audio=None):
                 rows += 1
                 self.advance(f"{frames.dropped} dropped")
                 yield
         _print_line(f"{source.name}: {rows} frames counted, {frames.dropped} dropped")
 
     def _frames(
-        self, source: Source, frames: Iterable[Frame], left: Left, reported: set[str], *, audio: Path | None
+        self, source: Source, frames: Iterable[Frame], state: ResumeState, reported: set[str], *, audio: Path | None
     ) -> Iterator[None]:
         """Count frames; ``reported``: the reader's warnings that have been printed; rows may hold some too."""
-        counted, rows, missed = count_frames(self.counter, frames, source.name, self.how), left.frames, 0
-        within = f"no exit answered within {self.how.deadline_ms or 0:g} ms"
+        counted, rows, missed = count_frames(self.counter, frames, source.name, self.options), state.frames, 0
+        within = f"no exit answered within {self.options.deadline_ms or 0:g} ms"
         statuses: set[AudioStatus] = set()
         with ExitStack() as stack:
-            drawn = self.drawings.video(source, audio, 1 / self.span.fps)
+            drawn = self.drawings.video(source, audio, 1 / self.options.span.fps)
             if drawn is not None:
                 stack.enter_context(drawn)
             stack.callback(counted.close)
-            for frame, result in islice(counted, left.again, None):
+            for frame, result in islice(counted, state.again, None):
                 if result is None:
                     missed += 1
                     if missed == 1:
@@ -397,7 +358,7 @@ class _Job:
                     continue
                 rows += 1
                 self.late += result.in_time is False
-                self.lines.frame(FrameRow.of(source.name, frame, result, left.smoother))
+                self.lines.frame(FrameRow.of(source.name, frame, result, state.smoother))
                 statuses.add(result.audio)
                 for (
                     warning
@@ -414,70 +375,68 @@ class _Job:
             if missed and not rows and not self.interrupted:
                 raise DeadlineMissed(f"{source.name}: {within}, in any of {missed} frames")
             if missed > 1:
-                _warn(f"{source.name}: {missed} of {rows - left.frames + missed} frames have no row: {within}")
+                _warn(f"{source.name}: {missed} of {rows - state.frames + missed} frames have no row: {within}")
 
 
 @dataclass
 class _Drawings:
-    """Where the images of what was counted go; :func:`check_outputs` has seen the paths.
+    """Where the images of what was counted go; :func:`check_inputs` has seen the paths.
 
     Raises:
-        RunError: if there is no map to draw, or a folder cannot be made.
+        OptionError: if there is no map to draw, or a folder cannot be made.
     """
 
-    density: Path | None
-    annotate: Path | None
+    options: CountOptions
     sources: Sequence[Source]
-    single: bool
-    exit: str
     counter: CrowdCounter
     taken: set[Path]  # what the user has named, and what has been drawn
 
     def __post_init__(self) -> None:
-        if self.density is not None:
+        if self.options.density is not None:
             if not self.counter.network.exit_module(FINAL).maps:
-                raise RunError(f"--density: {self.counter.model} makes no map, it counts directly")
-            if self.exit not in (FINAL, "auto"):
-                raise RunError(f"--density: the exit {self.exit} makes no map, only the final one does")
-        for option, path in (("--density", self.density), ("--annotate", self.annotate)):
-            if path is not None and not self.single:
+                raise OptionError("{}: {} makes no map, it counts directly", Option("density"), self.counter.model)
+            if self.options.exit not in (FINAL, "auto"):
+                text = "{}: the exit {} makes no map, only the final one does"
+                raise OptionError(text, Option("density"), self.options.exit)
+        for option, path in (("density", self.options.density), ("annotate", self.options.annotate)):
+            if path is not None and not _is_single(self.sources):
                 try:
                     path.mkdir(parents=True, exist_ok=True)
                 except OSError as error:
-                    raise RunError(f"{option} {path}: cannot be made ({error.strerror})") from None
+                    raise OptionError("{} {}: cannot be made ({})", Option(option), path, error.strerror) from None
 
     def image(self, source: Source, result: CountResult) -> None:
         """Write an image's density, if that is wanted."""
-        if self.density is None:
+        if self.options.density is None:
             return
         density = _density_of(result)
         if density is None:
             _print_line(f"warning: {source.path}: no density map, the answer is from before the final exit")
             return
-        target = self._target(self.density, source, ".png")
+        target = self._target(self.options.density, source, ".png")
         data = io.BytesIO()
         if target.suffix.lower() == ".npy":
             np.save(data, density.astype(np.float32))
         else:
             Image.fromarray(overlay(read_image(source.path).pixels, density)).save(data, "PNG")
         try:
-            with whole(target) as new:
+            with atomic_write(target) as new:
                 new.write_bytes(data.getvalue())
         except OSError as error:
             raise RunError(f"{target}: cannot be written ({error.strerror})") from None
 
     def video(self, source: Source, audio: Path | None, usual: float) -> AnnotatedVideo | None:
         """A video to draw the counted frames into, if that is wanted."""
-        path = self.annotate or self.density
+        path = self.options.annotate or self.options.density
         if path is None:
             return None
         return AnnotatedVideo(self._target(path, source, ".mp4"), audio, usual, endless=source.kind == "live")
 
     def _target(self, path: Path, source: Source, suffix: str) -> Path:
-        if self.single:
+        if _is_single(self.sources):
             return path
         target, number = path / (source.path.stem + suffix), 2
-        while beside(target) & self.taken:  # x.jpg and x.png, or of two folders, or an input
+        while output_paths(target) & self.taken:  # x.jpg and x.png, or of two folders, or an input
             target, number = path / f"{source.path.stem}-{number}{suffix}", number + 1
         self.taken.add(target.resolve())
         return target

@@ -20,6 +20,7 @@ from crowdexit.data.mel import AudioStatus
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.counter import CountResult
 from crowdexit.jobs.smooth import Smoother
+from crowdexit.utils.files import atomic_write
 from crowdexit.video.frames import Frame
 
 if sys.platform != "win32":
@@ -118,25 +119,15 @@ def part_of(out: Path) -> Path:
     return out.with_name(out.name + ".part")
 
 
-def beside(path: Path) -> set[Path]:
+def output_paths(path: Path) -> set[Path]:
     """All files that are written on the way to one of that name, itself among them; resolved."""
     part = part_of(path).name
-    return {path.with_name(name).resolve() for name in (path.name, part, f"{part}.json", f"{path.name}.new")}
+    names = (path.name, part, f"{part}.json", f"{part}.json.part", f"{path.name}.new")
+    return {path.with_name(name).resolve() for name in names}
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Where to write a file that takes the name ``path`` when all went well; else nothing of it is left."""
-    new = path.with_name(path.name + ".new")
-    try:
-        yield new
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
-
-
-@contextmanager
-def alone(out: Path) -> Iterator[None]:
+def exclusive_lock(out: Path) -> Iterator[None]:
     """Keep other runs from writing rows for ``out`` meanwhile, where the system can.
 
     Raises:
@@ -229,7 +220,11 @@ def write_parquet(lines: Path, out: Path) -> None:
         **dict.fromkeys(("source", "chosen_exit", "audio", "warnings"), pa.string()),
     }
     schema = pa.schema([(name, kinds.get(name, pa.float64())) for name in COLUMNS])
-    with whole(out) as new, lines.open(encoding="utf-8") as file, pq.ParquetWriter(new, schema) as writer:
+    with (
+        atomic_write(out, suffix=".new") as new,
+        lines.open(encoding="utf-8") as file,
+        pq.ParquetWriter(new, schema) as writer,
+    ):
         while group := [_columns(json.loads(line)) for line in islice(file, _ROW_GROUP)]:
             columns = [pa.array([row[f.name] for row in group], f.type) for f in schema]
             writer.write_table(pa.Table.from_arrays(columns, schema=schema))

@@ -21,6 +21,7 @@ from crowdexit.data.store import StoredSample, open_for_writing, write_sample
 from crowdexit.inference.counter import CrowdCounter, load
 from crowdexit.inference.policies import Confident
 from crowdexit.jobs.count import count_inputs
+from crowdexit.jobs.options import CountOptions
 from crowdexit.models import zoo
 from crowdexit.models.stages import inputs
 from crowdexit.runtimes.eager import Eager
@@ -103,12 +104,12 @@ def test_too_few_images_leave_what_is_there(checkpoint, crowd, caplog, tmp_path)
 
 
 def test_every_output_has_it(calibrated, files, tmp_path, capsys):
-    count_inputs(calibrated, files, format="json")
+    count_inputs(calibrated, files, CountOptions(format="json"))
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["familiar"] for row in rows] == [True, False]
     for format, expected in (("csv", ["true", "false"]), ("parquet", [True, False])):
         out = tmp_path / f"rows.{format}"
-        count_inputs(calibrated, files, format=format, out=out)
+        count_inputs(calibrated, files, CountOptions(format=format, out=out))
         read = list(csv.DictReader(out.open())) if format == "csv" else pq.read_table(out).to_pylist()
         assert [row["familiar"] for row in read] == expected
     count_inputs(calibrated, files)
@@ -122,9 +123,9 @@ def test_every_output_has_it(calibrated, files, tmp_path, capsys):
 
 def test_without_statistics_it_is_not_known(counter, files, tmp_path, capsys):
     assert counter.count(FLAT).familiar is None
-    count_inputs(counter, files, format="json")
+    count_inputs(counter, files, CountOptions(format="json"))
     assert [json.loads(line)["familiar"] for line in capsys.readouterr().out.splitlines()] == [None, None]
-    count_inputs(counter, files, format="csv", out=tmp_path / "rows.csv")
+    count_inputs(counter, files, CountOptions(format="csv", out=tmp_path / "rows.csv"))
     assert [row["familiar"] for row in csv.DictReader((tmp_path / "rows.csv").open())] == ["", ""]
 
 

@@ -13,12 +13,14 @@ from slow import slow
 
 from crowdexit.calibration.intervals import Intervals
 from crowdexit.data.views import tile_boxes
+from crowdexit.errors import OptionError
 from crowdexit.inference import counter as module
 from crowdexit.inference.budget import BudgetError, BudgetTooSmall
 from crowdexit.inference.counter import CounterError, CrowdCounter
 from crowdexit.inference.policies import ANYTIME, Confident, DeepestThatFits, PolicyError, policy_named
 from crowdexit.inference.profile import FIRST, LAYING, PREPARING, Profile, exit_step, stage_step
 from crowdexit.jobs.count import RunError, count_inputs
+from crowdexit.jobs.options import CountOptions
 from crowdexit.runtimes.eager import Eager
 
 SERVED = ["V1", "AV1", "AV2", "final"]
@@ -381,20 +383,20 @@ def test_a_budget_for_a_folder(counter, images, tmp_path, monkeypatch, capsys):
         cv2.imwrite(str(folder / f"{number}.png"), image)
     (folder / "4.png").write_bytes(b"no picture")
     (folder / "5.wav").write_bytes(b"no sound")
-    assert count_inputs(tool, [folder], budget_ms=600_000, format="json") == 6
+    assert count_inputs(tool, [folder], CountOptions(budget_ms=600_000, format="json")) == 6
     out, err = capsys.readouterr()
     rows = [json.loads(line) for line in out.splitlines()]
     assert [row["source"][-5:] for row in rows] == ["0.png", "1.png", "2.png", "3.png", "5.png", "6.png"]
     assert {row["chosen_exit"] for row in rows} == {"final"}
     assert sorted(line.split(":")[0] for line in err.splitlines()) == ["skipped", "warning"]
     with pytest.raises(BudgetError, match="too small for 7 images"):
-        count_inputs(tool, [folder], budget_ms=0.01)
+        count_inputs(tool, [folder], CountOptions(budget_ms=0.01))
     for options in ({"exit": "V1"}, {"deadline_ms": 5.0}, {"policy": Confident(3.0)}, {"density": tmp_path / "maps"}):
-        with pytest.raises(RunError, match="a budget chooses the exits itself"):
-            count_inputs(tool, [folder], budget_ms=1e6, **options)
+        with pytest.raises(OptionError, match="a budget chooses the exits itself"):
+            count_inputs(tool, [folder], CountOptions(budget_ms=1e6, **options))
     (tmp_path / "v.mp4").write_bytes(b"no film")
-    with pytest.raises(RunError, match="a video has none"):
-        count_inputs(tool, [folder, tmp_path / "v.mp4"], budget_ms=1e6)
+    with pytest.raises(OptionError, match="a video has none"):
+        count_inputs(tool, [folder, tmp_path / "v.mp4"], CountOptions(budget_ms=1e6))
 
 
 def test_a_folder_in_which_some_come_too_late(counter, images, tmp_path, capsys):
@@ -402,11 +404,11 @@ def test_a_folder_in_which_some_come_too_late(counter, images, tmp_path, capsys)
     for number in range(2):
         cv2.imwrite(str(tmp_path / f"{number}.png"), images[number])
     with pytest.raises(RunError, match="none of the files could be counted"):
-        count_inputs(tool, [tmp_path], deadline_ms=20, late="fail")
+        count_inputs(tool, [tmp_path], CountOptions(deadline_ms=20, late="fail"))
     assert capsys.readouterr().err.count("no exit answered within 20 ms") == 2
     with pytest.raises(module.DeadlineMissed, match=r"0\.png: no exit answered"):
-        count_inputs(tool, [tmp_path / "0.png"], deadline_ms=20, late="fail")
-    assert count_inputs(tool, [tmp_path / "0.png"], deadline_ms=20) == 1
+        count_inputs(tool, [tmp_path / "0.png"], CountOptions(deadline_ms=20, late="fail"))
+    assert count_inputs(tool, [tmp_path / "0.png"], CountOptions(deadline_ms=20)) == 1
     assert "chosen, late" in capsys.readouterr().out
 
 

@@ -20,7 +20,8 @@ from crowdexit.data.log_mel import read_audio
 from crowdexit.data.mel import AudioError
 from crowdexit.inference.counter import CounterError
 from crowdexit.inference.policies import Confident, DeepestThatFits
-from crowdexit.jobs.pipeline import How, count_frames
+from crowdexit.jobs.options import CountOptions
+from crowdexit.jobs.pipeline import count_frames
 from crowdexit.video import audio as audio_module
 from crowdexit.video import container as container_module
 from crowdexit.video.annotate import AnnotatedVideo, VideoWriteError
@@ -41,7 +42,7 @@ def frames(path: Path, *, audio: Path | None = None, warn=refuse, **span):
 
 
 def counted(counter, path: Path, *, warn=refuse, fps: float = 1.0, **options):
-    return list(count_frames(counter, read_frames(path, Span(fps), warn=warn), str(path), How(**options)))
+    return list(count_frames(counter, read_frames(path, Span(fps), warn=warn), str(path), CountOptions(**options)))
 
 
 def loudness(frame) -> float:
