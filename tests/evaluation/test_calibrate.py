@@ -13,7 +13,7 @@ from branches import both_kinds
 from tiny import TINY
 
 from crowdexit.calibration.intervals import IntervalError, Intervals, expected_error
-from crowdexit.cli.commands import app
+from crowdexit.cli.main import app
 from crowdexit.data.store import Store, StoredSample, open_for_writing, write_sample
 from crowdexit.evaluation.evaluate import calibrate, evaluate
 from crowdexit.export.manifest import read_manifest

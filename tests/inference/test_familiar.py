@@ -16,7 +16,7 @@ from tiny import TINY
 
 from crowdexit.calibration.familiarity import Familiarity, FamiliarityError
 from crowdexit.calibration.intervals import Intervals
-from crowdexit.cli.commands import app
+from crowdexit.cli.main import app
 from crowdexit.data.store import StoredSample, open_for_writing, write_sample
 from crowdexit.inference.counter import CrowdCounter, load
 from crowdexit.inference.policies import Confident

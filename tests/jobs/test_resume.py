@@ -17,7 +17,7 @@ from PIL import Image
 from videos import make_video, tone
 
 from crowdexit.calibration.intervals import Intervals
-from crowdexit.cli.commands import app
+from crowdexit.cli.main import app
 from crowdexit.errors import OptionError
 from crowdexit.inference.policies import Confident, DeepestThatFits
 from crowdexit.jobs import rows as rows_module
@@ -158,7 +158,9 @@ def test_auto_resumes_with_the_selected_runtime(counter, inputs, tmp_path, monke
         with pytest.raises(Stopped):
             count_inputs(counter, inputs[:1], CountOptions(format="csv", out=out, fps=10))
     note, loaded = note_of(out).read_text(), []
-    monkeypatch.setattr("crowdexit.inference.counter.load", lambda model, runtime, **_: loaded.append(runtime) or counter)
+    monkeypatch.setattr(
+        "crowdexit.inference.counter.load", lambda model, runtime, **_: loaded.append(runtime) or counter
+    )
     arguments = ["count", str(inputs[0]), "--fps", "10", "--out", str(out), "--resume"]
     for damaged in ("{", "[]", json.dumps({"runtime": "abacus"}), json.dumps({"runtime": ["eager"]})):
         note_of(out).write_text(damaged)

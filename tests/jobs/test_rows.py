@@ -23,7 +23,7 @@ from PIL import Image
 from videos import make_video, tone
 
 from crowdexit.calibration.intervals import Intervals
-from crowdexit.cli import commands as cli
+from crowdexit.cli import main as cli
 from crowdexit.data.image import ImageError, read_image
 from crowdexit.data.mel import AudioError, AudioInput
 from crowdexit.errors import CrowdExitError, OptionError
