@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from crowdexit.cli.options import Ids, RuntimeName
-from crowdexit.cli.output import progress_bar
 from crowdexit.utils import command
+from crowdexit.utils.progress import progress_bar
 
 if TYPE_CHECKING:
     from crowdexit.models.network import MultiExitNetwork

@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
+from crowdexit.cli.errors import flags_in_errors
 from crowdexit.cli.options import DEFAULT_MODEL, Model, RuntimeName
-from crowdexit.cli.output import flags_in_errors
 from crowdexit.utils import command
 
 # Everything heavy is imported where it is used: `--help` and a mistyped option answer at once.
@@ -95,7 +95,8 @@ def count(
     """Count people in images, folders, videos and live sources."""
     from crowdexit.inference.counter import load
     from crowdexit.inference.policies import policy_named
-    from crowdexit.jobs.count import check_inputs, count_inputs
+    from crowdexit.jobs.checks import check_inputs
+    from crowdexit.jobs.count import count_inputs
     from crowdexit.jobs.options import CountOptions
     from crowdexit.jobs.resume import noted_runtime
     from crowdexit.jobs.sources import expand

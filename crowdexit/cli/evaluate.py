@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from crowdexit.cli.options import DEFAULT_MODEL, AudioFlag, Format, Ids, Model, RuntimeName
-from crowdexit.cli.output import progress_bar
 from crowdexit.errors import CrowdExitError
 from crowdexit.utils import command
+from crowdexit.utils.progress import progress_bar
 
 # Everything heavy is imported where it is used: `--help` and a mistyped option answer at once.
 

@@ -14,9 +14,9 @@ import typer
 from rich.console import Console
 
 from crowdexit.cli.options import RuntimeName
-from crowdexit.cli.output import progress_bar
 from crowdexit.errors import CrowdExitError
 from crowdexit.utils import command
+from crowdexit.utils.progress import progress_bar
 
 # Everything heavy is imported where it is used: `--help` and a mistyped option answer at once.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from crowdexit.inference.executor import Policy
 from crowdexit.inference.policies import ANYTIME
 from crowdexit.jobs.rows import Format, checked_format
 from crowdexit.jobs.smooth import HALF_LIFE_S, Smoother
+from crowdexit.jobs.sources import Source
 from crowdexit.video.container import VideoError
 from crowdexit.video.decode import DEFAULT_FPS, Span
 
@@ -110,6 +112,13 @@ class CountOptions:
     def resumable(self) -> bool:
         """Whether a run over files can be resumed, should it be stopped."""
         return self.out is not None and self.format != "table" and self.budget_ms is None
+
+    def for_sources(self, sources: Sequence[Source]) -> CountOptions:
+        """With what depends on the sources: a live one is counted frame by frame. A link is followed to its file."""
+        live = any(source.kind == "live" for source in sources)
+        batch = 1 if live and self.batch is None else self.batch
+        out = self.out.resolve() if self.out is not None and self.out.is_symlink() else self.out
+        return replace(self, batch=batch, out=out)
 
     def of_rows(self) -> dict[str, Any]:
         """The options on which the rows depend."""

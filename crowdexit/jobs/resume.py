@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from crowdexit.errors import CrowdExitError
+from crowdexit.errors import CrowdExitError, Option, OptionError
 from crowdexit.inference.counter import CrowdCounter
 from crowdexit.jobs.options import CountOptions
-from crowdexit.jobs.rows import COLUMNS, Format, csv_text, opened, part_of
+from crowdexit.jobs.output import exclusive_lock, opened, part_of
+from crowdexit.jobs.rows import COLUMNS, Format, csv_text, write_parquet
 from crowdexit.jobs.smooth import Smoother
 from crowdexit.jobs.sources import Source
 from crowdexit.runtimes import selection
@@ -47,6 +48,14 @@ class ResumeState:
     frames: int = 0
     after: int = -1
     again: int = 0
+
+    def remaining(self, sources: Sequence[Source]) -> Iterator[tuple[Source, ResumeState]]:
+        """The sources that are not counted to their end, each with where it is to go on."""
+        for number, source in enumerate(sources):
+            if number == self.source and source.kind != "image":
+                yield source, self
+            elif number > self.source:
+                yield source, ResumeState(Smoother(self.smoother.half_life))
 
 
 def recipe(counter: CrowdCounter, sources: Sequence[Source], options: CountOptions) -> dict[str, Any]:
@@ -171,10 +180,54 @@ def _rows(part: Path, format: Format) -> Iterator[tuple[int, dict[str, Any] | No
 
 
 @contextmanager
-def resumable(
+def open_rows(
+    counter: CrowdCounter, sources: Sequence[Source], options: CountOptions
+) -> Iterator[tuple[TextIO, ResumeState]]:
+    """A file to write rows into, and where to go on: where a stopped run is resumed, behind its last row.
+
+    The file takes its name when all went well; until then no other run can write there, and a note beside it says what
+    it is made of.
+
+    Raises:
+        OptionError: if a run was stopped there and is not to be resumed, or has ended. ResumeError: if it cannot be
+            resumed. OutputError: if it cannot be written.
+    """
+    out, state = options.out, ResumeState(Smoother(options.smooth))
+    if out is None:
+        with opened(None) as file:
+            yield file, state
+        return
+    if options.resume and out.exists() and not was_stopped(out):
+        raise OptionError("{}: a run has ended in {}; delete it to count again", Option("resume"), out)
+    finish = write_parquet if options.format == "parquet" else Path.replace
+    with exclusive_lock(out):
+        if not options.resume and was_stopped(out):
+            raise _stopped_before(out)
+        if not options.resumable or sources[0].kind == "live":
+            with opened(out, finish=finish) as file:
+                yield file, state
+            return
+        wanted = recipe(counter, sources, options)
+        if options.resume and was_stopped(out):
+            names = [source.name for source in sources]
+            state = load_resume_state(out, wanted, options.format, names, options.batch_size)
+        with _resumable(out, wanted, going_on=state.rows > 0, finish=finish) as file:
+            yield file, state
+
+
+def _stopped_before(out: Path) -> OptionError:
+    """That a run was stopped while it wrote there, and what can be done."""
+    if note_of(out).is_file():
+        text = "{}: a run was stopped there; {} goes on with it, or delete {}"
+        return OptionError(text, out, Option("resume"), part_of(out))
+    return OptionError("{}: a run was stopped there; rename or delete its rows, {}", out, part_of(out))
+
+
+@contextmanager
+def _resumable(
     out: Path, wanted: Mapping[str, Any], *, going_on: bool, finish: Callable[[Path, Path], object] = Path.replace
 ) -> Iterator[TextIO]:
-    """As :func:`crowdexit.jobs.rows.opened`, with a note of the recipe as long as the run has not ended."""
+    """As :func:`crowdexit.jobs.output.opened`, with a note of the recipe as long as the run has not ended."""
     note = note_of(out)
     try:
         with opened(out, going_on=going_on, finish=finish) as file:

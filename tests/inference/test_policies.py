@@ -19,8 +19,9 @@ from crowdexit.inference.budget import BudgetError, BudgetTooSmall
 from crowdexit.inference.counter import CounterError, CrowdCounter
 from crowdexit.inference.policies import ANYTIME, Confident, DeepestThatFits, PolicyError, policy_named
 from crowdexit.inference.profile import FIRST, LAYING, PREPARING, Profile, exit_step, stage_step
-from crowdexit.jobs.count import RunError, count_inputs
+from crowdexit.jobs.count import count_inputs
 from crowdexit.jobs.options import CountOptions
+from crowdexit.jobs.sources import SourceError
 from crowdexit.runtimes.eager import Eager
 
 SERVED = ["V1", "AV1", "AV2", "final"]
@@ -403,7 +404,7 @@ def test_a_folder_in_which_some_come_too_late(counter, images, tmp_path, capsys)
     tool = slow(counter.network, 0.5, 0, 0, 0)
     for number in range(2):
         cv2.imwrite(str(tmp_path / f"{number}.png"), images[number])
-    with pytest.raises(RunError, match="none of the files could be counted"):
+    with pytest.raises(SourceError, match="none of the files could be counted"):
         count_inputs(tool, [tmp_path], CountOptions(deadline_ms=20, late="fail"))
     assert capsys.readouterr().err.count("no exit answered within 20 ms") == 2
     with pytest.raises(module.DeadlineMissed, match=r"0\.png: no exit answered"):

@@ -23,8 +23,8 @@ from crowdexit.inference.policies import Confident, DeepestThatFits
 from crowdexit.jobs import rows as rows_module
 from crowdexit.jobs.count import count_inputs
 from crowdexit.jobs.options import CountOptions
+from crowdexit.jobs.output import OutputError, part_of
 from crowdexit.jobs.resume import ResumeError, note_of
-from crowdexit.jobs.rows import RowError, part_of
 from crowdexit.utils import command
 
 OPTIONS = {"fps": 10, "batch": 4}
@@ -326,7 +326,7 @@ def test_a_full_disk_leaves_what_can_go_on(counter, inputs, tmp_path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", full)
-        with pytest.raises(RowError, match="No space left"):
+        with pytest.raises(OutputError, match="No space left"):
             count_inputs(counter, inputs[:1], CountOptions(format="json", out=out, **OPTIONS))
     assert not list(tmp_path.iterdir())
     with monkeypatch.context() as patch:
@@ -337,7 +337,7 @@ def test_a_full_disk_leaves_what_can_go_on(counter, inputs, tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", full)
         stop_after(counter, patch, 1)
-        with pytest.raises((Stopped, RowError)):
+        with pytest.raises((Stopped, OutputError)):
             count_inputs(counter, inputs[:1], CountOptions(format="json", out=out, resume=True, **OPTIONS))
     assert note_of(out).read_bytes() == note
     assert count_inputs(counter, inputs[:1], CountOptions(format="json", out=out, resume=True, **OPTIONS)) == 23

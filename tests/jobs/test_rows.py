@@ -29,10 +29,11 @@ from crowdexit.data.mel import AudioError, AudioInput
 from crowdexit.errors import CrowdExitError, OptionError
 from crowdexit.inference.anytime import DeadlineMissed
 from crowdexit.inference.counter import CrowdCounter
-from crowdexit.jobs.count import RunError, count_inputs
+from crowdexit.jobs.count import count_inputs
 from crowdexit.jobs.options import CountOptions
+from crowdexit.jobs.output import OutputError, exclusive_lock, opened
 from crowdexit.jobs.resume import ResumeError
-from crowdexit.jobs.rows import RowError, exclusive_lock, opened
+from crowdexit.jobs.sources import SourceError
 from crowdexit.runtimes.eager import Eager
 from crowdexit.utils import command
 from crowdexit.video.container import VideoError
@@ -400,7 +401,7 @@ def test_bad_files_of_a_folder_are_reported_and_skipped(counter, street, tmp_pat
     bad = bad_images(street.read_bytes()) | {"film.mp4": b"no film"}
     for name, data in bad.items():
         (folder / name).write_bytes(data)
-    with pytest.raises(RunError, match="none of the files"):
+    with pytest.raises(SourceError, match="none of the files"):
         count_inputs(counter, [folder])
     report = capsys.readouterr().err.splitlines()
     assert len(report) == len(bad)
@@ -464,7 +465,7 @@ def test_out_that_cannot_be(counter, street, tmp_path):
         with pytest.raises(CrowdExitError, match=line):
             count_inputs(counter, [street], CountOptions(out=out))
         assert street.read_bytes() == before
-    with pytest.raises(RowError, match="no format 'xml'"):
+    with pytest.raises(OutputError, match="no format 'xml'"):
         count_inputs(counter, [street], CountOptions(format="xml"))  # type: ignore[arg-type]
 
 
@@ -602,7 +603,7 @@ def test_densities_that_cannot_be(counter, street, film, tmp_path, capsys):
         ([street], "map.png", {"exit": "V1"}, "the exit V1 makes no map"),
         ([street], "nowhere/map.png", {}, "cannot be written"),
     ]:
-        with pytest.raises((OptionError, RunError), match=line):
+        with pytest.raises((OptionError, OutputError), match=line):
             count_inputs(counter, inputs, CountOptions(density=tmp_path / path, **options))
     with pytest.raises(OptionError, match="would be overwritten"):
         count_inputs(counter, [film], CountOptions(density=film))
@@ -703,7 +704,7 @@ def test_names_that_are_not_utf8(counter, street, tmp_path, capsys):
     except OSError:
         pytest.skip("this file system has no such names")
     for inputs, line in (([odd], "caf.*jpg: no row can hold this name"), ([folder], "none of the files")):
-        with pytest.raises(RunError, match=line):
+        with pytest.raises(SourceError, match=line):
             count_inputs(counter, inputs, CountOptions(format="json"))
     shutil.copy(street, folder / "good.jpg")
     capsys.readouterr()
@@ -730,7 +731,7 @@ def test_rows_of_a_stopped_run_are_not_written_over(counter, street, tmp_path):
 def test_one_run_at_a_time_writes_a_file(counter, street, tmp_path):
     out = tmp_path / "rows.json"
     for resume in (False, True):
-        with exclusive_lock(out), pytest.raises(RowError, match=r"rows\.json: another run is writing there"):
+        with exclusive_lock(out), pytest.raises(OutputError, match=r"rows\.json: another run is writing there"):
             count_inputs(counter, [street], CountOptions(format="json", out=out, resume=resume))
         assert [p.name for p in tmp_path.iterdir()] == [street.name]
     assert count_inputs(counter, [street], CountOptions(format="json", out=out)) == 1
@@ -754,14 +755,14 @@ def test_a_link_is_followed_and_a_pipe_is_none(counter, street, tmp_path):
     assert (tmp_path / "link.csv").is_symlink()
     assert (tmp_path / "real.csv").read_text().count("\n") == 2
     os.mkfifo(tmp_path / "pipe.csv")
-    with pytest.raises(RowError, match="a device or a pipe, not a file"):
+    with pytest.raises(OutputError, match="a device or a pipe, not a file"):
         count_inputs(counter, [street], CountOptions(format="csv", out=tmp_path / "pipe.csv"))
     with pytest.raises(OptionError, match="a run has ended in"):
         count_inputs(counter, [street], CountOptions(format="csv", out=tmp_path / "real.csv", resume=True))
 
 
 @pytest.mark.parametrize(
-    ("problem", "raised"), [(BrokenPipeError(32, "gone"), SystemExit), (OSError(28, "full"), RowError)]
+    ("problem", "raised"), [(BrokenPipeError(32, "gone"), SystemExit), (OSError(28, "full"), OutputError)]
 )
 def test_a_standard_output_that_takes_no_more(problem, raised, capsys):
     with pytest.raises(raised) as ended, opened(None):
