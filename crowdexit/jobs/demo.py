@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from crowdexit.errors import CrowdExitError
-from crowdexit.inference.counter import CrowdCounter, ExitResult
+from crowdexit.inference.counter import CrowdCounter
 from crowdexit.jobs.output import opened
 from crowdexit.reports.draw import banner, overlay
+from crowdexit.results import ExitResult
 from crowdexit.utils.paths import PACKAGE
 from crowdexit.utils.progress import progress_bar
 from crowdexit.video.annotate import AnnotatedVideo

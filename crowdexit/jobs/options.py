@@ -10,7 +10,7 @@ from typing import Any
 
 from crowdexit.errors import Option, OptionError
 from crowdexit.inference.budget import check_positive
-from crowdexit.inference.counter import Late, check_deadline
+from crowdexit.inference.deadline import Late, check_deadline
 from crowdexit.inference.executor import Policy
 from crowdexit.inference.policies import ANYTIME
 from crowdexit.jobs.rows import Format, checked_format

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 from crowdexit.data.image import DecodedImage, ImageError
 from crowdexit.data.mel import AudioInput
 from crowdexit.inference.anytime import DeadlineMissed
-from crowdexit.inference.counter import CountResult, CrowdCounter
+from crowdexit.inference.counter import CrowdCounter
 from crowdexit.inference.preprocessing import AudioLike, ImageLike
 from crowdexit.jobs.options import CountOptions
+from crowdexit.results import CountResult
 from crowdexit.video.container import VideoError
 from crowdexit.video.frames import Frame
 

@@ -16,13 +16,14 @@ from crowdexit.data.image import DecodedImage, ImageError, read_image
 from crowdexit.data.mel import AudioError, AudioInput
 from crowdexit.data.views import tile_boxes
 from crowdexit.inference.anytime import DeadlineMissed
-from crowdexit.inference.counter import CountResult, CrowdCounter
+from crowdexit.inference.counter import CrowdCounter
 from crowdexit.inference.preprocessing import AudioLike, audio_input
 from crowdexit.jobs.messages import say, warn
 from crowdexit.jobs.options import CountOptions
 from crowdexit.jobs.pipeline import count_frames, count_one
 from crowdexit.jobs.resume import ResumeState
 from crowdexit.jobs.sources import Source
+from crowdexit.results import CountResult
 from crowdexit.video.frames import Frame, read_frames
 from crowdexit.video.live import LiveFrames
 

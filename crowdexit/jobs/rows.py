@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from crowdexit.data.mel import AudioStatus
-from crowdexit.inference.counter import CountResult
 from crowdexit.jobs.output import OutputError
 from crowdexit.jobs.smooth import Smoother
+from crowdexit.results import CountResult
 from crowdexit.utils.files import atomic_write
 from crowdexit.video.frames import Frame
 

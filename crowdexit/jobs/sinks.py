@@ -15,7 +15,7 @@ from PIL import Image
 from crowdexit.data.image import read_image
 from crowdexit.data.mel import AudioStatus
 from crowdexit.errors import Option, OptionError
-from crowdexit.inference.counter import CountResult, CrowdCounter
+from crowdexit.inference.counter import CrowdCounter
 from crowdexit.jobs.messages import warn
 from crowdexit.jobs.options import CountOptions
 from crowdexit.jobs.output import OutputError, output_paths
@@ -25,6 +25,7 @@ from crowdexit.jobs.rows import FrameRow, Rows
 from crowdexit.jobs.sources import Source, is_single
 from crowdexit.models.network import FINAL
 from crowdexit.reports.draw import banner, overlay
+from crowdexit.results import CountResult
 from crowdexit.utils.files import atomic_write
 from crowdexit.video.annotate import AnnotatedVideo
 

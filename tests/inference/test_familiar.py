@@ -164,11 +164,11 @@ def test_tiles_are_one_image(calibrated, monkeypatch):
     is_familiar = Familiarity.is_familiar
     monkeypatch.setattr(Familiarity, "is_familiar", lambda self, sums: seen.append(sums) or is_familiar(self, sums))
     calibrated.count(large)
-    expected = calibrated.feature_sums(large)
+    expected = calibrated.predictor.feature_sums(large)
     assert expected is not None
     assert expected[-1] > 2 * 128
     assert seen[-1] == pytest.approx(expected, rel=1e-4)
-    monkeypatch.setattr("crowdexit.inference.counter.PIXELS_ABREAST", 2 * 128 * 64)
+    monkeypatch.setattr("crowdexit.inference.collate.PIXELS_ABREAST", 2 * 128 * 64)
     calibrated.count(large)
     assert seen[-1] == pytest.approx(expected, rel=1e-4)
 
@@ -215,7 +215,7 @@ def test_another_size_has_none(checkpoint, tmp_path):
 
 def test_tokens_have_none():
     network = zoo.build(zoo.Spec("transcrowd-token-s", (), {"size": [64, 64], "dim": 12, "depth": 1, "heads": 2}))
-    assert CrowdCounter(network.eval(), "tokens", runtime=Eager()).feature_sums(noise(0)) is None
+    assert CrowdCounter(network.eval(), "tokens", runtime=Eager()).predictor.feature_sums(noise(0)) is None
 
 
 def test_statistics_of_another_network_are_refused(calibrated):

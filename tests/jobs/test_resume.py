@@ -258,7 +258,7 @@ def test_what_cannot_go_on(counter, inputs, tmp_path):
 @pytest.mark.parametrize("options", [{"policy": Confident(share=0.5)}, {"deadline_ms": 1e5, "late": "fail"}])
 def test_policies_and_deadlines_go_on(counter, inputs, tmp_path, monkeypatch, options):
     """With all the time in the world, the rows are the same however the frames were counted."""
-    monkeypatch.setattr(counter, "intervals", Intervals(0.9, dict.fromkeys(counter.exits, 0.3)))
+    monkeypatch.setattr(counter.predictor, "intervals", Intervals(0.9, dict.fromkeys(counter.exits, 0.3)))
     count_inputs(counter, inputs[:1], CountOptions(format="json", out=tmp_path / "whole", fps=10, **options))
     with monkeypatch.context() as patch:
         part = "answers" if "policy" in options else "count"
