@@ -19,11 +19,12 @@ from crowdexit.data.image import decode_image
 from crowdexit.data.mel import AudioInput, AudioStatus
 from crowdexit.data.views import tile_boxes
 from crowdexit.errors import CrowdExitError
-from crowdexit.inference.counter import CrowdCounter, ExitResult
+from crowdexit.inference.counter import CrowdCounter
 from crowdexit.inference.preprocessing import audio_input
 from crowdexit.jobs.rows import UNFAMILIAR
 from crowdexit.models.network import FINAL
 from crowdexit.reports.draw import bars, overlay
+from crowdexit.results import ExitResult
 from crowdexit.runtimes.cancel import Cancelled, CancelToken
 from crowdexit.utils.memory import return_freed_memory
 

@@ -23,7 +23,8 @@ from crowdexit.data.store import Store
 from crowdexit.evaluation.evaluate import read_for_counting
 from crowdexit.evaluation.files import blank, csv_text, write_files
 from crowdexit.inference.budget import BudgetError
-from crowdexit.inference.counter import CountResult, CrowdCounter, load
+from crowdexit.inference.counter import CrowdCounter, load
+from crowdexit.results import CountResult
 
 SHARES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 

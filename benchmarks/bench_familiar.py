@@ -71,7 +71,7 @@ def close_ups(store: Store, split: str, number: int) -> Iterator[tuple[NDArray[n
 
 def unfamiliar_or_near(counter: CrowdCounter, image: NDArray[np.uint8], truth: float, by: float) -> tuple[bool, bool]:
     """Whether an image is not familiar, and whether that or a final count nearer to the truth than ``by``."""
-    sums = counter.feature_sums(image)
+    sums = counter.predictor.feature_sums(image)
     assert counter.familiarity is not None
     assert sums is not None
     unfamiliar = not counter.familiarity.is_familiar(sums)
@@ -119,7 +119,7 @@ def main() -> None:
             flags = [
                 not counter.familiarity.is_familiar(sums)
                 for i in images
-                if (sums := counter.feature_sums(i)) is not None
+                if (sums := counter.predictor.feature_sums(i)) is not None
             ]
             report(f"{args.split} {group}", [(flag, not flag) for flag in flags], "familiar")
     keep({"machine": describe(), "figures": figures}, args.json)

@@ -22,7 +22,7 @@ import cv2
 import numpy as np
 
 from benchmarks.machine import describe, in_a_line, keep
-from crowdexit.cli.commands import DEFAULT_MODEL
+from crowdexit.cli.options import DEFAULT_MODEL
 
 STREET = Path(__file__).parent.parent / "crowdexit" / "samples" / "street.jpg"
 MOST_GB = 1.5

@@ -22,7 +22,7 @@ from crowdexit.evaluation.cost import cost_of
 from crowdexit.evaluation.evaluate import count_samples
 from crowdexit.evaluation.files import blank, csv_text, write_files
 from crowdexit.inference.counter import CrowdCounter
-from crowdexit.jobs.pipeline import BATCH
+from crowdexit.jobs.options import BATCH
 from crowdexit.models import zoo
 from crowdexit.models.network import FINAL
 from crowdexit.runtimes.selection import select_runtime

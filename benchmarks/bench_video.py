@@ -23,7 +23,8 @@ import numpy as np
 from benchmarks.machine import describe, in_a_line, keep
 from crowdexit.inference.counter import CrowdCounter, Prepared, load
 from crowdexit.inference.preprocessing import load_log_mel
-from crowdexit.jobs.pipeline import BATCH, How, count_frames
+from crowdexit.jobs.options import BATCH, CountOptions
+from crowdexit.jobs.pipeline import count_frames
 from crowdexit.video.decode import FrameSampler, Span
 from crowdexit.video.frames import read_frames
 
@@ -103,11 +104,11 @@ def main() -> None:
         ready = counter.prepare(
             [(f.scaled(counter.size_for(*f.size) or f.size), load_log_mel(f.waveform)) for f in first]
         )
-        how = How(args.exit, batch=args.batch)
+        options = CountOptions(exit=args.exit, batch=args.batch)
         parts: dict[str, Callable[[], int]] = {
             "decoding": lambda: decoding(path),
             "model": lambda: model(counter, ready, args.frames, args.exit),
-            "pipeline": lambda: sum(1 for _ in count_frames(counter, read_frames(path, EVERY), "video", how)),
+            "pipeline": lambda: sum(1 for _ in count_frames(counter, read_frames(path, EVERY), "video", options)),
         }
         model(counter, ready, args.batch, args.exit)  # the first run is slower
         for _ in range(args.turns):

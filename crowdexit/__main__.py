@@ -8,7 +8,7 @@ from crowdexit.utils.signals import end_in_one_line
 def main() -> None:
     """Run the command line; signals during the imports end in one line, too."""
     end_in_one_line()
-    from crowdexit.cli import commands as cli
+    from crowdexit.cli import main as cli
 
     cli.main()
 

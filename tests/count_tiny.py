@@ -12,6 +12,7 @@ from pathlib import Path
 from tiny import tiny_counter
 
 from crowdexit.jobs.count import count_inputs
+from crowdexit.jobs.options import CountOptions
 
 if __name__ == "__main__":
     pause, out, format, *inputs = sys.argv[1:]
@@ -24,4 +25,4 @@ if __name__ == "__main__":
 
     counter.answers = slow
     resume = format != "table" and inputs != ["-"]
-    count_inputs(counter, inputs, out=Path(out), format=format, fps=10, resume=resume)
+    count_inputs(counter, inputs, CountOptions(out=Path(out), format=format, fps=10, resume=resume))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -16,3 +17,10 @@ RuntimeName = Annotated[
         "--runtime", help="auto, eager, compile, openvino, onnx, cuda; -bf16, -int8, -half (docs/runtimes.md)."
     ),
 ]
+Ids = Annotated[str, typer.Option(help="Only samples whose id matches this shell pattern.")]
+AudioFlag = Annotated[bool, typer.Option("--audio/--no-audio", help="Use audio where there is some.")]
+
+
+class Format(StrEnum):
+    table = "table"
+    json = "json"

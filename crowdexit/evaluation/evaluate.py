@@ -21,8 +21,9 @@ from crowdexit.data.image import decode_pixels
 from crowdexit.data.store import Store
 from crowdexit.errors import CrowdExitError
 from crowdexit.evaluation import classify
-from crowdexit.inference.counter import CrowdCounter, ExitResult
+from crowdexit.inference.counter import CrowdCounter
 from crowdexit.inference.models import calibration_of, open_model
+from crowdexit.results import ExitResult
 from crowdexit.utils.memory import keep_freed_memory
 
 log = logging.getLogger(__name__)
@@ -204,7 +205,7 @@ def measure_familiarity(
     """
     sums = []
     for id in ids:
-        of_one = counter.feature_sums(decode_pixels(store.read(split, id).image.tobytes(), f"{split}/{id}"))
+        of_one = counter.predictor.feature_sums(decode_pixels(store.read(split, id).image.tobytes(), f"{split}/{id}"))
         if of_one is None:
             return None
         sums.append(of_one)

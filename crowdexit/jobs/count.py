@@ -1,115 +1,40 @@
-"""From inputs to rows: what ``crowdexit count`` does once the model is loaded."""
+"""The road of ``crowdexit count``: sources, their predictions, and the sinks that these go to."""
 
 from __future__ import annotations
 
-import io
-import math
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
-from itertools import islice
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-from crowdexit.data.image import DecodedImage, ImageError, read_image
-from crowdexit.data.mel import AudioError, AudioInput, AudioStatus
-from crowdexit.data.views import tile_boxes
-from crowdexit.errors import CrowdExitError
-from crowdexit.inference.anytime import DeadlineMissed
-from crowdexit.inference.counter import CountResult, CrowdCounter, Late
-from crowdexit.inference.executor import Policy
-from crowdexit.inference.policies import ANYTIME
-from crowdexit.inference.preprocessing import AudioLike, audio_input
-from crowdexit.jobs.pipeline import How, count_frames
-from crowdexit.jobs.resume import Left, note_of, recipe, resumable, take_up, was_stopped
-from crowdexit.jobs.rows import (
-    Format,
-    FrameRow,
-    Rows,
-    alone,
-    beside,
-    checked_format,
-    opened,
-    part_of,
-    whole,
-    write_parquet,
-    writer,
-)
-from crowdexit.jobs.smooth import HALF_LIFE_S, Smoother
-from crowdexit.jobs.sources import Source, expand
-from crowdexit.models.network import FINAL
-from crowdexit.reports.draw import banner, overlay
-from crowdexit.utils.files import write_problem
-from crowdexit.utils.paths import output_file_problem, output_folder_problem
-from crowdexit.video.annotate import AnnotatedVideo
-from crowdexit.video.container import VideoError
-from crowdexit.video.decode import DEFAULT_FPS, Span
-from crowdexit.video.frames import Frame, expected_rows, read_frames
-from crowdexit.video.live import LiveFrames
-
-# Why audio that was named is not used.
-_NOT_USED: dict[AudioStatus, str] = {
-    "none": "there is none at the time of the counted frames",
-    "unreadable": "it cannot be read",
-    "tiled": "the image is cut into tiles, and audio belongs to all of it",
-    "switched off": "the exit that answers takes none",
-}
-
-
-class RunError(CrowdExitError):
-    """Options that do not go together, or results that cannot be written."""
+from crowdexit.inference.counter import CrowdCounter
+from crowdexit.jobs.checks import NOTHING_COUNTED, check_inputs, nameable
+from crowdexit.jobs.messages import warn
+from crowdexit.jobs.options import CountOptions
+from crowdexit.jobs.predict import BudgetPredictor, Predictor, SourcePredictor
+from crowdexit.jobs.resume import ResumeState, open_rows
+from crowdexit.jobs.rows import Rows, writer
+from crowdexit.jobs.sinks import Drawings, ProgressSink, Report, RowSink, Sink
+from crowdexit.jobs.sources import Kind, Source, SourceError, expand, is_single, skip_unreadable
+from crowdexit.utils.progress import progress_bar
+from crowdexit.video.frames import expected_rows
 
 
 def count_inputs(
     counter: CrowdCounter,
     inputs: Sequence[str | Path],
+    options: CountOptions | None = None,
     *,
-    audio: Path | None = None,
-    exit: str = "auto",
-    deadline_ms: float | None = None,
-    late: Late = "wait",
-    policy: Policy = ANYTIME,
-    budget_ms: float | None = None,
-    fps: float | None = None,
-    start: float = 0.0,
-    end: float = math.inf,
-    batch: int | None = None,
-    smooth: float = HALF_LIFE_S,
-    format: Format = "table",
-    out: Path | None = None,
-    resume: bool = False,
-    density: Path | None = None,
-    annotate: Path | None = None,
     progress: bool = True,
 ) -> int:
     """Count images, folders, videos or a live source, and write a row for each image and each counted frame.
 
-    An image ``x.jpg`` is heard with ``x.wav`` beside it, a video with its own sound. A file of a folder that
-    cannot be counted is reported on the standard error and passed over; one that is named itself is an error.
+    An image ``x.jpg`` is counted with the audio ``x.wav`` beside it, a video with its own. A file of a folder that
+    cannot be counted is reported on the standard error and skipped; one that is named itself is an error.
 
     Args:
-        audio: the audio of a single image, or in place of a single video's own.
-        exit, deadline_ms, late, policy: of each of them, as of :meth:`CrowdCounter.count`.
-        budget_ms: of all together, for images alone, as of :meth:`CrowdCounter.count_many`.
-        fps: frames a second to count in videos; default: one.
-        start, end: of each video only what is shown from then to then, in seconds; of a live source, when to end.
-        batch: frames of a video to count at once; default: as of :func:`count_frames`.
-        smooth: half-life of a video's smoothed count, in seconds.
-        out: the file for the rows; default: the standard output.
-        resume: go on with a run that was stopped while it wrote into ``out``; there need not be one yet.
-        density: where to draw what was counted: of a single image ``.png`` or ``.npy`` ((h, w) float32, heads
-            a cell), of a single video as ``annotate``; of several inputs a folder.
-        annotate: where to write the counted frames with what was counted: ``.mp4``, of several inputs a folder.
         progress: show a bar on the standard error, where that is a terminal and the rows go elsewhere.
 
     Returns:
@@ -119,471 +44,77 @@ def count_inputs(
         CrowdExitError: for inputs or options that cannot be used.
         KeyboardInterrupt: after Ctrl-C; SystemExit with 143: after SIGTERM. Of a live source, all is written and whole.
     """
-    checked_format(format)
-    sources = _printable(expand(inputs))
-    single = len(sources) == 1 and sources[0].named
-    live = sources[0].kind == "live"
-    resumes = out is not None and format != "table" and not live and budget_ms is None
-    if audio is not None and not (single and not live):
-        raise RunError(f"--audio {audio}: a sound belongs to one image or video, not to several or a live source")
-    if out is not None and out.is_symlink():
-        out = out.resolve()  # what it points to is written, not another file in its place
-    taken = check_outputs(sources, audio=audio, out=out, density=density, annotate=annotate)
-    if live and start:
-        raise RunError(f"--start {start:g}: a live source begins now")
-    if format == "parquet" and out is None:
-        raise RunError("--format parquet: name a file with --out")
-    if budget_ms is not None:
-        if any(source.kind != "image" for source in sources):
-            raise RunError("--budget-ms: images share a budget, a video has none")
-        if exit != "auto" or deadline_ms is not None or policy is not ANYTIME or density is not None:
-            raise RunError(
-                "--budget-ms: a budget chooses the exits itself, without --exit, --deadline-ms, --policy or --density"
-            )
-        if resume:
-            raise RunError("--resume: a budget is for all images in one run, what is left of it does not go on")
-    if resume and not resumes:
-        raise RunError("--resume: only rows of files go on, in --out as csv, json or parquet")
-    if resume and deadline_ms is not None and late == "fail" and len(set(sources)) < len(sources):
-        raise RunError("--resume: with --late fail it could not be told where a file that is named twice begins again")
-    if resume and (annotate or density):
-        raise RunError("--resume: what is drawn cannot go on where it was stopped, only rows can")
-    span = Span(DEFAULT_FPS if fps is None else fps, start, end)
-    how = How(exit, deadline_ms, late, policy, 1 if live and batch is None else batch)
-    left = Left(Smoother(smooth))
-    drawings = _Drawings(density, annotate, sources, single, exit, counter, taken)
-    names = [s.name for s in sources]
-
+    sources = nameable(expand(inputs))
+    options = (options or CountOptions()).for_sources(sources)
+    named = check_inputs(sources, options)
+    drawings = Drawings(options, sources, counter, named)
     with ExitStack() as stack:
-        finish = write_parquet if format == "parquet" else Path.replace
-        if out is not None:
-            if resume and out.exists() and not was_stopped(out):
-                raise RunError(f"--resume: a run has ended in {out}; delete it to count again")
-            stack.enter_context(alone(out))
-            if not resume and was_stopped(out):
-                hint = "--resume goes on with it, or delete" if note_of(out).is_file() else "rename or delete its rows,"
-                raise RunError(f"{out}: a run was stopped there; {hint} {part_of(out)}")
-        if out is not None and resumes:
-            wanted = recipe(
-                counter,
-                sources,
-                audio,
-                format=format,
-                fps=span.fps,
-                start=start,
-                end=end,
-                smooth=smooth,
-                exit=exit,
-                deadline_ms=deadline_ms,
-                late=late,
-                policy=policy,
-            )
-            if resume and was_stopped(out):
-                left = take_up(out, wanted, format, names, how.at_once)
-            file = stack.enter_context(resumable(out, wanted, going_on=left.rows > 0, finish=finish))
-        else:
-            file = stack.enter_context(opened(out, finish=finish))
-        advance = stack.enter_context(_bar(sources, span, left.rows, shown=progress and not file.isatty()))
-        if deadline_ms is not None:
-            counter.warm_up(exit)
-            _warn_if_too_short(counter, exit, deadline_ms)
-        only_image = single and sources[0].kind == "image"
-        lines = writer(format, file, names, single=only_image, begun=left.rows > 0)
-        job = _Job(counter, audio, how, span, lines, drawings, advance)
-        rows = left.rows
-        for _ in job.all_rows(sources, left) if budget_ms is None else job.rows_within(budget_ms, sources):
-            rows += 1
-        job.warn_late(rows - left.rows)
-        if rows == 0 and job.interrupted:
-            raise _end_by(job.interrupted)
-        if rows == 0:
-            raise RunError("none of the files could be counted")
-    if job.interrupted:
-        raise _end_by(job.interrupted)
-    return rows
+        file, state = stack.enter_context(open_rows(counter, sources, options))
+        shown = progress and sys.stderr.isatty() and not file.isatty()
+        advance = stack.enter_context(_bar(sources, options, state)) if shown else _nowhere
+        if options.deadline_ms is not None:
+            _warm_up(counter, options.exit, options.deadline_ms)
+        rows, report = RowSink(_writer(sources, options, state, file)), Report(options)
+        sinks: Sequence[Sink] = (rows, report, drawings, ProgressSink(advance))
+        predictor: Predictor = SourcePredictor(counter, options, report.reader_warning)
+        if options.budget_ms is not None:
+            predictor = BudgetPredictor(counter, options, sources)
+
+        for source, at in state.remaining(sources):
+            with skip_unreadable(source):
+                _count(predictor, source, at, sinks)
+
+        report.summarize(rows.written)
+        total = state.rows + rows.written
+        if total == 0:
+            raise _ended_by(predictor.interrupted) if predictor.interrupted else SourceError(NOTHING_COUNTED)
+    if predictor.interrupted:
+        raise _ended_by(predictor.interrupted)
+    return total
 
 
-def check_outputs(
-    sources: Sequence[Source],
-    *,
-    audio: Path | None = None,
-    out: Path | None = None,
-    density: Path | None = None,
-    annotate: Path | None = None,
-) -> set[Path]:
-    """Refuse paths that the results of :func:`count_inputs` cannot go to, before anything is loaded.
-
-    Returns:
-        All files that have been named, resolved: inputs and what will be written.
-
-    Raises:
-        RunError: for a path that is an input or cannot be written, or that does not suit the inputs.
-    """
-    single = len(sources) == 1 and sources[0].named
-    named: set[Path] = set()
-    given = {path.resolve() for s in sources for path in (s.path, s.audio, audio) if path is not None}
-    for option, path in (("--out", out), ("--density", density), ("--annotate", annotate)):
-        if path is None:
-            continue
-        if path.resolve() in given:
-            raise RunError(f"{option} {path}: this is an input, it would be overwritten")
-        is_one_file = single or option == "--out"  # else a folder, in which nothing is overwritten
-        problem = output_file_problem(path) if is_one_file else output_folder_problem(path)
-        if problem is None and option == "--out" and not path.parent.is_dir():
-            problem = f"cannot be written, there is no folder {path.parent}"
-        if problem is not None:
-            raise RunError(f"{option} {path}: {problem}")
-        written = beside(path) if is_one_file else set()
-        if overwritten := written & (given | named):
-            raise RunError(f"{option} {path}: {min(overwritten)} would be overwritten, choose another name")
-        named |= written
-    kinds = {s.kind for s in sources}
-    if annotate is not None and kinds == {"image"}:
-        raise RunError(f"--annotate {annotate}: this is for videos; of images, --density shows the map")
-    if annotate is not None and density is not None and "image" not in kinds:
-        raise RunError(f"--density {density}: of a video, --annotate draws it; name one of the two")
-    for option, path in (("--density", density), ("--annotate", annotate)):
-        if path is None:
-            continue
-        suffix = path.suffix.lower()
-        if not single:
-            if suffix in (".png", ".npy", ".mp4"):
-                raise RunError(f"{option} {path}: for several inputs this has to be a folder")
-            continue
-        kind = sources[0].kind
-        suffixes = (".png", ".npy") if kind == "image" else (".mp4",)
-        if suffix not in suffixes:
-            of = {"live": "a live source", "video": "a video", "image": "an image"}[kind]
-            raise RunError(f"{option} {path}: of {of} this ends in {' or '.join(suffixes)}")
-    return given | named
+def _count(predictor: Predictor, source: Source, state: ResumeState, sinks: Sequence[Sink]) -> None:
+    """Count a source from where it is to go on; each prediction goes to every sink at once."""
+    with ExitStack() as stack:
+        writes = [stack.enter_context(sink.open(source, state)) for sink in sinks]
+        for prediction in stack.enter_context(closing(predictor.predict(source, state))):
+            for write in writes:
+                write(prediction)
 
 
-@dataclass
-class _Job:
-    """How each source is counted, and where that is written."""
-
-    counter: CrowdCounter
-    audio: Path | None
-    how: How
-    span: Span
-    lines: Rows
-    drawings: _Drawings
-    advance: Callable[[str], None]
-    late: int = 0  # answers that came after the deadline
-    interrupted: int = 0  # the signal that came while a live source was counted, which is how most of them end
-
-    def all_rows(self, sources: Sequence[Source], left: Left) -> Iterator[None]:
-        """Count sources one after the other, from where a stopped run has left; yield after each row written."""
-        for number, source in enumerate(sources):
-            if number < left.source or (number == left.source and source.kind == "image"):
-                continue
-            at = left if number == left.source else Left(Smoother(left.smoother.half_life))
-            try:
-                if source.kind == "image":
-                    yield from self._image(source)
-                else:
-                    yield from self._live(source, at) if source.kind == "live" else self._video(source, at)
-            except (ImageError, VideoError, AudioError, DeadlineMissed) as error:
-                _pass_over(source, error)
-
-    def rows_within(self, budget_ms: float, sources: Sequence[Source]) -> Iterator[None]:
-        """Count images within a time for all of them, and yield after each row written."""
-        results = self.counter.count_many(map(self._sample, sources), budget_ms=budget_ms, number=len(sources))
-        for source, result in zip(sources, results, strict=True):
-            if result is not None:
-                self._write(source, result)
-                yield
-
-    def _image(self, source: Source) -> Iterator[None]:
-        try:
-            result = self._count(source, self.audio or source.audio)
-        except AudioError as error:
-            if self.audio is not None:
-                raise
-            result = self._count(source, _unreadable(error))
-        self._write(source, result)
-        self.drawings.image(source, result)
-        yield
-
-    def _write(self, source: Source, result: CountResult) -> None:
-        """Write the row of an image, and tell its warnings."""
-        self.late += result.in_time is False
-        self.lines.image(source.name, result)
-        for warning in result.warnings:
-            _warn(f"{source.path}: {warning}")
-        self._warn_of_unused_audio({result.audio})
-        self.advance("")
-
-    def warn_late(self, rows: int) -> None:
-        """Say how many of the rows of this run were answered after the deadline."""
-        if self.late:
-            marked = f" ({self.late} of {rows} rows)" if rows > 1 else ""
-            _warn(f"answered after the deadline of {self.how.deadline_ms:g} ms{marked}")
-
-    def _warn_of_unused_audio(self, statuses: set[AudioStatus]) -> None:
-        """Say that the audio which the user has named was not used, and why; ``statuses`` are those of the rows."""
-        if self.audio is None or "used" in statuses:
-            return
-        for status in sorted(statuses):
-            _warn(f"--audio {self.audio}: not used, {_NOT_USED[status]}")
-
-    def _count(self, source: Source, audio: AudioLike | None) -> CountResult:
-        how = self.how
-        by: dict[str, Any] = {"exit": how.exit, "deadline_ms": how.deadline_ms, "late": how.late}
-        try:
-            return self.counter.count(source.path, audio, **by, policy=how.policy)
-        except DeadlineMissed as error:
-            raise DeadlineMissed(f"{source.path}: {error}") from None
-
-    def _sample(self, source: Source) -> tuple[DecodedImage, AudioInput] | None:
-        """An image with its audio; None of one that cannot be counted."""
-        try:
-            fits = partial(tile_boxes, native=self.counter.size)
-            image, audio = read_image(source.path, fits), audio_input(self.audio)
-        except (ImageError, AudioError) as error:
-            _pass_over(source, error)
-            return None
-        if self.audio is None:
-            try:
-                audio = audio_input(source.audio)
-            except AudioError as error:
-                audio = _unreadable(error)
-        return image, audio
-
-    def _video(self, source: Source, left: Left) -> Iterator[None]:
-        span = replace(self.span, after=left.after)
-        reported: set[str] = set()
-
-        def warn(line: str) -> None:
-            reported.add(line)
-            _warn(line)
-
-        frames = read_frames(source.path, span, audio=self.audio, warn=warn)
-        for _ in self._frames(source, frames, left, reported, audio=self.audio or source.path):
-            self.advance("")
-            yield
-
-    def _live(self, source: Source, left: Left) -> Iterator[None]:
-        assert source.address is not None
-        frames, rows = LiveFrames(source.address, self.span, _warn), 0
-
-        def interrupt(number: int, _: object) -> None:
-            self.interrupted = number
-            frames.stop()
-
-        with _on_interrupt(interrupt):
-            for _ in self._frames(source, frames, left, set(), audio=None):
-                rows += 1
-                self.advance(f"{frames.dropped} dropped")
-                yield
-        _print_line(f"{source.name}: {rows} frames counted, {frames.dropped} dropped")
-
-    def _frames(
-        self, source: Source, frames: Iterable[Frame], left: Left, reported: set[str], *, audio: Path | None
-    ) -> Iterator[None]:
-        """Count frames; ``reported``: the reader's warnings that have been printed; rows may hold some too."""
-        counted, rows, missed = count_frames(self.counter, frames, source.name, self.how), left.frames, 0
-        within = f"no exit answered within {self.how.deadline_ms or 0:g} ms"
-        statuses: set[AudioStatus] = set()
-        with ExitStack() as stack:
-            drawn = self.drawings.video(source, audio, 1 / self.span.fps)
-            if drawn is not None:
-                stack.enter_context(drawn)
-            stack.callback(counted.close)
-            for frame, result in islice(counted, left.again, None):
-                if result is None:
-                    missed += 1
-                    if missed == 1:
-                        _warn(f"{source.name} at {frame.time_s:.1f} s: {within}; such frames have no row")
-                    continue
-                rows += 1
-                self.late += result.in_time is False
-                self.lines.frame(FrameRow.of(source.name, frame, result, left.smoother))
-                statuses.add(result.audio)
-                for (
-                    warning
-                ) in result.warnings:  # each stands in the row of every frame that has it, but is reported once
-                    # The reader sums damage up at the end.
-                    if warning not in reported and warning != frame.loss_warning:
-                        _warn(f"{source.name} at {frame.time_s:.1f} s: {warning}")
-                    reported.add(warning)
-                if drawn is not None:
-                    drawn.add(_annotated(frame, result), frame)
-                yield
-            if statuses:
-                self._warn_of_unused_audio(statuses)
-            if missed and not rows and not self.interrupted:
-                raise DeadlineMissed(f"{source.name}: {within}, in any of {missed} frames")
-            if missed > 1:
-                _warn(f"{source.name}: {missed} of {rows - left.frames + missed} frames have no row: {within}")
+def _writer(sources: Sequence[Source], options: CountOptions, state: ResumeState, file: TextIO) -> Rows:
+    one_image = is_single(sources) and sources[0].kind == "image"
+    names = [source.name for source in sources]
+    return writer(options.format, file, names, single=one_image, begun=state.rows > 0)
 
 
-@dataclass
-class _Drawings:
-    """Where the images of what was counted go; :func:`check_outputs` has seen the paths.
-
-    Raises:
-        RunError: if there is no map to draw, or a folder cannot be made.
-    """
-
-    density: Path | None
-    annotate: Path | None
-    sources: Sequence[Source]
-    single: bool
-    exit: str
-    counter: CrowdCounter
-    taken: set[Path]  # what the user has named, and what has been drawn
-
-    def __post_init__(self) -> None:
-        if self.density is not None:
-            if not self.counter.network.exit_module(FINAL).maps:
-                raise RunError(f"--density: {self.counter.model} makes no map, it counts directly")
-            if self.exit not in (FINAL, "auto"):
-                raise RunError(f"--density: the exit {self.exit} makes no map, only the final one does")
-        for option, path in (("--density", self.density), ("--annotate", self.annotate)):
-            if path is not None and not self.single:
-                try:
-                    path.mkdir(parents=True, exist_ok=True)
-                except OSError as error:
-                    raise RunError(f"{option} {path}: cannot be made ({error.strerror})") from None
-
-    def image(self, source: Source, result: CountResult) -> None:
-        """Write an image's density, if that is wanted."""
-        if self.density is None:
-            return
-        density = _density_of(result)
-        if density is None:
-            _print_line(f"warning: {source.path}: no density map, the answer is from before the final exit")
-            return
-        target = self._target(self.density, source, ".png")
-        data = io.BytesIO()
-        if target.suffix.lower() == ".npy":
-            np.save(data, density.astype(np.float32))
-        else:
-            Image.fromarray(overlay(read_image(source.path).pixels, density)).save(data, "PNG")
-        try:
-            with whole(target) as new:
-                new.write_bytes(data.getvalue())
-        except OSError as error:
-            raise RunError(write_problem(target, error)) from None
-
-    def video(self, source: Source, audio: Path | None, usual: float) -> AnnotatedVideo | None:
-        """A video to draw the counted frames into, if that is wanted."""
-        path = self.annotate or self.density
-        if path is None:
-            return None
-        return AnnotatedVideo(self._target(path, source, ".mp4"), audio, usual, endless=source.kind == "live")
-
-    def _target(self, path: Path, source: Source, suffix: str) -> Path:
-        if self.single:
-            return path
-        target, number = path / (source.path.stem + suffix), 2
-        while beside(target) & self.taken:  # x.jpg and x.png, or of two folders, or an input
-            target, number = path / f"{source.path.stem}-{number}{suffix}", number + 1
-        self.taken.add(target.resolve())
-        return target
+def _bar(
+    sources: Sequence[Source], options: CountOptions, state: ResumeState
+) -> AbstractContextManager[Callable[[str], None]]:
+    rows_of: dict[Kind, Callable[[Source], int]] = {
+        "image": lambda source: 1,
+        "video": lambda source: expected_rows(source.path, options.span),
+        "live": lambda source: 0,
+    }
+    return progress_bar("counting", sum(rows_of[source.kind](source) for source in sources), done=state.rows)
 
 
-def _unreadable(error: AudioError) -> AudioInput:
-    """In place of audio that nobody has named and that cannot be read."""
-    return AudioInput(None, "unreadable", (f"{error}; counted without it",))
+def _nowhere(word: str) -> None:
+    """Where no bar is shown."""
 
 
-def _density_of(result: CountResult) -> NDArray[np.float32] | None:
-    return next((e.density for e in result.exits if e.density is not None), None)
-
-
-def _annotated(frame: Frame, result: CountResult) -> NDArray[np.uint8]:
-    """A frame with its density, where there is one, and its count."""
-    density = _density_of(result)
-    image = frame.image if density is None else overlay(frame.image, density)
-    return banner(image, f"{frame.time_s:.1f} s: {result.count:.0f} people ({result.chosen.exit})")
-
-
-@contextmanager
-def _on_interrupt(handler: Callable[[int, object], None]) -> Iterator[None]:
-    """Call this at the first Ctrl-C or SIGTERM rather than be interrupted; only the main thread can."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def restore() -> None:
-        for number, former in before.items():
-            signal.signal(number, former)
-
-    def once(number: int, frame: object) -> None:
-        restore()
-        handler(number, frame)
-
-    before = {number: signal.signal(number, once) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        restore()
-
-
-def _end_by(number: int) -> BaseException:
-    """How a signal ends a run that has written all it had."""
-    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
-
-
-@contextmanager
-def _bar(sources: Sequence[Source], span: Span, done: int, *, shown: bool) -> Iterator[Callable[[str], None]]:
-    """A progress bar on the standard error; yields what moves it on by a row, with a word behind it."""
-    console = Console(stderr=True)
-    if not (shown and console.is_terminal):
-        yield lambda word: None
-        return
-    total = {"image": lambda s: 1, "video": lambda s: expected_rows(s.path, span), "live": lambda s: 0}
-    rows = sum(total[s.kind](s) for s in sources)
-    columns = (TextColumn("counting"), BarColumn(), TextColumn("{task.completed:.0f} {task.description}"))
-    timing = (TimeElapsedColumn(), TimeRemainingColumn())
-    # The rows have their own way to the standard output, which may be a pipe.
-    with Progress(*columns, *timing, console=console, redirect_stdout=False, transient=True) as progress:
-        task = progress.add_task("", total=rows or None, completed=done)
-        yield lambda word: progress.update(task, advance=1, description=word)
-
-
-def _warn(line: str) -> None:
-    _print_line(f"warning: {line}")
-
-
-def _printable(sources: Sequence[Source]) -> list[Source]:
-    """Those whose names rows can hold, which is in UTF-8.
-
-    Raises:
-        RunError: if there is none, or one that was named itself has another name.
-    """
-    good = []
-    for source in sources:
-        try:
-            source.name.encode()
-            good.append(source)
-        except UnicodeEncodeError:
-            name = source.name.encode(errors="backslashreplace").decode()
-            _pass_over(source, RunError(f"{name}: no row can hold this name, it is not in UTF-8"))
-    if not good:
-        raise RunError("none of the files could be counted")
-    return good
-
-
-def _warn_if_too_short(counter: CrowdCounter, exit: str, deadline_ms: float) -> None:
-    """Say before the run that a deadline is shorter than any exit takes, where it is."""
-    name, takes = counter.first_answer(exit)
+def _warm_up(counter: CrowdCounter, exit: str, deadline_ms: float) -> None:
+    """Get ready before the first deadline begins, and warn if it is shorter than any exit takes."""
+    counter.warm_up(exit)
+    first, takes = counter.first_answer(exit)
     if takes > deadline_ms:
         width, height = counter.size
-        _warn(
-            f"no exit is as fast as {deadline_ms:g} ms here: the first, {name}, takes about {takes:.0f} ms for an "
+        warn(
+            f"no exit is as fast as {deadline_ms:g} ms here: the first, {first}, takes about {takes:.0f} ms for an "
             f"image of {width}×{height}"
         )
 
 
-def _pass_over(source: Source, error: CrowdExitError) -> None:
-    """Say that a file of a folder is not counted; one that is named itself is an error."""
-    if source.named:
-        raise error
-    _print_line(f"skipped: {error}")
-
-
-def _print_line(line: str) -> None:
-    print(line, file=sys.stderr)
+def _ended_by(number: int) -> BaseException:
+    """How a signal ends a run that has written all it had."""
+    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)

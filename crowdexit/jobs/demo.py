@@ -8,14 +8,15 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from crowdexit.errors import CrowdExitError
-from crowdexit.inference.counter import CrowdCounter, ExitResult
-from crowdexit.jobs.rows import opened
+from crowdexit.inference.counter import CrowdCounter
+from crowdexit.jobs.output import opened
 from crowdexit.reports.draw import banner, overlay
+from crowdexit.results import ExitResult
 from crowdexit.utils.paths import PACKAGE
+from crowdexit.utils.progress import progress_bar
 from crowdexit.video.annotate import AnnotatedVideo
 from crowdexit.video.decode import Span
 from crowdexit.video.frames import expected_rows, read_frames
@@ -52,16 +53,14 @@ def run_demo(counter: CrowdCounter, out: Path, console: Console) -> None:
     )
     counts: list[int] = []
     answers: list[list[ExitResult]] = []
-    columns = (TextColumn("counting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
         opened(table) as file,
         AnnotatedVideo(video, clip, 1 / FPS) as drawn,
-        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
+        progress_bar("counting", expected_rows(clip, Span(FPS)), console=console) as advance,
     ):
         rows = csv.writer(file, lineterminator="\n")
         names = [f"{name}_{what}" for name in counter.exits for what in ("count", "latency_ms")]
         rows.writerow(["frame", "time_s", "true_count", *names])
-        task = progress.add_task("", total=expected_rows(clip, Span(FPS)))
         for frame in read_frames(clip, Span(FPS)):
             image = frame.image
             if not answers:  # the first run warms up, and no latency should tell of it
@@ -74,7 +73,7 @@ def run_demo(counter: CrowdCounter, out: Path, console: Console) -> None:
             last = results[-1]
             image = image if last.density is None else overlay(image, last.density)
             drawn.add(banner(image, f"counted {last.count:.0f}, true {counts[-1]} (simulated audio)"), frame)
-            progress.advance(task)
+            advance()
     console.print(_summary(counts, answers))
     console.print(
         f"Truth: {np.mean(counts):.1f} people a frame ({min(counts)} to {max(counts)}, {len(counts)} frames)."

@@ -6,7 +6,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -14,14 +13,13 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 from crowdexit.data.image import DecodedImage, ImageError
 from crowdexit.data.mel import AudioInput
 from crowdexit.inference.anytime import DeadlineMissed
-from crowdexit.inference.counter import CountResult, CrowdCounter, Late
-from crowdexit.inference.executor import Policy
-from crowdexit.inference.policies import ANYTIME
+from crowdexit.inference.counter import CrowdCounter
+from crowdexit.inference.preprocessing import AudioLike, ImageLike
+from crowdexit.jobs.options import CountOptions
+from crowdexit.results import CountResult
 from crowdexit.video.container import VideoError
 from crowdexit.video.frames import Frame
 
-BATCH = 4
-MOST_AT_ONCE = 64
 _PATIENCE_S = 5.0  # for a thread to end what it is at
 
 T = TypeVar("T")
@@ -110,43 +108,12 @@ class _Ready(NamedTuple):
     counting: Callable[[], list[CountResult]]
 
 
-@dataclass(frozen=True)
-class How:
-    """How frames are counted.
-
-    Attributes:
-        exit, deadline_ms, late, policy: of each frame, as of :meth:`CrowdCounter.count`. Without a deadline only the
-            exits that the answer needs are asked.
-        batch: frames to count at once, which does not change their counts; default: four, with a deadline one.
-
-    Raises:
-        VideoError: for a batch that is none, or has to keep a deadline.
-    """
-
-    exit: str = "auto"
-    deadline_ms: float | None = None
-    late: Late = "wait"
-    policy: Policy = ANYTIME
-    batch: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.batch is not None and not 1 <= self.batch <= MOST_AT_ONCE:
-            raise VideoError(f"a batch of {self.batch} frames (there are 1 to {MOST_AT_ONCE})")
-        if self.at_once > 1 and self.deadline_ms is not None:
-            raise VideoError(f"a batch of {self.batch} frames cannot keep a deadline")
-
-    @property
-    def at_once(self) -> int:
-        """How many frames are counted at once."""
-        return self.batch or (BATCH if self.deadline_ms is None else 1)
-
-
 def count_frames(
-    counter: CrowdCounter, frames: Iterable[Frame], name: str, how: How | None = None
+    counter: CrowdCounter, frames: Iterable[Frame], name: str, options: CountOptions | None = None
 ) -> Generator[tuple[Frame, CountResult | None], None, None]:
     """Count frames as they come, in their order; the next ones are read and prepared meanwhile.
 
-    With None of a frame that no exit answered in time, where that fails (:attr:`How.late`).
+    With None of a frame that no exit answered in time, where that fails (:attr:`CountOptions.late`).
 
     Args:
         frames: with their audio; a generator is closed at the end. What can be stopped is live: nothing of it is
@@ -156,16 +123,16 @@ def count_frames(
     Raises:
         CrowdExitError: as reading and counting do.
     """
-    how = how or How()
-    if how.deadline_ms is not None:
-        counter.make_ready_for(how.policy)  # before anything else keeps the machine busy
+    options = options or CountOptions()
+    if options.deadline_ms is not None:
+        counter.make_ready_for(options.policy)  # before anything else keeps the machine busy
     with ExitStack() as stack:
         if isinstance(frames, Stoppable):
             stack.callback(frames.stop)
-            ready = _prepared(counter, frames, how)
+            ready = _prepared(counter, frames, options)
         else:
             threads = stack.enter_context(Threads())
-            ready = threads.ahead(_prepared(counter, threads.ahead(frames, how.at_once + 1), how), 1)
+            ready = threads.ahead(_prepared(counter, threads.ahead(frames, options.batch_size + 1), options), 1)
         try:
             for group, counting in ready:
                 counted: Sequence[CountResult | None]
@@ -178,7 +145,7 @@ def count_frames(
             raise VideoError(f"{name}: {error}") from None
 
 
-def _prepared(counter: CrowdCounter, frames: Iterable[Frame], how: How) -> Iterator[_Ready]:
+def _prepared(counter: CrowdCounter, frames: Iterable[Frame], options: CountOptions) -> Iterator[_Ready]:
     """Frames in groups, all but the counting done."""
     group: list[tuple[Frame, DecodedImage, AudioInput]] = []
 
@@ -186,24 +153,29 @@ def _prepared(counter: CrowdCounter, frames: Iterable[Frame], how: How) -> Itera
         batch = counter.prepare([(image, audio) for _, image, audio in group])
         of_frames = [frame for frame, *_ in group]
         group.clear()
-        return _Ready(of_frames, partial(counter.answers, batch, exit=how.exit, policy=how.policy))
+        return _Ready(of_frames, partial(counter.answers, batch, exit=options.exit, policy=options.policy))
 
     for frame in frames:
         size = counter.size_for(*frame.size)
         image, audio = DecodedImage(frame.scaled(size or frame.size), frame.warnings), frame.audio
-        if size is not None and how.deadline_ms is None:
+        if size is not None and options.deadline_ms is None:
             group.append((frame, image, audio))
-            if len(group) == how.at_once:
+            if len(group) == options.batch_size:
                 yield ready()
             continue
         if group:
             yield ready()
         # To be cut into tiles, or to be counted exit by exit until the time is up.
-        yield _Ready([frame], partial(_alone, counter, image, audio, how))
+        yield _Ready([frame], partial(_one, counter, image, audio, options))
     if group:
         yield ready()
 
 
-def _alone(counter: CrowdCounter, image: DecodedImage, audio: AudioInput, how: How) -> list[CountResult]:
-    by: dict[str, Any] = {"exit": how.exit, "deadline_ms": how.deadline_ms, "late": how.late}
-    return [counter.count(image, audio, **by, policy=how.policy)]
+def count_one(counter: CrowdCounter, image: ImageLike, audio: AudioLike | None, options: CountOptions) -> CountResult:
+    """Count an image as the options say; see :meth:`CrowdCounter.count`."""
+    by: dict[str, Any] = {"exit": options.exit, "deadline_ms": options.deadline_ms, "late": options.late}
+    return counter.count(image, audio, **by, policy=options.policy)
+
+
+def _one(counter: CrowdCounter, image: ImageLike, audio: AudioLike | None, options: CountOptions) -> list[CountResult]:
+    return [count_one(counter, image, audio, options)]

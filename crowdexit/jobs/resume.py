@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from crowdexit.errors import CrowdExitError
+from crowdexit.errors import CrowdExitError, Option, OptionError
 from crowdexit.inference.counter import CrowdCounter
-from crowdexit.jobs.rows import COLUMNS, Format, csv_text, opened, part_of, whole
+from crowdexit.jobs.options import CountOptions
+from crowdexit.jobs.output import exclusive_lock, opened, part_of
+from crowdexit.jobs.rows import COLUMNS, Format, csv_text, write_parquet
 from crowdexit.jobs.smooth import Smoother
 from crowdexit.jobs.sources import Source
 from crowdexit.runtimes import selection
+from crowdexit.utils.files import atomic_write
 
 
 class ResumeError(CrowdExitError):
@@ -26,8 +29,8 @@ class ResumeError(CrowdExitError):
 
 
 @dataclass
-class Left:
-    """What a stopped run has left.
+class ResumeState:
+    """Where a stopped run is to go on.
 
     Attributes:
         rows: written, in all.
@@ -46,8 +49,16 @@ class Left:
     after: int = -1
     again: int = 0
 
+    def remaining(self, sources: Sequence[Source]) -> Iterator[tuple[Source, ResumeState]]:
+        """The sources that are not counted to their end, each with where it is to go on."""
+        for number, source in enumerate(sources):
+            if number == self.source and source.kind != "image":
+                yield source, self
+            elif number > self.source:
+                yield source, ResumeState(Smoother(self.smoother.half_life))
 
-def recipe(counter: CrowdCounter, sources: Sequence[Source], audio: Path | None, **options: object) -> dict[str, Any]:
+
+def recipe(counter: CrowdCounter, sources: Sequence[Source], options: CountOptions) -> dict[str, Any]:
     """All that the rows depend on, as plain data: the network, what runs it, the files by name and size, the options.
 
     With a deadline rows depend on how fast the machine is at the time as well. That can no more be compared between
@@ -60,8 +71,8 @@ def recipe(counter: CrowdCounter, sources: Sequence[Source], audio: Path | None,
         "runtime": counter.chain.runtime,
         "columns": COLUMNS,
         "inputs": [[*_size_of(source.path), *_size_of(source.audio)] for source in sources],
-        "audio": _size_of(audio),
-        **options,
+        "audio": _size_of(options.audio),
+        **options.of_rows(),
     }
     plain: dict[str, Any] = json.loads(json.dumps(made, default=str))
     return plain
@@ -90,7 +101,9 @@ def noted_runtime(out: Path) -> str | None:
     return name if isinstance(name, str) and name in selection.names() else None
 
 
-def take_up(out: Path, wanted: Mapping[str, Any], format: Format, names: Sequence[str], batch: int) -> Left:
+def load_resume_state(
+    out: Path, wanted: Mapping[str, Any], format: Format, names: Sequence[str], batch: int
+) -> ResumeState:
     """Find out where to go on; a last line that was not written to its end is cut off.
 
     Args:
@@ -112,28 +125,28 @@ def take_up(out: Path, wanted: Mapping[str, Any], format: Format, names: Sequenc
     if format == "csv":
         names = [csv_text(name) for name in names]
     half_life, end, last = float(wanted["smooth"]), 0, -1
-    left, recent = Left(Smoother(half_life)), deque[int](maxlen=batch + 1)
+    state, recent = ResumeState(Smoother(half_life)), deque[int](maxlen=batch + 1)
     try:
         for end, row in _rows(part, format):  # noqa: B007 - the last one is where the file is cut
             if row is None:
                 continue
             frame = row["frame"]
-            if left.source < 0 or row["source"] != names[left.source] or frame is None or frame <= last:
-                left.source = names.index(row["source"], left.source + 1)
-                left.frames, last, left.smoother = 0, -1, Smoother(half_life)
+            if state.source < 0 or row["source"] != names[state.source] or frame is None or frame <= last:
+                state.source = names.index(row["source"], state.source + 1)
+                state.frames, last, state.smoother = 0, -1, Smoother(half_life)
                 recent.clear()
             if frame is not None:
-                left.smoother.add(row["time_s"], row["count"])
-                left.frames += 1
+                state.smoother.add(row["time_s"], row["count"])
+                state.frames += 1
                 recent.append(frame)
                 last = frame
-            left.rows += 1
+            state.rows += 1
     except (ValueError, KeyError, TypeError, csv.Error):
         raise ResumeError(f"{part}: not the rows of these inputs; delete it to begin anew") from None
     os.truncate(part, end)
-    left.again = left.frames % batch
-    left.after = recent[-1 - left.again] if left.frames > left.again else -1
-    return left
+    state.again = state.frames % batch
+    state.after = recent[-1 - state.again] if state.frames > state.again else -1
+    return state
 
 
 def _describe(key: str, value: object) -> str:
@@ -167,15 +180,59 @@ def _rows(part: Path, format: Format) -> Iterator[tuple[int, dict[str, Any] | No
 
 
 @contextmanager
-def resumable(
+def open_rows(
+    counter: CrowdCounter, sources: Sequence[Source], options: CountOptions
+) -> Iterator[tuple[TextIO, ResumeState]]:
+    """A file to write rows into, and where to go on: where a stopped run is resumed, behind its last row.
+
+    The file takes its name when all went well; until then no other run can write there, and a note beside it says what
+    it is made of.
+
+    Raises:
+        OptionError: if a run was stopped there and is not to be resumed, or has ended. ResumeError: if it cannot be
+            resumed. OutputError: if it cannot be written.
+    """
+    out, state = options.out, ResumeState(Smoother(options.smooth))
+    if out is None:
+        with opened(None) as file:
+            yield file, state
+        return
+    if options.resume and out.exists() and not was_stopped(out):
+        raise OptionError("{}: a run has ended in {}; delete it to count again", Option("resume"), out)
+    finish = write_parquet if options.format == "parquet" else Path.replace
+    with exclusive_lock(out):
+        if not options.resume and was_stopped(out):
+            raise _stopped_before(out)
+        if not options.resumable or sources[0].kind == "live":
+            with opened(out, finish=finish) as file:
+                yield file, state
+            return
+        wanted = recipe(counter, sources, options)
+        if options.resume and was_stopped(out):
+            names = [source.name for source in sources]
+            state = load_resume_state(out, wanted, options.format, names, options.batch_size)
+        with _resumable(out, wanted, going_on=state.rows > 0, finish=finish) as file:
+            yield file, state
+
+
+def _stopped_before(out: Path) -> OptionError:
+    """That a run was stopped while it wrote there, and what can be done."""
+    if note_of(out).is_file():
+        text = "{}: a run was stopped there; {} goes on with it, or delete {}"
+        return OptionError(text, out, Option("resume"), part_of(out))
+    return OptionError("{}: a run was stopped there; rename or delete its rows, {}", out, part_of(out))
+
+
+@contextmanager
+def _resumable(
     out: Path, wanted: Mapping[str, Any], *, going_on: bool, finish: Callable[[Path, Path], object] = Path.replace
 ) -> Iterator[TextIO]:
-    """As :func:`crowdexit.jobs.rows.opened`, with a note of the recipe as long as the run has not ended."""
+    """As :func:`crowdexit.jobs.output.opened`, with a note of the recipe as long as the run has not ended."""
     note = note_of(out)
     try:
         with opened(out, going_on=going_on, finish=finish) as file:
             if not going_on:  # else it is there, and a full disk must not take it
-                with whole(note) as new:
+                with atomic_write(note) as new:
                     new.write_text(json.dumps(wanted), "utf-8")
             yield file
     finally:

@@ -1,13 +1,10 @@
-"""Counts written down as they come: a table, JSON lines, CSV or Parquet; a file takes its name when it is whole."""
+"""Counts as rows: a table, JSON lines, CSV or Parquet, written as they come."""
 
 from __future__ import annotations
 
 import csv
 import json
-import os
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,14 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from crowdexit.data.mel import AudioStatus
-from crowdexit.errors import CrowdExitError
-from crowdexit.inference.counter import CountResult
+from crowdexit.jobs.output import OutputError
 from crowdexit.jobs.smooth import Smoother
-from crowdexit.utils.files import write_problem
+from crowdexit.results import CountResult
+from crowdexit.utils.files import atomic_write
 from crowdexit.video.frames import Frame
-
-if sys.platform != "win32":
-    import fcntl
 
 Format = Literal["table", "json", "csv", "parquet"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -35,10 +29,6 @@ COLUMNS = (
 UNFAMILIAR = "This image is unlike those the network was trained on: the count may be far off."
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for the beginning of a formula
 _ROW_GROUP = 50_000  # rows of a Parquet file that are in memory at once
-
-
-class RowError(CrowdExitError):
-    """Rows that cannot be written."""
 
 
 @dataclass(frozen=True)
@@ -89,12 +79,12 @@ def checked_format(format: str) -> Format:
     """The name itself.
 
     Raises:
-        RowError: if it is none of :data:`FORMATS`.
+        OutputError: if it is none of :data:`FORMATS`.
     """
     for known in FORMATS:
         if format == known:
             return known
-    raise RowError(f"no format {format!r} (there are {', '.join(FORMATS)})")
+    raise OutputError(f"no format {format!r} (there are {', '.join(FORMATS)})")
 
 
 def writer(format: Format, file: TextIO, sources: Sequence[str], *, single: bool, begun: bool = False) -> Rows:
@@ -114,111 +104,6 @@ def writer(format: Format, file: TextIO, sources: Sequence[str], *, single: bool
     return ExitTable(file) if single else TableRows(file, max(map(len, sources), default=0))
 
 
-def part_of(out: Path) -> Path:
-    """Where the rows are until all went well."""
-    return out.with_name(out.name + ".part")
-
-
-def beside(path: Path) -> set[Path]:
-    """All files that are written on the way to one of that name, itself among them; resolved."""
-    part = part_of(path).name
-    return {path.with_name(name).resolve() for name in (path.name, part, f"{part}.json", f"{path.name}.new")}
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Where to write a file that takes the name ``path`` when all went well; else nothing of it is left."""
-    new = path.with_name(path.name + ".new")
-    try:
-        yield new
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
-
-
-@contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """Keep other runs from writing rows for ``out`` meanwhile, where the system can.
-
-    Raises:
-        RowError: if one is at it, or there can be no rows.
-    """
-    if sys.platform == "win32":
-        yield
-        return
-    part = part_of(out)
-    try:
-        file = part.open("ab")
-    except OSError as error:
-        raise RowError(write_problem(out, error)) from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RowError(f"{out}: another run is writing there") from None
-        except OSError:  # a file system without locks
-            pass
-        try:
-            yield
-        finally:
-            if part.is_file() and part.stat().st_size == 0:
-                part.unlink()
-
-
-@contextmanager
-def opened(
-    out: Path | None, *, going_on: bool = False, finish: Callable[[Path, Path], object] = Path.replace
-) -> Iterator[TextIO]:
-    """A file to write rows into: the standard output, or one that takes the name ``out`` when all went well.
-
-    After a failure the rows until then stand in :func:`part_of` it; without any, nothing does.
-
-    Args:
-        going_on: write behind the rows that stand there.
-        finish: makes ``out`` of that file: (from, to).
-
-    Raises:
-        RowError: if it cannot be written.
-    """
-    if out is None:
-        with _standard_output() as file:
-            yield file
-        return
-    part = part_of(out)
-    if out.exists() and not out.is_file():
-        raise RowError(f"{out}: {'a folder' if out.is_dir() else 'a device or a pipe'}, not a file to write to")
-    try:
-        with part.open("a" if going_on else "w", encoding="utf-8", newline="") as file:
-            yield file
-        finish(part, out)
-    except BaseException as error:
-        kept = part.is_file() and part.stat().st_size > 0
-        if part.is_file() and not kept:
-            part.unlink()
-        note = f" (the rows until then are in {part})" if kept else ""
-        if isinstance(error, OSError):
-            raise RowError(f"{write_problem(out, error)}{note}") from None
-        if isinstance(error, CrowdExitError):
-            raise type(error)(f"{error}{note}") from error
-        if kept:
-            print(note.strip(" ()"), file=sys.stderr)
-        raise
-
-
-@contextmanager
-def _standard_output() -> Iterator[TextIO]:
-    """The standard output; if whoever reads it has seen enough (``| head``), that ends the run as SIGPIPE would."""
-    try:
-        yield sys.stdout
-        sys.stdout.flush()
-    except BrokenPipeError:
-        with suppress(OSError, ValueError):  # what is still to be written at the very end has nowhere to go
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None
-    except OSError as error:
-        raise RowError(f"the standard output cannot be written ({error.strerror})") from None
-
-
 def write_parquet(lines: Path, out: Path) -> None:
     """Make a Parquet file of JSON lines, a group of rows at a time, and remove these."""
     import pyarrow as pa
@@ -230,7 +115,11 @@ def write_parquet(lines: Path, out: Path) -> None:
         **dict.fromkeys(("source", "chosen_exit", "audio", "warnings"), pa.string()),
     }
     schema = pa.schema([(name, kinds.get(name, pa.float64())) for name in COLUMNS])
-    with whole(out) as new, lines.open(encoding="utf-8") as file, pq.ParquetWriter(new, schema) as writer:
+    with (
+        atomic_write(out, suffix=".new") as new,
+        lines.open(encoding="utf-8") as file,
+        pq.ParquetWriter(new, schema) as writer,
+    ):
         while group := [_columns(json.loads(line)) for line in islice(file, _ROW_GROUP)]:
             columns = [pa.array([row[f.name] for row in group], f.type) for f in schema]
             writer.write_table(pa.Table.from_arrays(columns, schema=schema))

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from crowdexit.data.image import ImageError
 from crowdexit.data.images.reader import OTHER_SUFFIXES, PREVIEW_SUFFIX, RAW_SUFFIXES, SUFFIXES, is_image
+from crowdexit.data.mel import AudioError
 from crowdexit.errors import CrowdExitError
+from crowdexit.inference.anytime import DeadlineMissed
+from crowdexit.jobs.messages import say
 from crowdexit.video.container import VideoError, open_file
 from crowdexit.video.live import Address, address_of
 
@@ -154,3 +159,19 @@ def _audio_of(path: Path, kind: Kind, beside: Sequence[Path] | None) -> Path | N
             return None
     fits = (p for p in beside if p.stem == path.stem and p.suffix.lower() == AUDIO_SUFFIX and p.is_file())
     return next(fits, None)
+
+
+def is_single(sources: Sequence[Source]) -> bool:
+    """Whether the user has named one file or live source, and nothing else."""
+    return len(sources) == 1 and sources[0].named
+
+
+@contextmanager
+def skip_unreadable(source: Source) -> Iterator[None]:
+    """Go on after a file of a folder that cannot be counted; one that is named itself is an error."""
+    try:
+        yield
+    except (ImageError, VideoError, AudioError, DeadlineMissed, SourceError) as error:
+        if source.named:
+            raise
+        say(f"skipped: {error}")

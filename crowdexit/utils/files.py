@@ -25,7 +25,7 @@ class DiskFullError(OSError):
 
 
 @contextmanager
-def atomic_write(path: Path, needed: int | None = None) -> Iterator[Path]:
+def atomic_write(path: Path, needed: int | None = None, *, suffix: str = ".part") -> Iterator[Path]:
     """Yield where to write a file that replaces ``path`` once the block has ended well.
 
     The data is on the disk before the file gets its name. After a failure ``path`` is as it was, and nothing else is
@@ -33,11 +33,12 @@ def atomic_write(path: Path, needed: int | None = None) -> Iterator[Path]:
 
     Args:
         needed: how many bytes will be written, if that is known.
+        suffix: added to the name until then.
 
     Raises:
         DiskFullError: if the disk is full. OSError: if the file cannot be written for another reason.
     """
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(path.name + suffix)
     try:
         yield part
         sync(part)

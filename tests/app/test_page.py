@@ -29,8 +29,9 @@ from crowdexit.calibration.intervals import Intervals
 from crowdexit.data.mel import AudioInput
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference import counter as counting
-from crowdexit.inference.counter import CrowdCounter, ExitResult
+from crowdexit.inference.counter import CrowdCounter
 from crowdexit.models import zoo
+from crowdexit.results import ExitResult
 from crowdexit.runtimes.cancel import Cancelled, check
 
 TINY = {"width": 0.0625, "audio_width": 0.0625, "size": [128, 64], "dim": 4, "heads": 2, "hidden": 8, "filters": 2}
@@ -90,7 +91,7 @@ def test_warnings_of_the_reader_are_shown(counter: CrowdCounter, tmp_path: Path)
 def test_page_warns_of_unfamiliar_images(
     counter: CrowdCounter, image: Path, monkeypatch: pytest.MonkeyPatch, familiar: bool | None
 ) -> None:
-    monkeypatch.setattr(counter, "_is_familiar", lambda sums: familiar)
+    monkeypatch.setattr(counter.predictor, "is_familiar", lambda sums: familiar)
     report = ["unlike those the network was trained on" in moment.headline for moment in answers(counter, image, None)]
     assert report == [False, *[familiar is False] * 4]
 

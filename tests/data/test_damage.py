@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 import pytest
 
-from crowdexit.cli.commands import app
+from crowdexit.cli.main import app
 from crowdexit.data.classes import ClassStore, write_classes
 from crowdexit.data.store import CHECKSUMS, Store, StoredSample, StoreError, open_for_writing, write_sample
 from crowdexit.utils import command

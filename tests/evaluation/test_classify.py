@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from crowdexit.calibration.temperatures import Temperatures
-from crowdexit.cli.commands import app
+from crowdexit.cli.main import app
 from crowdexit.data.classes import ClassStore, write_classes
 from crowdexit.errors import CrowdExitError
 from crowdexit.evaluation import classify

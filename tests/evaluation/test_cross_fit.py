@@ -11,7 +11,7 @@ import pytest
 from tiny import TINY
 
 from crowdexit.calibration.intervals import Intervals
-from crowdexit.cli.commands import app
+from crowdexit.cli.main import app
 from crowdexit.data.folds import in_fold
 from crowdexit.data.store import StoredSample, open_for_writing, write_sample
 from crowdexit.evaluation.cross_fit import CrossFitError, read_counts

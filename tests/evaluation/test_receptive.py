@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from crowdexit.cli.commands import app
+from crowdexit.cli.main import app
 from crowdexit.errors import CrowdExitError
 from crowdexit.evaluation.receptive import receptive_fields
 from crowdexit.models import zoo

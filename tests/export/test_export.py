@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from crowdexit.calibration.intervals import Intervals
 from crowdexit.calibration.temperatures import Temperatures
-from crowdexit.cli.commands import app
+from crowdexit.cli.main import app
 from crowdexit.errors import CrowdExitError
 from crowdexit.export import standalone
 from crowdexit.export.manifest import read_manifest

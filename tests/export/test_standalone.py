@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from crowdexit.cli.commands import app
+from crowdexit.cli.main import app
 from crowdexit.data.image import ImageError, read_pixels
 from crowdexit.data.images.reader import read_image as read_any
 from crowdexit.export.bundle import sources

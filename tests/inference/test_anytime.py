@@ -21,7 +21,7 @@ from slow import slow
 
 from crowdexit.data.image import ImageError
 from crowdexit.inference.anytime import DeadlineMissed, _Waking, answers_by
-from crowdexit.inference.counter import CounterError
+from crowdexit.inference.errors import CounterError
 from crowdexit.inference.profile import PREPARING, stage_step
 
 SERVED = ["V1", "AV1", "AV2", "final"]
@@ -97,7 +97,7 @@ def test_too_early_for_the_first_exit(counter):
     assert waited.chosen.latency_ms > 200
     # From then on it is known how long that takes, with all that comes before it.
     for _ in range(9):
-        tool._times.note(PREPARING, 1, 3000.0)
+        tool.predictor.latency.times.note(PREPARING, 1, 3000.0)
     with pytest.raises(DeadlineMissed, match=r"\(the first, V1, takes about 4\d\d\d ms here\)"):
         tool.count(make_image(), deadline_ms=200, late="fail")
 
@@ -123,7 +123,7 @@ def test_a_stage_that_cannot_end_in_time_is_not_begun(counter):
     tool = slow(counter.network, 0.02, 0, 0, 3)
     for _ in range(16):
         for index, ratio in enumerate((1.0, 0.0, 0.0, 100.0)):
-            tool._times.note(stage_step(index), 1, ratio * 20, 20.0 if index else None)
+            tool.predictor.latency.times.note(stage_step(index), 1, ratio * 20, 20.0 if index else None)
     begun = time.perf_counter()
     result = tool.count(make_image(), deadline_ms=1900)
     assert time.perf_counter() - begun < 1.8
@@ -134,8 +134,8 @@ def test_a_stage_that_cannot_end_in_time_is_not_begun(counter):
 def test_an_answer_is_waited_for_even_where_its_stage_cannot_end_in_time(counter):
     tool = slow(counter.network, 0.02, 0.5, 0, 0)
     for _ in range(16):
-        tool._times.note(stage_step(0), 1, 20.0)
-        tool._times.note(stage_step(1), 1, 500.0, 20.0)
+        tool.predictor.latency.times.note(stage_step(0), 1, 20.0)
+        tool.predictor.latency.times.note(stage_step(1), 1, 500.0, 20.0)
     tool.exits = ["AV1"]
     assert [r.exit for r in tool.count(make_image(), deadline_ms=300).exits] == ["AV1"]
 
@@ -290,7 +290,7 @@ def test_many_deadlines(counter, expected):
 
 def test_tiled_image_in_time(counter, expected, monkeypatch):
     """Its first exit answers for all tiles before any tile goes on."""
-    monkeypatch.setattr("crowdexit.inference.counter.PIXELS_AT_ONCE", 2 * 128 * 64)
+    monkeypatch.setattr("crowdexit.inference.collate.PIXELS_AT_ONCE", 2 * 128 * 64)
     tool = slow(counter.network, 0, 5, 0, 0)
     huge = make_image(0, (600, 1500))
     result = tool.count(huge, deadline_ms=4000)

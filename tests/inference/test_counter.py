@@ -24,8 +24,10 @@ from crowdexit.data.image import ImageError, decode_pixels
 from crowdexit.data.log_mel import log_mel
 from crowdexit.data.mel import AudioError
 from crowdexit.data.views import LEAST_SCALE, tile_boxes
-from crowdexit.inference import counter as module
-from crowdexit.inference.counter import CounterError, CrowdCounter, DeadlineMissed, load, served_exits
+from crowdexit.inference import collate, deadline, latency
+from crowdexit.inference.anytime import DeadlineMissed
+from crowdexit.inference.counter import CrowdCounter, load, served_exits
+from crowdexit.inference.errors import CounterError
 from crowdexit.inference.preprocessing import load_log_mel, prepared
 from crowdexit.inference.profile import LAYING, PREPARING
 from crowdexit.models import zoo
@@ -112,8 +114,8 @@ def test_tiles_cover_the_image_once(counter):
 def test_how_many_tiles_run_at_once_changes_no_count(counter, monkeypatch, abreast):
     image = noise(1500, 600)
     all_at_once = counter.count(image)
-    monkeypatch.setattr(module, "PIXELS_AT_ONCE", 2 * 128 * 64)
-    monkeypatch.setattr(module, "PIXELS_ABREAST", abreast * 128 * 64)
+    monkeypatch.setattr(collate, "PIXELS_AT_ONCE", 2 * 128 * 64)
+    monkeypatch.setattr(collate, "PIXELS_ABREAST", abreast * 128 * 64)
     few = counter.count(image)
     assert [r.exit for r in few.exits] == ["V1", "AV1", "AV2", "final"]
     assert [r.count for r in few.exits] == pytest.approx([r.count for r in all_at_once.exits], rel=1e-4, abs=1e-5)
@@ -130,7 +132,7 @@ def watched(counter: CrowdCounter, **options) -> tuple[CrowdCounter, list[int]]:
 
 def test_every_tile_comes_to_an_exit_before_any_goes_on(counter, monkeypatch):
     """A tiled image, too, has a first answer early."""
-    monkeypatch.setattr(module, "PIXELS_AT_ONCE", 2 * 128 * 64)
+    monkeypatch.setattr(collate, "PIXELS_AT_ONCE", 2 * 128 * 64)
     tool, ran = watched(counter)
     assert next(tool.stream(noise(1500, 600))).exit == "V1"
     assert ran == [0] * 5  # nine tiles
@@ -141,7 +143,7 @@ def test_a_deadline_holds_for_tiles(counter, monkeypatch):
     image = noise(1100, 520)
     tiles = len(tile_boxes(1100, 520, (128, 64)))
     assert tiles > 3
-    monkeypatch.setattr(module, "PIXELS_ABREAST", 3 * 128 * 64)
+    monkeypatch.setattr(collate, "PIXELS_ABREAST", 3 * 128 * 64)
     run: list[int] = []
     advance = type(counter.chain).advance
 
@@ -152,22 +154,22 @@ def test_a_deadline_holds_for_tiles(counter, monkeypatch):
     _ = counter.profile
     rows = prepared(image, None, counter.network.config)[1]
     canvases = [(canvas.shape[1], canvas.shape[0]) for canvas, *_ in rows]
-    predicted = counter._predicted_s(canvases, "V1")
-    assert 0 < predicted < counter._predicted_s(canvases, "final")
+    predicted = counter.predictor.latency.predicted_s(canvases, "V1")
+    assert 0 < predicted < counter.predictor.latency.predicted_s(canvases, "final")
     monkeypatch.setattr(type(counter.chain), "advance", counted)
     for late, seconds in (("fail", 11), ("wait", 101)):
-        monkeypatch.setattr(counter, "_predicted_s", lambda *_, s=seconds: s)
+        monkeypatch.setattr(counter.predictor.latency, "predicted_s", lambda *_, s=seconds: s)
         line = (
             rf"no exit can answer within 10000 ms: the image is cut into {tiles} tiles, for which the first, V1, takes"
         )
         with pytest.raises(DeadlineMissed, match=line):
             counter.count(image, deadline_ms=10_000, late=late)
-    monkeypatch.setattr(counter, "_predicted_s", lambda *_: None)  # not known
+    monkeypatch.setattr(counter.predictor.latency, "predicted_s", lambda *_: None)  # not known
     with pytest.raises(DeadlineMissed, match=r"no exit answered within 0\.001 ms; the image is cut into tiles"):
         counter.count(image, deadline_ms=0.001, late="fail")
     assert run == []
-    monkeypatch.setattr(module, "MOST_LATE", 1e9)
-    monkeypatch.setattr(counter, "_predicted_s", lambda rows, exit: 0.0 if exit == "V1" else 1.0)
+    monkeypatch.setattr(deadline, "MOST_LATE", 1e9)
+    monkeypatch.setattr(counter.predictor.latency, "predicted_s", lambda rows, exit: 0.0 if exit == "V1" else 1.0)
     result = counter.count(image, deadline_ms=0.001)
     assert (result.chosen.exit, result.in_time) == ("V1", False)
     assert {*run} == {0}  # the stages behind the first exit are not run for an answer that is late anyhow
@@ -179,7 +181,7 @@ def test_huge_images_are_refused_before_they_are_decoded(counter, tmp_path, monk
     """What the profile foresees to come too late, by its decoding too, does not take that time first."""
     Image.fromarray(noise(1500, 1100)[..., 0]).save(tmp_path / "huge.png")
     _ = counter.profile
-    monkeypatch.setattr(module, "prepared", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(collate, "prepared", lambda *_: pytest.fail("decoded"))
     with pytest.raises(DeadlineMissed, match=r"no exit can answer within 0\.01 ms: the image is cut into \d+ tiles"):
         counter.count(tmp_path / "huge.png", deadline_ms=0.01)
 
@@ -249,21 +251,21 @@ def test_unreadable_image_does_not_delay_the_next(counter):
         yield noise(128, 64), None
 
     assert len(list(tool.count_many(samples()))) == 3
-    assert tool._times.ms(PREPARING, quantile=1) < 400
+    assert tool.predictor.latency.times.ms(PREPARING, quantile=1) < 400
 
 
 def test_latency_covers_the_whole_image(counter, monkeypatch, tmp_path):
     """Decoded, resized and laid out, in all the tiles that the scene has."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(module, "PIXELS_AT_ONCE", 2 * 64 * 64)
+    monkeypatch.setattr(collate, "PIXELS_AT_ONCE", 2 * 64 * 64)
     torch.manual_seed(0)
     network = zoo.build(zoo.Spec("transcrowd-gap-s", (), VIT))
     tool = CrowdCounter(network, "tiny", runtime=Eager())
     rows: list[int] = []
-    monkeypatch.setattr(module, "prepared", lambda *given: rows.append(len((made := prepared(*given))[1])) or made)
+    monkeypatch.setattr(latency, "prepared", lambda *given: rows.append(len((made := prepared(*given))[1])) or made)
     decoded: list[tuple[int, ...]] = []
     monkeypatch.setattr(
-        module, "decode_pixels", lambda data: decoded.append((image := decode_pixels(data)).shape) or image
+        latency, "decode_pixels", lambda data: decoded.append((image := decode_pixels(data)).shape) or image
     )
     times = tool.profile
     assert set(rows) == {6}

@@ -16,11 +16,12 @@ from tiny import TINY
 
 from crowdexit.calibration.familiarity import Familiarity, FamiliarityError
 from crowdexit.calibration.intervals import Intervals
-from crowdexit.cli.commands import app
+from crowdexit.cli.main import app
 from crowdexit.data.store import StoredSample, open_for_writing, write_sample
 from crowdexit.inference.counter import CrowdCounter, load
 from crowdexit.inference.policies import Confident
 from crowdexit.jobs.count import count_inputs
+from crowdexit.jobs.options import CountOptions
 from crowdexit.models import zoo
 from crowdexit.models.stages import inputs
 from crowdexit.runtimes.eager import Eager
@@ -103,12 +104,12 @@ def test_too_few_images_leave_what_is_there(checkpoint, crowd, caplog, tmp_path)
 
 
 def test_every_output_has_it(calibrated, files, tmp_path, capsys):
-    count_inputs(calibrated, files, format="json")
+    count_inputs(calibrated, files, CountOptions(format="json"))
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["familiar"] for row in rows] == [True, False]
     for format, expected in (("csv", ["true", "false"]), ("parquet", [True, False])):
         out = tmp_path / f"rows.{format}"
-        count_inputs(calibrated, files, format=format, out=out)
+        count_inputs(calibrated, files, CountOptions(format=format, out=out))
         read = list(csv.DictReader(out.open())) if format == "csv" else pq.read_table(out).to_pylist()
         assert [row["familiar"] for row in read] == expected
     count_inputs(calibrated, files)
@@ -122,9 +123,9 @@ def test_every_output_has_it(calibrated, files, tmp_path, capsys):
 
 def test_without_statistics_it_is_not_known(counter, files, tmp_path, capsys):
     assert counter.count(FLAT).familiar is None
-    count_inputs(counter, files, format="json")
+    count_inputs(counter, files, CountOptions(format="json"))
     assert [json.loads(line)["familiar"] for line in capsys.readouterr().out.splitlines()] == [None, None]
-    count_inputs(counter, files, format="csv", out=tmp_path / "rows.csv")
+    count_inputs(counter, files, CountOptions(format="csv", out=tmp_path / "rows.csv"))
     assert [row["familiar"] for row in csv.DictReader((tmp_path / "rows.csv").open())] == ["", ""]
 
 
@@ -163,11 +164,11 @@ def test_tiles_are_one_image(calibrated, monkeypatch):
     is_familiar = Familiarity.is_familiar
     monkeypatch.setattr(Familiarity, "is_familiar", lambda self, sums: seen.append(sums) or is_familiar(self, sums))
     calibrated.count(large)
-    expected = calibrated.feature_sums(large)
+    expected = calibrated.predictor.feature_sums(large)
     assert expected is not None
     assert expected[-1] > 2 * 128
     assert seen[-1] == pytest.approx(expected, rel=1e-4)
-    monkeypatch.setattr("crowdexit.inference.counter.PIXELS_ABREAST", 2 * 128 * 64)
+    monkeypatch.setattr("crowdexit.inference.collate.PIXELS_ABREAST", 2 * 128 * 64)
     calibrated.count(large)
     assert seen[-1] == pytest.approx(expected, rel=1e-4)
 
@@ -214,7 +215,7 @@ def test_another_size_has_none(checkpoint, tmp_path):
 
 def test_tokens_have_none():
     network = zoo.build(zoo.Spec("transcrowd-token-s", (), {"size": [64, 64], "dim": 12, "depth": 1, "heads": 2}))
-    assert CrowdCounter(network.eval(), "tokens", runtime=Eager()).feature_sums(noise(0)) is None
+    assert CrowdCounter(network.eval(), "tokens", runtime=Eager()).predictor.feature_sums(noise(0)) is None
 
 
 def test_statistics_of_another_network_are_refused(calibrated):

@@ -11,7 +11,7 @@ from PIL import Image
 from crowdexit.data.views import scale_down, scaled_size, views
 from crowdexit.export.runner import Exported
 from crowdexit.export.writer import export
-from crowdexit.inference import counter as counter_module
+from crowdexit.inference import collate
 from crowdexit.inference.counter import CrowdCounter
 from crowdexit.models import zoo
 from crowdexit.models.network import MultiExitNetwork
@@ -121,9 +121,9 @@ def test_an_unknown_front_is_named():
 def test_no_latency_has_the_compiling_of_another_size(network, monkeypatch, tmp_path):
     """An image of its own shape is compiled for before it is read, a file by its header."""
     done: list[str] = []
-    ready, prepared = OpenVINOEngine._ready, counter_module.prepared
+    ready, prepared = OpenVINOEngine._ready, collate.prepared
     monkeypatch.setattr(OpenVINOEngine, "_ready", lambda *given: done.append("compiled") or ready(*given))
-    monkeypatch.setattr(counter_module, "prepared", lambda *given: done.append("read") or prepared(*given))
+    monkeypatch.setattr(collate, "prepared", lambda *given: done.append("read") or prepared(*given))
     counter = CrowdCounter(network, "tiny", runtime=OpenVINO(), warm=False)
     assert done == []
     Image.new("RGB", (70, 100)).save(tmp_path / "tall.png")

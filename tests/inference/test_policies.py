@@ -13,12 +13,17 @@ from slow import slow
 
 from crowdexit.calibration.intervals import Intervals
 from crowdexit.data.views import tile_boxes
-from crowdexit.inference import counter as module
+from crowdexit.errors import OptionError
+from crowdexit.inference import collate
+from crowdexit.inference.anytime import DeadlineMissed
 from crowdexit.inference.budget import BudgetError, BudgetTooSmall
-from crowdexit.inference.counter import CounterError, CrowdCounter
+from crowdexit.inference.counter import CrowdCounter
+from crowdexit.inference.errors import CounterError
 from crowdexit.inference.policies import ANYTIME, Confident, DeepestThatFits, PolicyError, policy_named
 from crowdexit.inference.profile import FIRST, LAYING, PREPARING, Profile, exit_step, stage_step
-from crowdexit.jobs.count import RunError, count_inputs
+from crowdexit.jobs.count import count_inputs
+from crowdexit.jobs.options import CountOptions
+from crowdexit.jobs.sources import SourceError
 from crowdexit.runtimes.eager import Eager
 
 SERVED = ["V1", "AV1", "AV2", "final"]
@@ -56,7 +61,7 @@ def test_order_and_batch_do_not_matter(calibrated, images, log_mels, monkeypatch
     pairs = list(zip(images, log_mels, strict=True))
     alone = [calibrated.count(*pair, policy=policy) for pair in pairs]
     assert len({result.chosen.exit for result in alone}) > 1
-    monkeypatch.setattr(module, "PIXELS_AT_ONCE", at_once * 128 * 64)
+    monkeypatch.setattr(collate, "PIXELS_AT_ONCE", at_once * 128 * 64)
     for seed in range(3):
         order = np.random.default_rng(seed).permutation(len(pairs)).tolist()
         together = list(calibrated.count_many([pairs[i] for i in order], policy=policy))
@@ -103,7 +108,7 @@ ALL = ["V1", "V1-cnn", "AV1", "AV1-cnn", "AV2", "AV2-cnn", "final"]
 @pytest.mark.parametrize("at_once", [1, 1000])
 def test_leaving_between_the_exits_of_a_stage(counter, images, monkeypatch, at_once):
     """The first answer that is sure enough counts; what comes after it at the same stage is not asked any more."""
-    monkeypatch.setattr(module, "PIXELS_AT_ONCE", at_once * 128 * 64)
+    monkeypatch.setattr(collate, "PIXELS_AT_ONCE", at_once * 128 * 64)
     widths = dict(zip(ALL, (0.4, 0.9, 0.5, 0.2, 0.9, 0.3, 0.1), strict=True))
     tool = CrowdCounter(counter.network, "tiny", runtime=Eager(), exits=ALL, intervals=Intervals(0.9, widths, {}, 20))
     answers = [list(tool.stream(image)) for image in images]
@@ -124,8 +129,8 @@ def test_confident_on_an_image_of_very_many_tiles(calibrated, images, monkeypatc
     """Its tiles go through the network a few at a time; what counts is their sum."""
     image = next(p for p in images if p.shape == (256, 1024, 3))
     answers = {r.exit: r for r in calibrated.stream(image)}
-    monkeypatch.setattr(module, "PIXELS_AT_ONCE", 128 * 64)
-    monkeypatch.setattr(module, "PIXELS_ABREAST", 128 * 64)
+    monkeypatch.setattr(collate, "PIXELS_AT_ONCE", 128 * 64)
+    monkeypatch.setattr(collate, "PIXELS_ABREAST", 128 * 64)
     widest = answers["V1"].interval[1] - answers["V1"].count
     for policy, exit in [(Confident(widest * 1.01), "V1"), (Confident(widest * 0.99), "AV1")]:
         result = calibrated.count(image, policy=policy)
@@ -135,7 +140,7 @@ def test_confident_on_an_image_of_very_many_tiles(calibrated, images, monkeypatc
 
 def test_who_has_left_is_let_go_at_once(counter, images, monkeypatch):
     """A part that has left is not in memory any more while others go through the stage."""
-    monkeypatch.setattr(module, "PIXELS_AT_ONCE", 128 * 64)
+    monkeypatch.setattr(collate, "PIXELS_AT_ONCE", 128 * 64)
     tool = slow(counter.network, 0, 0, 0, 0, intervals=Intervals(0.9, WIDTHS, {}, 20))
     small = [image for image in images if image.shape[1] <= 300]
     halves = [WIDTHS["V1"] * (next(tool.stream(image)).count + 10) for image in small]
@@ -170,7 +175,8 @@ def test_the_deepest_that_fits(counter, images):
             profile.note(stage_step(index), rows, float(ms), 100.0)
         for name in SERVED:
             profile.note(exit_step(name), rows, 20.0, 100.0)
-    tool.__dict__["profile"] = tool._times = profile
+    latency = tool.predictor.latency
+    latency.profile = latency.times = profile
     for deadline, exit in [(60_000, "final"), (150, "V1"), (1, "V1")]:
         tool.chain.ran.clear()
         result = tool.count(images[0], deadline_ms=deadline, policy=DeepestThatFits())
@@ -191,7 +197,7 @@ def test_a_stage_is_not_given_up_because_the_first_was_held_up(counter, images):
     """By what the machine has done before the next one would be in time."""
     tool = slow(counter.network, 1.0, 0.0, 0.0, 0.0)
     for first_ms in (1.0, 1000.0):
-        profile = tool._times = Profile()
+        profile = tool.predictor.latency.times = Profile()
         for _ in range(16):
             profile.note(FIRST, 1, first_ms)
             for index in range(1, 4):
@@ -202,13 +208,13 @@ def test_a_stage_is_not_given_up_because_the_first_was_held_up(counter, images):
 
 def test_what_is_not_known_does_not_fit(counter, images):
     tool = slow(counter.network, 0, 0, 0, 0)
-    tool.__dict__["profile"] = tool._times
+    tool.predictor.latency.profile = tool.predictor.latency.times
     assert tool.count(images[0], deadline_ms=60_000, policy=DeepestThatFits()).chosen.exit == "V1"
 
 
 def test_the_machine_is_measured_once(counter, images, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(module, "PIXELS_AT_ONCE", 2 * 128 * 64)
+    monkeypatch.setattr(collate, "PIXELS_AT_ONCE", 2 * 128 * 64)
     tool = slow(counter.network, 0, 0, 0, 0)
     result = tool.count(images[0], deadline_ms=60_000, policy=DeepestThatFits())
     assert result.chosen.exit == "final"
@@ -235,13 +241,13 @@ def test_warming_up_is_not_measuring(counter):
     tool = slow(counter.network, 0, 0, 0, 0)
     tool.warm_up()
     assert tool.chain.ran == [0, "V1", 1, "AV1", 2, "AV2", 3, "final"]
-    assert tool._times.ms(FIRST) is None
+    assert tool.predictor.latency.times.ms(FIRST) is None
 
 
 def budgeted(counter, tmp_path, monkeypatch):
     """A slow counter that has been measured, with expected errors."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(module, "PIXELS_AT_ONCE", 2 * 128 * 64)
+    monkeypatch.setattr(collate, "PIXELS_AT_ONCE", 2 * 128 * 64)
     intervals = Intervals(0.9, WIDTHS, WIDTHS, 20, ERRORS, ERRORS)
     return slow(counter.network, 0.01, 0.01, 0.01, 0.01, intervals=intervals)
 
@@ -309,7 +315,7 @@ def test_overrun_budget_is_reported(counter, tmp_path, monkeypatch, caplog):
 def test_large_images_fill_a_window_by_their_rows(counter, tmp_path, monkeypatch):
     """A window of eight rows holds as many images as their tiles fill, not eight."""
     tool = budgeted(counter, tmp_path, monkeypatch)
-    monkeypatch.setattr(module, "PIXELS_ABREAST", 8 * 128 * 64)
+    monkeypatch.setattr(collate, "PIXELS_ABREAST", 8 * 128 * 64)
     taken = []
 
     def large():
@@ -333,8 +339,8 @@ FALLING = {"V1": 0.6, "AV1": 0.3, "AV2": 0.2, "final": 0.15}
 def test_medium_budget_is_met_and_used(counter, tmp_path, monkeypatch, ms_per_image):
     """Forty images of which a stage takes 20 ms each: between 20 ms an image for the first exit and 80 for all."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(module, "PIXELS_AT_ONCE", 2 * 128 * 64)
-    monkeypatch.setattr(module, "PIXELS_ABREAST", 16 * 128 * 64)
+    monkeypatch.setattr(collate, "PIXELS_AT_ONCE", 2 * 128 * 64)
+    monkeypatch.setattr(collate, "PIXELS_ABREAST", 16 * 128 * 64)
     intervals = Intervals(0.9, WIDTHS, {}, 20, FALLING)
     tool = slow(counter.network, 0.02, 0.02, 0.02, 0.02, intervals=intervals, a_row=True)
     random = np.random.default_rng(0)
@@ -381,32 +387,32 @@ def test_a_budget_for_a_folder(counter, images, tmp_path, monkeypatch, capsys):
         cv2.imwrite(str(folder / f"{number}.png"), image)
     (folder / "4.png").write_bytes(b"no picture")
     (folder / "5.wav").write_bytes(b"no sound")
-    assert count_inputs(tool, [folder], budget_ms=600_000, format="json") == 6
+    assert count_inputs(tool, [folder], CountOptions(budget_ms=600_000, format="json")) == 6
     out, err = capsys.readouterr()
     rows = [json.loads(line) for line in out.splitlines()]
     assert [row["source"][-5:] for row in rows] == ["0.png", "1.png", "2.png", "3.png", "5.png", "6.png"]
     assert {row["chosen_exit"] for row in rows} == {"final"}
     assert sorted(line.split(":")[0] for line in err.splitlines()) == ["skipped", "warning"]
     with pytest.raises(BudgetError, match="too small for 7 images"):
-        count_inputs(tool, [folder], budget_ms=0.01)
+        count_inputs(tool, [folder], CountOptions(budget_ms=0.01))
     for options in ({"exit": "V1"}, {"deadline_ms": 5.0}, {"policy": Confident(3.0)}, {"density": tmp_path / "maps"}):
-        with pytest.raises(RunError, match="a budget chooses the exits itself"):
-            count_inputs(tool, [folder], budget_ms=1e6, **options)
+        with pytest.raises(OptionError, match="a budget chooses the exits itself"):
+            count_inputs(tool, [folder], CountOptions(budget_ms=1e6, **options))
     (tmp_path / "v.mp4").write_bytes(b"no film")
-    with pytest.raises(RunError, match="a video has none"):
-        count_inputs(tool, [folder, tmp_path / "v.mp4"], budget_ms=1e6)
+    with pytest.raises(OptionError, match="a video has none"):
+        count_inputs(tool, [folder, tmp_path / "v.mp4"], CountOptions(budget_ms=1e6))
 
 
 def test_a_folder_in_which_some_come_too_late(counter, images, tmp_path, capsys):
     tool = slow(counter.network, 0.5, 0, 0, 0)
     for number in range(2):
         cv2.imwrite(str(tmp_path / f"{number}.png"), images[number])
-    with pytest.raises(RunError, match="none of the files could be counted"):
-        count_inputs(tool, [tmp_path], deadline_ms=20, late="fail")
+    with pytest.raises(SourceError, match="none of the files could be counted"):
+        count_inputs(tool, [tmp_path], CountOptions(deadline_ms=20, late="fail"))
     assert capsys.readouterr().err.count("no exit answered within 20 ms") == 2
-    with pytest.raises(module.DeadlineMissed, match=r"0\.png: no exit answered"):
-        count_inputs(tool, [tmp_path / "0.png"], deadline_ms=20, late="fail")
-    assert count_inputs(tool, [tmp_path / "0.png"], deadline_ms=20) == 1
+    with pytest.raises(DeadlineMissed, match=r"0\.png: no exit answered"):
+        count_inputs(tool, [tmp_path / "0.png"], CountOptions(deadline_ms=20, late="fail"))
+    assert count_inputs(tool, [tmp_path / "0.png"], CountOptions(deadline_ms=20)) == 1
     assert "chosen, late" in capsys.readouterr().out
 
 

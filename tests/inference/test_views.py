@@ -11,6 +11,7 @@ from crowdexit.data.views import tiles, views
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.counter import CrowdCounter
 from crowdexit.jobs.count import count_inputs
+from crowdexit.jobs.options import CountOptions
 from crowdexit.models import zoo
 from crowdexit.runtimes.batch import batch_of
 from crowdexit.runtimes.eager import Eager
@@ -77,6 +78,6 @@ def test_no_density_of_a_network_without_a_map(tmp_path):
     image = tmp_path / "crowd.png"
     cv2.imwrite(str(image), np.zeros((96, 128, 3), np.uint8))
     with pytest.raises(CrowdExitError, match="transcrowd-token-s makes no map, it counts directly"):
-        count_inputs(made("fit"), [image], density=tmp_path / "map.png")
+        count_inputs(made("fit"), [image], CountOptions(density=tmp_path / "map.png"))
     assert list(tmp_path.iterdir()) == [image]
-    assert count_inputs(made("fit"), [image], format="json", out=tmp_path / "rows.json") == 1
+    assert count_inputs(made("fit"), [image], CountOptions(format="json", out=tmp_path / "rows.json")) == 1

@@ -17,12 +17,14 @@ from PIL import Image
 from videos import make_video, tone
 
 from crowdexit.calibration.intervals import Intervals
-from crowdexit.cli.commands import app
+from crowdexit.cli.main import app
+from crowdexit.errors import OptionError
 from crowdexit.inference.policies import Confident, DeepestThatFits
 from crowdexit.jobs import rows as rows_module
-from crowdexit.jobs.count import RunError, count_inputs
+from crowdexit.jobs.count import count_inputs
+from crowdexit.jobs.options import CountOptions
+from crowdexit.jobs.output import OutputError, part_of
 from crowdexit.jobs.resume import ResumeError, note_of
-from crowdexit.jobs.rows import RowError, part_of
 from crowdexit.utils import command
 
 OPTIONS = {"fps": 10, "batch": 4}
@@ -83,7 +85,7 @@ def stop_after(counter, monkeypatch, batches: int, part: str = "answers") -> Non
 @pytest.mark.parametrize("format", ["json", "csv", "parquet"])
 def test_wherever_it_was_stopped(counter, inputs, tmp_path, monkeypatch, format):
     whole = tmp_path / "whole"
-    count_inputs(counter, inputs, format=format, out=whole, **OPTIONS)
+    count_inputs(counter, inputs, CountOptions(format=format, out=whole, **OPTIONS))
     expected = read(whole, format)
     assert len(expected) == 23 + 1 + 9 + 23
     assert not part_of(whole).exists()
@@ -93,7 +95,7 @@ def test_wherever_it_was_stopped(counter, inputs, tmp_path, monkeypatch, format)
     with monkeypatch.context() as patch:
         stop_after(counter, patch, 11)
         with pytest.raises(Stopped):
-            count_inputs(counter, inputs, format=format, out=out, **OPTIONS)
+            count_inputs(counter, inputs, CountOptions(format=format, out=out, **OPTIONS))
     assert not out.exists()
     left, note = part_of(out).read_bytes(), note_of(out).read_bytes()
     ends = [i + 1 for i, byte in enumerate(left) if byte == 10]
@@ -112,7 +114,9 @@ def test_wherever_it_was_stopped(counter, inputs, tmp_path, monkeypatch, format)
     ]:
         part_of(out).write_bytes(left[:cut])
         note_of(out).write_bytes(note)
-        assert count_inputs(counter, inputs, format=format, out=out, resume=True, **OPTIONS) == len(expected)
+        assert count_inputs(counter, inputs, CountOptions(format=format, out=out, resume=True, **OPTIONS)) == len(
+            expected
+        )
         assert read(out, format) == expected, cut
         assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
 
@@ -121,7 +125,7 @@ def test_wherever_it_was_stopped(counter, inputs, tmp_path, monkeypatch, format)
 def test_killed(counter, inputs, tmp_path, format):
     """A process that is killed at several moments, against one that is not."""
     whole, out = tmp_path / "whole", tmp_path / "out"
-    count_inputs(counter, inputs[::2], format=format, out=whole, **OPTIONS)
+    count_inputs(counter, inputs[::2], CountOptions(format=format, out=whole, **OPTIONS))
     command = [sys.executable, str(Path(__file__).parents[1] / "count_tiny.py"), "0.2", str(out), format]
     command += [str(path) for path in inputs[::2]]
     tests = Path(__file__).parents[1]
@@ -141,7 +145,7 @@ def test_killed(counter, inputs, tmp_path, format):
         assert part_of(out).read_bytes().startswith(before)  # to the hundredth of a millisecond
         assert not out.exists()
     before = whole_lines(part_of(out))
-    count_inputs(counter, inputs[::2], format=format, out=out, resume=True, **OPTIONS)
+    count_inputs(counter, inputs[::2], CountOptions(format=format, out=out, resume=True, **OPTIONS))
     assert format == "parquet" or out.read_bytes().startswith(before)
     assert read(out, format) == read(whole, format)
 
@@ -152,10 +156,10 @@ def test_auto_resumes_with_the_selected_runtime(counter, inputs, tmp_path, monke
     with monkeypatch.context() as patch:
         stop_after(counter, patch, 3)
         with pytest.raises(Stopped):
-            count_inputs(counter, inputs[:1], format="csv", out=out, fps=10)
+            count_inputs(counter, inputs[:1], CountOptions(format="csv", out=out, fps=10))
     note, loaded = note_of(out).read_text(), []
     monkeypatch.setattr(
-        "crowdexit.inference.counter.load", lambda model, *, runtime, **_: loaded.append(runtime) or counter
+        "crowdexit.inference.counter.load", lambda model, runtime, **_: loaded.append(runtime) or counter
     )
     arguments = ["count", str(inputs[0]), "--fps", "10", "--out", str(out), "--resume"]
     for damaged in ("{", "[]", json.dumps({"runtime": "abacus"}), json.dumps({"runtime": ["eager"]})):
@@ -172,7 +176,7 @@ def test_what_is_done_is_not_done_again(counter, inputs, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_after(counter, patch, 8)
         with pytest.raises(Stopped):
-            count_inputs(counter, inputs, format="json", out=out, **OPTIONS)
+            count_inputs(counter, inputs, CountOptions(format="json", out=out, **OPTIONS))
     batches = 0
     answers = type(counter).answers
 
@@ -183,7 +187,7 @@ def test_what_is_done_is_not_done_again(counter, inputs, tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(counter), "answers", counting)
     monkeypatch.setattr(type(counter), "count", None)  # of the image
-    count_inputs(counter, inputs, format="json", out=out, resume=True, **OPTIONS)
+    count_inputs(counter, inputs, CountOptions(format="json", out=out, resume=True, **OPTIONS))
     assert batches == 1 + 23
 
 
@@ -192,80 +196,84 @@ def test_another_run_is_refused_in_one_line(counter, inputs, tmp_path, monkeypat
     with monkeypatch.context() as patch:
         stop_after(counter, patch, 2)
         with pytest.raises(Stopped):
-            count_inputs(counter, inputs, format="json", out=out, **OPTIONS)
+            count_inputs(counter, inputs, CountOptions(format="json", out=out, **OPTIONS))
     part = part_of(out).read_bytes()
-    with pytest.raises(RunError, match=r"a run was stopped there; --resume goes on with it, or delete .*out\.part"):
-        count_inputs(counter, inputs, format="json", out=out, **OPTIONS)
+    with pytest.raises(OptionError, match=r"a run was stopped there; resume goes on with it, or delete .*out\.part"):
+        count_inputs(counter, inputs, CountOptions(format="json", out=out, **OPTIONS))
     for change, line in [
         ({"fps": 5}, r"other fps \(10\);"),
         ({"smooth": 1.0}, r"other smooth \(2\.0\)"),
         ({"start": 1.0, "exit": "V1"}, r"other exit \(auto\), start \(0\.0\)"),
-        ({"late": "fail"}, r"other late \(wait\)"),
+        ({"late": "fail"}, r"late fail: nothing is late without deadline_ms"),
         ({"late": "fail", "deadline_ms": 9.0, "batch": 1}, "where a file that is named twice begins again"),
         ({"policy": DeepestThatFits(0.9), "deadline_ms": 9.0, "batch": 1}, r"other deadline_ms, policy \(Anytime"),
         ({"audio": inputs[0]}, "belongs to one"),
         ({"format": "csv"}, r"other format \(json\)"),
     ]:
-        with pytest.raises((ResumeError, RunError), match=line) as caught:
-            count_inputs(counter, inputs, **({"format": "json", "out": out, "resume": True} | OPTIONS | change))
+        with pytest.raises((ResumeError, OptionError), match=line) as caught:
+            count_inputs(
+                counter, inputs, CountOptions(**({"format": "json", "out": out, "resume": True} | OPTIONS | change))
+            )
         assert "\n" not in str(caught.value)
     with pytest.raises(ResumeError, match="other inputs"):
-        count_inputs(counter, inputs[:1], format="json", out=out, resume=True, **OPTIONS)
+        count_inputs(counter, inputs[:1], CountOptions(format="json", out=out, resume=True, **OPTIONS))
     with monkeypatch.context() as patch:
         parameter = next(counter.network.parameters())
         patch.setattr(parameter, "data", parameter.data + 1)
         with pytest.raises(ResumeError, match="other model"):
-            count_inputs(counter, inputs, format="json", out=out, resume=True, **OPTIONS)
+            count_inputs(counter, inputs, CountOptions(format="json", out=out, resume=True, **OPTIONS))
     with monkeypatch.context() as patch:
         patch.setattr(counter.chain, "runtime", "another")
         with pytest.raises(ResumeError, match=r"other runtime \(eager\)"):
-            count_inputs(counter, inputs, format="json", out=out, resume=True, **OPTIONS)
+            count_inputs(counter, inputs, CountOptions(format="json", out=out, resume=True, **OPTIONS))
     # What would write over it without being able to go on does not, either.
-    with pytest.raises(RunError, match="a run was stopped there"):
-        count_inputs(counter, inputs, out=out, **OPTIONS)
+    with pytest.raises(OptionError, match="a run was stopped there"):
+        count_inputs(counter, inputs, CountOptions(out=out, **OPTIONS))
     assert part_of(out).read_bytes() == part
     for bad in (b"{}\n", b'{"source": "x", "frame": 1}\n', b"\xff\n", b"[]\n"):
         part_of(out).write_bytes(bad)
         with pytest.raises(ResumeError, match="not the rows of these inputs"):
-            count_inputs(counter, inputs, format="json", out=out, resume=True, **OPTIONS)
+            count_inputs(counter, inputs, CountOptions(format="json", out=out, resume=True, **OPTIONS))
     note_of(out).write_text("[")
     with pytest.raises(ResumeError, match="is not known"):
-        count_inputs(counter, inputs, format="json", out=out, resume=True, **OPTIONS)
+        count_inputs(counter, inputs, CountOptions(format="json", out=out, resume=True, **OPTIONS))
 
 
 def test_what_cannot_go_on(counter, inputs, tmp_path):
     for options in ({}, {"out": tmp_path / "o"}, {"format": "json"}):
-        with pytest.raises(RunError, match="--resume: only rows"):
-            count_inputs(counter, inputs[:1], resume=True, **options)
-    with pytest.raises(RunError, match="only rows can"):
+        with pytest.raises(OptionError, match="resume: only rows"):
+            count_inputs(counter, inputs[:1], CountOptions(resume=True, **options))
+    with pytest.raises(OptionError, match="only rows can"):
         count_inputs(
-            counter, inputs[:1], resume=True, format="csv", out=tmp_path / "o", annotate=tmp_path / "annotated.mp4"
+            counter,
+            inputs[:1],
+            CountOptions(resume=True, format="csv", out=tmp_path / "o", annotate=tmp_path / "annotated.mp4"),
         )
-    with pytest.raises(RunError, match="name a file"):
-        count_inputs(counter, inputs[:1], format="parquet")
-    with pytest.raises(RunError, match="a budget is for all images in one run"):
-        count_inputs(counter, [inputs[1]], budget_ms=1e4, resume=True, format="csv", out=tmp_path / "o")
+    with pytest.raises(OptionError, match="name a file"):
+        count_inputs(counter, inputs[:1], CountOptions(format="parquet"))
+    with pytest.raises(OptionError, match="a budget is for all images in one run"):
+        count_inputs(counter, [inputs[1]], CountOptions(budget_ms=1e4, resume=True, format="csv", out=tmp_path / "o"))
 
 
 @pytest.mark.parametrize("options", [{"policy": Confident(share=0.5)}, {"deadline_ms": 1e5, "late": "fail"}])
 def test_policies_and_deadlines_go_on(counter, inputs, tmp_path, monkeypatch, options):
     """With all the time in the world, the rows are the same however the frames were counted."""
-    monkeypatch.setattr(counter, "intervals", Intervals(0.9, dict.fromkeys(counter.exits, 0.3)))
-    count_inputs(counter, inputs[:1], format="json", out=tmp_path / "whole", fps=10, **options)
+    monkeypatch.setattr(counter.predictor, "intervals", Intervals(0.9, dict.fromkeys(counter.exits, 0.3)))
+    count_inputs(counter, inputs[:1], CountOptions(format="json", out=tmp_path / "whole", fps=10, **options))
     with monkeypatch.context() as patch:
         part = "answers" if "policy" in options else "count"
         stop_after(counter, patch, 3, part)
         with pytest.raises(Stopped):
-            count_inputs(counter, inputs[:1], format="json", out=tmp_path / "out", fps=10, **options)
+            count_inputs(counter, inputs[:1], CountOptions(format="json", out=tmp_path / "out", fps=10, **options))
     assert note_of(tmp_path / "out").exists()
-    count_inputs(counter, inputs[:1], format="json", out=tmp_path / "out", fps=10, resume=True, **options)
+    count_inputs(counter, inputs[:1], CountOptions(format="json", out=tmp_path / "out", fps=10, resume=True, **options))
     assert read(tmp_path / "out", "json") == read(tmp_path / "whole", "json")
 
 
 def test_parquet_is_made_in_groups(counter, inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(rows_module, "_ROW_GROUP", 10)
-    count_inputs(counter, inputs, format="parquet", out=tmp_path / "rows.parquet", fps=10)
-    count_inputs(counter, inputs, format="json", out=tmp_path / "rows.json", fps=10)
+    count_inputs(counter, inputs, CountOptions(format="parquet", out=tmp_path / "rows.parquet", fps=10))
+    count_inputs(counter, inputs, CountOptions(format="json", out=tmp_path / "rows.json", fps=10))
     file = pq.ParquetFile(tmp_path / "rows.parquet")
     assert file.num_row_groups == 6
     assert [(f.name, str(f.type)) for f in file.schema_arrow] == [
@@ -296,12 +304,12 @@ def test_rows_with_warnings_go_on(counter, inputs, tmp_path, format, monkeypatch
     for name in ("a.tif", "z.tif"):
         pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:])
     files = [tmp_path / "a.tif", inputs[0], tmp_path / "z.tif"]
-    count_inputs(counter, files, format=format, out=tmp_path / "whole", **OPTIONS)
+    count_inputs(counter, files, CountOptions(format=format, out=tmp_path / "whole", **OPTIONS))
     with monkeypatch.context() as patch:
         stop_after(counter, patch, 3)
         with pytest.raises(Stopped):
-            count_inputs(counter, files, format=format, out=tmp_path / "out", **OPTIONS)
-    count_inputs(counter, files, format=format, out=tmp_path / "out", resume=True, **OPTIONS)
+            count_inputs(counter, files, CountOptions(format=format, out=tmp_path / "out", **OPTIONS))
+    count_inputs(counter, files, CountOptions(format=format, out=tmp_path / "out", resume=True, **OPTIONS))
     rows = read(tmp_path / "out", format)
     assert rows == read(tmp_path / "whole", format)
     warned = [bool(row["warnings"]) for row in rows]
@@ -318,18 +326,18 @@ def test_a_full_disk_leaves_what_can_go_on(counter, inputs, tmp_path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", full)
-        with pytest.raises(RowError, match="the disk is full"):
-            count_inputs(counter, inputs[:1], format="json", out=out, **OPTIONS)
+        with pytest.raises(OutputError, match="the disk is full"):
+            count_inputs(counter, inputs[:1], CountOptions(format="json", out=out, **OPTIONS))
     assert not list(tmp_path.iterdir())
     with monkeypatch.context() as patch:
         stop_after(counter, patch, 2)
         with pytest.raises(Stopped):
-            count_inputs(counter, inputs[:1], format="json", out=out, **OPTIONS)
+            count_inputs(counter, inputs[:1], CountOptions(format="json", out=out, **OPTIONS))
     note = note_of(out).read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", full)
         stop_after(counter, patch, 1)
-        with pytest.raises((Stopped, RowError)):
-            count_inputs(counter, inputs[:1], format="json", out=out, resume=True, **OPTIONS)
+        with pytest.raises((Stopped, OutputError)):
+            count_inputs(counter, inputs[:1], CountOptions(format="json", out=out, resume=True, **OPTIONS))
     assert note_of(out).read_bytes() == note
-    assert count_inputs(counter, inputs[:1], format="json", out=out, resume=True, **OPTIONS) == 23
+    assert count_inputs(counter, inputs[:1], CountOptions(format="json", out=out, resume=True, **OPTIONS)) == 23

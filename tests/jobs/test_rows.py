@@ -23,15 +23,17 @@ from PIL import Image
 from videos import make_video, tone
 
 from crowdexit.calibration.intervals import Intervals
-from crowdexit.cli import commands as cli
+from crowdexit.cli import main as cli
 from crowdexit.data.image import ImageError, read_image
 from crowdexit.data.mel import AudioError, AudioInput
-from crowdexit.errors import CrowdExitError
+from crowdexit.errors import CrowdExitError, OptionError
 from crowdexit.inference.anytime import DeadlineMissed
 from crowdexit.inference.counter import CrowdCounter
-from crowdexit.jobs.count import RunError, count_inputs
+from crowdexit.jobs.count import count_inputs
+from crowdexit.jobs.options import CountOptions
+from crowdexit.jobs.output import OutputError, exclusive_lock, opened
 from crowdexit.jobs.resume import ResumeError
-from crowdexit.jobs.rows import RowError, alone, opened
+from crowdexit.jobs.sources import SourceError
 from crowdexit.runtimes.eager import Eager
 from crowdexit.utils import command
 from crowdexit.video.container import VideoError
@@ -63,7 +65,7 @@ def json_lines(text: str) -> list[dict]:
 
 
 def test_json_of_an_image(counter, street, capsys):
-    assert count_inputs(counter, [street], format="json") == 1
+    assert count_inputs(counter, [street], CountOptions(format="json")) == 1
     out, err = capsys.readouterr()
     assert err == ""
     row = json.loads(out)
@@ -89,7 +91,7 @@ def test_json_of_an_image(counter, street, capsys):
 
 
 def test_json_of_mixed_inputs(counter, street, film, capsys):
-    assert count_inputs(counter, [film, street], format="json", fps=2) == 5
+    assert count_inputs(counter, [film, street], CountOptions(format="json", fps=2)) == 5
     *frames, image = json_lines(capsys.readouterr().out)
     assert [list(f) for f in frames] == [
         [
@@ -118,7 +120,7 @@ def test_json_of_mixed_inputs(counter, street, film, capsys):
 
 def test_csv(counter, street, film, tmp_path):
     out = tmp_path / "rows.csv"
-    assert count_inputs(counter, [street, film], format="csv", out=out) == 3
+    assert count_inputs(counter, [street, film], CountOptions(format="csv", out=out)) == 3
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [list(r) for r in rows] == [
@@ -148,7 +150,7 @@ def test_every_row_has_its_interval(counter, street, film, tmp_path, capsys):
         counter.network, "tiny", runtime=Eager(), exits=["V1", "final"], intervals=Intervals(0.9, widths, widths, 20)
     )
     for exit, width in (("V1", 0.25), ("final", 0.5)):
-        count_inputs(tool, [street, film], exit=exit, format="json")
+        count_inputs(tool, [street, film], CountOptions(exit=exit, format="json"))
         image, *frames = json_lines(capsys.readouterr().out)
         said = [(image["count"], image["exits"][-1]["interval"]), *((f["count"], f["interval"]) for f in frames)]
         assert len(said) == 3
@@ -158,10 +160,10 @@ def test_every_row_has_its_interval(counter, street, film, tmp_path, capsys):
         expected = [interval for _, interval in said]
         for format in ("csv", "parquet"):
             out = tmp_path / f"{exit}.{format}"
-            count_inputs(tool, [street, film], exit=exit, format=format, out=out)
+            count_inputs(tool, [street, film], CountOptions(exit=exit, format=format, out=out))
             rows = list(csv.DictReader(out.open())) if format == "csv" else pq.read_table(out).to_pylist()
             assert [[float(row["low"]), float(row["high"])] for row in rows] == expected
-        count_inputs(tool, [street, film], exit=exit)
+        count_inputs(tool, [street, film], CountOptions(exit=exit))
         _, *lines = capsys.readouterr().out.splitlines()
         for line, (low, high) in zip(lines, expected, strict=True):
             assert f" {low:.0f} to {high:.0f} " in line
@@ -181,13 +183,13 @@ WARNING = "2 pages in the file, only the first is counted"
 def test_warnings_of_the_reader_stand_in_every_row(counter, street, pages, tmp_path, capsys):
     """In every format, also where the standard error is not looked at; of good images there are none."""
     report = f"warning: {pages}: {WARNING}"
-    count_inputs(counter, [street, pages], format="json")
+    count_inputs(counter, [street, pages], CountOptions(format="json"))
     out, err = capsys.readouterr()
     assert [row["warnings"] for row in json_lines(out)] == [[], [WARNING]]
     assert err.splitlines() == [report]
     for format in ("csv", "parquet"):
         out = tmp_path / f"rows.{format}"
-        count_inputs(counter, [street, pages], format=format, out=out)
+        count_inputs(counter, [street, pages], CountOptions(format=format, out=out))
         rows = list(csv.DictReader(out.open())) if format == "csv" else pq.read_table(out).to_pylist()
         assert [row["warnings"] for row in rows] == ["", WARNING]
         assert capsys.readouterr().err.splitlines() == [report]
@@ -215,7 +217,7 @@ def test_warnings_of_images_within_a_budget(counter, street, pages, monkeypatch,
         return results
 
     monkeypatch.setattr(counter, "count_many", count_many)
-    count_inputs(counter, [street, pages], format="json", budget_ms=1e5)
+    count_inputs(counter, [street, pages], CountOptions(format="json", budget_ms=1e5))
     assert [image.warnings for image, _ in taken] == [(), (WARNING,)]
     assert [row["warnings"] for row in json_lines(capsys.readouterr().out)] == [[], [WARNING]]
 
@@ -228,14 +230,14 @@ def test_warning_of_many_frames_is_printed_once(counter, film, monkeypatch, caps
         return prepare([(replace(image, warnings=("damaged",)), audio) for image, audio in samples])
 
     monkeypatch.setattr(counter, "prepare", with_warning)
-    count_inputs(counter, [film], format="json", fps=5)
+    count_inputs(counter, [film], CountOptions(format="json", fps=5))
     out, err = capsys.readouterr()
     assert [row["warnings"] for row in json_lines(out)] == [["damaged"]] * 10
     assert err.splitlines() == [f"warning: {film} at 0.0 s: damaged"]
 
 
 def test_table_of_one_image(counter, street, capsys):
-    count_inputs(counter, [street], exit="AV2")
+    count_inputs(counter, [street], CountOptions(exit="AV2"))
     lines = capsys.readouterr().out.splitlines()
     marked = [line for line in lines if "chosen" in line]
     assert len(marked) == 1
@@ -261,7 +263,7 @@ def test_audio(counter, street, film, tmp_path, capsys):
     """The file beside an image is heard; --audio goes before it, and before a video's own."""
 
     def counts(*inputs, **options) -> list[float]:
-        count_inputs(counter, inputs, format="json", **options)
+        count_inputs(counter, inputs, CountOptions(format="json", **options))
         return [row["count"] for row in json_lines(capsys.readouterr().out)]
 
     loud = write_audio(tmp_path / "loud.wav", tone(3))
@@ -274,15 +276,15 @@ def test_audio(counter, street, film, tmp_path, capsys):
     assert counts(street) == pytest.approx([expected[quiet]], abs=0.006)
     assert counts(street, audio=loud) == pytest.approx([expected[loud]], abs=0.006)
     assert counts(film) != counts(film, audio=street.with_suffix(".wav"))
-    with pytest.raises(RunError, match="--audio"):
-        count_inputs(counter, [street, film], audio=loud)
+    with pytest.raises(OptionError, match="audio"):
+        count_inputs(counter, [street, film], CountOptions(audio=loud))
     with pytest.raises(CrowdExitError, match="no such audio file"):
-        count_inputs(counter, [street], audio=tmp_path / "none.wav")
+        count_inputs(counter, [street], CountOptions(audio=tmp_path / "none.wav"))
 
 
 def test_broken_audio_beside_an_image_is_reported(counter, street, monkeypatch, capsys):
     street.with_suffix(".wav").write_bytes(b"RIFF")
-    count_inputs(counter, [street], format="json")
+    count_inputs(counter, [street], CountOptions(format="json"))
     out, err = capsys.readouterr()
     row = json.loads(out)
     assert row["count"] == pytest.approx(counter.count(street).count, abs=0.006)
@@ -292,17 +294,17 @@ def test_broken_audio_beside_an_image_is_reported(counter, street, monkeypatch, 
     assert err.splitlines() == [f"warning: {street}: {warning}"]
     taken: list[object] = []
     monkeypatch.setattr(counter, "count_many", lambda samples, **_: taken.extend(samples) or [counter.count(street)])
-    count_inputs(counter, [street], budget_ms=1e5)
+    count_inputs(counter, [street], CountOptions(budget_ms=1e5))
     assert [audio for _, audio in taken] == [AudioInput(None, "unreadable", (warning,))]
 
 
 def audio_of(counter, inputs, capsys, tmp_path, **options) -> list[str]:
     """The field ``audio`` of every row, the same in all formats."""
-    count_inputs(counter, inputs, format="json", **options)
+    count_inputs(counter, inputs, CountOptions(format="json", **options))
     found = [row["audio"] for row in json_lines(capsys.readouterr().out)]
     for format in ("csv", "parquet"):
         out = tmp_path / f"rows.{format}"
-        count_inputs(counter, inputs, format=format, out=out, **options)
+        count_inputs(counter, inputs, CountOptions(format=format, out=out, **options))
         rows = list(csv.DictReader(out.open())) if format == "csv" else pq.read_table(out).to_pylist()
         assert [row["audio"] for row in rows] == found
     return found
@@ -329,11 +331,11 @@ def test_unused_audio_is_reported(counter, street, image_file, tmp_path, capsys)
     audio = write_audio(tmp_path / "s.wav", tone(3))
     large = image_file("large.jpg", width=1024, height=256)
     for path, exit, reason in ((large, "auto", "cut into tiles"), (street, "V1", "the exit that answers takes none")):
-        count_inputs(counter, [path], audio=audio, exit=exit)
+        count_inputs(counter, [path], CountOptions(audio=audio, exit=exit))
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"warning: --audio {audio}: not used")
+        assert line.startswith(f"warning: {audio}: not used")
         assert reason in line
-    count_inputs(counter, [street], audio=audio)
+    count_inputs(counter, [street], CountOptions(audio=audio))
     assert capsys.readouterr().err == ""
 
 
@@ -343,7 +345,7 @@ def test_float_audio_of_any_scale_beside_an_image(counter, street, tmp_path, cap
     loud = write_wav(tmp_path / "b.wav", tone(1) * 32_768, floats=True)
     rows = []
     for audio in (usual, loud):
-        count_inputs(counter, [street], audio=audio, format="json")
+        count_inputs(counter, [street], CountOptions(audio=audio, format="json"))
         out, err = capsys.readouterr()
         rows.append(json.loads(out))
     assert rows[0]["count"] == rows[1]["count"]
@@ -356,7 +358,7 @@ def test_float_audio_of_any_scale_beside_an_image(counter, street, tmp_path, cap
 def test_audio_with_non_finite_values_is_named(counter, street, tmp_path):
     path = write_wav(tmp_path / "nan.wav", np.full(16_000, np.nan), floats=True)
     with pytest.raises(AudioError, match=r"nan\.wav"):
-        count_inputs(counter, [street], audio=path)
+        count_inputs(counter, [street], CountOptions(audio=path))
 
 
 def png_of_claimed_size(width: int, height: int) -> bytes:
@@ -399,14 +401,14 @@ def test_bad_files_of_a_folder_are_reported_and_skipped(counter, street, tmp_pat
     bad = bad_images(street.read_bytes()) | {"film.mp4": b"no film"}
     for name, data in bad.items():
         (folder / name).write_bytes(data)
-    with pytest.raises(RunError, match="none of the files"):
+    with pytest.raises(SourceError, match="none of the files"):
         count_inputs(counter, [folder])
     report = capsys.readouterr().err.splitlines()
     assert len(report) == len(bad)
     assert all(sum(f"{folder / name}:" in line for line in report) == 1 for name in bad)
     street.rename(folder / "street.jpg")
     make_video(folder / "z.mp4", [0, 0.1])
-    assert count_inputs(counter, [folder], format="json") == 2
+    assert count_inputs(counter, [folder], CountOptions(format="json")) == 2
     out, err = capsys.readouterr()
     assert [row["source"] for row in json_lines(out)] == [str(folder / "street.jpg"), str(folder / "z.mp4")]
     assert len(err.splitlines()) == len(bad)
@@ -414,7 +416,7 @@ def test_bad_files_of_a_folder_are_reported_and_skipped(counter, street, tmp_pat
 
 def test_what_is_no_fault_of_a_file_ends_the_run(counter, street, capsys):
     with pytest.raises(CrowdExitError, match="no exit 'V9'"):
-        count_inputs(counter, [street.parent], exit="V9")
+        count_inputs(counter, [street.parent], CountOptions(exit="V9"))
     assert capsys.readouterr() == ("", "")
 
 
@@ -444,11 +446,11 @@ def test_rows_before_an_error_stay(counter, street, film, tmp_path):
     bad.write_bytes(b"words")
     out = tmp_path / "rows.json"
     with pytest.raises(ImageError, match=r"bad\.jpg.*rows\.json\.part"):
-        count_inputs(counter, [film, bad], format="json", out=out)
+        count_inputs(counter, [film, bad], CountOptions(format="json", out=out))
     assert not out.exists()
     assert len(json_lines((tmp_path / "rows.json.part").read_text())) == 2
     with pytest.raises(ImageError) as caught:
-        count_inputs(counter, [bad], format="json", out=tmp_path / "other.json")
+        count_inputs(counter, [bad], CountOptions(format="json", out=tmp_path / "other.json"))
     assert "part" not in str(caught.value)
     assert not list(tmp_path.glob("other*"))
 
@@ -461,10 +463,10 @@ def test_out_that_cannot_be(counter, street, tmp_path):
     }.items():
         before = street.read_bytes()
         with pytest.raises(CrowdExitError, match=line):
-            count_inputs(counter, [street], out=out)
+            count_inputs(counter, [street], CountOptions(out=out))
         assert street.read_bytes() == before
-    with pytest.raises(RowError, match="no format 'xml'"):
-        count_inputs(counter, [street], format="xml")  # type: ignore[arg-type]
+    with pytest.raises(OutputError, match="no format 'xml'"):
+        count_inputs(counter, [street], CountOptions(format="xml"))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("out", [".", "", "/", "..", "rows.csv/more.csv", "x" * 300 + ".csv"])
@@ -480,18 +482,38 @@ def test_out_is_checked_before_anything_is_loaded(street, tmp_path, monkeypatch,
 
 def test_a_folder_is_right_where_several_drawings_go(counter, street, film, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RunError, match=r"--density \.: a folder; name a file to write"):
-        count_inputs(counter, [street], density=Path())
-    with pytest.raises(RunError, match=r"--annotate /: a folder; name a file to write"):
-        count_inputs(counter, [film], annotate=Path("/"))
+    with pytest.raises(OptionError, match=r"density \.: a folder; name a file to write"):
+        count_inputs(counter, [street], CountOptions(density=Path()))
+    with pytest.raises(OptionError, match=r"annotate /: a folder; name a file to write"):
+        count_inputs(counter, [film], CountOptions(annotate=Path("/")))
     (tmp_path / "taken").write_text("")
-    with pytest.raises(RunError, match=r"--density .*: a file; name a folder to write to"):
-        count_inputs(counter, [street, film], density=tmp_path / "taken")
+    with pytest.raises(OptionError, match=r"density .*: a file; name a folder to write to"):
+        count_inputs(counter, [street, film], CountOptions(density=tmp_path / "taken"))
     drawings = tmp_path / "drawings"
     drawings.mkdir()
     monkeypatch.chdir(drawings)
-    count_inputs(counter, [street, film], density=Path())
+    count_inputs(counter, [street, film], CountOptions(density=Path()))
     assert {path.suffix for path in drawings.iterdir()} == {".png", ".mp4"}
+
+
+def test_command_line_names_its_flags_in_errors(street, tmp_path, monkeypatch, capsys):
+    """The library names the options themselves."""
+    monkeypatch.setattr("crowdexit.inference.counter.load", lambda *_, **__: pytest.fail("loaded"))
+    folder = str(tmp_path / "maps")
+    for arguments, line in [
+        (["--late", "fail"], "--late fail: nothing is late without --deadline-ms"),
+        (["--format", "parquet"], "--format parquet: name a file with --out"),
+        (["--resume"], "--resume: only rows of files go on, in --out as csv, json or parquet"),
+        (["--density", folder, "--budget-ms", "9"], "without --exit, --deadline-ms, --policy or --density"),
+        (["--density", str(street)], f"--density {street}: this is an input, it would be overwritten"),
+        (["--annotate", folder], f"--annotate {folder}: this is for videos; of images, --density shows the map"),
+    ]:
+        assert command.run(cli.app, ["count", str(street), *arguments]) == 2
+        (printed,) = capsys.readouterr().err.splitlines()
+        assert printed.startswith("error: ")
+        assert line in printed
+    with pytest.raises(OptionError, match=r"^late fail: nothing is late without deadline_ms$"):
+        CountOptions(late="fail")
 
 
 def test_names_that_a_spreadsheet_would_run(counter, image_file, tmp_path, monkeypatch):
@@ -501,7 +523,7 @@ def test_names_that_a_spreadsheet_would_run(counter, image_file, tmp_path, monke
     for name in names:
         image_file(name, width=64, height=64)
     out = tmp_path / "rows.csv"
-    count_inputs(counter, names, format="csv", out=out)
+    count_inputs(counter, names, CountOptions(format="csv", out=out))
 
     def named() -> list[str]:
         with out.open(newline="") as file:
@@ -520,15 +542,17 @@ def test_names_that_a_spreadsheet_would_run(counter, image_file, tmp_path, monke
     with monkeypatch.context() as stopping:
         stopping.setattr(CrowdCounter, "count", stopped)
         with pytest.raises(KeyboardInterrupt):
-            count_inputs(counter, names, format="csv", out=out)
-    count_inputs(counter, names, format="csv", out=out, resume=True)
+            count_inputs(counter, names, CountOptions(format="csv", out=out))
+    count_inputs(counter, names, CountOptions(format="csv", out=out, resume=True))
     assert named() == ["'=1+1.jpg", "'+1.jpg", "'-1.jpg", "'@x.jpg", "a=b.jpg"]
-    count_inputs(counter, names[:1], format="json", out=tmp_path / "rows.json")
+    count_inputs(counter, names[:1], CountOptions(format="json", out=tmp_path / "rows.json"))
     assert json.loads((tmp_path / "rows.json").read_text())["source"] == names[0]
 
 
 def test_impossible_deadlines_are_reported(counter, street, film, tmp_path, capsys):
-    rows = count_inputs(counter, [street, film], deadline_ms=1e-3, format="json", out=tmp_path / "rows.json")
+    rows = count_inputs(
+        counter, [street, film], CountOptions(deadline_ms=1e-3, format="json", out=tmp_path / "rows.json")
+    )
     first, *_, last = capsys.readouterr().err.splitlines()
     size = "×".join(map(str, counter.size))
     pattern = (
@@ -536,25 +560,25 @@ def test_impossible_deadlines_are_reported(counter, street, film, tmp_path, caps
     )
     assert re.fullmatch(pattern, first)
     assert last == f"warning: answered after the deadline of 0.001 ms ({rows} of {rows} rows)"
-    count_inputs(counter, [street, film], deadline_ms=1e5, format="json", out=tmp_path / "rows2.json")
+    count_inputs(counter, [street, film], CountOptions(deadline_ms=1e5, format="json", out=tmp_path / "rows2.json"))
     assert "deadline" not in capsys.readouterr().err
 
 
 def test_density_of_an_image(counter, street, tmp_path):
-    count_inputs(counter, [street], density=tmp_path / "map.npy", out=tmp_path / "o")
+    count_inputs(counter, [street], CountOptions(density=tmp_path / "map.npy", out=tmp_path / "o"))
     density = np.load(tmp_path / "map.npy", allow_pickle=False)
     result = counter.count(street)
     assert density.dtype == np.float32
     assert density.shape == (8, 16)
     assert float(density.sum()) == pytest.approx(result.count, rel=1e-4)
-    count_inputs(counter, [street], density=tmp_path / "map.png", out=tmp_path / "o")
+    count_inputs(counter, [street], CountOptions(density=tmp_path / "map.png", out=tmp_path / "o"))
     with Image.open(tmp_path / "map.png") as image:
         assert (image.format, image.size) == ("PNG", (256, 128))
         assert np.abs(np.asarray(image).astype(int) - np.asarray(Image.open(street))).max() > 20
 
 
 def test_density_of_a_video(counter, film, tmp_path):
-    count_inputs(counter, [film], density=tmp_path / "counted.mp4", out=tmp_path / "o", fps=5)
+    count_inputs(counter, [film], CountOptions(density=tmp_path / "counted.mp4", out=tmp_path / "o", fps=5))
     frames = list(read_frames(tmp_path / "counted.mp4", Span(100)))
     assert [f.time_s for f in frames] == pytest.approx([i / 5 for i in range(10)], abs=0.002)
     assert frames[0].waveform is not None
@@ -565,7 +589,9 @@ def test_densities_of_several_go_into_a_folder(counter, street, film, tmp_path):
     for name in ("street.png", "a/street.jpg"):
         Image.open(street).save(tmp_path / "in" / name)
     folder = tmp_path / "maps"
-    count_inputs(counter, [tmp_path / "in", tmp_path / "in" / "a", film], density=folder, out=tmp_path / "o")
+    count_inputs(
+        counter, [tmp_path / "in", tmp_path / "in" / "a", film], CountOptions(density=folder, out=tmp_path / "o")
+    )
     assert sorted(p.name for p in folder.iterdir()) == ["film.mp4", "street-2.png", "street.png"]
 
 
@@ -577,12 +603,12 @@ def test_densities_that_cannot_be(counter, street, film, tmp_path, capsys):
         ([street], "map.png", {"exit": "V1"}, "the exit V1 makes no map"),
         ([street], "nowhere/map.png", {}, "cannot be written"),
     ]:
-        with pytest.raises(RunError, match=line):
-            count_inputs(counter, inputs, density=tmp_path / path, **options)
-    with pytest.raises(RunError, match="would be overwritten"):
-        count_inputs(counter, [film], density=film)
+        with pytest.raises((OptionError, OutputError), match=line):
+            count_inputs(counter, inputs, CountOptions(density=tmp_path / path, **options))
+    with pytest.raises(OptionError, match="would be overwritten"):
+        count_inputs(counter, [film], CountOptions(density=film))
     capsys.readouterr()
-    count_inputs(counter, [street], density=tmp_path / "map.png", deadline_ms=1e-3)
+    count_inputs(counter, [street], CountOptions(density=tmp_path / "map.png", deadline_ms=1e-3))
     assert "no density map" in capsys.readouterr().err
     assert not (tmp_path / "map.png").exists()
 
@@ -592,8 +618,8 @@ def test_a_deadline_begins_with_a_warm_network(counter, street, monkeypatch, cap
     count = counter.count
     monkeypatch.setattr(counter, "warm_up", lambda exit: order.append(f"warm {exit}"))
     monkeypatch.setattr(counter, "count", lambda *given, **by: order.append("count") or count(*given, **by))
-    count_inputs(counter, [street], format="json")
-    count_inputs(counter, [street, street], format="json", deadline_ms=6e4)
+    count_inputs(counter, [street], CountOptions(format="json"))
+    count_inputs(counter, [street, street], CountOptions(format="json", deadline_ms=6e4))
     assert order == ["count", "warm auto", "count", "count"]
 
 
@@ -609,7 +635,7 @@ def test_frames_without_an_answer_in_time_have_no_row(counter, film, tmp_path, m
     how = {"deadline_ms": 500.0, "late": "fail", "fps": 5, "format": "csv"}
     late = 1
     out = tmp_path / "rows.csv"
-    assert count_inputs(counter, [film], out=out, **how) == 6
+    assert count_inputs(counter, [film], CountOptions(out=out, **how)) == 6
     assert [row["frame"] for row in csv.DictReader(out.open())] == ["2", "4", "8", "10", "14", "16"]
     assert capsys.readouterr().err.splitlines() == [
         f"warning: {film} at 0.0 s: no exit answered within 500 ms; such frames have no row",
@@ -617,14 +643,14 @@ def test_frames_without_an_answer_in_time_have_no_row(counter, film, tmp_path, m
     ]
     monkeypatch.setattr(counter, "count", lambda *given, deadline_ms, **by: count(*given, deadline_ms=1e-3, **by))
     with pytest.raises(DeadlineMissed, match="no exit answered within 500 ms, in any of 10 frames"):
-        count_inputs(counter, [film], out=tmp_path / "none.csv", **how)
+        count_inputs(counter, [film], CountOptions(out=tmp_path / "none.csv", **how))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["film.mp4", "rows.csv"]
 
 
 def test_rows_of_a_truncated_video_stay(counter, tmp_path, capsys):
     path = make_video(tmp_path / "v.mkv", [i / 10 for i in range(40)], codec="mpeg4", key_every=1)
     path.write_bytes(path.read_bytes()[: int(0.6 * path.stat().st_size)])
-    assert count_inputs(counter, [path], format="json") == 3
+    assert count_inputs(counter, [path], CountOptions(format="json")) == 3
     out, err = capsys.readouterr()
     assert len(json_lines(out)) == 3
     assert len(err.splitlines()) == 1
@@ -646,7 +672,7 @@ def test_rows_come_as_they_are_counted(counter, film, street, monkeypatch):
         seen.clear()
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", Screen())
-            count_inputs(counter, [film, street], format=format, fps=2)
+            count_inputs(counter, [film, street], CountOptions(format=format, fps=2))
         assert len(set(seen)) >= 5, format
 
 
@@ -655,17 +681,17 @@ def test_drawings_never_take_the_place_of_an_input(counter, street, film, tmp_pa
     again = tmp_path / "again.mp4"
     shutil.copy(film, again)
     before = {path: path.read_bytes() for path in (tmp_path / "street.png", film, again)}
-    count_inputs(counter, list(before), density=tmp_path, out=tmp_path / "o")
+    count_inputs(counter, list(before), CountOptions(density=tmp_path, out=tmp_path / "o"))
     assert {path: path.read_bytes() for path in before} == before
     made = {"street-2.png", "film-2.mp4", "again-2.mp4"}
     assert {p.name for p in tmp_path.iterdir()} == {p.name for p in before} | made | {"o"}
-    with pytest.raises(RunError, match="would be overwritten"):
-        count_inputs(counter, [film], audio=again, annotate=again)
+    with pytest.raises(OptionError, match="would be overwritten"):
+        count_inputs(counter, [film], CountOptions(audio=again, annotate=again))
 
 
 def test_a_video_is_drawn_once(counter, film, tmp_path):
-    with pytest.raises(RunError, match=r"--density .*d\.mp4: of a video, --annotate draws it"):
-        count_inputs(counter, [film], density=tmp_path / "d.mp4", annotate=tmp_path / "a.mp4")
+    with pytest.raises(OptionError, match=r"density .*d\.mp4: of a video, annotate draws it"):
+        count_inputs(counter, [film], CountOptions(density=tmp_path / "d.mp4", annotate=tmp_path / "a.mp4"))
     assert [p.name for p in tmp_path.iterdir()] == [film.name]
 
 
@@ -678,11 +704,11 @@ def test_names_that_are_not_utf8(counter, street, tmp_path, capsys):
     except OSError:
         pytest.skip("this file system has no such names")
     for inputs, line in (([odd], "caf.*jpg: no row can hold this name"), ([folder], "none of the files")):
-        with pytest.raises(RunError, match=line):
-            count_inputs(counter, inputs, format="json")
+        with pytest.raises(SourceError, match=line):
+            count_inputs(counter, inputs, CountOptions(format="json"))
     shutil.copy(street, folder / "good.jpg")
     capsys.readouterr()
-    assert count_inputs(counter, [folder], format="json") == 1
+    assert count_inputs(counter, [folder], CountOptions(format="json")) == 1
     out, err = capsys.readouterr()
     assert json.loads(out)["source"] == str(folder / "good.jpg")
     assert err.startswith("skipped: ")
@@ -693,48 +719,50 @@ def test_rows_of_a_stopped_run_are_not_written_over(counter, street, tmp_path):
     """Also where they are such that no run can go on with them."""
     out, part = tmp_path / "rows.json", tmp_path / "rows.json.part"
     part.write_text("{}\n")
-    with pytest.raises(RunError, match=r"a run was stopped there; rename or delete its rows, .*rows\.json\.part$"):
-        count_inputs(counter, [street], format="json", out=out)
+    with pytest.raises(OptionError, match=r"a run was stopped there; rename or delete its rows, .*rows\.json\.part$"):
+        count_inputs(counter, [street], CountOptions(format="json", out=out))
     with pytest.raises(ResumeError, match="is not known"):
-        count_inputs(counter, [street], format="json", out=out, resume=True)
+        count_inputs(counter, [street], CountOptions(format="json", out=out, resume=True))
     assert part.read_text() == "{}\n"
     part.write_text("")
-    assert count_inputs(counter, [street], format="json", out=out) == 1
+    assert count_inputs(counter, [street], CountOptions(format="json", out=out)) == 1
 
 
 def test_one_run_at_a_time_writes_a_file(counter, street, tmp_path):
     out = tmp_path / "rows.json"
     for resume in (False, True):
-        with alone(out), pytest.raises(RowError, match=r"rows\.json: another run is writing there"):
-            count_inputs(counter, [street], format="json", out=out, resume=resume)
+        with exclusive_lock(out), pytest.raises(OutputError, match=r"rows\.json: another run is writing there"):
+            count_inputs(counter, [street], CountOptions(format="json", out=out, resume=resume))
         assert [p.name for p in tmp_path.iterdir()] == [street.name]
-    assert count_inputs(counter, [street], format="json", out=out) == 1
+    assert count_inputs(counter, [street], CountOptions(format="json", out=out)) == 1
 
 
 def test_nothing_that_is_written_on_the_way_overwrites_another(counter, film, tmp_path):
     unfinished = tmp_path / "film2.mp4.part"
     shutil.copy(film, unfinished)
-    with pytest.raises(RunError, match=r"--annotate .*film2.mp4.part would be overwritten"):
-        count_inputs(counter, [unfinished], annotate=tmp_path / "film2.mp4")
-    with pytest.raises(RunError, match=r"--annotate .*same.mp4.* would be overwritten"):
-        count_inputs(counter, [film], format="csv", out=tmp_path / "same.mp4", annotate=tmp_path / "same.mp4")
+    with pytest.raises(OptionError, match=r"annotate .*film2.mp4.part would be overwritten"):
+        count_inputs(counter, [unfinished], CountOptions(annotate=tmp_path / "film2.mp4"))
+    with pytest.raises(OptionError, match=r"annotate .*same.mp4.* would be overwritten"):
+        count_inputs(
+            counter, [film], CountOptions(format="csv", out=tmp_path / "same.mp4", annotate=tmp_path / "same.mp4")
+        )
     assert unfinished.read_bytes() == film.read_bytes()
 
 
 def test_a_link_is_followed_and_a_pipe_is_none(counter, street, tmp_path):
     (tmp_path / "link.csv").symlink_to(tmp_path / "real.csv")
-    count_inputs(counter, [street], format="csv", out=tmp_path / "link.csv")
+    count_inputs(counter, [street], CountOptions(format="csv", out=tmp_path / "link.csv"))
     assert (tmp_path / "link.csv").is_symlink()
     assert (tmp_path / "real.csv").read_text().count("\n") == 2
     os.mkfifo(tmp_path / "pipe.csv")
-    with pytest.raises(RowError, match="a device or a pipe, not a file"):
-        count_inputs(counter, [street], format="csv", out=tmp_path / "pipe.csv")
-    with pytest.raises(RunError, match="a run has ended in"):
-        count_inputs(counter, [street], format="csv", out=tmp_path / "real.csv", resume=True)
+    with pytest.raises(OutputError, match="a device or a pipe, not a file"):
+        count_inputs(counter, [street], CountOptions(format="csv", out=tmp_path / "pipe.csv"))
+    with pytest.raises(OptionError, match="a run has ended in"):
+        count_inputs(counter, [street], CountOptions(format="csv", out=tmp_path / "real.csv", resume=True))
 
 
 @pytest.mark.parametrize(
-    ("problem", "raised"), [(BrokenPipeError(32, "gone"), SystemExit), (OSError(28, "full"), RowError)]
+    ("problem", "raised"), [(BrokenPipeError(32, "gone"), SystemExit), (OSError(28, "full"), OutputError)]
 )
 def test_a_standard_output_that_takes_no_more(problem, raised, capsys):
     with pytest.raises(raised) as ended, opened(None):

@@ -11,7 +11,8 @@ import pytest
 from videos import make_video, tone, write_moving
 
 from crowdexit.errors import CrowdExitError
-from crowdexit.jobs.pipeline import How, Threads, count_frames
+from crowdexit.jobs.options import CountOptions
+from crowdexit.jobs.pipeline import Threads, count_frames
 from crowdexit.jobs.smooth import Smoother, SmoothError
 from crowdexit.video.container import VideoError
 from crowdexit.video.decode import Span
@@ -96,7 +97,7 @@ def test_leaving_early_ends_the_threads_and_closes_what_they_read():
 def test_a_count_that_is_left_early_closes_the_video(tmp_path, counter):
     path = make_video(tmp_path / "v.mp4", [i / 10 for i in range(100)], audio=tone(10))
     frames = read_frames(path, Span(10))
-    counted = count_frames(counter, frames, "v", How(batch=2))
+    counted = count_frames(counter, frames, "v", CountOptions(batch=2))
     next(counted)
     counted.close()
     with pytest.raises(StopIteration):
@@ -108,13 +109,17 @@ def test_faults_of_every_part_reach_the_caller(tmp_path, counter, monkeypatch):
     with pytest.raises(VideoError, match="no such"):
         list(count_frames(counter, read_frames(tmp_path / "none.mp4"), "none.mp4"))
     with pytest.raises(CrowdExitError, match="no exit 'V9'"):
-        list(count_frames(counter, read_frames(path), "v", How(exit="V9")))
+        list(count_frames(counter, read_frames(path), "v", CountOptions(exit="V9")))
     for none in (0, -1, 65):
         with pytest.raises(VideoError, match=f"a batch of {none} frames"):
-            How(batch=none)
+            CountOptions(batch=none)
     with pytest.raises(VideoError, match="a batch of 2 frames cannot keep a deadline"):
-        How(batch=2, deadline_ms=10.0)
-    assert [How().at_once, How(deadline_ms=10.0).at_once, How(batch=3).at_once] == [4, 1, 3]
+        CountOptions(batch=2, deadline_ms=10.0)
+    assert [CountOptions().batch_size, CountOptions(deadline_ms=10.0).batch_size, CountOptions(batch=3).batch_size] == [
+        4,
+        1,
+        3,
+    ]
     for part in ("prepare", "answers"):
         with monkeypatch.context() as patch:
             patch.setattr(type(counter), part, lambda *a, **k: 1 / 0)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from crowdexit.inference.counter import ExitResult
 from crowdexit.reports.draw import banner, bars, overlay
+from crowdexit.results import ExitResult
 
 Pixels = NDArray[np.uint8]
 

@@ -14,7 +14,7 @@ from tiny_runs import best, run, tiny
 from torch.utils.data import default_collate
 from typer.testing import CliRunner
 
-from crowdexit.cli.commands import app
+from crowdexit.cli.main import app
 from crowdexit.data.classes import write_classes
 from crowdexit.data.dataset import EpochPlan, MixedPlan
 from crowdexit.data.log_mel import read_audio

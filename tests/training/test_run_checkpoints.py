@@ -13,7 +13,7 @@ import yaml
 from rich.console import Console
 from tiny_runs import run, tiny
 
-from crowdexit.cli.commands import app
+from crowdexit.cli.main import app
 from crowdexit.training.modules import TrainingError
 from crowdexit.training.run import BEFORE, LAST, RunCheckpoints, checkpoint_to_resume
 from crowdexit.utils import command

@@ -6,7 +6,7 @@ import pytest
 from tiny_runs import run, tiny
 from typer.testing import CliRunner
 
-from crowdexit.cli.commands import app
+from crowdexit.cli.main import app
 from crowdexit.errors import CrowdExitError
 from crowdexit.evaluation.grid import Candidate, Grid, as_markdown, read_grid
 from crowdexit.models import zoo

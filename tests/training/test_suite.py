@@ -17,7 +17,7 @@ from filelock import FileLock
 from tiny_runs import TINY
 from typer.testing import CliRunner
 
-from crowdexit.cli.commands import app
+from crowdexit.cli.main import app
 from crowdexit.data.classes import write_classes
 from crowdexit.errors import CrowdExitError
 from crowdexit.models import zoo

@@ -12,7 +12,7 @@ import torch
 from tiny_runs import run
 from typer.testing import CliRunner
 
-from crowdexit.cli.commands import app
+from crowdexit.cli.main import app
 from crowdexit.data.classes import write_classes
 from crowdexit.errors import CrowdExitError
 from crowdexit.evaluation.evaluate import evaluate_file

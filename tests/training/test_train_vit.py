@@ -9,7 +9,7 @@ import torch
 from tiny_runs import TINY, best, run, tiny
 from typer.testing import CliRunner
 
-from crowdexit.cli.commands import app
+from crowdexit.cli.main import app
 from crowdexit.errors import CrowdExitError
 from crowdexit.models import zoo
 from crowdexit.training.run import train

@@ -21,8 +21,10 @@ import numpy as np
 import pytest
 from videos import Wrapped, index_of, make_video, moving, tone, write_moving
 
-from crowdexit.jobs.count import RunError, count_inputs
-from crowdexit.jobs.pipeline import How, count_frames
+from crowdexit.errors import OptionError
+from crowdexit.jobs.count import count_inputs
+from crowdexit.jobs.options import CountOptions
+from crowdexit.jobs.pipeline import count_frames
 from crowdexit.jobs.sources import SourceError, expand
 from crowdexit.video import container as container_module
 from crowdexit.video import live
@@ -283,7 +285,7 @@ def test_rows_of_a_live_source(tmp_path, counter, capsys):
     data = transport_stream(tmp_path / "v.ts")
     out, drawn = tmp_path / "rows.json", tmp_path / "drawn.mp4"
     with fed(tmp_path / "pipe", data, 2.5) as name:
-        rows = count_inputs(counter, [name], fps=5, format="json", out=out, annotate=drawn)
+        rows = count_inputs(counter, [name], CountOptions(fps=5, format="json", out=out, annotate=drawn))
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(lines) == rows
     assert {line["source"] for line in lines} == {name}
@@ -307,7 +309,7 @@ def test_a_slow_network_counts_what_is_new(tmp_path, counter, monkeypatch):
     monkeypatch.setattr(type(counter), "answers", slow)
     with fed(tmp_path / "pipe", data, 4.0) as name:
         source = LiveFrames(address_of(name), Span(10), refuse)
-        for frame, _ in count_frames(counter, source, name, How(batch=1)):
+        for frame, _ in count_frames(counter, source, name, CountOptions(batch=1)):
             ages.append(source._time - frame.time_s)
     assert len(ages) + source.dropped == 40
     assert max(age - counting for age, counting in zip(ages, took, strict=True)) < 0.7  # it has not stood in a queue
@@ -338,7 +340,7 @@ def test_interrupting_a_live_source_leaves_whole_files(tmp_path, counter, monkey
 
     monkeypatch.setattr(type(counter), "answers", interrupted)
     with fed(tmp_path / "pipe", data, 2.5) as name, pytest.raises((KeyboardInterrupt, SystemExit)) as ended:
-        count_inputs(counter, [name], fps=10, format="csv", out=out, annotate=drawn)
+        count_inputs(counter, [name], CountOptions(fps=10, format="csv", out=out, annotate=drawn))
     assert ended.type is KeyboardInterrupt if number == signal.SIGINT else ended.value.code == 143
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
     rows = len(out.read_text().splitlines()) - 1
@@ -355,8 +357,8 @@ def test_what_a_live_source_cannot_do(tmp_path, counter, capsys):
         ({"resume": True, "format": "csv", "out": tmp_path / "o"}, "only rows of files"),
         ({"annotate": Path("a.avi")}, r"of a live source this ends in \.mp4"),
     ]:
-        with pytest.raises(RunError, match=line):
-            count_inputs(counter, ["camera:0"], **options)
+        with pytest.raises(OptionError, match=line):
+            count_inputs(counter, ["camera:0"], CountOptions(**options))
 
 
 def lasting(name: str) -> Address:

@@ -19,9 +19,10 @@ from videos import Wrapped, grey, index_of, make_video, tone, write_audio_only
 from crowdexit.calibration.intervals import Intervals
 from crowdexit.data.log_mel import read_audio
 from crowdexit.data.mel import AudioError
-from crowdexit.inference.counter import CounterError
+from crowdexit.inference.errors import CounterError
 from crowdexit.inference.policies import Confident, DeepestThatFits
-from crowdexit.jobs.pipeline import How, count_frames
+from crowdexit.jobs.options import CountOptions
+from crowdexit.jobs.pipeline import count_frames
 from crowdexit.video import audio as audio_module
 from crowdexit.video import container as container_module
 from crowdexit.video.annotate import AnnotatedVideo, VideoWriteError
@@ -42,7 +43,7 @@ def frames(path: Path, *, audio: Path | None = None, warn=refuse, **span):
 
 
 def counted(counter, path: Path, *, warn=refuse, fps: float = 1.0, **options):
-    return list(count_frames(counter, read_frames(path, Span(fps), warn=warn), str(path), How(**options)))
+    return list(count_frames(counter, read_frames(path, Span(fps), warn=warn), str(path), CountOptions(**options)))
 
 
 def loudness(frame) -> float:
@@ -277,7 +278,7 @@ def test_a_frame_leaves_when_its_count_is_sure(tmp_path, counter, monkeypatch):
     with pytest.raises(CounterError, match="no intervals"):
         counted(counter, path, policy=Confident(share=0.5))
     widths = {"V1": 0.9, "AV1": 0.9, "AV2": 0.3, "final": 0.1}
-    monkeypatch.setattr(counter, "intervals", Intervals(0.9, widths, widths))
+    monkeypatch.setattr(counter.predictor, "intervals", Intervals(0.9, widths, widths))
     alone = [counter.count(f.image, f.waveform).exits for f in frames(path, fps=5)]
     halves = sorted((r.interval[1] - r.count) for exits in alone for r in exits if r.exit == "V1")
     policy = Confident(uncertainty=float(np.mean(halves[6:8])))  # half of them leave at once

@@ -15,6 +15,7 @@ from hdr import encode_hdr
 from videos import moving, tone, write_moving
 
 from crowdexit.jobs.count import count_inputs
+from crowdexit.jobs.options import CountOptions
 from crowdexit.video.decode import Span
 from crowdexit.video.frames import read_frames
 
@@ -100,7 +101,7 @@ def test_a_turned_video_of_pixels_that_are_not_square(tmp_path):
 
 def test_an_absurd_shape_of_pixels(tmp_path, counter, capsys):
     path = write_images(tmp_path / "v.mp4", [WIDE] * 4, aspect=Fraction(100))
-    count_inputs(counter, [path], format="json", fps=10)
+    count_inputs(counter, [path], CountOptions(format="json", fps=10))
     out, err = capsys.readouterr()
     rows = [json.loads(line) for line in out.splitlines()]
     assert len(rows) == 4
@@ -128,7 +129,7 @@ def test_annotated_and_counted_in_square_pixels(tmp_path, counter, capsys):
     full = write_images(tmp_path / "full.mp4", [WIDE] * 4)
     path = write_images(tmp_path / "v.mp4", [squeezed(96, 144)] * 4, aspect=Fraction(2))
     out = tmp_path / "out.mp4"
-    count_inputs(counter, [path], fps=10, annotate=out)
+    count_inputs(counter, [path], CountOptions(fps=10, annotate=out))
     with av.open(str(out)) as container:
         stream = container.streams.video[0]
         assert (stream.width, stream.height) == (192, 144)
@@ -136,7 +137,7 @@ def test_annotated_and_counted_in_square_pixels(tmp_path, counter, capsys):
     capsys.readouterr()
     counts = []
     for each in (full, path):
-        count_inputs(counter, [each], format="json", fps=10)
+        count_inputs(counter, [each], CountOptions(format="json", fps=10))
         counts.append([json.loads(line)["count"] for line in capsys.readouterr().out.splitlines()])
     np.testing.assert_allclose(counts[1], counts[0], rtol=0.02)
 
@@ -181,7 +182,7 @@ def test_behind_damage_the_row_says_so(tmp_path, counter, capsys):
     for i in range(at + size // 3, at + size // 2):
         data[i] ^= 0x5A
     path.write_bytes(data)
-    count_inputs(counter, [path], format="json", fps=10)
+    count_inputs(counter, [path], CountOptions(format="json", fps=10))
     out, err = capsys.readouterr()
     rows = [json.loads(line) for line in out.splitlines()]
     warned = [row["frame"] for row in rows if row["warnings"]]
@@ -191,7 +192,7 @@ def test_behind_damage_the_row_says_so(tmp_path, counter, capsys):
     ]
     assert len(err.splitlines()) == 1
     target = tmp_path / "rows.csv"
-    count_inputs(counter, [path], format="csv", fps=10, out=target)
+    count_inputs(counter, [path], CountOptions(format="csv", fps=10, out=target))
     with target.open(newline="") as file:
         assert [row["frame"] for row in csv.DictReader(file) if "damaged" in row["warnings"]] == ["20"]
 
@@ -217,7 +218,7 @@ def test_audio_status_of_each_frame(tmp_path, counter, capsys):
     broken = write_images(tmp_path / "broken.mkv", [WIDE] * 30, audio=tone(3) * 20.0, audio_codec="pcm_f32le")
     report = []
     for path in (mute, short, broken):
-        count_inputs(counter, [path], format="json", fps=1)
+        count_inputs(counter, [path], CountOptions(format="json", fps=1))
         out, err = capsys.readouterr()
         report.append([json.loads(line)["audio"] for line in out.splitlines()])
         assert bool(err) == (path == broken)
@@ -230,7 +231,7 @@ def test_float_audio_of_any_scale(tmp_path, counter, capsys):
     loud = write_images(tmp_path / "b.mkv", [WIDE] * 20, audio=tone(2) * 32_768, audio_codec="pcm_f32le")
     rows = []
     for path, audio in ((usual, None), (loud, None), (usual, loud)):
-        count_inputs(counter, [path], format="json", fps=1, audio=audio)
+        count_inputs(counter, [path], CountOptions(format="json", fps=1, audio=audio))
         out, err = capsys.readouterr()
         rows.append([json.loads(line) for line in out.splitlines()])
         assert err.count("16-bit integers") == (loud in (path, audio))
@@ -242,8 +243,8 @@ def test_float_audio_of_any_scale(tmp_path, counter, capsys):
 def test_audio_outside_of_all_frames(tmp_path, counter, capsys):
     video = write_images(tmp_path / "v.mp4", [WIDE] * 20)
     audio = write_images(tmp_path / "s.mkv", [WIDE], audio=tone(1), audio_codec="pcm_s16le")
-    count_inputs(counter, [video], fps=10, start=1.9, audio=audio)
-    assert f"--audio {audio}: not used" in capsys.readouterr().err
+    count_inputs(counter, [video], CountOptions(fps=10, start=1.9, audio=audio))
+    assert f"warning: {audio}: not used" in capsys.readouterr().err
 
 
 def test_what_is_enlarged_is_not_blurred(tmp_path):

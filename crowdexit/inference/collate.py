@@ -1,0 +1,167 @@
+"""Images become rows of batches, as many together as go through a stage at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+
+import numpy as np
+
+from crowdexit.data.views import (
+    PIXELS_ABREAST,
+    PIXELS_AT_ONCE,
+    PIXELS_OF_TILES_AT_ONCE,
+    same_size_groups,
+    views,
+)
+from crowdexit.inference.budget import Budget
+from crowdexit.inference.executor import Batch, Part
+from crowdexit.inference.preprocessing import AudioLike, ImageLike, Row, Scene, prepared
+from crowdexit.inference.profile import LAYING, PREPARING, Profile
+from crowdexit.models.network import Config
+from crowdexit.models.stages import Features
+from crowdexit.runtimes.batch import batch_of
+
+Sample = tuple[ImageLike, AudioLike | None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Images with their audio as the network takes them: what :meth:`CrowdCounter.prepare` makes.
+
+    Attributes:
+        scenes: of each image. parts: their rows, collated.
+        seconds: that it took to make.
+    """
+
+    scenes: Sequence[Scene]
+    parts: Sequence[Part]
+    seconds: float
+
+    def copies(self) -> list[Part]:
+        """The parts for one run, which leaves these as they are."""
+        return [replace(part, batches=[replace(batch) for batch in part.batches]) for part in self.parts]
+
+
+class Collator:
+    """Prepares images for a network and collates their rows.
+
+    Every method notes in a profile how long that took.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+
+    def prepare(self, sample: Sample, profile: Profile) -> tuple[Scene, list[Row]]:
+        """An image with its audio as rows; see :func:`crowdexit.inference.preprocessing.prepared`."""
+        begun = time.perf_counter()
+        made = prepared(*sample, self._config)
+        profile.note(PREPARING, 1, 1000 * (time.perf_counter() - begun))
+        return made
+
+    def part(self, first: int, samples: Sequence[Sequence[Row]], profile: Profile) -> Part:
+        """Samples numbered from ``first`` on, by their rows; in several batches a single one alone.
+
+        Rows of several samples are on canvases of one size.
+        """
+        rows = [row for of_one in samples for row in of_one]
+        most = self.tiles_in_batch if len(samples) == 1 else self.rows_in_batch
+        batches = [Batch(partial(_collated, some, profile), len(some)) for some in same_size_groups(rows, most)]
+        return Part(np.arange(first, first + len(samples)), np.array([len(of_one) for of_one in samples]), batches)
+
+    def parts(
+        self,
+        samples: Iterable[Sample | None],
+        profile: Profile,
+        scenes: list[Scene],
+        order: list[int | None],
+        budget: Budget | None = None,
+        most: int | None = None,
+    ) -> Iterator[Part]:
+        """Prepare samples one by one and put them together, as many as go through a stage at once.
+
+        Args:
+            scenes: each image's is added to it.
+            order: for each sample its number among the scenes is added to it, or None.
+            budget: is told of the samples that are None.
+            most: rows; behind the sample that reaches it none is taken.
+        """
+        together: list[list[Row]] = []
+        taken = 0
+        begun = time.perf_counter()
+        for sample in samples:
+            if sample is None:
+                order.append(None)
+                if budget is not None:
+                    budget.skip()
+                begun = time.perf_counter()
+                continue
+            scene, rows = prepared(*sample, self._config)
+            profile.note(PREPARING, 1, 1000 * (time.perf_counter() - begun))
+            full = sum(map(len, together)) + len(rows) > self.rows_in_batch
+            other = together and len(list(same_size_groups([*together[-1], *rows], self.rows_in_batch))) > 1
+            if together and (full or other or scene.has_audio != scenes[-1].has_audio):
+                yield self.part(len(scenes) - len(together), together, profile)
+                together = []
+            order.append(len(scenes))
+            scenes.append(scene)
+            together.append(rows)
+            taken += len(rows)
+            if most is not None and taken >= most:
+                break
+            begun = time.perf_counter()
+        if together:
+            yield self.part(len(scenes) - len(together), together, profile)
+
+    def all_prepared(self, samples: Iterable[Sample], profile: Profile) -> Prepared:
+        """Samples collated, all in memory at once."""
+        begun = time.perf_counter()
+        scenes: list[Scene] = []
+        parts = list(self.parts(samples, profile, scenes, []))
+        for batch in (batch for part in parts for batch in part.batches):
+            batch.state = partial(_itself, batch.state())
+        return Prepared(scenes, parts, time.perf_counter() - begun)
+
+    @cached_property
+    def views(self) -> int:
+        """How many rows an image of the network's own shape takes."""
+        width, height = self._config.scene
+        return len(views(np.zeros((height, width, 3), np.uint8), self._config.size, self._config.view))
+
+    @property
+    def rows_in_batch(self) -> int:
+        """How many rows go through a stage together."""
+        return self._rows(PIXELS_AT_ONCE)
+
+    @property
+    def rows_in_flight(self) -> int:
+        """How many rows go through a stage, in batches, before any goes through the next."""
+        return self._rows(PIXELS_ABREAST)
+
+    @property
+    def views_in_batch(self) -> int:
+        """How many rows of an image of the network's own shape go through a stage together."""
+        return min(self.views, self.rows_in_batch)
+
+    @property
+    def tiles_in_batch(self) -> int:
+        """How many rows of a tiled image go through a stage together; all of an image that is not tiled."""
+        return max(self.views_in_batch, self._rows(min(PIXELS_AT_ONCE, PIXELS_OF_TILES_AT_ONCE)))
+
+    def _rows(self, pixels: int) -> int:
+        """How many rows have so many pixels; one at least."""
+        width, height = self._config.size
+        return max(1, pixels // (width * height))
+
+
+def _collated(rows: Sequence[Row], profile: Profile) -> Features:
+    begun = time.perf_counter()
+    features = batch_of([(canvas, placement) for canvas, placement, _ in rows], [mel for *_, mel in rows])
+    profile.note(LAYING, len(rows), 1000 * (time.perf_counter() - begun))
+    return features
+
+
+def _itself(features: Features) -> Features:
+    return features
