@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -101,13 +101,23 @@ class ReadyChain(ABC):
 
 
 class Runtime(ABC):
-    """A way to run networks.
+    """A way to run networks; :func:`register_runtime` makes it known by name.
 
     Attributes:
         name: as users name it.
+        automatic: whether ``auto`` may choose it: it needs no preparation of its own.
+        runs_network: whether it runs the network itself, whose weights it brings where it wants them.
     """
 
     name: str
+    automatic: ClassVar[bool] = False
+    runs_network: ClassVar[bool] = False
+
+    @classmethod
+    def candidates(cls, network: MultiExitNetwork) -> tuple[str, ...]:
+        """Its names that ``auto`` tries here, the quickest first; PyTorch, OpenVINO and ONNX Runtime are weighed
+        against one another in :func:`crowdexit.runtimes.selection.candidates`."""
+        return ()
 
     @abstractmethod
     def ready(self, network: MultiExitNetwork) -> ReadyChain:
@@ -116,6 +126,25 @@ class Runtime(ABC):
         Raises:
             RuntimeUnavailable: if this runtime cannot run it.
         """
+
+
+_Runtime = TypeVar("_Runtime", bound=type[Runtime])
+_RUNTIMES: dict[str, type[Runtime]] = {}
+
+
+def register_runtime(*names: str) -> Callable[[_Runtime], _Runtime]:
+    """Make a class of runtimes known by names; it is made with the one that a user gives: ``Mine("mine-bf16")``."""
+
+    def register(runtime: _Runtime) -> _Runtime:
+        _RUNTIMES.update(dict.fromkeys(names, runtime))
+        return runtime
+
+    return register
+
+
+def registered_runtimes() -> Mapping[str, type[Runtime]]:
+    """All classes of runtimes by their names."""
+    return _RUNTIMES
 
 
 class ArrayReady(ReadyChain):

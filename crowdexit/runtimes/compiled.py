@@ -15,19 +15,18 @@ from crowdexit.models.network import MultiExitNetwork
 from crowdexit.models.stages import ExitOutput, Features
 from crowdexit.runtimes import cancel
 from crowdexit.runtimes.arrays import RuntimeUnavailable, exit_piece, stage_piece
-from crowdexit.runtimes.base import ReadyChain, Runtime
+from crowdexit.runtimes.base import ReadyChain, Runtime, register_runtime
 from crowdexit.runtimes.batch import make_batch
 from crowdexit.runtimes.eager import EagerChain
 from crowdexit.runtimes.pieces import Piece, take_apart
 
 
+@register_runtime("compile", "compile-bf16")
 class Compiled(Runtime):
     """torch.compile on the CPU, in float32 or bfloat16; needs a C++ compiler, and a while at first.
 
     A piece is compiled for the first size that it meets and, at the second, for batches and images of any size.
     """
-
-    NAMES = ("compile", "compile-bf16")
 
     def __init__(self, name: str = "compile") -> None:
         self.name = name

@@ -15,15 +15,23 @@ from crowdexit.models.network import MultiExitNetwork
 from crowdexit.models.stages import ExitOutput, Features
 from crowdexit.runtimes import cancel
 from crowdexit.runtimes.arrays import RuntimeUnavailable
-from crowdexit.runtimes.base import ReadyChain, Runtime
+from crowdexit.runtimes.base import ReadyChain, Runtime, register_runtime
 
 
+@register_runtime("eager", "eager-bf16", "cuda", "cuda-bf16", "cuda-half")
 class Eager(Runtime):
-    """Eager PyTorch, channels last, in float32, bfloat16, or on a GPU float16."""
+    """Eager PyTorch, channels last, in float32, bfloat16, or on a GPU float16.
 
-    NAMES: tuple[str, ...] = ("eager", "eager-bf16", "cuda", "cuda-bf16", "cuda-half")
+    Raises:
+        RuntimeUnavailable: for a GPU that is not there.
+    """
+
+    automatic = True
+    runs_network = True
 
     def __init__(self, name: str = "eager") -> None:
+        if name.startswith("cuda") and not torch.cuda.is_available():
+            raise RuntimeUnavailable(f"the runtime {name!r} needs a CUDA GPU, and there is none")
         self.name = name
         self.device = torch.device("cuda" if name.startswith("cuda") else "cpu")
         self.half = {"bf16": torch.bfloat16, "half": torch.float16}.get(name.rpartition("-")[2])

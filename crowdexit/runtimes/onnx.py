@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from crowdexit.models.network import MultiExitNetwork
-from crowdexit.runtimes.base import ArrayReady, ReadyChain, Runtime
+from crowdexit.runtimes.base import ArrayReady, ReadyChain, Runtime, register_runtime
 from crowdexit.runtimes.engines import OnnxEngine, Shapes, installed
 from crowdexit.runtimes.model_cache import ModelCache
 from crowdexit.runtimes.pieces import Piece, chain_of, take_apart, takes_any_size
 
 
+@register_runtime("onnx")
 class Onnx(Runtime):
     """ONNX Runtime on the CPU; pieces are converted when they are first run, and kept.
 
@@ -25,7 +26,7 @@ class Onnx(Runtime):
         RuntimeUnavailable: if ONNX Runtime, or what writes ONNX, is not installed.
     """
 
-    NAMES = ("onnx",)
+    automatic = True
 
     def __init__(self, name: str = "onnx") -> None:
         for module in ("onnxruntime", "onnx", "onnxscript"):

@@ -15,7 +15,7 @@ import torch
 
 from crowdexit.models.network import MultiExitNetwork
 from crowdexit.runtimes.arrays import RuntimeUnavailable
-from crowdexit.runtimes.base import ArrayReady, ReadyChain, Runtime
+from crowdexit.runtimes.base import ArrayReady, ReadyChain, Runtime, register_runtime
 from crowdexit.runtimes.engines import OpenVINOEngine, Shapes, installed, openvino_core
 from crowdexit.runtimes.int8 import quantised
 from crowdexit.runtimes.model_cache import ModelCache
@@ -24,6 +24,7 @@ from crowdexit.runtimes.pieces import Piece, chain_of, take_apart, takes_any_siz
 _CONVERTING = Lock()
 
 
+@register_runtime("openvino", "openvino-bf16", "openvino-int8")
 class OpenVINO(Runtime):
     """OpenVINO on the CPU; pieces are converted when they are first run, and kept.
 
@@ -33,7 +34,7 @@ class OpenVINO(Runtime):
         RuntimeUnavailable: if OpenVINO is not installed.
     """
 
-    NAMES = ("openvino", "openvino-bf16", "openvino-int8")
+    automatic = True
 
     def __init__(self, name: str = "openvino") -> None:
         installed("openvino")

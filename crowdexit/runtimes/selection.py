@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
@@ -16,23 +16,19 @@ from torch import Tensor
 from crowdexit.models.network import MultiExitNetwork
 from crowdexit.models.stages import ExitOutput, Features
 from crowdexit.runtimes.arrays import RuntimeUnavailable
-from crowdexit.runtimes.base import ReadyChain, Runtime
+from crowdexit.runtimes.base import ReadyChain, Runtime, registered_runtimes
 from crowdexit.runtimes.batch import make_batch
 from crowdexit.runtimes.calibration import made_up_crowd, sample
-from crowdexit.runtimes.compiled import Compiled
 from crowdexit.runtimes.eager import Eager
 from crowdexit.runtimes.engines import one_line
 from crowdexit.runtimes.model_cache import choices, fingerprint, forget_choice, gpu_name, installed_version, save_choice
-from crowdexit.runtimes.onnx import Onnx
-from crowdexit.runtimes.openvino import OpenVINO, multiplies_bf16
-from crowdexit.runtimes.winograd import Winograd, filtered_layers
+from crowdexit.runtimes.openvino import multiplies_bf16
+from crowdexit.runtimes.winograd import filtered_layers
 from crowdexit.utils.machine import has_bfloat16, processor
+from crowdexit.utils.modules import import_modules
 
 log = logging.getLogger(__name__)
 
-KINDS: tuple[Any, ...] = (Eager, Winograd, Compiled, OpenVINO, Onnx)
-# Of all that there is, what needs no preparing of its own: what auto may try.
-READY_MADE = (*Eager.NAMES, *Winograd.NAMES, *OpenVINO.NAMES, *Onnx.NAMES)
 INT8 = "openvino-int8"
 # An exit's answer may differ from that of eager float32 by this share of it, and of one head or one class score.
 TOLERANCE = 0.02
@@ -44,7 +40,13 @@ _FAILURES = (RuntimeUnavailable, RuntimeError)  # the latter PyTorch's own, wher
 
 def names() -> tuple[str, ...]:
     """All runtimes by name, ``auto`` first."""
-    return ("auto", *(name for kind in KINDS for name in kind.NAMES))
+    import_modules("crowdexit.runtimes")
+    return ("auto", *registered_runtimes())
+
+
+def automatic_names() -> tuple[str, ...]:
+    """The runtimes that ``auto`` may choose."""
+    return tuple(name for name in names()[1:] if registered_runtimes()[name].automatic)
 
 
 def select_runtime(name: str) -> Runtime:
@@ -55,13 +57,10 @@ def select_runtime(name: str) -> Runtime:
     """
     if name == "auto":
         return Auto()
-    kind = next((kind for kind in KINDS if name in kind.NAMES), None)
-    if kind is None:
+    if name not in names():
         raise RuntimeUnavailable(f"no runtime {name!r} (there are {', '.join(names())})")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise RuntimeUnavailable(f"the runtime {name!r} needs a CUDA GPU, and there is none")
-    runtime: Runtime = kind(name)
-    return runtime
+    make: Callable[[str], Runtime] = registered_runtimes()[name]
+    return make(name)
 
 
 class Auto(Runtime):
@@ -79,7 +78,7 @@ class Auto(Runtime):
     def ready(self, network: MultiExitNetwork) -> ReadyChain:
         key = _key(network)
         known = choices().get(key)
-        if known in READY_MADE:
+        if known in automatic_names():
             try:
                 return _with_eager_fallback(select_runtime(known).ready(network), key)
             except Exception as error:
@@ -176,8 +175,10 @@ class FallbackChain(ReadyChain):
 
 def candidates(network: MultiExitNetwork) -> tuple[tuple[str, ...], ...]:
     """What to try here beside eager float32: of each row, the quickest first, the first that agrees."""
+    added = tuple(dict.fromkeys(registered_runtimes()[name].candidates(network) for name in names()[1:]))
     if torch.cuda.is_available():
-        return (("cuda-half",), ("cuda-bf16",), ("cuda",))  # which is the quickest depends on the GPU
+        known = ("cuda-half",), ("cuda-bf16",), ("cuda",)  # which is the quickest depends on the GPU
+        return (*known, *filter(None, added))
     pytorch: tuple[str, ...] = ()
     if has_bfloat16():
         pytorch = ("eager-bf16",)
@@ -193,7 +194,7 @@ def candidates(network: MultiExitNetwork) -> tuple[tuple[str, ...], ...]:
     others: tuple[str, ...] = (INT8,) if openvino and network.activation_ranges else ()
     if installed_version("onnxruntime") and "openvino-bf16" not in openvino:
         others += ("onnx",)
-    return tuple(filter(None, (pytorch, openvino, others)))
+    return tuple(filter(None, (pytorch, openvino, others, *added)))
 
 
 def _fastest(network: MultiExitNetwork) -> tuple[str, ReadyChain, bool]:
@@ -265,8 +266,8 @@ def _in_turn(network: MultiExitNetwork, chains: Mapping[str, ReadyChain], featur
 
 def _in_place(name: str, chain: ReadyChain, network: MultiExitNetwork) -> ReadyChain:
     """The chain; one that runs the network itself with its weights where it wants them: others may have moved them."""
-    kind = select_runtime(name)
-    return kind.ready(network) if isinstance(kind, Eager) else chain
+    runtime = select_runtime(name)
+    return runtime.ready(network) if runtime.runs_network else chain
 
 
 def _seconds(chain: ReadyChain, features: Features) -> float:

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from crowdexit.models.network import MultiExitNetwork
 from crowdexit.runtimes.arrays import RuntimeUnavailable
-from crowdexit.runtimes.base import ReadyChain
+from crowdexit.runtimes.base import ReadyChain, register_runtime
 from crowdexit.runtimes.eager import Eager, EagerChain
 
 # Where it is worth it, from so many kernels and numbers on a map: with fewer the transforms cost what they save. A
@@ -28,14 +28,13 @@ _KERNELS, _AREA = 64 * 128, 48 * 64
 _DILATED_KERNELS, _DILATED_AREA = 256 * 256, 72 * 128
 
 
+@register_runtime("winograd")
 class Winograd(Eager):
     """Eager PyTorch, float32 on the CPU, with minimal filtering where it is worth it.
 
     Raises:
         RuntimeUnavailable: on a processor that NNPACK does not know.
     """
-
-    NAMES = ("winograd",)
 
     def __init__(self, name: str = "winograd") -> None:
         super().__init__(name)

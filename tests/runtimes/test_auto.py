@@ -21,6 +21,7 @@ from crowdexit.runtimes.arrays import RuntimeUnavailable
 from crowdexit.runtimes.base import ReadyChain, Runtime
 from crowdexit.runtimes.eager import Eager
 from crowdexit.runtimes.model_cache import save_choice
+from crowdexit.runtimes.onnx import Onnx
 from crowdexit.runtimes.selection import Auto, candidates, names
 from crowdexit.utils.machine import cache_folder
 
@@ -88,7 +89,7 @@ def tried(monkeypatch):
     def set_up(rows: list[list[tuple[Fake, float]]], eager: float = 1.0) -> list[str]:
         fakes = {fake.name: (fake, seconds) for row in rows for fake, seconds in row}
         monkeypatch.setattr(module, "candidates", lambda _: tuple(tuple(fake.name for fake, _ in row) for row in rows))
-        monkeypatch.setattr(module, "READY_MADE", ("eager", *fakes))
+        monkeypatch.setattr(module, "automatic_names", lambda: ("eager", *fakes))
         monkeypatch.setattr(module, "select_runtime", lambda name: fakes[name][0] if name in fakes else real(name))
 
         def in_order(chain, features):
@@ -226,7 +227,7 @@ def test_candidates(cuda, bf16, wide, libraries, openvino_bf16, expected, networ
         network.wide = torch.nn.Conv2d(128, 128, 3, padding=1)
     with caplog.at_level(logging.WARNING):
         assert candidates(network) == expected
-    assert {name for row in expected for name in row} <= set(module.READY_MADE) <= set(names())
+    assert {name for row in expected for name in row} <= set(module.automatic_names()) <= set(names())
     broken = "openvino" in libraries and openvino_bf16 is None
     said = "runtime auto leaves out openvino: openvino cannot be imported: libtbb.so.12"
     assert caplog.messages == ([said] if broken else [])
@@ -424,3 +425,8 @@ def test_int8_is_tried_where_there_are_ranges(network):
     assert "openvino-int8" not in {name for row in candidates(network) for name in row}
     network.activation_ranges = {"stages.0": ActivationRange(0.0, 1.0)}
     assert ("openvino-int8" in {name for row in candidates(network) for name in row}) != torch.cuda.is_available()
+
+
+def test_a_runtime_of_somebody_else_is_tried_too(network, monkeypatch):
+    monkeypatch.setattr(Onnx, "candidates", classmethod(lambda cls, network: ("onnx-fast", "onnx")))
+    assert candidates(network)[-1] == ("onnx-fast", "onnx")
