@@ -8,7 +8,6 @@ from tiny import TINY
 from torch import nn
 
 from crowdexit.models import zoo
-from crowdexit.models.backbones.vit import KINDS
 from crowdexit.models.network import MultiExitNetwork
 from crowdexit.models.stages import Features, inputs
 
@@ -47,7 +46,8 @@ def made(name: str) -> MultiExitNetwork:
 def every_branch() -> MultiExitNetwork:
     """A transformer with all kinds of branches at one place."""
     torch.manual_seed(4)
-    exits = tuple(zoo.ExitSpec(kind, "1", kind) for kind in KINDS)
+    kinds = zoo.build(zoo.Spec("transcrowd-token-s", (), VIT)).branch_kinds("1")
+    exits = tuple(zoo.ExitSpec(kind, "1", kind) for kind in kinds)
     return settled(zoo.build(zoo.Spec("transcrowd-token-s", exits, VIT)))
 
 

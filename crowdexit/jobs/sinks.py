@@ -138,7 +138,7 @@ class Drawings:
     ) -> None:
         self._options, self._single, self._taken = options, is_single(sources), set(taken)
         if options.density is not None:
-            if not counter.network.exit_module(FINAL).maps:
+            if not counter.network.exit_module(FINAL).has_density:
                 raise OptionError("{}: {} makes no map, it counts directly", Option("density"), counter.model)
             if options.exit not in (FINAL, "auto"):
                 text = "{}: the exit {} makes no map, only the final one does"

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, cast
 from torch import nn
 
 from crowdexit.models.chain import iter_outputs
+from crowdexit.models.exits.registry import ExitLocation, exit_kinds, make_exit
 from crowdexit.models.stages import Exit, ExitOutput, Features, Stage
 
 FINAL = "final"
@@ -92,19 +93,21 @@ class MultiExitNetwork(nn.Module):
         self.branch_options: dict[str, dict[str, Any]] = {}
         self.activation_ranges: dict[str, ActivationRange] = {}
 
-    def branch_kinds(self, place: str) -> tuple[str, ...]:
-        """The kinds of branches that this backbone can have at a place."""
+    def exit_location(self, place: str, config: Any) -> ExitLocation:
+        """What a branch finds at a place, in ``config``'s shape."""
         raise NotImplementedError  # abstract
 
-    def make_branch(self, place: str, kind: str, config: Any) -> Exit:
-        """A fresh branch of a kind that :meth:`branch_kinds` names, fitted to the place, in ``config``'s shape."""
-        raise NotImplementedError  # abstract
+    def branch_kinds(self, place: str) -> tuple[str, ...]:
+        """The kinds of branches (:mod:`crowdexit.models.exits.registry`) that fit a place."""
+        at = self.exit_location(place, self.config)
+        return tuple(name for name, kind in exit_kinds().items() if kind.fits(at))
 
     def add_branch(self, name: str, place: str, kind: str, options: Mapping[str, Any] | None = None) -> None:
         """Put a fresh branch of a kind at a place.
 
         Args:
-            options: fields of the configuration that shape branches (``branch_fields``), for this one alone.
+            options: fields of the configuration that shape branches (``branch_fields``), and options of the kind's
+                own, for this one alone.
 
         Raises:
             ValueError: for a place, a kind or an option that this network does not have, or a name that is taken.
@@ -113,13 +116,17 @@ class MultiExitNetwork(nn.Module):
         kinds = self.branch_kinds(place)
         if kind not in kinds:
             raise ValueError(f"no branch of kind {kind!r} fits place {place} of this network ({', '.join(kinds)} do)")
-        fields = self.config.branch_fields
-        for option in options or {}:
+        options = dict(options or {})
+        own = exit_kinds()[kind].options
+        fields = (*self.config.branch_fields, *own)
+        for option in options:
             if option not in fields:
                 raise ValueError(f"a branch of this network has no {option!r} of its own (it has {', '.join(fields)})")
-        config = replace(self.config, **options) if options else self.config  # type: ignore[type-var]
-        self.add_exit(name, place, self.make_branch(place, kind, config))
-        self.branch_options[name] = dict(options or {})
+        shared = {option: value for option, value in options.items() if option not in own}
+        config = replace(self.config, **shared) if shared else self.config  # type: ignore[type-var]
+        at = self.exit_location(place, config)
+        self.add_exit(name, place, make_exit(kind, at, {key: options[key] for key in options if key in own}))
+        self.branch_options[name] = options
 
     def _check_place(self, place: str) -> None:
         if place not in self.places:

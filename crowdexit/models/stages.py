@@ -133,8 +133,8 @@ class Exit(nn.Module):
     """Reads the record at the end of a stage and answers.
 
     Attributes:
-        kind: what it is called. maps: whether its answers have a density map. uses_audio: whether it takes the audio's
-            vector itself, beside what the stages made of it.
+        kind: what it is called. has_density: whether its answers have a density map.
+        uses_audio: whether it takes the audio's vector itself, beside what the stages made of it.
         token_grid: (rows, columns) over the image of the tokens that it ends in, or None: it has no such tokens.
         count_head: the layers from its tokens to the count that a regression can start, or None
             (:func:`crowdexit.training.fit.fit_exits`).
@@ -142,7 +142,7 @@ class Exit(nn.Module):
     """
 
     kind: str
-    maps: bool = False
+    has_density: bool = False
     uses_audio: bool = False
     token_grid: tuple[int, int] | None = None
 

@@ -160,7 +160,7 @@ class BranchTraining(Experiment):
         self._teachers: list[MultiExitNetwork] = []
         if recipe.copycat and recipe.copycat.teacher is not None:
             self._teachers = [load_teacher(recipe.copycat.teacher, network, spec)]
-        if recipe.copycat and self.readouts and not self.teacher.final.maps:
+        if recipe.copycat and self.readouts and not self.teacher.final.has_density:
             labels = recipe.copycat.teacher or recipe.model
             raise TrainingError(f"{labels}: its final exit makes no density map to teach the parts by: local: 0")
         self.best_of = dict.fromkeys(self.names, math.inf)

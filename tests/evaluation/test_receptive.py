@@ -54,12 +54,9 @@ def test_attention_is_by_patch_and_adds_up(network, make_image):
 
 
 def test_attention_weights_are_those_that_the_branch_uses():
-    branch = AudioCSRNet(AudioCSRNetConfig(**{**CHANGES, "size": (256, 128)})).make_branch(  # type: ignore[arg-type]
-        "V1",
-        "slvit",
-        AudioCSRNetConfig(**{**CHANGES, "size": (256, 128)}),  # type: ignore[arg-type]
-    )
-    attention = branch.encoder.attention  # type: ignore[attr-defined, union-attr]
+    network = AudioCSRNet(AudioCSRNetConfig(**{**CHANGES, "size": (256, 128)}))  # type: ignore[arg-type]
+    network.add_branch("V1", "V1", "slvit")
+    attention = network.exit_module("V1").encoder.attention  # type: ignore[union-attr]
     tokens = torch.randn(2, 5, 8)
     weights = attention.weights(tokens)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 5))

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from crowdexit.data.views import normalise
 from crowdexit.models.backbones.audiocsrnet import AudioCSRNet, AudioCSRNetConfig
-from crowdexit.models.backbones.vit import KINDS, ViT, ViTConfig
+from crowdexit.models.backbones.vit import ViT, ViTConfig
 from crowdexit.models.backbones.weights import WeightsError, load_published
 from crowdexit.models.stages import inputs
 
@@ -125,10 +125,23 @@ def test_weights_that_do_not_fit(tmp_path):
 @pytest.mark.parametrize("uses_audio", [False, True])
 def test_every_kind_at_every_place(uses_audio):
     ours = network(audio_width=1 / 16 if uses_audio else 0.0)
-    kinds = [kind for kind in KINDS if uses_audio or kind != "slvit-audio"]
+    kinds = [
+        "mlp",
+        "cnn-ignore",
+        "cnn-add",
+        "cnn-project",
+        "vit",
+        "mixer",
+        "resmlp",
+        "slvit",
+        "gmlp",
+        "fnet",
+        "perceiver",
+    ]
+    kinds += ["slvit-audio"] if uses_audio else []
     assert list(ours.places) == ["1", "2", "3"]
     for place in ours.places:
-        assert list(ours.branch_kinds(place)) == kinds
+        assert set(ours.branch_kinds(place)) == set(kinds)
         for kind in kinds:
             ours.add_branch(f"{place}-{kind}", place, kind)
             assert ours.exit_module(f"{place}-{kind}").kind == kind

@@ -23,20 +23,17 @@ from crowdexit.models.backbones import (
 )
 from crowdexit.models.backbones.fronts import audio_encoder_kind, front_kind
 from crowdexit.models.exits import (
-    CNNExit,
     DensityActivation,
-    DensityBranch,
     GammaBeta,
-    SLViTExit,
     density_conv,
     density_of,
 )
+from crowdexit.models.exits.registry import ExitLocation
 from crowdexit.models.network import MultiExitNetwork
 from crowdexit.models.stages import Exit, ExitOutput, Features, Stage
 
 STRIDE = 8
 FUSION_CHANNELS = (512, 512, 512, 256, 128, 64)
-PAPER_KINDS = ("cnn", "slvit")  # table VIII of the SL-ViT paper
 
 
 @dataclass(frozen=True)
@@ -185,7 +182,7 @@ class DensityExit(Exit):
     """
 
     kind = "density"
-    maps = True
+    has_density = True
 
     def __init__(self, channels: int, config: AudioCSRNetConfig) -> None:
         super().__init__()
@@ -233,18 +230,19 @@ class AudioCSRNet(MultiExitNetwork):
         self._audio = audio.channels
         self._channels = dict(zip(locations, (*channels, channels[-1], outs[0]), strict=True))
 
-    def branch_kinds(self, place: str) -> tuple[str, ...]:
-        if self.config.view == "scale":
-            return ("density",)
-        return PAPER_KINDS if self.config.front == "vgg16" else (*PAPER_KINDS, "density")
-
-    def make_branch(self, place: str, kind: str, config: AudioCSRNetConfig) -> Exit:
+    def exit_location(self, place: str, config: AudioCSRNetConfig) -> ExitLocation:
+        """A feature map at 1/8 of the image. The paper's network (with VGG's front) has no exits with density maps."""
         c = config
-        channels, audio = self._channels[place], self._audio if place == "AV1" else 0
-        if kind == "density":
-            return DensityBranch(channels, c.density_widths, audio=audio)
-        shared: dict[str, Any] = {"audio": audio, "hidden": c.hidden, "dropout": c.dropout, "scale": c.count_scale}
-        if kind == "cnn":
-            return CNNExit(channels, c.grid, filters=c.filters, pool=c.pool, norm=c.cnn_norm, **shared)
-        wide: dict[str, Any] = {"patch": c.patch, "dim": c.dim, "heads": c.heads}
-        return SLViTExit(channels, c.grid, second_residual=c.second_residual, **wide, **shared)
+        return ExitLocation(
+            channels=self._channels[place],
+            grid=c.grid,
+            any_size=c.view == "scale",
+            audio=self._audio if place == "AV1" else 0,
+            fuses_audio=place == "AV1",
+            takes_density=c.view == "scale" or c.front != "vgg16",
+            settings={
+                **{"patch": c.patch, "dim": c.dim, "heads": c.heads, "second_residual": c.second_residual},
+                **{"filters": c.filters, "pool": c.pool, "norm": c.cnn_norm},
+                **{"hidden": c.hidden, "dropout": c.dropout, "scale": c.count_scale, "widths": c.density_widths},
+            },
+        )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from crowdexit.models.exits import CNNExit, SLViTExit, patch_size
+from crowdexit.models.exits.registry import ExitLocation
 from crowdexit.models.network import MultiExitNetwork
 from crowdexit.models.stages import Exit, ExitOutput, Features, Stage, inputs
 
@@ -23,7 +23,6 @@ RESNETS = ("resnet18", "resnet34")
 BOTTLENECKS = ("resnet50", "resnet101", "resnet152")
 DENSENETS = ("densenet121", "densenet169", "densenet201")
 INCEPTIONS = ("inception_v3",)
-KINDS = ("cnn", "slvit")
 
 
 @dataclass(frozen=True)
@@ -274,14 +273,17 @@ class ConvNet(MultiExitNetwork):
                 maps[place] = (channels, rows, columns)
         return maps
 
-    def branch_kinds(self, place: str) -> tuple[str, ...]:
-        return KINDS
-
-    def make_branch(self, place: str, kind: str, config: ConvNetConfig) -> Exit:
+    def exit_location(self, place: str, config: ConvNetConfig) -> ExitLocation:
+        """The feature map behind a stage."""
         c = config
         channels, rows, columns = self._maps[place]
-        shared: dict[str, Any] = {"outputs": c.outputs, "hidden": c.hidden, "dropout": c.dropout}
-        if kind == "cnn":
-            return CNNExit(channels, (rows, columns), filters=c.filters, pool=c.pool, padding=0, **shared)
-        wide: dict[str, Any] = {"patch": c.patch or patch_size(rows, columns), "dim": c.dim, "heads": c.heads}
-        return SLViTExit(channels, (rows, columns), second_residual=c.second_residual, **wide, **shared)
+        return ExitLocation(
+            channels=channels,
+            grid=(rows, columns),
+            outputs=c.outputs,
+            settings={
+                **({"patch": c.patch} if c.patch else {}),
+                **{"dim": c.dim, "heads": c.heads, "second_residual": c.second_residual},
+                **{"filters": c.filters, "pool": c.pool, "padding": 0, "hidden": c.hidden, "dropout": c.dropout},
+            },
+        )

@@ -14,35 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from crowdexit.models.backbones.vgg import VGG_FRONT, VGGish, conv_chain
-from crowdexit.models.exits import (
-    Branch,
-    CNNTokenExit,
-    MixingExit,
-    MLPTokenExit,
-    PerceiverExit,
-    SLViTExit,
-    ViTExit,
-    patch_size,
-)
 from crowdexit.models.exits.head import as_answer
+from crowdexit.models.exits.registry import ExitLocation
 from crowdexit.models.exits.tokens import attend, encoder_layer
 from crowdexit.models.network import MultiExitNetwork
 from crowdexit.models.stages import Exit, ExitOutput, Features, Stage
 
-KINDS = (
-    "mlp",
-    "cnn-ignore",
-    "cnn-add",
-    "cnn-project",
-    "vit",
-    "mixer",
-    "resmlp",
-    "slvit",
-    "slvit-audio",
-    "gmlp",
-    "fnet",
-    "perceiver",
-)
 _Norm = partial(nn.LayerNorm, eps=1e-6)
 
 
@@ -283,35 +260,21 @@ class ViT(MultiExitNetwork):
         for module in encoders:
             module.apply(_start)
 
-    def branch_kinds(self, place: str) -> tuple[str, ...]:
-        return tuple(kind for kind in KINDS if self._audio or kind != "slvit-audio")
-
-    def make_branch(self, place: str, kind: str, config: ViTConfig) -> Exit:
+    def exit_location(self, place: str, config: ViTConfig) -> ExitLocation:
+        """The tokens behind an encoder layer."""
         c = config
-        shared: dict[str, Any] = {
-            "outputs": c.outputs,
-            "hidden": c.hidden,
-            "dropout": c.dropout,
-            "scale": c.count_scale,
-        }
-        rows, columns = c.grid
-        branch: Branch
-        if kind == "mlp":
-            branch = MLPTokenExit(c.dim, **shared)
-        elif kind.startswith("cnn-"):
-            branch = CNNTokenExit(c.dim, c.grid, join=cast(Any, kind.removeprefix("cnn-")), filters=c.filters, **shared)
-        elif kind == "vit":
-            branch = ViTExit(c.dim, c.heads, **shared)
-        elif kind == "perceiver":
-            branch = PerceiverExit(c.dim, c.heads, latents=c.latents, **shared)
-        elif kind.startswith("slvit"):
-            audio = self._audio if kind == "slvit-audio" else 0
-            patch = patch_size(rows, columns)
-            branch = SLViTExit(c.dim, c.grid, patch=patch, dim=c.slvit_dim, heads=c.slvit_heads, audio=audio, **shared)
-        else:
-            branch = MixingExit(cast(Any, kind), c.dim, 1 + rows * columns, shift=c.resmlp_shift, **shared)
-        branch.kind = kind
-        return branch
+        return ExitLocation(
+            channels=c.dim,
+            grid=c.grid,
+            tokens=True,
+            audio=self._audio,
+            heads=c.heads,
+            outputs=c.outputs,
+            settings={
+                **{"dim": c.slvit_dim, "heads": c.slvit_heads, "filters": c.filters, "latents": c.latents},
+                **{"shift": c.resmlp_shift, "hidden": c.hidden, "dropout": c.dropout, "scale": c.count_scale},
+            },
+        )
 
 
 def _start(module: nn.Module) -> None:

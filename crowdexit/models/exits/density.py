@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crowdexit.models.exits.feature_map import GammaBeta
+from crowdexit.models.exits.registry import ExitLocation, register_exit
 from crowdexit.models.stages import Exit, ExitOutput, Features
 
 DensityActivation = Literal["none", "relu", "softplus"]
@@ -55,7 +56,7 @@ class DensityBranch(Exit):
     """
 
     kind = "density"
-    maps = True
+    has_density = True
 
     def __init__(
         self,
@@ -89,3 +90,8 @@ class DensityBranch(Exit):
                 visual = F.relu(visual)
             density = density_of(self.conv(visual), features.valid_mask, self.activation, self.scale)
         return ExitOutput(density.sum((1, 2, 3)), density)
+
+
+@register_exit("density", reads=("map",), any_size=True, has_density=True)
+def _density(at: ExitLocation) -> DensityBranch:
+    return DensityBranch(at.channels, audio=at.fused_audio, **at.settings_for("widths"))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crowdexit.models.exits.head import Branch, MLPHead
+from crowdexit.models.exits.registry import ExitLocation, register_exit
 from crowdexit.models.stages import Features
 
 
@@ -226,3 +227,25 @@ def patch_size(height: int, width: int) -> int:
     common = math.gcd(height, width)
     target = math.sqrt(math.sqrt(height * width))
     return min((p for p in range(1, common + 1) if common % p == 0), key=lambda p: (abs(p - target), p))
+
+
+@register_exit("cnn", reads=("map",))
+def _cnn(at: ExitLocation) -> CNNExit:
+    shape = at.settings_for("filters", "pool", "padding", "norm", "hidden", "dropout", "scale")
+    return CNNExit(at.channels, at.grid, at.outputs, audio=at.fused_audio, **shape)
+
+
+@register_exit("slvit", reads=("map", "tokens"))
+def _slvit(at: ExitLocation) -> SLViTExit:
+    return _slvit_with(at, at.fused_audio)
+
+
+@register_exit("slvit-audio", reads=("tokens",), adds_audio=True)
+def _slvit_audio(at: ExitLocation) -> SLViTExit:
+    return _slvit_with(at, at.audio)
+
+
+def _slvit_with(at: ExitLocation, audio: int) -> SLViTExit:
+    patch = at.settings["patch"] if "patch" in at.settings else patch_size(*at.grid)
+    shape = at.settings_for("dim", "heads", "second_residual", "hidden", "dropout", "scale")
+    return SLViTExit(at.channels, at.grid, at.outputs, patch=patch, audio=audio, **shape)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crowdexit.models.exits.head import Branch, MLPHead
+from crowdexit.models.exits.registry import ExitLocation, register_exit
 from crowdexit.models.stages import Features
 
 EPSILON = 1e-6  # of every layer normalisation, as in ViT
@@ -272,3 +273,41 @@ class PerceiverExit(_Token):
         latents = latents + self.mlp(self.norm_mlp(latents))
         out: Tensor = self.norm(self.among(latents))
         return out.mean(1, keepdim=True)
+
+
+_HEAD = ("hidden", "dropout", "scale")
+
+
+@register_exit("mlp", reads=("tokens",))
+def _mlp(at: ExitLocation) -> MLPTokenExit:
+    return MLPTokenExit(at.channels, at.outputs, **at.settings_for(*_HEAD))
+
+
+def _cnn(at: ExitLocation, join: Literal["ignore", "add", "project"]) -> CNNTokenExit:
+    return CNNTokenExit(at.channels, at.grid, at.outputs, join=join, **at.settings_for("filters", *_HEAD))
+
+
+register_exit("cnn-ignore", reads=("tokens",))(partial(_cnn, join="ignore"))
+register_exit("cnn-add", reads=("tokens",))(partial(_cnn, join="add"))
+register_exit("cnn-project", reads=("tokens",))(partial(_cnn, join="project"))
+
+
+@register_exit("vit", reads=("tokens",))
+def _vit(at: ExitLocation) -> ViTExit:
+    return ViTExit(at.channels, at.heads, at.outputs, **at.settings_for(*_HEAD))
+
+
+def _mixing(at: ExitLocation, mixing: Literal["mixer", "resmlp", "gmlp", "fnet"]) -> MixingExit:
+    count = 1 + at.grid[0] * at.grid[1]
+    return MixingExit(mixing, at.channels, count, at.outputs, **at.settings_for("shift", *_HEAD))
+
+
+register_exit("mixer", reads=("tokens",))(partial(_mixing, mixing="mixer"))
+register_exit("resmlp", reads=("tokens",))(partial(_mixing, mixing="resmlp"))
+register_exit("gmlp", reads=("tokens",))(partial(_mixing, mixing="gmlp"))
+register_exit("fnet", reads=("tokens",))(partial(_mixing, mixing="fnet"))
+
+
+@register_exit("perceiver", reads=("tokens",))
+def _perceiver(at: ExitLocation) -> PerceiverExit:
+    return PerceiverExit(at.channels, at.heads, at.outputs, **at.settings_for("latents", *_HEAD))
