@@ -21,10 +21,8 @@ from safetensors.torch import save as serialised
 from torch import Tensor
 
 from crowdexit.errors import CrowdExitError
-from crowdexit.models.backbones.audiocsrnet import AudioCSRNet, AudioCSRNetConfig
-from crowdexit.models.backbones.convnets import ConvNet, ConvNetConfig
-from crowdexit.models.backbones.vit import ViT, ViTConfig
 from crowdexit.models.network import ActivationRange, MultiExitNetwork
+from crowdexit.models.registry import models
 from crowdexit.utils.checksum import checksum
 from crowdexit.utils.files import atomic_write, write_problem
 from crowdexit.utils.paths import PACKAGE, is_file
@@ -33,64 +31,6 @@ FORMAT = "crowdexit-2"
 RANGES = "activation_ranges"  # in a checkpoint's meta: of the weights that it has
 MAX_SIDE = 16_384
 CALIBRATION = ("intervals", "temperatures", "familiarity")  # what `crowdexit calibrate` measures, in `Spec.meta`
-_FROM_NOTHING = {"front_norm": True, "density_activation": "relu", "density_scale": 100.0, "count_scale": 100.0}
-
-AUDIOCSRNETS: Mapping[str, AudioCSRNetConfig] = {
-    "audiocsrnet": AudioCSRNetConfig(),
-    "audiocsrnet-m": AudioCSRNetConfig(
-        size=(1024, 768),
-        width=0.75,
-        audio_width=0.5,
-        filters=16,
-        hidden=128,
-        **_FROM_NOTHING,  # type: ignore[arg-type]
-    ),
-    "audiocsrnet-s": AudioCSRNetConfig(
-        size=(1024, 768),
-        width=0.5,
-        audio_width=0.25,
-        dim=16,
-        filters=8,
-        hidden=64,
-        **_FROM_NOTHING,  # type: ignore[arg-type]
-    ),
-}
-# What is shipped: a pretrained front and a pretrained audio encoder, and images of any size and shape.
-AUDIOCSRNETS = {
-    **AUDIOCSRNETS,
-    "audiocsrnet-lite": AudioCSRNetConfig(
-        size=(1024, 768),
-        view="scale",
-        front="efficientnet-lite0",
-        audio_encoder="yamnet",
-        fusion_channels=(96, 96, 96, 64, 48, 32),
-        density_activation="softplus",
-    ),
-}
-# ViT-B, ViT-S and ViT-Ti of timm; what trains from nothing has a stem of convolutions, and ears. The smallest sees with
-# the convolutions of audiocsrnet-s.
-_M: Mapping[str, Any] = {"dim": 384, "heads": 6, "stem": "conv", "audio_width": 0.25, "count_scale": 100.0}
-_S: Mapping[str, Any] = {"dim": 192, "heads": 3, "stem": "vgg", "audio_width": 0.25, "count_scale": 100.0}
-VITS: Mapping[str, ViTConfig] = {
-    "transcrowd-token": ViTConfig(),
-    "transcrowd-token-m": ViTConfig(**_M),
-    "transcrowd-token-s": ViTConfig(**_S, hidden=64, slvit_dim=16, filters=8),
-    "transcrowd-gap": ViTConfig(task="gap"),
-    "transcrowd-gap-m": ViTConfig(task="gap", **_M),
-    "transcrowd-gap-s": ViTConfig(task="gap", **_S, hidden=64, slvit_dim=16, filters=8),
-    "vit-b16": ViTConfig(task="class", outputs=10),
-    "vit-s16": ViTConfig(task="class", outputs=10, dim=384, heads=6),
-    "vit-ti16": ViTConfig(task="class", outputs=10, dim=192, heads=3),
-}
-# The SL-ViT paper's three, and siblings of the first two that train from a few thousand images.
-CONVNETS: Mapping[str, ConvNetConfig] = {
-    "resnet152": ConvNetConfig("resnet152"),
-    "densenet201": ConvNetConfig("densenet201"),
-    "inceptionv3": ConvNetConfig("inception_v3"),
-    "resnet18": ConvNetConfig("resnet18"),
-    "densenet121": ConvNetConfig("densenet121"),
-}
-MODELS: Mapping[str, AudioCSRNetConfig | ViTConfig | ConvNetConfig] = {**AUDIOCSRNETS, **VITS, **CONVNETS}
 
 
 class ZooError(CrowdExitError):
@@ -130,13 +70,13 @@ def build(spec: Spec) -> MultiExitNetwork:
     Raises:
         ZooError: for an unknown model, field of its configuration, place or kind.
     """
-    if spec.model not in MODELS:
+    model = models().get(spec.model)
+    if model is None:
         raise ZooError(f"no model {spec.model!r} (there are {', '.join(names())})")
     try:
         changes = dict(spec.changes)
         changes = {key: tuple(value) if isinstance(value, list) else value for key, value in changes.items()}
-        config = replace(MODELS[spec.model], **changes)
-        network = _network(config)
+        network = model.make(replace(model.config, **changes))  # type: ignore[type-var]
         for e in spec.exits:
             network.add_branch(e.name, e.place, e.kind, e.options)
     except (TypeError, ValueError, KeyError, ArithmeticError, RuntimeError) as error:
@@ -144,15 +84,9 @@ def build(spec: Spec) -> MultiExitNetwork:
     return network
 
 
-def _network(config: AudioCSRNetConfig | ViTConfig | ConvNetConfig) -> MultiExitNetwork:
-    if isinstance(config, ViTConfig):
-        return ViT(config)
-    return AudioCSRNet(config) if isinstance(config, AudioCSRNetConfig) else ConvNet(config)
-
-
 def names() -> list[str]:
     """All model names."""
-    return list(MODELS)
+    return list(models())
 
 
 def checkpoints_folder() -> Path:

@@ -104,7 +104,7 @@ def test_saving_over_replaces_whole(network, spec, path):
 def test_names():
     assert {"audiocsrnet", "audiocsrnet-m", "audiocsrnet-s"} <= set(zoo.names())
     assert set(zoo.shipped()) <= set(zoo.names())
-    paper = zoo.AUDIOCSRNETS["audiocsrnet"]
+    paper = zoo.build(zoo.Spec("audiocsrnet")).config
     assert (paper.size, paper.width, paper.front_norm, paper.density_activation) == ((1024, 576), 1.0, False, "none")
 
 

@@ -30,6 +30,7 @@ from crowdexit.models.exits import (
 )
 from crowdexit.models.exits.registry import ExitLocation
 from crowdexit.models.network import MultiExitNetwork
+from crowdexit.models.registry import register_models
 from crowdexit.models.stages import Exit, ExitOutput, Features, Stage
 
 STRIDE = 8
@@ -246,3 +247,29 @@ class AudioCSRNet(MultiExitNetwork):
                 **{"hidden": c.hidden, "dropout": c.dropout, "scale": c.count_scale, "widths": c.density_widths},
             },
         )
+
+
+_FROM_SCRATCH: dict[str, Any] = {
+    **{"front_norm": True, "density_activation": "relu", "density_scale": 100.0, "count_scale": 100.0}
+}
+register_models(
+    AudioCSRNet,
+    {
+        "audiocsrnet": AudioCSRNetConfig(),
+        "audiocsrnet-m": AudioCSRNetConfig(
+            size=(1024, 768), width=0.75, audio_width=0.5, filters=16, hidden=128, **_FROM_SCRATCH
+        ),
+        "audiocsrnet-s": AudioCSRNetConfig(
+            size=(1024, 768), width=0.5, audio_width=0.25, dim=16, filters=8, hidden=64, **_FROM_SCRATCH
+        ),
+        # A pretrained front and a pretrained audio encoder, and images of any size and shape.
+        "audiocsrnet-lite": AudioCSRNetConfig(
+            size=(1024, 768),
+            view="scale",
+            front="efficientnet-lite0",
+            audio_encoder="yamnet",
+            fusion_channels=(96, 96, 96, 64, 48, 32),
+            density_activation="softplus",
+        ),
+    },
+)

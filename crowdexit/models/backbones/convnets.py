@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from crowdexit.models.exits.registry import ExitLocation
 from crowdexit.models.network import MultiExitNetwork
+from crowdexit.models.registry import register_models
 from crowdexit.models.stages import Exit, ExitOutput, Features, Stage, inputs
 
 RESNETS = ("resnet18", "resnet34")
@@ -287,3 +288,16 @@ class ConvNet(MultiExitNetwork):
                 **{"filters": c.filters, "pool": c.pool, "padding": 0, "hidden": c.hidden, "dropout": c.dropout},
             },
         )
+
+
+# The SL-ViT paper's three, and siblings of the first two that train from a few thousand images.
+register_models(
+    ConvNet,
+    {
+        "resnet152": ConvNetConfig("resnet152"),
+        "densenet201": ConvNetConfig("densenet201"),
+        "inceptionv3": ConvNetConfig("inception_v3"),
+        "resnet18": ConvNetConfig("resnet18"),
+        "densenet121": ConvNetConfig("densenet121"),
+    },
+)

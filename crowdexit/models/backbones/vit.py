@@ -18,6 +18,7 @@ from crowdexit.models.exits.head import as_answer
 from crowdexit.models.exits.registry import ExitLocation
 from crowdexit.models.exits.tokens import attend, encoder_layer
 from crowdexit.models.network import MultiExitNetwork
+from crowdexit.models.registry import register_models
 from crowdexit.models.stages import Exit, ExitOutput, Features, Stage
 
 _Norm = partial(nn.LayerNorm, eps=1e-6)
@@ -283,3 +284,23 @@ def _start(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+# ViT-B, ViT-S and ViT-Ti of timm; what trains from scratch has a stem of convolutions, and an audio encoder. The
+# smallest has the convolutions of audiocsrnet-s.
+_M: dict[str, Any] = {"dim": 384, "heads": 6, "stem": "conv", "audio_width": 0.25, "count_scale": 100.0}
+_S: dict[str, Any] = {"dim": 192, "heads": 3, "stem": "vgg", "audio_width": 0.25, "count_scale": 100.0}
+register_models(
+    ViT,
+    {
+        "transcrowd-token": ViTConfig(),
+        "transcrowd-token-m": ViTConfig(**_M),
+        "transcrowd-token-s": ViTConfig(**_S, hidden=64, slvit_dim=16, filters=8),
+        "transcrowd-gap": ViTConfig(task="gap"),
+        "transcrowd-gap-m": ViTConfig(task="gap", **_M),
+        "transcrowd-gap-s": ViTConfig(task="gap", **_S, hidden=64, slvit_dim=16, filters=8),
+        "vit-b16": ViTConfig(task="class", outputs=10),
+        "vit-s16": ViTConfig(task="class", outputs=10, dim=384, heads=6),
+        "vit-ti16": ViTConfig(task="class", outputs=10, dim=192, heads=3),
+    },
+)
