@@ -18,7 +18,7 @@ from torch import Tensor
 from crowdexit.data.views import normalise, views
 from crowdexit.errors import CrowdExitError
 from crowdexit.evaluation.files import blank, write_files
-from crowdexit.models.exits import Branch, SLViTExit
+from crowdexit.models.exits import Branch
 from crowdexit.models.network import FINAL, MultiExitNetwork
 from crowdexit.models.stages import Features, inputs
 
@@ -81,18 +81,10 @@ def _sight(name: str, branch: Branch, features: Features, tensor: Tensor) -> Sig
     field = slope[0].abs().sum(0).double()
     order = field.flatten().sort(descending=True).values.cumsum(0)
     wide = float((order < 0.9 * order[-1]).double().mean())
-    attention = _attention(branch, features) if isinstance(branch, SLViTExit) else None
+    with torch.no_grad():
+        weights = branch.attention_map(features)
+    attention: NDArray[np.float32] | None = None if weights is None else weights[0].float().numpy()
     return Sight(name, branch.kind, (field / field.max().clamp(min=1e-30)).float().numpy(), wide, attention)
-
-
-@torch.no_grad()
-def _attention(branch: SLViTExit, features: Features) -> NDArray[np.float32]:
-    """The mean over heads and asking patches of the attention weights, by asked patch; the audio's patch left out."""
-    weights = branch.encoder.attention.weights(branch.encoder.norm1(branch.embed(features)))  # B×h×N×N
-    rows, columns = branch.token_grid or (1, 1)
-    asked = weights[0].mean((0, 1))[: rows * columns]
-    shown: NDArray[np.float32] = (asked / asked.sum()).view(rows, columns).float().numpy()
-    return shown
 
 
 def draw(image: NDArray[np.uint8], sights: Sequence[Sight], path: Path) -> None:

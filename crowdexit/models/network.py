@@ -75,12 +75,20 @@ class MultiExitNetwork(nn.Module):
     Attributes:
         final_uses_audio: whether sound reaches the final exit.
         classifies: whether the exits tell classes apart rather than count.
+        token_dim: D of its tokens, or 0: it makes maps.
+        published_kinds: the kinds of published weights that it can take (:mod:`crowdexit.models.backbones.weights`).
+        torchvision_name: torchvision's name of what it has its images encoded by.
+        parts_of_audiocsrnet: the beginnings of its tensors' names → those of an AudioCSRNet's that they can start from.
         branch_options: of each early exit that was made here, the options of its own.
         activation_ranges: what int8 needs of layers, by name; empty where not measured.
     """
 
     final_uses_audio = False
     classifies = False
+    token_dim = 0
+    published_kinds: tuple[str, ...] = ()
+    torchvision_name = "vgg16"
+    parts_of_audiocsrnet: Mapping[str, str] = {}
 
     def __init__(self, stages: Sequence[Stage], final: Exit, places: dict[str, int], config: Config) -> None:
         super().__init__()
@@ -143,6 +151,15 @@ class MultiExitNetwork(nn.Module):
             raise ValueError(f"there is an exit {name!r} already")
         self.branches[name] = branch
         self._stage_of[name] = self.places[place]
+
+    @property
+    def audio_encoder(self) -> Any:
+        """Its stage that encodes the audio (:class:`crowdexit.models.backbones.fronts.AudioEncoder`), or None."""
+        return next((stage for stage in self.stages if cast(Stage, stage).encodes_audio), None)
+
+    def published_problem(self, kind: str) -> str | None:
+        """Why published weights of a kind do not fit this configuration, or None."""
+        return None
 
     @property
     def exit_names(self) -> list[str]:

@@ -107,10 +107,12 @@ class Stage(nn.Module):
     Attributes:
         uses_audio: whether its output may depend on the audio.
         fuses_audio: whether what it hands on as ``visual`` depends on the audio.
+        encodes_audio: whether it is an audio encoder: it sets ``audio`` and leaves ``visual`` as it is.
     """
 
     uses_audio: bool = True
     fuses_audio: bool = False
+    encodes_audio: bool = False
 
     def forward(self, features: Features) -> Features:
         raise NotImplementedError  # abstract
@@ -134,6 +136,7 @@ class Exit(nn.Module):
 
     Attributes:
         kind: what it is called. has_density: whether its answers have a density map.
+        has_count_weights: whether it has weights of its own for the count, that training by counts starts from.
         uses_audio: whether it takes the audio's vector itself, beside what the stages made of it.
         token_grid: (rows, columns) over the image of the tokens that it ends in, or None: it has no such tokens.
         count_head: the layers from its tokens to the count that a regression can start, or None
@@ -143,6 +146,7 @@ class Exit(nn.Module):
 
     kind: str
     has_density: bool = False
+    has_count_weights: bool = True
     uses_audio: bool = False
     token_grid: tuple[int, int] | None = None
 

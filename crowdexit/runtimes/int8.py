@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from crowdexit.models.backbones.fronts import AudioEncoder
 from crowdexit.models.network import ActivationRange, MultiExitNetwork
 from crowdexit.models.stages import Features
 
@@ -101,7 +100,7 @@ def _layers(network: MultiExitNetwork) -> list[str]:
     return [
         f"stages.{index}.{name}"
         for index, stage in enumerate(network.stages)
-        if not isinstance(stage, AudioEncoder)
+        if stage is not network.audio_encoder
         for name, layer in stage.named_modules()
         if isinstance(layer, (nn.Conv2d, nn.Linear)) and not _takes_image(layer)
     ]

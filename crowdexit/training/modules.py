@@ -23,7 +23,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from crowdexit.errors import CrowdExitError
 from crowdexit.models import zoo
 from crowdexit.models.backbones.fronts import AudioEncoder
-from crowdexit.models.backbones.vit import ViT
 from crowdexit.models.network import FINAL, MultiExitNetwork
 from crowdexit.models.stages import Exit, Features, inputs
 from crowdexit.training.depthwise import QuickFrozenDepthwise, is_depthwise
@@ -69,7 +68,7 @@ def with_and_without_audio(network: MultiExitNetwork, features: Features) -> dic
     """
     seen = network.stages[0](features)
     silence = torch.zeros_like(features.has_audio)
-    if isinstance(network.stages[0], AudioEncoder):
+    if network.stages[0] is network.audio_encoder:
         return {"sound": seen, "silent": network.stages[0](replace(features, has_audio=silence))}
     return {"sound": seen, "silent": replace(seen, has_audio=silence)}
 
@@ -183,10 +182,10 @@ def audio_encoder(network: MultiExitNetwork) -> AudioEncoder:
     Raises:
         TrainingError: if it has none.
     """
-    for stage in network.stages:
-        if isinstance(stage, AudioEncoder):
-            return stage
-    raise TrainingError("this network takes no audio: it has no audio encoder to train")
+    encoder: AudioEncoder | None = network.audio_encoder
+    if encoder is None:
+        raise TrainingError("this network takes no audio: it has no audio encoder to train")
+    return encoder
 
 
 class Validation:
@@ -419,9 +418,9 @@ class BackboneTraining(Experiment):
         # Thrown away afterwards: a density map read off the patches, so that every part of an image teaches.
         self.readout: PatchReadout | None = None
         if recipe.local:
-            if not isinstance(network, ViT):
+            if not network.token_dim:
                 raise TrainingError(f"local: {recipe.model} has no patches to read counts off")
-            self.readout = PatchReadout(network.config.dim)
+            self.readout = PatchReadout(network.token_dim)
         self.average = averaged(self.network, recipe)
         self.train()  # Lightning leaves the modes as they are
 

@@ -35,8 +35,6 @@ from crowdexit.data.augment import Conditions
 from crowdexit.data.dataset import CrowdDataset
 from crowdexit.errors import CrowdExitError
 from crowdexit.models import zoo
-from crowdexit.models.backbones.audiocsrnet import AudioCSRNet
-from crowdexit.models.backbones.vit import ViT
 from crowdexit.models.backbones.weights import apply_weights
 from crowdexit.models.network import FINAL, MultiExitNetwork
 from crowdexit.training.branches import BranchTraining, add_branches, trials
@@ -213,12 +211,7 @@ def start_senses(network: MultiExitNetwork, model: str) -> None:
         CrowdExitError: if it is no transformer with such parts, or the other no AudioCSRNet of their widths.
     """
     path = zoo.checkpoint_path(model)
-    parts = {}
-    if isinstance(network, ViT):
-        if network.config.audio_width:
-            parts["stages.0."] = "stages.1."
-        if network.config.stem == "vgg":
-            parts[f"stages.{network.places['1']}.embedding.patch_embed.0."] = "stages.0.layers."
+    parts = network.parts_of_audiocsrnet
     if not parts or not zoo.read_spec(path).model.startswith("audiocsrnet"):
         raise TrainingError(f"senses: a transformer with ears or a VGG stem takes them from an AudioCSRNet, not {path}")
     read = zoo.read_tensors(path)
@@ -315,9 +308,9 @@ def make_experiment(network: MultiExitNetwork, spec: zoo.Spec, recipe: Recipe, o
     if recipe.stage in ("end-to-end", "layer-wise"):
         start_rest(network, recipe)
         return JointTraining(network, spec, recipe, out)
-    if recipe.stage == "density" and not isinstance(network, AudioCSRNet):
+    if recipe.stage == "density" and not network.final.has_density:
         raise TrainingError(f"{recipe.model} makes no density map: its stage is 'count'")
-    if recipe.stage == "count" and isinstance(network, AudioCSRNet) and network.final.regressor is None:
+    if recipe.stage == "count" and not network.final.has_count_weights:
         raise TrainingError("stage two needs the regressor: set changes: {regressor: true}")
     return BackboneTraining(network, spec, recipe, out)
 

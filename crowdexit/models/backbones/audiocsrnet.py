@@ -193,6 +193,10 @@ class DensityExit(Exit):
         if config.regressor:
             self.start_regressor(config.size)
 
+    @property
+    def has_count_weights(self) -> bool:  # type: ignore[override]
+        return self.regressor is not None
+
     def start_regressor(self, size: tuple[int, int]) -> None:
         """Add stage two's dense layer for images of ``size`` (width, height), started as a sum."""
         self.regressor = nn.Linear(size[0] * size[1], 1, bias=False)
@@ -216,6 +220,7 @@ class AudioCSRNet(MultiExitNetwork):
 
     config: AudioCSRNetConfig
     final_uses_audio = True
+    published_kinds = ("vgg16", "vggish", "efficientnet-lite0", "yamnet", "csrnet", "audiocsrnet")
 
     def __init__(self, config: AudioCSRNetConfig | None = None) -> None:
         c = config or AudioCSRNetConfig()
@@ -230,6 +235,14 @@ class AudioCSRNet(MultiExitNetwork):
         super().__init__([*images, audio, first, rest], DensityExit(outs[-1], c), places, c)
         self._audio = audio.channels
         self._channels = dict(zip(locations, (*channels, channels[-1], outs[0]), strict=True))
+
+    def published_problem(self, kind: str) -> str | None:
+        """Why published weights of a kind do not fit this configuration, or None."""
+        if self.config.front_norm:
+            return f"{kind}: published weights fit no network with batch normalisation in its fronts"
+        if kind == "audiocsrnet" and self.config.image_norm != "official":
+            return "audiocsrnet: trained on images normalised in its own way: set changes: {image_norm: official}"
+        return None
 
     def exit_location(self, place: str, config: AudioCSRNetConfig) -> ExitLocation:
         """A feature map at 1/8 of the image. The paper's network (with VGG's front) has no exits with density maps."""

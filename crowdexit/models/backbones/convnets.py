@@ -242,6 +242,7 @@ class ConvNet(MultiExitNetwork):
 
     config: ConvNetConfig
     classifies = True
+    published_kinds = ("imagenet",)
 
     def __init__(self, config: ConvNetConfig | None = None) -> None:
         c = config or ConvNetConfig()
@@ -260,6 +261,7 @@ class ConvNet(MultiExitNetwork):
             name: names[id(tensor)] for name, tensor in self.state_dict(keep_vars=True).items() if id(tensor) in names
         }
         self._maps = self._measure()
+        self.torchvision_name = c.architecture
 
     def _measure(self) -> dict[str, tuple[int, int, int]]:
         """(channels, rows, columns) of the map at each place, from shapes alone: nothing is computed."""

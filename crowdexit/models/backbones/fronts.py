@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from crowdexit.data.views import MEAN, STD
-from crowdexit.models.stages import Stage
+from crowdexit.models.stages import Features, Stage
 
 
 class Renormalise(nn.Module):
@@ -50,15 +51,21 @@ class AudioEncoder(Stage):
     """
 
     channels: int
+    encodes_audio = True
 
     @property
     def trained_on_audio(self) -> nn.Module:
-        """What a recipe's stage ``hearing`` trains of it."""
-        raise NotImplementedError  # abstract
+        """What a recipe's stage ``hearing`` trains of it: all, unless an encoder says otherwise."""
+        return self
 
     def embed(self, log_mel: Tensor) -> Tensor:
         """Prepared log-mel B×1×96×64 → what is known of the audio, B×A."""
         raise NotImplementedError  # abstract
+
+    def forward(self, features: Features) -> Features:
+        # Not a product with ``has_audio``: what stands in rows without audio may be NaN.
+        audio = self.embed(features.log_mel)
+        return replace(features, audio=torch.where(features.has_audio[:, None], audio, 0.0))
 
 
 @dataclass(frozen=True)

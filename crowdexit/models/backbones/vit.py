@@ -247,6 +247,7 @@ class ViT(MultiExitNetwork):
     """
 
     config: ViTConfig
+    published_kinds = ("vit", "augreg", "transcrowd")
 
     def __init__(self, config: ViTConfig | None = None) -> None:
         c = config or ViTConfig()
@@ -257,9 +258,19 @@ class ViT(MultiExitNetwork):
         places = {str(layer): layer - 1 + len(ears) for layer in range(1, c.depth)}
         super().__init__([*ears, *encoders], final, places, c)
         self._audio = ears[0].channels if ears else 0
-        self.classifies = c.task == "class"
+        self.classifies, self.token_dim = c.task == "class", c.dim
+        self.parts_of_audiocsrnet = {
+            **({"stages.0.": "stages.1."} if ears else {}),
+            **({f"stages.{len(ears)}.embedding.patch_embed.0.": "stages.0.layers."} if c.stem == "vgg" else {}),
+        }
         for module in encoders:
             module.apply(_start)
+
+    def published_problem(self, kind: str) -> str | None:
+        """Why published weights of a kind do not fit this configuration, or None."""
+        if self.config.stem != "patch":
+            return f"{kind}: published weights fit no network with a stem of convolutions"
+        return None
 
     def exit_location(self, place: str, config: ViTConfig) -> ExitLocation:
         """The tokens behind an encoder layer."""

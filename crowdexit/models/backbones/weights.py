@@ -100,21 +100,15 @@ def load_published(network: MultiExitNetwork, kind: str, path: str | Path) -> Fi
     """
     if kind not in _KINDS:
         raise WeightsError(f"no published weights of kind {kind!r} (there are {', '.join(_KINDS)})")
-    fill, of = _KINDS[kind]
-    if not isinstance(network, of):
-        raise WeightsError(f"{kind}: weights for {of.__name__}, not for {type(network).__name__}")
-    if isinstance(network, AudioCSRNet) and network.config.front_norm:
-        raise WeightsError(f"{kind}: published weights fit no network with batch normalisation in its fronts")
-    if kind == "audiocsrnet" and isinstance(network, AudioCSRNet) and network.config.image_norm != "official":
-        raise WeightsError(
-            "audiocsrnet: trained on images normalised in its own way: set changes: {image_norm: official}"
-        )
-    if isinstance(network, ViT) and network.config.stem != "patch":
-        raise WeightsError(f"{kind}: published weights fit no network with a stem of convolutions")
+    if kind not in network.published_kinds:
+        fitting = ", ".join(network.published_kinds) or "none"
+        raise WeightsError(f"{kind}: not weights for this network, {type(network).__name__} (there are {fitting})")
+    if problem := network.published_problem(kind):
+        raise WeightsError(problem)
     fetch = _FETCHED.get((kind, str(path)))
     tensors = fetch(network) if fetch is not None else read_published(path)
     reader = _Reader(tensors, f"{kind}: {path}")
-    new = fill(network, reader)
+    new = _KINDS[kind](network, reader)
     own = network.state_dict()
     with torch.no_grad():
         for key, tensor in new.items():
@@ -163,7 +157,7 @@ def _torchvision(network: MultiExitNetwork) -> Tensors:
     """torchvision's first ImageNet weights: of VGG-16, or of the network's own architecture."""
     from torchvision.models import get_model_weights  # slow to import, and only wanted here
 
-    name = network.config.architecture if isinstance(network, ConvNet) else "vgg16"
+    name = network.torchvision_name
     try:
         published = get_model_weights(name)["IMAGENET1K_V1"]
         weights: dict[str, Tensor] = published.get_state_dict(check_hash=True, weights_only=True)
@@ -408,17 +402,17 @@ def _imagenet(network: ConvNet, reader: _Reader) -> dict[str, Tensor]:
     return new
 
 
-_KINDS: dict[str, tuple[Callable[[Any, _Reader], dict[str, Tensor]], type[MultiExitNetwork]]] = {
-    "vgg16": (_vgg16, AudioCSRNet),
-    "vggish": (_vggish, AudioCSRNet),
-    "efficientnet-lite0": (_efficientnet_lite0, AudioCSRNet),
-    "yamnet": (_yamnet, AudioCSRNet),
-    "csrnet": (_csrnet, AudioCSRNet),
-    "audiocsrnet": (_audiocsrnet, AudioCSRNet),
-    "vit": (_vit, ViT),
-    "augreg": (_augreg, ViT),
-    "transcrowd": (_transcrowd, ViT),
-    "imagenet": (_imagenet, ConvNet),
+_KINDS: dict[str, Callable[[Any, _Reader], dict[str, Tensor]]] = {
+    "vgg16": _vgg16,
+    "vggish": _vggish,
+    "efficientnet-lite0": _efficientnet_lite0,
+    "yamnet": _yamnet,
+    "csrnet": _csrnet,
+    "audiocsrnet": _audiocsrnet,
+    "vit": _vit,
+    "augreg": _augreg,
+    "transcrowd": _transcrowd,
+    "imagenet": _imagenet,
 }
 # What a word in place of a file has somebody else fetch.
 _FETCHED: dict[tuple[str, str], Callable[[MultiExitNetwork], Tensors]] = {

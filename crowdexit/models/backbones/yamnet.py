@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from torch.nn import functional as F
 
 from crowdexit.models.backbones.fronts import AudioEncoder, AudioEncoderKind, register_audio_encoder
 from crowdexit.models.backbones.same_padding import SameConv2d
-from crowdexit.models.stages import Features
 
 CHANNELS = 1024  # of its embedding
 BANDS = 64  # of the log-mel
@@ -83,10 +81,6 @@ class YAMNet(AudioEncoder):
         parts = ((self.embedding(log_mel), _EMBEDDING), (mean, _MEAN), (std, _STD))
         vector: Tensor = self.project(torch.cat([(part - centre) / by for part, (centre, by) in parts], 1))
         return vector
-
-    def forward(self, features: Features) -> Features:
-        # Not a product with ``has_audio``: what stands in rows without audio may be NaN.
-        return replace(features, audio=torch.where(features.has_audio[:, None], self.embed(features.log_mel), 0.0))
 
 
 def _make(config: Any) -> YAMNet:

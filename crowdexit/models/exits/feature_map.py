@@ -216,6 +216,13 @@ class SLViTExit(Branch):
         audio = F.linear(self.audio_to_map(features.audio), kernel.to(visual.dtype), self.project.bias)
         return torch.cat([visual, audio.unsqueeze(1).to(visual.dtype)], dim=1) + self.position
 
+    def attention_map(self, features: Features) -> Tensor:
+        """The mean over heads and asking patches of the attention weights, by asked patch; the audio's is left out."""
+        weights = self.encoder.attention.weights(self.encoder.norm1(self.embed(features)))  # B×h×N×N
+        rows, columns = self.token_grid or (1, 1)
+        asked = weights.mean((1, 2))[:, : rows * columns]
+        return (asked / asked.sum(1, keepdim=True)).unflatten(1, (rows, columns))
+
     def tokens(self, features: Features) -> Tensor:
         """What the head sees, B×N×d: the encoded patches in reading order, the audio patch last."""
         encoded: Tensor = self.encoder(self.embed(features))

@@ -84,6 +84,10 @@ class Branch(Exit):
         """What the head sees, B×N×d, in reading order."""
         raise NotImplementedError  # abstract
 
+    def attention_map(self, features: Features) -> Tensor | None:
+        """How much its attention goes to each patch, B×rows×columns, the sum of each sample one; None: it has none."""
+        return None
+
     def answer(self, tokens: Tensor) -> ExitOutput:
         """The head's answer to B×N×d."""
         return ExitOutput(as_answer(run_head(self.head, tokens)) * self.scale)

@@ -17,6 +17,7 @@ from crowdexit.runtimes.selection import automatic_names, names, select_runtime
 @pytest.fixture
 def abacus(monkeypatch):
     """A runtime that is called ``abacus``, and one that is called ``abacus-fast``."""
+    assert names()  # all others are registered before
     monkeypatch.setattr(base, "_RUNTIMES", dict(base.registered_runtimes()))
 
     @register_runtime("abacus", "abacus-fast")
