@@ -140,6 +140,7 @@ def make_page(model: CrowdCounter | str | Path = "audiocsrnet-lite", *, runtime:
     atexit.register(guard.delete, uploads)
     os.environ["GRADIO_TEMP_DIR"] = str(uploads)
     gr.set_static_paths([SAMPLES])  # served where they lie: copies would be deleted with the old uploads
+    page: gr.Blocks
     with gr.Blocks(title="CrowdExit", analytics_enabled=False, delete_cache=(600, CACHE_SECONDS)) as page:
         gr.HTML(_HEADING, elem_classes="ce-heading")
         with gr.Row():

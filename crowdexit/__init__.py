@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from crowdexit.errors import CrowdExitError
 
 if TYPE_CHECKING:
-    from crowdexit.inference.counter import CrowdCounter, DeadlineMissed, load
+    from crowdexit.inference.anytime import DeadlineMissed
+    from crowdexit.inference.counter import CrowdCounter, load
     from crowdexit.results import CountResult, ExitResult
 
 __all__ = ["CountResult", "CrowdCounter", "CrowdExitError", "DeadlineMissed", "ExitResult", "load"]

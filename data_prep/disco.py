@@ -237,7 +237,8 @@ def read_density(path: Path) -> NDArray[np.float64]:
         raise CrowdExitError(f"{path.name} holds a map of shape {matrix.shape} of {matrix.dtype}, not a matrix")
     if not np.isfinite(matrix).all() or matrix.min() < 0:
         raise CrowdExitError(f"{path.name} holds a map with values that are negative or not finite")
-    return matrix.astype(np.float64)
+    out: NDArray[np.float64] = matrix.astype(np.float64)
+    return out
 
 
 def onto_grid(matrix: NDArray[np.float64], height: int, width: int) -> NDArray[np.float32]:

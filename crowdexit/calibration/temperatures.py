@@ -41,7 +41,8 @@ class Temperatures:
         """How unsure an exit is of each sample (n,), from zero to one, by its scores (n, K)."""
         logs = _log_softmax(scores.astype(np.float64) / self.by_exit.get(exit, 1.0))
         if measure == "confidence":
-            return 1 - np.exp(logs.max(1))
+            out: NDArray[np.float64] = 1 - np.exp(logs.max(1))
+            return out
         entropy: NDArray[np.float64] = -(np.exp(logs) * logs).sum(1) / math.log(logs.shape[1])
         return entropy
 

@@ -149,7 +149,8 @@ def _adaptive_sigmas(points: NDArray[np.float32]) -> NDArray[np.float64]:
     neighbours = min(_ADAPTIVE_NEIGHBOURS, len(points) - 1)
     # The nearest of all is the head itself.
     distances, _ = cKDTree(points).query(points, neighbours + 1)
-    return np.maximum(_ADAPTIVE_SHARE * distances[:, 1:].mean(axis=1), _SMALLEST_SIGMA)
+    out: NDArray[np.float64] = np.maximum(_ADAPTIVE_SHARE * distances[:, 1:].mean(axis=1), _SMALLEST_SIGMA)
+    return out
 
 
 def _axis_weights(

@@ -115,4 +115,5 @@ def _srgb() -> NDArray[np.uint8]:
     """The sRGB value of every level of light, of which the last is white."""
     light = np.arange(_LEVELS) / (_LEVELS - 1)
     encoded = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
-    return np.rint(255 * encoded).astype(np.uint8)
+    out: NDArray[np.uint8] = np.rint(255 * encoded).astype(np.uint8)
+    return out

@@ -177,6 +177,6 @@ def _mel_matrix() -> NDArray[np.float64]:
     edges = np.linspace(low, high, MEL_BANDS + 2)
     lower, centre, upper = edges[:-2], edges[1:-1], edges[2:]
     triangles = np.minimum((bins - lower) / (centre - lower), (upper - bins) / (upper - centre))
-    matrix = np.maximum(triangles, 0.0)
+    matrix: NDArray[np.float64] = np.maximum(triangles, 0.0)
     matrix[0] = 0.0
     return matrix

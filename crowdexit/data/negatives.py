@@ -155,7 +155,8 @@ def pattern(rng: np.random.Generator, width: int, height: int) -> Image:
     """One of the patterns, with noise over it, H×W×3."""
     drawn = PATTERNS[rng.integers(len(PATTERNS))](rng, width, height)
     noisy = drawn + rng.uniform(0, _NOISE) * _noise(rng, width, height)
-    return np.clip(noisy, 0, 255).astype(np.uint8)
+    out: Image = np.clip(noisy, 0, 255).astype(np.uint8)
+    return out
 
 
 def shapes(rng: np.random.Generator, ground: Image) -> Image:

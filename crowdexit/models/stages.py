@@ -43,7 +43,8 @@ class Features:
             return self.visual
         assert self.token_grid is not None
         patches = self.visual[:, 1:].transpose(1, 2)  # B×D×N
-        return patches.unflatten(2, self.token_grid)
+        out: Tensor = patches.unflatten(2, self.token_grid)
+        return out
 
     def tokens(self) -> Tensor:
         """The visual features as tokens B×(1+N)×D; of a map, its cells behind their mean."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from crowdexit.inference.counter import ExitResult
+    from crowdexit.results import ExitResult
 
 Pixels = NDArray[np.uint8]
 

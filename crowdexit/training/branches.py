@@ -117,7 +117,8 @@ def load_teacher(name: Path, network: MultiExitNetwork, spec: zoo.Spec) -> Multi
     if teacher.config.size != network.config.size:
         theirs, ours = ("{}x{}".format(*config.size) for config in (teacher.config, network.config))
         raise TrainingError(f"copycat.teacher: {name} takes images of {theirs}, the run's are {ours}")
-    return teacher.requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    out: MultiExitNetwork = teacher.requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return out
 
 
 class BranchTraining(Experiment):

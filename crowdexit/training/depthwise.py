@@ -87,5 +87,5 @@ class QuickFrozenDepthwise(TorchFunctionMode):
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
             input, weight = input.to(dtype), weight.to(dtype)
-        out: Tensor = _FrozenDepthwise.apply(input, weight, _pair(stride), _pair(padding))
+        out: Tensor = _FrozenDepthwise.apply(input, weight, _pair(stride), _pair(padding))  # type: ignore[no-untyped-call]
         return out

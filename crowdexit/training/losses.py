@@ -27,7 +27,8 @@ def evened(crowding: Tensor, usual: float, even: float) -> Tensor:
 
     Between the two a power of it, scaled so that an image of ``usual`` crowding weighs the same throughout.
     """
-    return crowding**even * usual ** (1 - even)
+    out: Tensor = crowding**even * usual ** (1 - even)
+    return out
 
 
 def relative_error(
@@ -60,11 +61,13 @@ def density_loss(density: Tensor, count: Tensor, batch: Batch, recipe: Recipe) -
         density = upsample_sum(density, STRIDE)
     squared = (density - batch["density"]).square()
     if recipe.loss == "l2":
-        return squared.sum((1, 2, 3)).mean()
+        of_maps: Tensor = squared.sum((1, 2, 3)).mean()
+        return of_maps
     weighted = 1e4 * squared.mean((1, 2, 3)) / evened(1 + heads / 20, 6, recipe.even)
     if recipe.guess:
         weighted = weighted * ~batch["dark"]
-    return recipe.map * weighted.mean() + value_loss(count, batch, recipe)
+    out: Tensor = recipe.map * weighted.mean() + value_loss(count, batch, recipe)
+    return out
 
 
 def value_loss(value: Tensor, batch: Batch, recipe: Recipe) -> Tensor:
@@ -80,7 +83,8 @@ def value_loss(value: Tensor, batch: Batch, recipe: Recipe) -> Tensor:
     if recipe.loss == "balanced":
         dark = batch["dark"] if recipe.guess else None
         return relative_error(value, batch["count"], recipe.even, dark, recipe.least)
-    return (value - batch["count"]).abs().mean()
+    out: Tensor = (value - batch["count"]).abs().mean()
+    return out
 
 
 def exit_loss(answer: ExitOutput, batch: Batch, recipe: Recipe) -> Tensor:

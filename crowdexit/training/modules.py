@@ -114,7 +114,8 @@ def make_optimiser(
 ) -> torch.optim.Optimizer:
     """The recipe's optimiser over these parameters or groups, with another learning rate if one is given."""
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[part.name]
-    return kind(parameters, lr=lr or part.lr, weight_decay=part.weight_decay, foreach=True)
+    out: torch.optim.Optimizer = kind(parameters, lr=lr or part.lr, weight_decay=part.weight_decay, foreach=True)
+    return out
 
 
 def plateau(optimiser: torch.optim.Optimizer, part: OptimiserPart) -> ReduceLROnPlateau:

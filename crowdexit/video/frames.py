@@ -129,7 +129,8 @@ class Frame:
 
     @property
     def _quarter_turns(self) -> int:
-        return round(self.decoded.rotation / 90) % 4  # anticlockwise, as the display matrix asks
+        out: int = round(self.decoded.rotation / 90) % 4  # anticlockwise, as the display matrix asks
+        return out
 
 
 def read_frames(

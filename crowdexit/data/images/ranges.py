@@ -91,7 +91,8 @@ def _from_floats(samples: NDArray[Any]) -> tuple[NDArray[np.uint8], str | None]:
 
     def scaled(rows: NDArray[Any]) -> NDArray[Any]:
         values = np.nan_to_num(rows.astype(np.float32), nan=black, posinf=black, neginf=black)
-        return np.rint(np.clip((values - black) * (255 / (white - black)), 0, 255))
+        out: NDArray[Any] = np.rint(np.clip((values - black) * (255 / (white - black)), 0, 255))
+        return out
 
     return _rows(samples, scaled), warning
 

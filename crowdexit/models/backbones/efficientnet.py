@@ -55,7 +55,8 @@ class NormReLU6(nn.BatchNorm2d):
         self.act = nn.ReLU6(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(super().forward(x))
+        out: Tensor = self.act(super().forward(x))
+        return out
 
 
 class SeparableConv(nn.Module):
@@ -69,7 +70,8 @@ class SeparableConv(nn.Module):
         self.bn2 = nn.BatchNorm2d(out, eps=_NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.bn2(self.conv_pw(self.bn1(self.conv_dw(x))))
+        out: Tensor = self.bn2(self.conv_pw(self.bn1(self.conv_dw(x))))
+        return out
 
 
 class InvertedResidual(nn.Module):
@@ -89,7 +91,8 @@ class InvertedResidual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn1(self.conv_pw(x))
         y = self.bn3(self.conv_pwl(self.bn2(self.conv_dw(y))))
-        return x + y if self.adds else y
+        out: Tensor = x + y if self.adds else y
+        return out
 
 
 def _depthwise(channels: int, kernel: int, stride: int) -> nn.Conv2d:

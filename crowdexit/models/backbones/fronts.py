@@ -110,7 +110,8 @@ def front_kind(name: str) -> FrontKind:
     Raises:
         ValueError: if there is none.
     """
-    return _found(_FRONTS, name, "front")
+    out: FrontKind = _found(_FRONTS, name, "front")
+    return out
 
 
 def audio_encoder_kind(name: str) -> AudioEncoderKind:
@@ -119,7 +120,8 @@ def audio_encoder_kind(name: str) -> AudioEncoderKind:
     Raises:
         ValueError: if there is none.
     """
-    return _found(_AUDIO_ENCODERS, name, "audio encoder")
+    out: AudioEncoderKind = _found(_AUDIO_ENCODERS, name, "audio encoder")
+    return out
 
 
 def _found(registry: Mapping[str, Any], name: str, what: str) -> Any:

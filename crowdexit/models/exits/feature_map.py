@@ -98,7 +98,8 @@ class CNNExit(Branch):
         if self.fuse is not None:
             assert features.audio is not None
             y = self.fuse(y, features.audio)
-        return self.pool(F.relu(y)).flatten(2).transpose(1, 2)
+        out: Tensor = self.pool(F.relu(y)).flatten(2).transpose(1, 2)
+        return out
 
 
 class WideAttention(nn.Module):
@@ -117,7 +118,8 @@ class WideAttention(nn.Module):
     def weights(self, x: Tensor) -> Tensor:
         """How much each token (third dimension) attends to each (fourth): B×h×N×N, its rows' sums one."""
         q, k, _ = self._asked(x)
-        return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
+        out: Tensor = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
+        return out
 
     def _asked(self, x: Tensor) -> Tensor:
         """Queries, keys and values: 3×B×h×N×d."""
@@ -127,7 +129,8 @@ class WideAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self._asked(x)
         y = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(y.transpose(1, 2).flatten(2))
+        out: Tensor = self.proj(y.transpose(1, 2).flatten(2))
+        return out
 
 
 class EncoderLayer(nn.Module):
@@ -147,7 +150,8 @@ class EncoderLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
         y = self.mlp(self.norm2(x))
-        return x + y if self.second_residual else y
+        out: Tensor = x + y if self.second_residual else y
+        return out
 
 
 class SLViTExit(Branch):
@@ -209,7 +213,8 @@ class SLViTExit(Branch):
         """The sequence before the encoder, B×N×d; the audio patch last."""
         visual = self.project(self.input_map(features)).flatten(2).transpose(1, 2)  # B×N×d
         if not self.uses_audio:
-            return visual + self.position
+            out: Tensor = visual + self.position
+            return out
         assert features.audio is not None
         # The projection of a vector tiled over p×p is its product with the kernel summed over p×p.
         kernel = self.project.weight.sum((2, 3))
@@ -221,7 +226,8 @@ class SLViTExit(Branch):
         weights = self.encoder.attention.weights(self.encoder.norm1(self.embed(features)))  # B×h×N×N
         rows, columns = self.token_grid or (1, 1)
         asked = weights.mean((1, 2))[:, : rows * columns]
-        return (asked / asked.sum(1, keepdim=True)).unflatten(1, (rows, columns))
+        out: Tensor = (asked / asked.sum(1, keepdim=True)).unflatten(1, (rows, columns))
+        return out
 
     def tokens(self, features: Features) -> Tensor:
         """What the head sees, B×N×d: the encoded patches in reading order, the audio patch last."""
