@@ -21,6 +21,7 @@ from crowdexit.errors import CrowdExitError
 
 SHARE = 0.975  # of the training images that are below the threshold
 SHRINKAGE = 0.02  # of the covariance, towards its diagonal
+MAP_ROWS = 24  # of a feature map that are summed
 _LEAST = 1e-4  # of the mean variance: a feature that is hardly ever there varies by that
 
 
@@ -85,6 +86,24 @@ class Familiarity:
             return cls(mean, precision.reshape(len(mean), len(mean)), threshold, samples)
         except (KeyError, TypeError, ValueError):
             raise FamiliarityError("the checkpoint's statistics of its training images are damaged") from None
+
+
+def sum_features(visual: NDArray[np.float32], valid_mask: NDArray[np.float32]) -> NDArray[np.float64] | None:
+    """Sums over the cells that are image, of the features B×C×h×w after the first stage; of a large map of some rows.
+
+    Args:
+        valid_mask: B×1×h×w, how much of each cell is image.
+
+    Returns:
+        B×(2C + 1): of each channel the sum and the sum of squares, and the number of cells. None of tokens.
+    """
+    if visual.ndim != 4 or visual.shape[2:] != valid_mask.shape[2:]:
+        return None
+    step = max(1, visual.shape[2] // MAP_ROWS)
+    values = visual[:, :, ::step].reshape(*visual.shape[:2], -1).astype(np.float32)
+    weights = valid_mask[:, 0, ::step].reshape(len(visual), -1, 1).astype(np.float32)
+    sums = [values @ weights, np.square(values) @ weights, weights.sum(1, keepdims=True)]
+    return np.concatenate(sums, 1)[:, :, 0].astype(np.float64)
 
 
 def describe(sums: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -29,6 +29,7 @@ PIXELS_OF_TILES_AT_ONCE = 1024 * 768
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 STD = np.array([0.229, 0.224, 0.225], np.float32)
 
+Box = tuple[int, int, int, int]  # x, y, width, height
 _Row = TypeVar("_Row", bound=tuple[Any, ...])
 
 
@@ -129,6 +130,34 @@ def scale_down(image: NDArray[np.uint8], most: tuple[int, int]) -> tuple[NDArray
     if size != (width, height):
         image = np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
     return place(image, canvas_size(width, height, most, "scale"), (0, 0)), Placement(size[0] / width, (0, 0), size)
+
+
+def image_rows(
+    image: NDArray[np.uint8],
+    native: tuple[int, int],
+    canvas: tuple[int, int],
+    view: Literal["fit", "tiles", "scale"],
+) -> list[tuple[Box, tuple[NDArray[np.uint8], Placement]]]:
+    """All rows that an image H×W×3 takes in a network's batch: the rectangle of each, its canvas, how it lies there.
+
+    Args:
+        native: (width, height) of an image that the network counts whole; a much larger one is cut into tiles.
+
+    Raises:
+        ImageError: if there are too many tiles.
+    """
+    boxes = tile_boxes(image.shape[1], image.shape[0], native)
+    return [(box, row) for box in boxes for row in views(_cut_out(image, box), canvas, view)]
+
+
+def is_tiled(rows: Sequence[tuple[Box, Any]]) -> bool:
+    """Whether rows of an image show tiles of it, rather than all of it."""
+    return len({box for box, _ in rows}) > 1
+
+
+def _cut_out(image: NDArray[np.uint8], box: Box) -> NDArray[np.uint8]:
+    x, y, width, height = box
+    return image[y : y + height, x : x + width]
 
 
 def views(

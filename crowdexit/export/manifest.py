@@ -15,7 +15,7 @@ from crowdexit.runtimes.arrays import FEATURE_FIELDS, OUTPUT_FIELDS, Port, exit_
 from crowdexit.utils.files import atomic_write
 from crowdexit.utils.paths import is_file
 
-FORMAT = "crowdexit-export-4"
+FORMAT = "crowdexit-export-5"
 _MOST_TEXT = 2**22
 _MOST_BYTES = 2**32  # of all models together
 _Side = Annotated[int, Field(gt=0, le=16_384)]
@@ -66,6 +66,7 @@ class Manifest(_Part):
         mean, std: of the normalised image, of 1, by channel, red first.
         classifies: whether the exits tell classes apart rather than count.
         exits: the index of the stage after which each stands, by name, in the order in which they answer.
+        audio_exits: the names of those whose output depends on the audio.
         intervals: of the counts (:class:`crowdexit.calibration.intervals.Intervals`), or None.
         temperatures: of the classes (:class:`crowdexit.calibration.temperatures.Temperatures`), or None.
         familiarity: of the training images (:class:`crowdexit.calibration.familiarity.Familiarity`), or None.
@@ -74,7 +75,7 @@ class Manifest(_Part):
         checksum: of all the others (:meth:`own_checksum`); written with the file.
     """
 
-    format: Literal["crowdexit-export-4"]
+    format: Literal["crowdexit-export-5"]
     library: Library
     precision: Precision
     network: NetworkPart
@@ -86,6 +87,7 @@ class Manifest(_Part):
     std: tuple[float, float, float]
     classifies: bool
     exits: dict[str, Annotated[int, Field(ge=0, lt=1000)]] = Field(min_length=1)
+    audio_exits: tuple[str, ...]
     intervals: dict[str, Any] | None
     temperatures: dict[str, Any] | None
     familiarity: dict[str, Any] | None

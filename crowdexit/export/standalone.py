@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,12 +18,14 @@ from crowdexit.data.views import (
     PIXELS_ABREAST,
     PIXELS_AT_ONCE,
     PIXELS_OF_TILES_AT_ONCE,
+    Box,
     Placement,
     checked_image,
+    image_rows,
+    is_tiled,
     normalise,
     same_size_groups,
     tile_boxes,
-    views,
 )
 from crowdexit.errors import CrowdExitError
 from crowdexit.models.chain import iter_outputs
@@ -107,6 +109,15 @@ def manifest_checksum(manifest: Mapping[str, Any]) -> str:
     return checksum(json.dumps(rest, sort_keys=True).encode())
 
 
+@dataclass(frozen=True)
+class RunnerOutput:
+    """What an exit says of an image: people, and the density map of each of its rows, if the exit makes maps."""
+
+    exit: str
+    count: float
+    maps: Sequence[NDArray[np.float32]]
+
+
 class Runner:
     """The network of an exported folder, ready to be run on arrays; a model is compiled when it is first run.
 
@@ -176,27 +187,48 @@ class Runner:
             CrowdExitError: as :meth:`check`, or for an image of no use.
         """
         self.check(log_mel, exits)
-        pixels = checked_image(image)
-        boxes = self.boxes(pixels.shape[1], pixels.shape[0])
-        about = self._about
-        rows = [view for x, y, w, h in boxes for view in views(pixels[y : y + h, x : x + w], about.size, about.view)]
-        audio = log_mel if log_mel is not None and len(boxes) == 1 else None
+        rows = self.rows(image)
+        for output in self.run(rows, None if is_tiled(rows) else log_mel, exits):
+            yield output.exit, output.count
+
+    def rows(self, image: NDArray[np.uint8]) -> list[tuple[Box, tuple[NDArray[np.uint8], Placement]]]:
+        """The rows that an image takes in a batch: see :func:`crowdexit.data.views.image_rows`."""
+        return image_rows(checked_image(image), self._about.scene, self._about.size, self._about.view)
+
+    def run(
+        self,
+        rows: Sequence[tuple[Box, tuple[NDArray[np.uint8], Placement]]],
+        log_mel: NDArray[np.float32] | None = None,
+        exits: Collection[str] | None = None,
+        after_first_stage: Callable[[Record], None] | None = None,
+    ) -> Iterator[RunnerOutput]:
+        """Each exit's output for the rows of an image as soon as it is there.
+
+        Args:
+            after_first_stage: is called with what the first stage hands over of each batch.
+        """
+        canvases = [row for _, row in rows]
         wanted = self.chain.exit_names if exits is None else exits
-        width, height = about.size
+        width, height = self._about.size
         batch, tiles, in_flight = (
             max(1, most // (width * height)) for most in (PIXELS_AT_ONCE, PIXELS_OF_TILES_AT_ONCE, PIXELS_ABREAST)
         )
-        if len(boxes) > 1:
+        if is_tiled(rows):
             batch = min(batch, tiles)
         # An image of an absurd shape has too many tiles to go through the network together: the counts come
         # with the last of them.
+        chain = _BatchesChain(self.chain, after_first_stage)
         counts = dict.fromkeys(wanted, 0.0)
-        for start in range(0, len(rows), in_flight):
-            batches = (_record(group, audio) for group in same_size_groups(rows[start : start + in_flight], batch))
-            for name, count in iter_outputs(_BatchesChain(self.chain), batches, wanted):
+        maps: dict[str, list[NDArray[np.float32]]] = {name: [] for name in wanted}
+        for start in range(0, len(canvases), in_flight):
+            batches = (
+                _record(group, log_mel) for group in same_size_groups(canvases[start : start + in_flight], batch)
+            )
+            for name, (count, density) in iter_outputs(chain, batches, wanted):
                 counts[name] += count
-                if start + in_flight >= len(rows):
-                    yield name, self._checked_count(name, counts[name])
+                maps[name] += density
+                if start + in_flight >= len(canvases):
+                    yield RunnerOutput(name, self._checked_count(name, counts[name]), maps[name])
 
     def _checked_count(self, name: str, count: float) -> float:
         if not math.isfinite(count):
@@ -217,17 +249,27 @@ def _record(rows: Sequence[tuple[NDArray[np.uint8], Placement]], log_mel: NDArra
 
 
 class _BatchesChain:
-    """A chain over several batches: all of them go through a stage before any goes on. What an exit says is the sum."""
+    """A chain over several batches: all of them go through a stage before any goes on.
 
-    def __init__(self, chain: ArrayChain) -> None:
-        self._chain = chain
+    An exit's output is the sum of the counts, and the density map of each row.
+    """
+
+    def __init__(self, chain: ArrayChain, after_first_stage: Callable[[Record], None] | None) -> None:
+        self._chain, self._after_first_stage = chain, after_first_stage
         self.exit_names, self.stage_of = chain.exit_names, chain.stage_of
 
     def advance(self, index: int, state: Iterable[Record]) -> Iterable[Record]:
-        return [self._chain.advance(index, record) for record in state]
+        advanced = []
+        for record in state:
+            advanced.append(self._chain.advance(index, record))
+            if index == 0 and self._after_first_stage is not None:
+                self._after_first_stage(advanced[-1])
+        return advanced
 
-    def run_exit(self, name: str, state: Iterable[Record]) -> float:
-        return sum(float(self._chain.run_exit(name, record).value.sum()) for record in state)
+    def run_exit(self, name: str, state: Iterable[Record]) -> tuple[float, list[NDArray[np.float32]]]:
+        outputs = [self._chain.run_exit(name, record) for record in state]
+        maps = [density for output in outputs if output.density is not None for density in output.density[:, 0]]
+        return sum(float(output.value.sum()) for output in outputs), maps
 
 
 def _pair(values: Sequence[int]) -> tuple[int, int]:

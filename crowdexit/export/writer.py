@@ -173,6 +173,7 @@ def _manifest(
         std=_rounded(STD),
         classifies=network.classifies,
         exits={name: network.stage_of(name) for name in network.exit_names},
+        audio_exits=tuple(filter(network.uses_audio, network.exit_names)),
         intervals=spec.meta.get("intervals"),
         temperatures=spec.meta.get("temperatures"),
         familiarity=spec.meta.get("familiarity"),

@@ -9,6 +9,7 @@ from functools import cached_property, partial
 
 import numpy as np
 
+from crowdexit.data.scene import ImageInfo
 from crowdexit.data.views import (
     PIXELS_ABREAST,
     PIXELS_AT_ONCE,
@@ -18,7 +19,7 @@ from crowdexit.data.views import (
 )
 from crowdexit.inference.budget import Budget
 from crowdexit.inference.executor import Batch, Part
-from crowdexit.inference.preprocessing import AudioLike, ImageLike, Row, Scene, prepared
+from crowdexit.inference.preprocessing import AudioLike, ImageLike, Row, prepared
 from crowdexit.inference.profile import LAYING, PREPARING, Profile
 from crowdexit.models.network import Config
 from crowdexit.models.stages import Features
@@ -36,7 +37,7 @@ class Prepared:
         seconds: that it took to make.
     """
 
-    scenes: Sequence[Scene]
+    scenes: Sequence[ImageInfo]
     parts: Sequence[Part]
     seconds: float
 
@@ -54,7 +55,7 @@ class Collator:
     def __init__(self, config: Config) -> None:
         self._config = config
 
-    def prepare(self, sample: Sample, profile: Profile) -> tuple[Scene, list[Row]]:
+    def prepare(self, sample: Sample, profile: Profile) -> tuple[ImageInfo, list[Row]]:
         """An image with its audio as rows; see :func:`crowdexit.inference.preprocessing.prepared`."""
         begun = time.perf_counter()
         made = prepared(*sample, self._config)
@@ -75,7 +76,7 @@ class Collator:
         self,
         samples: Iterable[Sample | None],
         profile: Profile,
-        scenes: list[Scene],
+        scenes: list[ImageInfo],
         order: list[int | None],
         budget: Budget | None = None,
         most: int | None = None,
@@ -118,7 +119,7 @@ class Collator:
     def all_prepared(self, samples: Iterable[Sample], profile: Profile) -> Prepared:
         """Samples collated, all in memory at once."""
         begun = time.perf_counter()
-        scenes: list[Scene] = []
+        scenes: list[ImageInfo] = []
         parts = list(self.parts(samples, profile, scenes, []))
         for batch in (batch for part in parts for batch in part.batches):
             batch.state = partial(_itself, batch.state())

@@ -13,7 +13,7 @@ from PIL import Image
 from crowdexit.calibration.familiarity import Familiarity
 from crowdexit.calibration.intervals import Intervals
 from crowdexit.data.image import DecodedImage, ImageError, read_header
-from crowdexit.data.views import scaled_size, tile_boxes
+from crowdexit.data.views import Box, scaled_size, tile_boxes
 from crowdexit.inference.anytime import DeadlineMissed, answers_by
 from crowdexit.inference.budget import TOLERANCE, check_budget
 from crowdexit.inference.collate import Prepared, Sample
@@ -24,7 +24,7 @@ from crowdexit.inference.models import calibration_of, open_model
 from crowdexit.inference.planner import plan_budget
 from crowdexit.inference.policies import ANYTIME, Confident, DeepestThatFits
 from crowdexit.inference.predictor import Predictor
-from crowdexit.inference.preprocessing import AudioLike, Box, ImageLike
+from crowdexit.inference.preprocessing import AudioLike, ImageLike
 from crowdexit.inference.profile import Profile
 from crowdexit.models.network import FINAL, MultiExitNetwork
 from crowdexit.results import CountResult, ExitResult

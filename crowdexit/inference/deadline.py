@@ -6,11 +6,11 @@ import time
 from collections.abc import Sequence
 from typing import Literal
 
-from crowdexit.data.views import canvas_size
+from crowdexit.data.views import Box, canvas_size
 from crowdexit.inference.anytime import DeadlineMissed
 from crowdexit.inference.errors import CounterError
 from crowdexit.inference.latency import Latency
-from crowdexit.inference.preprocessing import Box, Row
+from crowdexit.inference.preprocessing import Row
 from crowdexit.inference.profile import PREPARING
 from crowdexit.models.network import Config
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from crowdexit.calibration.familiarity import Familiarity
 from crowdexit.calibration.intervals import Intervals
 from crowdexit.data.mel import AudioStatus
+from crowdexit.data.scene import ImageInfo
 from crowdexit.data.views import canvas_size
 from crowdexit.inference.budget import Budget, BudgetTooSmall
 from crowdexit.inference.collate import Collator, Prepared, Sample
@@ -21,7 +22,7 @@ from crowdexit.inference.executor import BatchExitOutput, Policy, StageExecutor
 from crowdexit.inference.fair_lock import FairLock
 from crowdexit.inference.latency import Latency
 from crowdexit.inference.policies import ANYTIME
-from crowdexit.inference.preprocessing import ImageLike, Scene
+from crowdexit.inference.preprocessing import ImageLike
 from crowdexit.inference.profile import Profile
 from crowdexit.models.network import MultiExitNetwork
 from crowdexit.results import CountResult, ExitResult
@@ -118,7 +119,7 @@ class Predictor:
         begun = time.perf_counter()
         budget = policy if isinstance(policy, Budget) else None
         while True:
-            scenes: list[Scene] = []
+            scenes: list[ImageInfo] = []
             order: list[int | None] = []
             if budget is not None:
                 budget.window(scenes)
@@ -173,7 +174,7 @@ class Predictor:
     def _executor(
         self,
         exits: Sequence[str],
-        scenes: Sequence[Scene],
+        scenes: Sequence[ImageInfo],
         size: int,
         deadline: float = math.inf,
         earlier: Mapping[str, float] | None = None,
@@ -227,7 +228,7 @@ class Predictor:
         self,
         output: BatchExitOutput | None,
         results: Sequence[list[ExitResult]],
-        scenes: Sequence[Scene],
+        scenes: Sequence[ImageInfo],
         executor: StageExecutor,
         begun: float,
     ) -> None:
@@ -246,7 +247,7 @@ class Predictor:
         name: str,
         count: float,
         maps: Sequence[NDArray[np.float32]],
-        scene: Scene,
+        scene: ImageInfo,
         sums: NDArray[np.float64] | None,
         begun: float,
     ) -> ExitResult:

@@ -1,10 +1,7 @@
-"""From an image and a sound in any form to rows for a network, and from its maps back to one map of the image."""
+"""From an image and a sound in any form to rows for a network."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from numbers import Number
 from pathlib import Path
@@ -19,59 +16,14 @@ from crowdexit.data.audio import Warn, read_middle_second, refuse
 from crowdexit.data.image import DecodedImage, from_pil, read_image
 from crowdexit.data.log_mel import log_mel
 from crowdexit.data.mel import AudioError, AudioInput, AudioStatus, checked_log_mel
-from crowdexit.data.views import Placement, checked_image, tile_boxes, views
-from crowdexit.models.backbones.audiocsrnet import STRIDE
+from crowdexit.data.scene import ImageInfo
+from crowdexit.data.views import Placement, checked_image, image_rows, is_tiled, tile_boxes
 from crowdexit.models.network import Config
 
 ImageLike = NDArray[np.uint8] | Image.Image | DecodedImage | str | Path
 AudioLike = tuple[Any, Any] | NDArray[np.float32] | AudioInput | str | Path
-Box = tuple[int, int, int, int]  # x, y, width, height
 # A row of a network's batch before it is laid out: canvas (h, w, 3), how the image lies there, log-mel.
 Row = tuple[NDArray[np.uint8], Placement, NDArray[np.float32] | None]
-
-
-@dataclass(frozen=True)
-class Scene:
-    """What is to be known of an image once it is prepared.
-
-    Attributes:
-        size: (width, height) in pixels.
-        audio: whether it is counted with audio, or why not.
-        rows: for each row that it takes in a batch, the rectangle of the image that is seen there, and how it
-            lies on the network's canvas.
-        warnings: of the readers, which every result carries.
-    """
-
-    size: tuple[int, int]
-    audio: AudioStatus
-    rows: Sequence[tuple[Box, Placement]]
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def has_audio(self) -> bool:
-        """Whether it is counted with audio."""
-        return self.audio == "used"
-
-    def density(self, maps: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-        """One density map (h, w) of the image from those of its rows; of a tiled one at most 2048 cells a side.
-
-        Each tile's mass is kept.
-        """
-        parts = [(box, _without_padding(map_, at)) for map_, (box, at) in zip(maps, self.rows, strict=True)]
-        if len(parts) == 1:
-            return parts[0][1]
-        width, height = self.size
-        scale = min(1 / STRIDE, 2048 / max(width, height))
-        out = np.zeros((math.ceil(height * scale), math.ceil(width * scale)), np.float32)
-        for (x, y, w, h), density in parts:
-            x0, y0, x1, y1 = (round(v * scale) for v in (x, y, x + w, y + h))
-            x1, y1 = max(x1, x0 + 1), max(y1, y0 + 1)
-            laid = cv2.resize(density, (x1 - x0, y1 - y0), interpolation=cv2.INTER_LINEAR)
-            mass = float(laid.sum())
-            target = out[y0:y1, x0:x1]
-            if mass > 0:
-                target += (laid * (float(density.sum()) / mass))[: target.shape[0], : target.shape[1]]
-        return out
 
 
 def load_log_mel(audio: AudioLike | None, *, warn: Warn = refuse) -> NDArray[np.float32] | None:
@@ -125,7 +77,7 @@ def audio_input(audio: AudioLike | None) -> AudioInput:
     return AudioInput(load_log_mel(audio, warn=warnings.append), warnings=tuple(warnings))
 
 
-def prepared(image: ImageLike, audio: AudioLike | None, config: Config) -> tuple[Scene, list[Row]]:
+def prepared(image: ImageLike, audio: AudioLike | None, config: Config) -> tuple[ImageInfo, list[Row]]:
     """An image and a sound as rows for a network of this configuration.
 
     An image more than four times the network's scene is cut into tiles; the audio belongs to all of it and is then
@@ -145,17 +97,12 @@ def prepared(image: ImageLike, audio: AudioLike | None, config: Config) -> tuple
     mel = given.log_mel
     status: AudioStatus = given.missing if mel is None else "used"
     height, width = pixels.shape[:2]
-    boxes = tile_boxes(width, height, config.scene)
-    if mel is not None and len(boxes) > 1:
+    rows = image_rows(pixels, config.scene, config.size, config.view)
+    if mel is not None and is_tiled(rows):
         mel, status = None, "tiled"
-    rows = [
-        (box, view)
-        for box in boxes
-        for view in views(pixels[box[1] : box[1] + box[3], box[0] : box[0] + box[2]], config.size, config.view)
-    ]
     warnings = (*image.warnings, *given.warnings)
-    scene = Scene((width, height), status, [(box, placement) for box, (_, placement) in rows], warnings)
-    return scene, [(canvas, placement, mel) for _, (canvas, placement) in rows]
+    info = ImageInfo((width, height), status, [(box, placement) for box, (_, placement) in rows], warnings)
+    return info, [(canvas, placement, mel) for _, (canvas, placement) in rows]
 
 
 def photo(size: tuple[int, int]) -> bytes:
@@ -164,9 +111,3 @@ def photo(size: tuple[int, int]) -> bytes:
     rough = np.random.default_rng(0).integers(0, 255, (max(1, height // 4), max(1, width // 4), 3), np.uint8)
     _, data = cv2.imencode(".jpg", cv2.resize(rough, (2 * width, 2 * height), interpolation=cv2.INTER_CUBIC))
     return data.tobytes()
-
-
-def _without_padding(density: NDArray[np.float32], placement: Placement) -> NDArray[np.float32]:
-    """The cells of a canvas' density map that the image covers; no mass lies outside them."""
-    (x, y), (w, h) = placement.offset, placement.size
-    return density[y // STRIDE : -(-(y + h) // STRIDE), x // STRIDE : -(-(x + w) // STRIDE)]

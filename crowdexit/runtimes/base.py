@@ -12,13 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from crowdexit.calibration.familiarity import MAP_ROWS
 from crowdexit.models.chain import iter_outputs
 from crowdexit.models.network import MultiExitNetwork
 from crowdexit.models.stages import ExitOutput, Features
 from crowdexit.runtimes.arrays import ArrayChain, Record
 from crowdexit.runtimes.pieces import record_of
-
-_ROWS = 24  # of a feature map are enough to describe an image
 
 
 class ReadyChain(ABC):
@@ -88,7 +87,7 @@ class ReadyChain(ABC):
         visual, valid = self.visual_of(state)
         if visual.dim() != 4 or visual.shape[2:] != valid.shape[2:]:
             return None
-        step = max(1, visual.shape[2] // _ROWS)
+        step = max(1, visual.shape[2] // MAP_ROWS)
         with torch.inference_mode():
             values = visual[:, :, ::step].float().flatten(2)  # B×C×n
             weights = valid[:, 0, ::step].float().flatten(1)[:, :, None]  # B×n×1

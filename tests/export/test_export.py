@@ -17,9 +17,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from crowdexit.calibration.familiarity import fit
 from crowdexit.calibration.intervals import Intervals
 from crowdexit.calibration.temperatures import Temperatures
 from crowdexit.cli.main import app
+from crowdexit.data.mel import AudioInput
 from crowdexit.errors import CrowdExitError
 from crowdexit.export import standalone
 from crowdexit.export.manifest import read_manifest
@@ -58,6 +60,10 @@ def exported(checkpoints, tmp_path_factory) -> Path:
     return export(checkpoints / "audiocsrnet", out, exits=["AV1"])
 
 
+def counts_of(exported: Exported, *sample, **options) -> dict[str, float]:
+    return {result.exit: result.count for result in exported.stream(*sample, **options)}
+
+
 def by_eager(folder: Path, image: np.ndarray, audio: np.ndarray | None) -> dict[str, float]:
     network, spec = zoo.load(folder)
     counter = CrowdCounter(network, spec.model, runtime=Eager(), exits=network.exit_names)
@@ -76,8 +82,10 @@ import numpy as np
 from crowdexit.export.runner import Exported
 seen = np.load({str(tmp_path / "seen.npz")!r})
 exported = Exported({str(out)!r})
-said = [exported.count(seen["image"]), exported.count(seen["image"], seen["audio"]), exported.count(seen["huge"])]
-said.append(exported.count(seen["image"], exits=[exported.chain.exit_names[0]]))
+def counts_of(*sample, **options):
+    return {{result.exit: result.count for result in exported.stream(*sample, **options)}}
+said = [counts_of(seen["image"]), counts_of(seen["image"], seen["audio"]), counts_of(seen["huge"])]
+said.append(counts_of(seen["image"], exits=[exported.chain.exit_names[0]]))
 assert "torch" not in sys.modules
 print(json.dumps(said))
 """
@@ -89,6 +97,34 @@ print(json.dumps(said))
         assert list(counts) == list(expected)
         assert counts == pytest.approx(expected, rel=1e-4)
     assert first == {name: count for name, count in without_audio.items() if name == next(iter(without_audio))}
+
+
+def test_the_same_results_as_the_counter(checkpoints, tmp_path):
+    """Intervals, density, audio and familiarity included, whole and in tiles."""
+    path = tmp_path / "m" / "model.safetensors"
+    network, spec = zoo.load(checkpoints / "audiocsrnet")
+    zoo.save(network, spec, path)
+    widths = {name: 0.1 * (at + 1) for at, name in enumerate(network.exit_names)}
+    images = [RANDOM.integers(0, 255, (90, 140, 3), np.uint8) for _ in range(150)]
+    plain = CrowdCounter(network, "plain", runtime=Eager())
+    sums = [plain.predictor.feature_sums(image) for image in images]
+    keep_calibration(path, intervals=Intervals(0.9, widths, widths, 20), familiarity=fit(sums))
+    counter, exported = load(path, runtime="eager"), Exported(export(path, tmp_path / "export"))
+    assert counter.familiarity is not None
+    for image, audio in ((images[0], AUDIO), (images[1], None), (HUGE, AUDIO), (np.zeros_like(IMAGE), None)):
+        expected = list(counter.stream(image, audio))
+        results = list(exported.stream(image, audio, exits=counter.exits))
+        for result, of_counter in zip(results, expected, strict=True):
+            assert (result.exit, result.audio) == (of_counter.exit, of_counter.audio)
+            assert result.familiar is of_counter.familiar
+            assert result.count == pytest.approx(of_counter.count, rel=1e-4, abs=1e-3)
+            assert result.interval == pytest.approx(of_counter.interval, rel=1e-4, abs=1e-3)
+            assert (result.density is None) == (of_counter.density is None)
+            if of_counter.density is not None:
+                np.testing.assert_allclose(result.density, of_counter.density, rtol=1e-3, atol=1e-4)
+        assert [result.latency_ms for result in results] == sorted(result.latency_ms for result in results)
+    assert exported.count(images[0]).chosen.exit == "final"
+    assert exported.count(images[0], AudioInput(None, "unreadable")).audio == "unreadable"
 
 
 def test_boxes_that_count_below_zero_are_added_like_the_others(tmp_path):
@@ -113,7 +149,7 @@ def test_boxes_that_count_below_zero_are_added_like_the_others(tmp_path):
     assert low < -1
     assert low + high > 1
     zoo.save(network, spec, tmp_path / "m" / "model.safetensors")
-    counts = Exported(export(tmp_path / "m", tmp_path / "export")).count(image)
+    counts = counts_of(Exported(export(tmp_path / "m", tmp_path / "export")), image)
     expected = by_eager(tmp_path / "m", image, None)
     assert counts == pytest.approx(expected, rel=1e-3)
     assert counts["V1"] == pytest.approx(low + high, rel=1e-3)
@@ -124,14 +160,14 @@ def test_early_exit_of_a_large_image_skips_later_stages(exported, monkeypatch):
     run = Engine.run
     monkeypatch.setattr(Engine, "run", lambda self, piece, arrays: ran.append(piece) or run(self, piece, arrays))
     answers = Exported(exported).stream(HUGE)
-    assert next(answers)[0] == "AV1"
+    assert next(answers).exit == "AV1"
     assert list(dict.fromkeys(ran)) == ["stage-0", "stage-1", "exit-AV1"]
-    assert next(answers)[0] == "final"
+    assert next(answers).exit == "final"
     assert ran[-1] == "exit-final"
 
 
 def test_absurdly_shaped_image_counts_the_same_in_bounded_memory(exported, monkeypatch):
-    expected = Exported(exported).count(HUGE)
+    expected = counts_of(Exported(exported), HUGE)
     lengths: list[int] = []
     run = Engine.run
 
@@ -142,7 +178,7 @@ def test_absurdly_shaped_image_counts_the_same_in_bounded_memory(exported, monke
     monkeypatch.setattr(Engine, "run", watched)
     monkeypatch.setattr(standalone, "PIXELS_AT_ONCE", 2 * 128 * 64)
     monkeypatch.setattr(standalone, "PIXELS_ABREAST", 5 * 128 * 64)
-    assert Exported(exported).count(HUGE) == pytest.approx(expected, rel=1e-4)
+    assert counts_of(Exported(exported), HUGE) == pytest.approx(expected, rel=1e-4)
     # Six boxes, five of them abreast: all of these in two batches of two and one of one, stage by stage.
     assert lengths[:6] == [2, 2, 1] * 2
     assert max(lengths) == 2
@@ -157,7 +193,7 @@ def test_onnx_runs_without_torch_and_openvino(tmp_path):
 import sys
 import numpy as np
 from crowdexit.export.runner import Exported
-print(Exported({str(out)!r}).count(np.load({str(tmp_path / "seen.npy")!r}))["final"])
+print(Exported({str(out)!r}).count(np.load({str(tmp_path / "seen.npy")!r})).count)
 assert "torch" not in sys.modules
 assert "openvino" not in sys.modules
 """
@@ -243,7 +279,7 @@ def test_another_size(checkpoints, tmp_path):
     network, spec = zoo.load(source)
     network, spec = zoo.at_size(*zoo.with_exits(network, spec, []), (192, 128))
     expected = next(CrowdCounter(network, "large", runtime=Eager()).stream(IMAGE))
-    assert Exported(out).count(IMAGE)["final"] == pytest.approx(expected.count, rel=1e-4)
+    assert Exported(out).count(IMAGE).count == pytest.approx(expected.count, rel=1e-4)
     with pytest.raises(
         zoo.ZooError, match=r"at 192x128: only at its own size there is V1, .*AV2-cnn \(leave early exits out"
     ):
@@ -255,7 +291,7 @@ def test_another_size(checkpoints, tmp_path):
     odd = export(source, tmp_path / "odd", size="200x104", exits=["final"])
     network, spec = zoo.at_size(*zoo.with_exits(*zoo.load(source), []), (200, 104))
     expected = next(CrowdCounter(network, "odd", runtime=Eager()).stream(IMAGE))
-    assert Exported(odd).count(IMAGE)["final"] == pytest.approx(expected.count, rel=1e-4)
+    assert Exported(odd).count(IMAGE).count == pytest.approx(expected.count, rel=1e-4)
 
 
 def test_exits_with_strange_names(tmp_path):
@@ -266,7 +302,7 @@ def test_exits_with_strange_names(tmp_path):
     zoo.save(network, spec, tmp_path / "m" / "model.safetensors")
     out = export(tmp_path / "m", tmp_path / "export")
     assert {path.parent for path in tmp_path.rglob("*.xml")} == {out}
-    assert list(Exported(out).count(IMAGE)) == ["V/1 é", "final"]
+    assert list(counts_of(Exported(out), IMAGE)) == ["V/1 é", "final"]
 
 
 @pytest.mark.parametrize(
@@ -475,7 +511,7 @@ def test_bad_requests(exported):
     opened = Exported(exported)
     for request, line in [
         ({"image": IMAGE, "exits": ["V7"]}, r"no exit 'V7' in this export \(it has AV1, final\)"),
-        ({"image": IMAGE, "log_mel": np.zeros((64, 96), np.float32)}, r"\(96, 64\)"),
+        ({"image": IMAGE, "audio": np.zeros((64, 96), np.float32)}, r"\(96, 64\)"),
         ({"image": "nowhere.jpg"}, "nowhere.jpg: no such file"),
         ({"image": IMAGE / 255}, r"H×W×3 \(RGB\) or H×W \(grey\) of uint8"),
         ({"image": IMAGE[:31]}, "too small"),

@@ -67,7 +67,7 @@ def checkpoint(counter, crowd, tmp_path_factory):
 @pytest.fixture
 def calibrated(checkpoint) -> CrowdCounter:
     tool = load(checkpoint, runtime="eager")
-    tool.intervals = Intervals(0.9, WIDTHS, WIDTHS, 20)
+    tool.predictor.intervals = Intervals(0.9, WIDTHS, WIDTHS, 20)
     return tool
 
 
