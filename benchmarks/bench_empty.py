@@ -110,7 +110,7 @@ def textures(number: int) -> Iterator[Image]:
         random = np.random.default_rng(seed)
         share = TEXTURES[seed % len(TEXTURES)](random, *CANVAS)[..., None]
         one, other = random.uniform(0, 255, (2, 3)) if seed % 2 else random.uniform(20, 235, (2, 1)) * (1.05, 0.95, 0.8)
-        light = 1 + 0.2 * _waves(random, *CANVAS, 120)[..., None]
+        light = 1 + 0.2 * _waves(random, *CANVAS, CANVAS[0] / 8)[..., None]
         grain = random.normal(0, random.uniform(0, 15), (CANVAS[1], CANVAS[0], 1))
         yield np.clip((one + (other - one) * share) * light + grain, 0, 255).astype(np.uint8)
 
