@@ -19,10 +19,9 @@ from numpy.typing import NDArray
 from benchmarks.bench_familiar import CANVAS, ENDINGS, mosaics, patterns
 from benchmarks.machine import describe, in_a_line, keep
 from crowdexit.data.classes import ClassStore
-from crowdexit.data.dataset import decode_image
+from crowdexit.data.image import read_pixels
 from crowdexit.data.negatives import cut, is_headless, random_box
-from crowdexit.data.picture import read_picture
-from crowdexit.data.store import Store
+from crowdexit.data.store import Store, decode_image
 from crowdexit.inference.counter import CrowdCounter, load
 
 Image = NDArray[np.uint8]
@@ -166,7 +165,7 @@ def main() -> None:
         kinds |= {"mosaics": mosaics(args.small, args.number), "enlarged": enlarged(args.small, args.number)}
     if args.empty is not None:
         paths = sorted(path for path in args.empty.rglob("*") if path.suffix.lower() in ENDINGS)
-        kinds["folder"] = (read_picture(path) for path in paths)
+        kinds["folder"] = (read_pixels(path) for path in paths)
     figures: dict[str, Any] = {}
 
     def told(kind: str, images: Iterator[Image]) -> None:

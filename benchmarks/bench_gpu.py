@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.bench_runtimes import ask, rate_type
+from benchmarks.bench_runtimes import rate_type, run_exit
 from benchmarks.machine import Multiplier, describe, finish, in_a_line, in_turn, keep
 from crowdexit.evaluation.cost import cost_of
 from crowdexit.inference.models import open_model
@@ -27,7 +27,7 @@ from crowdexit.models import zoo
 from crowdexit.models.network import FINAL, MultiExitNetwork
 from crowdexit.models.stages import Features, inputs
 from crowdexit.runtimes.arrays import RuntimeUnavailable
-from crowdexit.runtimes.batch import look
+from crowdexit.runtimes.batch import make_batch
 from crowdexit.runtimes.calibration import sample
 from crowdexit.runtimes.openvino import multiplies_bf16
 from crowdexit.training.losses import poisson_loss
@@ -48,8 +48,8 @@ def counting(name: str, runtime: str, features: Features, batches: list[int], ro
     product = Multiplier(rate_type(runtime), "cuda" if runtime.startswith("cuda") else "cpu", side=matrix)
     counts = {exit: float(answer.value) for exit, answer in chain.stream(features)}
     works: dict[Any, Callable[[], object]] = {"matrices": product}
-    works |= {exit: partial(ask, chain, features, [exit]) for exit in chain.exit_names}
-    works |= {batch: partial(ask, chain, repeated(features, batch), [FINAL]) for batch in batches}
+    works |= {exit: partial(run_exit, chain, features, [exit]) for exit in chain.exit_names}
+    works |= {batch: partial(run_exit, chain, repeated(features, batch), [FINAL]) for batch in batches}
     times = in_turn(works, rounds)
     pixels = features.visual.shape[2] * features.visual.shape[3] / (network.config.size[0] * network.config.size[1])
     rates = {batch: batch / times.median(batch) for batch in batches}
@@ -115,7 +115,7 @@ def main() -> None:
     machine = describe()
     print(f"{args.model} at {width}×{height}; {in_a_line(machine)}")
     figures: dict[str, Any] = {"machine": machine, "model": args.model, "size": [width, height]}
-    features = look(image, None, zoo.load(args.model)[0].config)
+    features = make_batch(image, None, zoo.load(args.model)[0].config)
     plain: dict[str, float] = {}
     for runtime in RUNTIMES[args.device]:
         if args.device == "cpu" and runtime.endswith("bf16") and not multiplies_bf16():

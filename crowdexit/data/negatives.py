@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 Image = NDArray[np.uint8]
 Pattern = Callable[[np.random.Generator, int, int], NDArray[Any]]
+Headless = Callable[[np.random.Generator, tuple[int, int]], Image | None]
 
 # How often each kind is drawn, of those there are images for.
-MOSAIC, PATTERN, SHAPES, HEADLESS, SCRAMBLED, BACKGROUND = 0.26, 0.24, 0.08, 0.20, 0.14, 0.08
+MOSAIC, PATTERN, SHAPES, HEADLESS, SCRAMBLED, DETAILED, BACKGROUND = 0.20, 0.22, 0.06, 0.18, 0.10, 0.18, 0.06
 _NOISE = 25.0  # largest σ over a pattern
 _TILES = (16, 32, 48, 64, 96, 128, 192, 384, 640)  # sides in pixels of a mosaic's images
 _PIECES = (24, 192)  # sides in pixels of a quilt's pieces
@@ -179,12 +180,27 @@ PATTERNS: tuple[Pattern, ...] = (
 )
 
 
+DETAILS: tuple[Pattern, ...] = (spots, spots, clouds, cells, fur, fur, streaks, dead_leaves)
+
+
+def _slanted(rng: np.random.Generator, image: NDArray[Any]) -> NDArray[Any]:
+    """An image H×W×3 as a plane that is not seen from the front: what repeats is larger on one side."""
+    height, width = image.shape[:2]
+    corners = np.array([(0, 0), (width, 0), (width, height), (0, height)], np.float32)
+    moved = corners + rng.uniform(-0.4, 0.4, (4, 2)) * (width, height)
+    slant = cv2.getPerspectiveTransform(corners, moved.astype(np.float32))
+    slanted = cv2.warpPerspective(image.astype(np.float32), slant, (width, height), borderMode=cv2.BORDER_REFLECT)
+    return np.asarray(slanted)
+
+
 def pattern(rng: np.random.Generator, width: int, height: int) -> Image:
-    """One of the patterns, or two with a soft border between them, lit unevenly and with noise over it, H×W×3."""
+    """One of the patterns, or two with a soft border between them, slanted, lit unevenly, with noise over it, H×W×3."""
     drawn = PATTERNS[rng.integers(len(PATTERNS))](rng, width, height)
     if rng.random() < 0.3:
         other = PATTERNS[rng.integers(len(PATTERNS))](rng, width, height)
         drawn = drawn + (other - drawn) * _regions(rng, width, height, float(rng.uniform(2, 20)))
+    if rng.random() < 0.3:
+        drawn = _slanted(rng, drawn)
     if rng.random() < 0.3:
         drawn = drawn * (1 - rng.uniform(0.2, 0.8) * _regions(rng, width, height, 1.5))
     noisy = drawn + rng.uniform(0, _NOISE) * _noise(rng, width, height)
@@ -250,6 +266,18 @@ def rephased(rng: np.random.Generator, image: Image) -> Image:
 def scrambled(rng: np.random.Generator, image: Image) -> Image:
     """A texture made of an image H×W×3."""
     return quilt(rng, image) if rng.random() < 0.6 else rephased(rng, image)
+
+
+def detailed(rng: np.random.Generator, ground: Image) -> Image:
+    """A ground H×W×3 whose light and colours stay, with a pattern's detail on it: an enlarged animal gets fur."""
+    height, width = ground.shape[:2]
+    drawn = np.clip(DETAILS[rng.integers(len(DETAILS))](rng, width, height), 0, 255)
+    drawn = (_slanted(rng, drawn) if rng.random() < 0.5 else drawn).mean(2, keepdims=True)
+    strength = (
+        rng.uniform(0.1, 0.5) * _regions(rng, width, height, 2.0) if rng.random() < 0.5 else rng.uniform(0.1, 0.5)
+    )
+    detail = np.clip((drawn - drawn.mean()) / (drawn.std() + 1e-6), -2, 2)
+    return np.clip(ground * (1 + strength * detail), 0, 255).astype(np.uint8)
 
 
 def random_box(
@@ -318,7 +346,7 @@ class Negatives:
         self,
         rng: np.random.Generator,
         canvas: tuple[int, int],
-        headless: Callable[[np.random.Generator, tuple[int, int]], Image | None],
+        headless: Headless,
     ) -> Image:
         """One image of the canvas' size (width, height), H×W×3.
 
@@ -331,6 +359,7 @@ class Negatives:
             (SHAPES, lambda: shapes(rng, self._ground(rng, canvas))),
             (HEADLESS, lambda: headless(rng, canvas)),
             (SCRAMBLED, lambda: self._scrambled(rng, headless(rng, canvas))),
+            (DETAILED, lambda: self._detailed(rng, canvas, headless)),
         ]
         if self.images is not None:
             kinds.append((MOSAIC, lambda: mosaic(rng, width, height, lambda: self._small(rng))))
@@ -343,6 +372,15 @@ class Negatives:
 
     def _scrambled(self, rng: np.random.Generator, image: Image | None) -> Image | None:
         return None if image is None else scrambled(rng, image)
+
+    def _detailed(self, rng: np.random.Generator, canvas: tuple[int, int], headless: Headless) -> Image | None:
+        if self.images is None or rng.random() < 0.2:
+            ground = headless(rng, canvas)
+            return None if ground is None else detailed(rng, ground)
+        side = int(max(canvas) * rng.uniform(1, 1.6))
+        large = cv2.resize(self._small(rng), (side, side), interpolation=cv2.INTER_CUBIC)
+        x, y = int(rng.integers(side - canvas[0] + 1)), int(rng.integers(side - canvas[1] + 1))
+        return detailed(rng, np.asarray(large[y : y + canvas[1], x : x + canvas[0]], np.uint8))
 
     def _small(self, rng: np.random.Generator) -> Image:
         images = cast(Images, self.images)

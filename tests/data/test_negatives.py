@@ -17,6 +17,7 @@ from crowdexit.data.negatives import (
     PATTERNS,
     Negatives,
     cut,
+    detailed,
     is_headless,
     mosaic,
     pattern,
@@ -117,6 +118,16 @@ def test_scrambled_is_either_of_both(ground):
     assert 0 < sum(set(np.unique(image)) <= values for image in made) < 12
 
 
+def test_detail_leaves_light_and_colours(ground):
+    large = np.repeat(ground, 4, 0).repeat(4, 1)
+    for seed in range(6):
+        drawn = detailed(rng(seed), large)
+        assert drawn.shape == large.shape
+        assert not np.array_equal(drawn, large)
+        assert drawn.mean((0, 1)) == pytest.approx(large.mean((0, 1)), rel=0.15)
+        assert drawn[:, -96:].mean() > drawn[:, :96].mean() + 40
+
+
 def test_what_tells_negatives_apart(tmp_path):
     images = Greys()
     images.path = tmp_path / "images"
@@ -149,7 +160,7 @@ def test_headless_keeps_its_distance():
 
 def test_kinds_as_often_as_they_are_there(monkeypatch):
     """Each kind paints a number of its own; without images or a background the others share."""
-    names = {"pattern": 10, "shapes": 20, "mosaic": 30, "cut": 40, "scrambled": 70}
+    names = {"pattern": 10, "shapes": 20, "mosaic": 30, "cut": 40, "scrambled": 70, "detailed": 80}
     for name, value in names.items():
         monkeypatch.setattr(negatives, name, lambda *_, value=value: np.full((64, 96, 3), value, np.uint8))
 
@@ -158,11 +169,11 @@ def test_kinds_as_often_as_they_are_there(monkeypatch):
         return Counter(int(wanted.draw(random, CANVAS, headless)[0, 0, 0]) for _ in range(2000))
 
     every = counts(Negatives(1.0, Greys(), background=np.zeros((64, 96, 3), np.uint8)))
-    wanted = {10: 0.24, 20: 0.08, 30: 0.26, 40: 0.08, 50: 0.20, 70: 0.14}
+    wanted = {10: 0.22, 20: 0.06, 30: 0.20, 40: 0.06, 50: 0.18, 70: 0.10, 80: 0.18}
     assert {kind: every[kind] / 2000 for kind in wanted} == pytest.approx(wanted, abs=0.03)
     alone = counts(Negatives(1.0))
-    assert set(alone) == {10, 20, 50, 70}
-    assert alone[50] / 2000 == pytest.approx(0.20 / 0.66, abs=0.04)
+    assert set(alone) == {10, 20, 50, 70, 80}
+    assert alone[50] / 2000 == pytest.approx(0.18 / 0.74, abs=0.04)
     monkeypatch.setattr(negatives, "flat", lambda *_: np.full((64, 96, 3), 60.0))
     assert set(counts(Negatives(1.0), lambda *_: None)) == {10, 20, 60}, "none found: one colour"
 
