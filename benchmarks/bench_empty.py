@@ -1,8 +1,9 @@
 """What every exit counts where nobody is: ``python -m benchmarks.bench_empty``.
 
 Textures that training does not draw (zebra, rosettes, bricks, weave, scales, writing); patterns as training draws them;
-with ``--small`` mosaics of small images and single ones enlarged, with ``--data`` empty parts of validation images
-enlarged, with ``--empty`` the images of a folder. The mean count and the worst, of each exit.
+with ``--small`` mosaics of small images, single ones enlarged, and these with such textures on them; with ``--data``
+empty parts of validation images enlarged; with ``--empty`` the images of a folder. The mean count and the worst, of
+each exit.
 """
 
 from __future__ import annotations
@@ -126,6 +127,20 @@ def enlarged(path: Path, number: int) -> Iterator[Image]:
             yield np.asarray(cv2.resize(small, (side, side), interpolation=cv2.INTER_CUBIC), np.uint8)
 
 
+def coats(path: Path, number: int) -> Iterator[Image]:
+    """Single small images enlarged to 1024×768 or a half of it, with such textures in their light: coats of animals."""
+    with ClassStore(path) as store:
+        split = store.splits()[-1]
+        length = len(store.labels(split))
+        for seed in range(number):
+            random = np.random.default_rng(seed)
+            size = CANVAS if seed % 2 else (CANVAS[0] // 2, CANVAS[1] // 2)
+            ground = cv2.resize(store.image(split, int(random.integers(length))), size, interpolation=cv2.INTER_CUBIC)
+            share = TEXTURES[seed % len(TEXTURES)](random, *size)[..., None]
+            detail = (share - share.mean()) / (share.std() + 1e-6)
+            yield np.clip(ground * (1 + random.uniform(0.1, 0.5) * detail), 0, 255).astype(np.uint8)
+
+
 def empty_parts(store: Store, split: str, number: int) -> Iterator[Image]:
     """Parts without heads of a split's images, enlarged to 1024×768."""
     ids, made, random = store.ids(split), 0, np.random.default_rng(0)
@@ -162,7 +177,7 @@ def main() -> None:
     print(f"{args.model}, {counter.chain.runtime}; {in_a_line(describe())}")
     kinds: dict[str, Iterator[Image]] = {"textures": textures(args.number), "patterns": patterns(args.number)}
     if args.small is not None:
-        kinds |= {"mosaics": mosaics(args.small, args.number), "enlarged": enlarged(args.small, args.number)}
+        kinds |= {kind.__name__: kind(args.small, args.number) for kind in (mosaics, enlarged, coats)}
     if args.empty is not None:
         paths = sorted(path for path in args.empty.rglob("*") if path.suffix.lower() in ENDINGS)
         kinds["folder"] = (read_pixels(path) for path in paths)
