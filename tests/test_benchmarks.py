@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks import bench_empty, bench_gpu
 from benchmarks.__main__ import BENCHES, Bench, main
 from benchmarks.bench_coverage import covered
 from benchmarks.bench_deadlines import STATES
@@ -126,3 +127,22 @@ def test_exits_worth_asking():
     made = [Point(str(n), str(n), "mlp", n, error, True) for n, error in enumerate((50.0, 49.5, 48.9, 48.0, 47.8))]
     assert worth_asking(made, 1.0) == ["0", "2", "4"]
     assert worth_asking([Point("a", "1", "mlp", 1, 9.0, False), *made], 0.0) == ["0", "1", "2", "3", "4"]
+
+
+@pytest.mark.slow
+def test_the_script_for_a_gpu_runs_on_a_processor(tmp_path, monkeypatch):
+    path = tmp_path / "gpu.json"
+    monkeypatch.setattr(sys, "argv", ["bench_gpu", "--device", "cpu", "--quick", "--json", str(path)])
+    bench_gpu.main()
+    figures = json.loads(path.read_text())
+    assert figures["eager"]["latency_ms"].keys() == figures["eager"]["counts"].keys()
+    assert max(figures["eager"]["off_float32"].values()) == 0
+    assert set(figures["eager"]["images_a_second"]) == set(figures["training_step"]["seconds"]) == {"1", "2"}
+
+
+def test_textures_without_people_are_seeded(monkeypatch):
+    monkeypatch.setattr(bench_empty, "CANVAS", (96, 64))
+    first, again = (list(bench_empty.textures(12)) for _ in range(2))
+    assert all(image.shape == (64, 96, 3) and image.dtype == np.uint8 for image in first)
+    assert all(np.array_equal(one, other) for one, other in zip(first, again, strict=True))
+    assert np.mean([image.std() for image in first]) > 20

@@ -1,12 +1,15 @@
-"""Training images without anybody: drawn patterns, mosaics of other images, empty parts of crowds and of a background.
+"""Training images without anybody: drawn patterns, mosaics of other images, empty parts of crowds and of a background,
+and textures made of these parts.
 
 A network that has only seen crowds finds heads in fur, foliage and tiles.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import cv2
@@ -15,11 +18,13 @@ from numpy.typing import NDArray
 
 Image = NDArray[np.uint8]
 Pattern = Callable[[np.random.Generator, int, int], NDArray[Any]]
+Headless = Callable[[np.random.Generator, tuple[int, int]], Image | None]
 
 # How often each kind is drawn, of those there are images for.
-MOSAIC, PATTERN, SHAPES, HEADLESS, BACKGROUND = 0.28, 0.20, 0.10, 0.30, 0.12
+MOSAIC, PATTERN, SHAPES, HEADLESS, SCRAMBLED, DETAILED, BACKGROUND = 0.20, 0.22, 0.06, 0.18, 0.10, 0.18, 0.06
 _NOISE = 25.0  # largest σ over a pattern
-_TILES = (48, 64, 96, 128, 192, 384)  # sides in pixels of a mosaic's images
+_TILES = (16, 32, 48, 64, 96, 128, 192, 384, 640)  # sides in pixels of a mosaic's images
+_PIECES = (24, 192)  # sides in pixels of a quilt's pieces
 _SHORTEST, _LONGEST = 60, 420  # shorter side in pixels of a part that is enlarged to the canvas
 _MARGIN = 24  # pixels around a part that are free of head points too: a head is larger than its point
 
@@ -42,9 +47,17 @@ def _enlarged(values: NDArray[Any], width: int, height: int, interpolation: int)
     return np.asarray(resized, np.float32).reshape(height, width, -1)
 
 
+def _regions(rng: np.random.Generator, width: int, height: int, sharpness: float) -> NDArray[np.float32]:
+    """Large blobs from 0 to 1, H×W×1."""
+    coarse = _noise(rng, 2 + int(rng.integers(1, 5)), 2 + int(rng.integers(1, 5)))
+    return np.asarray(1 / (1 + np.exp(-sharpness * _enlarged(coarse, width, height, cv2.INTER_CUBIC))), np.float32)
+
+
 def _blend(rng: np.random.Generator, share: NDArray[Any]) -> NDArray[Any]:
-    """Two random colours, mixed as H×W ``share`` says."""
+    """Two random colours, mixed as H×W ``share`` says; half the time such as hair, earth and stone have."""
     one, other = rng.uniform(0, 255, (2, 3))
+    if rng.random() < 0.5:
+        one, other = (rng.uniform(10, 245) + rng.uniform(-5, 35) * np.array([1.0, 0.2, -0.8]) for _ in range(2))
     return np.asarray(one + (other - one) * share[..., None])
 
 
@@ -127,6 +140,22 @@ def fur(rng: np.random.Generator, width: int, height: int) -> NDArray[Any]:
     return np.asarray(ground + (strokes / (strokes.std() + 1e-6) * rng.uniform(5, 40))[..., None])
 
 
+def streaks(rng: np.random.Generator, width: int, height: int) -> NDArray[Any]:
+    """Noise dragged along curved lines, as of hair, bark, water and wood."""
+    swing = cv2.GaussianBlur(_noise(rng, width, height)[..., 0], (0, 0), float(rng.uniform(20, 90)))
+    angle = swing / (swing.std() + 1e-6) * rng.uniform(0, 0.8) + rng.uniform(0, 2 * np.pi)
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    across, down = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    strokes = cv2.GaussianBlur(_noise(rng, width, height)[..., 0], (0, 0), float(rng.uniform(0.6, 2.5)))
+    for reach in range(int(rng.integers(2, 6))):  # each time twice as far: 2 to 32 pixels in all
+        moved = cv2.remap(
+            strokes, x + across * 2**reach, y + down * 2**reach, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT
+        )
+        strokes = (strokes + moved) / 2
+    share = 1 / (1 + np.exp(-rng.uniform(1, 6) * (strokes / (strokes.std() + 1e-6) + rng.uniform(-1, 1))))
+    return _blend(rng, share)
+
+
 def dead_leaves(rng: np.random.Generator, width: int, height: int) -> NDArray[Any]:
     """Ellipses that cover each other, their number falling with the cube of their size, as things in nature do.
 
@@ -147,13 +176,33 @@ def dead_leaves(rng: np.random.Generator, width: int, height: int) -> NDArray[An
 
 
 PATTERNS: tuple[Pattern, ...] = (
-    *(flat, gradient, stripes, patches, checkerboard, spots, clouds, cells, fur, dead_leaves),
+    *(flat, gradient, stripes, patches, checkerboard, spots, clouds, cells, fur, streaks, dead_leaves),
 )
 
 
+DETAILS: tuple[Pattern, ...] = (spots, spots, clouds, cells, fur, fur, streaks, dead_leaves)
+
+
+def _slanted(rng: np.random.Generator, image: NDArray[Any]) -> NDArray[Any]:
+    """An image H×W×3 as a plane that is not seen from the front: what repeats is larger on one side."""
+    height, width = image.shape[:2]
+    corners = np.array([(0, 0), (width, 0), (width, height), (0, height)], np.float32)
+    moved = corners + rng.uniform(-0.4, 0.4, (4, 2)) * (width, height)
+    slant = cv2.getPerspectiveTransform(corners, moved.astype(np.float32))
+    slanted = cv2.warpPerspective(image.astype(np.float32), slant, (width, height), borderMode=cv2.BORDER_REFLECT)
+    return np.asarray(slanted)
+
+
 def pattern(rng: np.random.Generator, width: int, height: int) -> Image:
-    """One of the patterns, with noise over it, H×W×3."""
+    """One of the patterns, or two with a soft border between them, slanted, lit unevenly, with noise over it, H×W×3."""
     drawn = PATTERNS[rng.integers(len(PATTERNS))](rng, width, height)
+    if rng.random() < 0.3:
+        other = PATTERNS[rng.integers(len(PATTERNS))](rng, width, height)
+        drawn = drawn + (other - drawn) * _regions(rng, width, height, float(rng.uniform(2, 20)))
+    if rng.random() < 0.3:
+        drawn = _slanted(rng, drawn)
+    if rng.random() < 0.3:
+        drawn = drawn * (1 - rng.uniform(0.2, 0.8) * _regions(rng, width, height, 1.5))
     noisy = drawn + rng.uniform(0, _NOISE) * _noise(rng, width, height)
     out: Image = np.clip(noisy, 0, 255).astype(np.uint8)
     return out
@@ -193,6 +242,45 @@ def mosaic(rng: np.random.Generator, width: int, height: int, draw: Callable[[],
     return np.ascontiguousarray(np.concatenate(bands, 0)[:height, :width], np.uint8)
 
 
+def quilt(rng: np.random.Generator, image: Image) -> Image:
+    """Pieces of an image H×W×3, each turned and mirrored, in another order: its textures without its things."""
+    height, width = image.shape[:2]
+    side = min(int(np.exp(rng.uniform(*np.log(_PIECES)))), height, width)
+    pieces = np.empty((-(-height // side) * side, -(-width // side) * side, 3), np.uint8)
+    for top in range(0, height, side):
+        for left in range(0, width, side):
+            y, x = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
+            piece = np.rot90(image[y : y + side, x : x + side], int(rng.integers(4)))
+            pieces[top : top + side, left : left + side] = piece[:, ::-1] if rng.random() < 0.5 else piece
+    return np.ascontiguousarray(pieces[:height, :width])
+
+
+def rephased(rng: np.random.Generator, image: Image) -> Image:
+    """An image H×W×3 with its frequencies and colours, but at other places: each phase moved by a random one."""
+    height, width = image.shape[:2]
+    moved = np.angle(np.fft.rfft2(rng.standard_normal((height, width))))
+    spectrum = np.fft.rfft2(image.astype(np.float32), axes=(0, 1)) * np.exp(1j * moved)[..., None]
+    spectrum[0, 0] = np.abs(spectrum[0, 0])  # the mean stays
+    return np.clip(np.fft.irfft2(spectrum, (height, width), axes=(0, 1)), 0, 255).astype(np.uint8)
+
+
+def scrambled(rng: np.random.Generator, image: Image) -> Image:
+    """A texture made of an image H×W×3."""
+    return quilt(rng, image) if rng.random() < 0.6 else rephased(rng, image)
+
+
+def detailed(rng: np.random.Generator, ground: Image) -> Image:
+    """A ground H×W×3 whose light and colours stay, with a pattern's detail on it: an enlarged animal gets fur."""
+    height, width = ground.shape[:2]
+    drawn = np.clip(DETAILS[rng.integers(len(DETAILS))](rng, width, height), 0, 255)
+    drawn = (_slanted(rng, drawn) if rng.random() < 0.5 else drawn).mean(2, keepdims=True)
+    strength = (
+        rng.uniform(0.1, 0.5) * _regions(rng, width, height, 2.0) if rng.random() < 0.5 else rng.uniform(0.1, 0.5)
+    )
+    detail = np.clip((drawn - drawn.mean()) / (drawn.std() + 1e-6), -2, 2)
+    return np.clip(ground * (1 + strength * detail), 0, 255).astype(np.uint8)
+
+
 def random_box(
     rng: np.random.Generator, image: tuple[int, int], canvas: tuple[int, int], longest: int = _LONGEST
 ) -> tuple[int, int, int, int]:
@@ -220,6 +308,10 @@ def cut(image: Image, box: tuple[int, int, int, int], canvas: tuple[int, int]) -
 class Images(Protocol):
     """A set of images of which some are drawn: a prepared classification set, or a folder."""
 
+    @property
+    def path(self) -> Path:
+        """The file or folder."""
+
     def labels(self, split: str) -> NDArray[np.int64]:
         """One for each image of a split."""
 
@@ -242,11 +334,20 @@ class Negatives:
     split: str = "train"
     background: Image | None = None
 
+    def identity(self) -> tuple[Any, ...]:
+        """Plain values that are the same where the same images are drawn."""
+        images = None
+        if self.images is not None:
+            there = self.images.path.stat()
+            images = there.st_size, there.st_mtime_ns, self.split
+        background = None if self.background is None else hashlib.sha256(self.background.tobytes()).hexdigest()
+        return self.share, images, background
+
     def draw(
         self,
         rng: np.random.Generator,
         canvas: tuple[int, int],
-        headless: Callable[[np.random.Generator, tuple[int, int]], Image | None],
+        headless: Headless,
     ) -> Image:
         """One image of the canvas' size (width, height), H×W×3.
 
@@ -258,6 +359,8 @@ class Negatives:
             (PATTERN, lambda: pattern(rng, width, height)),
             (SHAPES, lambda: shapes(rng, self._ground(rng, canvas))),
             (HEADLESS, lambda: headless(rng, canvas)),
+            (SCRAMBLED, lambda: self._scrambled(rng, headless(rng, canvas))),
+            (DETAILED, lambda: self._detailed(rng, canvas, headless)),
         ]
         if self.images is not None:
             kinds.append((MOSAIC, lambda: mosaic(rng, width, height, lambda: self._small(rng))))
@@ -267,6 +370,18 @@ class Negatives:
         _, make = kinds[rng.choice(len(kinds), p=weights / weights.sum())]
         drawn = make()
         return np.asarray(flat(rng, width, height), np.uint8) if drawn is None else drawn
+
+    def _scrambled(self, rng: np.random.Generator, image: Image | None) -> Image | None:
+        return None if image is None else scrambled(rng, image)
+
+    def _detailed(self, rng: np.random.Generator, canvas: tuple[int, int], headless: Headless) -> Image | None:
+        if self.images is None or rng.random() < 0.2:
+            ground = headless(rng, canvas)
+            return None if ground is None else detailed(rng, ground)
+        side = int(max(canvas) * rng.uniform(1, 1.6))
+        large = cv2.resize(self._small(rng), (side, side), interpolation=cv2.INTER_CUBIC)
+        x, y = int(rng.integers(side - canvas[0] + 1)), int(rng.integers(side - canvas[1] + 1))
+        return detailed(rng, np.asarray(large[y : y + canvas[1], x : x + canvas[0]], np.uint8))
 
     def _small(self, rng: np.random.Generator) -> Image:
         images = cast(Images, self.images)

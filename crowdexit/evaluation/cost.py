@@ -92,6 +92,8 @@ def cost(
 ) -> CostTable:
     """What every early exit that the model can have costs (tables IV to VIII of the SL-ViT paper).
 
+    Those that a checkpoint has are counted with their own options.
+
     FLOPS are two for each multiply-add of convolutions, dense layers and attention's own two products, up to
     and including the branch; what is linear in the features (norms, activations, pooling) is not counted.
 
@@ -105,7 +107,9 @@ def cost(
     Raises:
         CrowdExitError: for an unknown model, branch kind, place, size or data set.
     """
-    spec = replace(_spec(model), exits=())
+    described = _spec(model)
+    trained = {(e.place, e.kind): e.options for e in described.exits}  # they may differ from the model's defaults
+    spec = replace(described, exits=())
     with torch.device("meta"):
         if dataset is not None:
             spec = replace(spec, changes={**spec.changes, "outputs": classes_of(dataset)})
@@ -119,7 +123,9 @@ def cost(
         for place in _chosen(layer, tuple(network.places), f"no place {layer!r} in {spec.model}"):
             there = network.branch_kinds(place)
             for kind in _chosen(branch, there, f"no branch kind {branch!r} fits {spec.model}"):
-                options = branch_options(spec.model, dataset, place, kind) if dataset is not None else {}
+                options = trained.get((place, kind), {})
+                if dataset is not None:
+                    options = branch_options(spec.model, dataset, place, kind)
                 exits.append(zoo.ExitSpec(f"{place}-{kind}", place, kind, options))
     return cost_of(replace(spec, exits=tuple(exits)), str(model))
 

@@ -37,7 +37,11 @@ def fingerprints(
             weights.update(key.encode())
             weights.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     file = Path(dataset.store.path).stat()
-    seen: tuple[Any, ...] = (dataset.setting,) if isinstance(dataset, CrowdDataset) else (dataset.size, dataset.augment)
+    seen: tuple[Any, ...]
+    if isinstance(dataset, CrowdDataset):
+        seen = dataset.setting, None if dataset.negatives is None else dataset.negatives.identity()
+    else:
+        seen = dataset.size, dataset.augment
     header = (file.st_size, file.st_mtime_ns, dataset.split, dataset.ids, dataset.seed, seen, precision)
     return {
         "places": ",".join(map(str, sorted(places))),

@@ -193,8 +193,8 @@ class CopycatPart(_Part):
 class ExitPart(_Part):
     """A branch to train: its name, place and kind; ``options`` are fields of the model's configuration for it alone.
 
-    ``start`` names an exit of the recipe's ``start`` whose weights are its own start. What fuses the audio starts as
-    the identity if that exit has none.
+    ``start`` names an exit of the recipe's ``start`` whose weights are its own start. If that exit has none, what fuses
+    the audio starts as the identity, and the context at zero.
     """
 
     name: str = Field(pattern="^[A-Za-z0-9_-]+$")
@@ -359,8 +359,6 @@ class Recipe(_Part):
             raise ValueError("norm_batches are for norms that keep what they take from them: norms: frozen")
         if (self.detached or self.detach_until) and self.stage != "end-to-end":
             raise ValueError(f"the stage {self.stage!r} knows no 'detached' and no 'detach_until'")
-        if self.data.negatives.share and self.cache:
-            raise ValueError("a feature cache keeps the features of samples: no data.negatives")
         if any(e.start for e in self.exits) and self.start is None:
             raise ValueError("an exit that starts from another needs a checkpoint: set start")
         if self.fit and (self.loss == "cross-entropy" or self.stage in ("hearing", "density")):

@@ -266,8 +266,14 @@ def start_exits(network: MultiExitNetwork, recipe: Recipe) -> None:
             raise TrainingError(f"{path}: it has no exit {trial.exit.start!r} for {trial.exit.name!r} to start from")
         tensors |= {f"branches.{trial.name}.{key}": value for key, value in found.items()}
     new = tuple(f"branches.{trial.name}." for trial in wanted)
-    # What fuses the audio starts as the identity.
-    zoo.fill(network, tensors, str(path), optional=lambda key: not key.startswith(new) or ".fuse." in key)
+    # What fuses the audio starts as the identity, and the context at zero.
+    fresh = (".fuse.", ".context.")
+    zoo.fill(
+        network,
+        tensors,
+        str(path),
+        optional=lambda key: not key.startswith(new) or any(part in key for part in fresh),
+    )
 
 
 def start_rest(network: MultiExitNetwork, recipe: Recipe) -> None:

@@ -13,7 +13,20 @@ import torch
 from crowdexit.data import negatives
 from crowdexit.data.augment import Degradations, View
 from crowdexit.data.dataset import CrowdDataset, Setting
-from crowdexit.data.negatives import PATTERNS, Negatives, cut, is_headless, mosaic, pattern, random_box, shapes
+from crowdexit.data.negatives import (
+    PATTERNS,
+    Negatives,
+    cut,
+    detailed,
+    is_headless,
+    mosaic,
+    pattern,
+    quilt,
+    random_box,
+    rephased,
+    scrambled,
+    shapes,
+)
 from crowdexit.data.store import Store, StoredSample, open_for_writing, write_sample
 
 CANVAS = (96, 64)
@@ -25,6 +38,8 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 class Greys:
     """Three images of one grey each."""
+
+    path: Path
 
     def labels(self, split: str) -> np.ndarray:
         return np.zeros(3, np.int64)
@@ -72,6 +87,58 @@ def test_mosaics():
     assert {60, 120, 180} <= seen
 
 
+@pytest.fixture
+def ground() -> np.ndarray:
+    """A crowd's ground: dark on the left, light on the right, with a fine pattern over it."""
+    image = np.tile(np.linspace(60, 180, 96)[None, :, None], (64, 1, 3)) + rng(3).normal(0, 6, (64, 96, 1))
+    return image.astype(np.uint8)
+
+
+def test_a_quilt_has_the_pixels_elsewhere(ground):
+    drawn = quilt(rng(1), ground)
+    assert drawn.shape == ground.shape
+    assert not np.array_equal(drawn, ground)
+    assert set(np.unique(drawn)) <= set(np.unique(ground))
+    assert np.abs(drawn.mean(0) - ground.mean(0)).max() > 20, "its light does not fall from one side any more"
+
+
+def test_moved_phases_keep_the_frequencies(ground):
+    drawn = rephased(rng(1), ground)
+    assert drawn.mean() == pytest.approx(ground.mean(), abs=2)
+    assert drawn.std() == pytest.approx(ground.std(), rel=0.1)
+    before, after = (np.abs(np.fft.rfft2(image[..., 0].astype(float))) for image in (ground, drawn))
+    assert np.corrcoef(before.ravel()[1:], after.ravel()[1:])[0, 1] > 0.95
+    assert np.abs(drawn.astype(float) - ground).mean() > 20
+
+
+def test_scrambled_is_either_of_both(ground):
+    made = [scrambled(rng(seed), ground) for seed in range(12)]
+    assert all(image.shape == ground.shape and image.dtype == np.uint8 for image in made)
+    values = set(np.unique(ground))
+    assert 0 < sum(set(np.unique(image)) <= values for image in made) < 12
+
+
+def test_detail_leaves_light_and_colours(ground):
+    large = np.repeat(ground, 4, 0).repeat(4, 1)
+    for seed in range(6):
+        drawn = detailed(rng(seed), large)
+        assert drawn.shape == large.shape
+        assert not np.array_equal(drawn, large)
+        assert drawn.mean((0, 1)) == pytest.approx(large.mean((0, 1)), rel=0.15)
+        assert drawn[:, -96:].mean() > drawn[:, :96].mean() + 40
+
+
+def test_what_tells_negatives_apart(tmp_path):
+    images = Greys()
+    images.path = tmp_path / "images"
+    images.path.write_bytes(b"123")
+    place = np.zeros((64, 96, 3), np.uint8)
+    made = [Negatives(0.5), Negatives(0.6), Negatives(0.5, images), Negatives(0.5, background=place)]
+    made += [Negatives(0.5, images, "test"), Negatives(0.5, background=place + 1)]
+    assert len({negative.identity() for negative in made}) == len(made)
+    assert Negatives(0.5, images).identity() == Negatives(0.5, images).identity()
+
+
 @pytest.mark.parametrize("size", [(160, 96), (40, 300), (1024, 768), (60, 60)])
 def test_boxes_lie_in_the_image_and_have_the_canvas_shape(size):
     for seed in range(40):
@@ -93,7 +160,7 @@ def test_headless_keeps_its_distance():
 
 def test_kinds_as_often_as_they_are_there(monkeypatch):
     """Each kind paints a number of its own; without images or a background the others share."""
-    names = {"pattern": 10, "shapes": 20, "mosaic": 30, "cut": 40}
+    names = {"pattern": 10, "shapes": 20, "mosaic": 30, "cut": 40, "scrambled": 70, "detailed": 80}
     for name, value in names.items():
         monkeypatch.setattr(negatives, name, lambda *_, value=value: np.full((64, 96, 3), value, np.uint8))
 
@@ -102,11 +169,11 @@ def test_kinds_as_often_as_they_are_there(monkeypatch):
         return Counter(int(wanted.draw(random, CANVAS, headless)[0, 0, 0]) for _ in range(2000))
 
     every = counts(Negatives(1.0, Greys(), background=np.zeros((64, 96, 3), np.uint8)))
-    wanted = {10: 0.20, 20: 0.10, 30: 0.28, 40: 0.12, 50: 0.30}
+    wanted = {10: 0.22, 20: 0.06, 30: 0.20, 40: 0.06, 50: 0.18, 70: 0.10, 80: 0.18}
     assert {kind: every[kind] / 2000 for kind in wanted} == pytest.approx(wanted, abs=0.03)
     alone = counts(Negatives(1.0))
-    assert set(alone) == {10, 20, 50}
-    assert alone[50] / 2000 == pytest.approx(0.5, abs=0.04)
+    assert set(alone) == {10, 20, 50, 70, 80}
+    assert alone[50] / 2000 == pytest.approx(0.18 / 0.74, abs=0.04)
     monkeypatch.setattr(negatives, "flat", lambda *_: np.full((64, 96, 3), 60.0))
     assert set(counts(Negatives(1.0), lambda *_: None)) == {10, 20, 60}, "none found: one colour"
 

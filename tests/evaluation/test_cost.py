@@ -134,6 +134,18 @@ def test_another_size(paper):
     assert table.exits[0].total_flops / paper.exits[0].total_flops == pytest.approx(0.5, rel=0.001)
 
 
+def test_an_exit_with_options_of_its_own(tmp_path):
+    exit = zoo.ExitSpec("V0", "V0", "density", {"density_context": [8, 8]})
+    spec = zoo.Spec("audiocsrnet-lite", (exit,))
+    zoo.save(zoo.build(spec), spec, tmp_path / "model.safetensors")
+    [own] = cost(tmp_path, layer="V0").exits
+    [plain] = cost_of(zoo.Spec("audiocsrnet-lite", (zoo.ExitSpec("V0", "V0", "density"),)), "plain").exits
+    cells = 1024 * 768 // 64
+    added = cells // 4 * 9 * 40 * 8 + cells // 16 * (9 * 8 * 8 + 8 * 81)
+    assert own.total_macs - plain.total_macs == added
+    assert own.branch_params > plain.branch_params
+
+
 def test_checkpoint_with_changes(tmp_path):
     from crowdexit.models import zoo
 

@@ -24,7 +24,10 @@ from crowdexit.runtimes.openvino import OpenVINO
 SIZE = (128, 96)  # of no more than so many pixels is an image
 SPEC = zoo.Spec(
     "audiocsrnet-lite",
-    tuple(zoo.ExitSpec(name, name, "density") for name in ("V0", "AV1")),
+    (
+        zoo.ExitSpec("V0", "V0", "density", {"density_context": [4, 6, 6]}),
+        zoo.ExitSpec("AV1", "AV1", "density"),
+    ),
     {"size": SIZE, "audio_features": 4, "fusion_channels": [8, 8, 4]},
 )
 
@@ -32,7 +35,9 @@ SPEC = zoo.Spec(
 @pytest.fixture(scope="module")
 def network() -> MultiExitNetwork:
     torch.manual_seed(5)
-    return settled(zoo.build(SPEC))
+    network = settled(zoo.build(SPEC))
+    torch.nn.init.normal_(network.branches["V0"].context.out.weight)
+    return network
 
 
 @pytest.fixture(scope="module")

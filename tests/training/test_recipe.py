@@ -59,10 +59,11 @@ def test_changes_by_dotted_key(tmp_path):
 @pytest.mark.parametrize("name", bundled())
 def test_bundled_recipes_build(name):
     recipe = read_recipe(name)
-    exits = tuple(zoo.ExitSpec(e.name, e.place, e.kind) for e in recipe.exits)
+    exits = tuple(zoo.ExitSpec(e.name, e.place, e.kind, e.options) for e in recipe.exits)
     small = {"width": 0.0625, "audio_width": 0.0625} if recipe.model.startswith("audio") else {"dim": 12, "heads": 2}
-    zoo.build(zoo.Spec(recipe.model, exits, {**small, "hidden": 4}))
-    if recipe.stage == "branches" and recipe.model.startswith("audio"):
+    view = {key: value for key, value in recipe.changes.items() if key in ("view", "size")}
+    zoo.build(zoo.Spec(recipe.model, exits, {**small, **view, "hidden": 4}))
+    if name.startswith("audio") and name.endswith("-branches"):
         assert {(e.place, e.kind) for e in exits} == {(p, k) for p in ("V1", "AV1", "AV2") for k in ("cnn", "slvit")}
 
 

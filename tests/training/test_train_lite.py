@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from audio_files import tone, write_wav
@@ -158,6 +160,7 @@ def test_branches_are_density_exits_too(store, trained, tmp_path):
         exits=[
             {"name": "AV1", "place": "AV1", "kind": "density", "start": "V1"},
             {"name": "V0-wide", "place": "V0", "kind": "density", "options": {"density_widths": [6]}},
+            {"name": "V0", "place": "V0", "kind": "density", "start": "V0", "options": {"density_context": [4, 4]}},
         ],
         loss="poisson",
         epochs=1,
@@ -167,10 +170,41 @@ def test_branches_are_density_exits_too(store, trained, tmp_path):
     )
     run(recipe, tmp_path)
     before, after = best(trained), best(tmp_path)
-    assert same({k: after[k] for k in before}, before)
+    kept = [key for key in before if not key.startswith("branches.V0.")]
+    assert same({k: after[k] for k in kept}, {k: before[k] for k in kept})
+    assert (after["branches.V0.convs.0.weight"] - before["branches.V0.convs.0.weight"]).abs().max() < 0.02
+    assert after["branches.V0.context.out.weight"].abs().max() > 0, "it starts at zero, and learns"
     assert not torch.equal(after["branches.AV1.conv.weight"], before["branches.V1.conv.weight"])
     assert (after["branches.AV1.conv.weight"] - before["branches.V1.conv.weight"]).abs().max() < 0.02
     assert after["branches.V0-wide.convs.0.weight"].shape[0] == 6
+
+
+def test_features_of_negatives_are_cached(store, trained, tmp_path):
+    """And never taken for those of others."""
+
+    def textures(out: str, share: float, **negatives: Any) -> dict[str, torch.Tensor]:
+        recipe = tiny(
+            store,
+            "branches",
+            model="audiocsrnet-lite",
+            changes={},
+            start=trained / "model.safetensors",
+            exits=[{"name": "V0", "place": "V0", "kind": "density"}],
+            loss="poisson",
+            epochs=2,
+            cache={"folder": tmp_path / "features"},
+            data={"canvas": [64, 64], "views": 2, "val_ids": "?_[01]", "negatives": {"share": share, **negatives}},
+        )
+        run(recipe, tmp_path / out)
+        return best(tmp_path / out)
+
+    first = textures("first", 0.5)
+    assert same(textures("again", 0.5), first)
+    with pytest.raises(CrowdExitError, match="a feature cache of other data"):
+        textures("more", 0.6)
+    cv2.imwrite(str(tmp_path / "place.png"), np.full((64, 64, 3), 90, np.uint8))
+    with pytest.raises(CrowdExitError, match="a feature cache of other data"):
+        textures("place", 0.5, background=tmp_path / "place.png")
 
 
 def gradients(joint: JointTraining, store: Path, exit: str) -> set[str]:

@@ -23,6 +23,7 @@ from crowdexit.models.backbones import (
 )
 from crowdexit.models.backbones.fronts import audio_encoder_kind, front_kind
 from crowdexit.models.exits import (
+    Context,
     DensityActivation,
     GammaBeta,
     density_conv,
@@ -63,7 +64,8 @@ class AudioCSRNetConfig:
             way); False: none, as in checkpoints that were trained before there was one.
         hidden, dropout: of the MLP heads.
         second_residual: of the SL-ViT encoder.
-        density_widths: channels of the density branches.
+        density_widths: channels of the density branches. density_context: of what they see around each cell, from a
+            coarser grid (:class:`crowdexit.models.exits.Context`), or empty; for fronts that divide images by 32.
 
     Raises:
         ValueError: for a size that the stride of the front does not divide, or a normalisation that is none.
@@ -93,6 +95,7 @@ class AudioCSRNetConfig:
     dropout: float = 0.5
     second_residual: bool = True
     density_widths: tuple[int, ...] = (48, 32)
+    density_context: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         step = self.bare_step
@@ -128,7 +131,17 @@ class AudioCSRNetConfig:
     def branch_fields(self) -> tuple[str, ...]:
         """What shapes a branch and nothing else."""
         cnn = ("filters", "pool", "cnn_norm")
-        return "patch", "dim", "heads", "second_residual", *cnn, "hidden", "dropout", "density_widths"
+        return (
+            "patch",
+            "dim",
+            "heads",
+            "second_residual",
+            *cnn,
+            "hidden",
+            "dropout",
+            "density_widths",
+            "density_context",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for a checkpoint's header."""
@@ -247,6 +260,8 @@ class AudioCSRNet(MultiExitNetwork):
     def exit_location(self, place: str, config: AudioCSRNetConfig) -> ExitLocation:
         """A feature map at 1/8 of the image. The paper's network (with VGG's front) has no exits with density maps."""
         c = config
+        if c.density_context and c.step % (STRIDE * Context.STRIDE):
+            raise ValueError(f"density_context: the image's sides are to be multiples of {STRIDE * Context.STRIDE}")
         return ExitLocation(
             channels=self._channels[place],
             grid=c.grid,
@@ -257,7 +272,8 @@ class AudioCSRNet(MultiExitNetwork):
             settings={
                 **{"patch": c.patch, "dim": c.dim, "heads": c.heads, "second_residual": c.second_residual},
                 **{"filters": c.filters, "pool": c.pool, "norm": c.cnn_norm},
-                **{"hidden": c.hidden, "dropout": c.dropout, "scale": c.count_scale, "widths": c.density_widths},
+                **{"hidden": c.hidden, "dropout": c.dropout, "scale": c.count_scale},
+                **{"widths": c.density_widths, "context": c.density_context},
             },
         )
 

@@ -43,6 +43,52 @@ def density_of(output: Tensor, valid: Tensor, activation: DensityActivation, sca
     return density / scale * valid
 
 
+class Context(nn.Module):
+    """What lies around each cell, from a coarser grid: B×C×h×w → B×outputs×h×w.
+
+    3×3 convolutions with ReLU, the first two of stride 2, the others of dilation 2; then a 1×1, enlarged to the map's
+    grid. A cell sees hundreds of pixels around it for a tenth of what convolutions on the fine grid would cost. It
+    starts at zero.
+
+    Args:
+        channels: C. widths: channels of the convolutions, two of them at least.
+        outputs: channels of what it gives.
+
+    Raises:
+        ValueError: for fewer than two widths.
+    """
+
+    STRIDE = 4  # the sides of the map are multiples of it
+
+    def __init__(self, channels: int, widths: Sequence[int], outputs: int) -> None:
+        super().__init__()
+        if len(widths) < 2:
+            raise ValueError(f"context {tuple(widths)}: wanted the channels of two convolutions at least")
+        self.convs = nn.ModuleList()
+        for index, width in enumerate(widths):
+            coarser = index < 2
+            conv = nn.Conv2d(
+                channels,
+                width,
+                3,
+                stride=2 if coarser else 1,
+                padding=1 if coarser else 2,
+                dilation=1 if coarser else 2,
+            )
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+            self.convs.append(conv)
+            channels = width
+        self.out = nn.Conv2d(channels, outputs, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)  # type: ignore[arg-type]
+
+    def forward(self, visual: Tensor) -> Tensor:
+        for conv in self.convs:
+            visual = F.relu(conv(visual))
+        return F.interpolate(self.out(visual), scale_factor=float(self.STRIDE), mode="nearest")
+
+
 class DensityBranch(Exit):
     """An early exit that makes a density map: 3×3 convolutions of dilation 2 with ReLU, then a 1×1.
 
@@ -51,6 +97,8 @@ class DensityBranch(Exit):
     Args:
         channels: C of the feature map.
         widths: channels of the convolutions.
+        context: channels of a :class:`Context` that is added to what each convolution gives; empty: there is none.
+            With it the sides of the map have to be multiples of 4.
         audio: A, to fuse the audio by γ and β behind the first convolution (AV1), or 0.
         activation, scale: of :func:`density_of`.
     """
@@ -63,6 +111,7 @@ class DensityBranch(Exit):
         channels: int,
         widths: Sequence[int] = (48, 32),
         *,
+        context: Sequence[int] = (),
         audio: int = 0,
         activation: DensityActivation = "softplus",
         scale: float = 1.0,
@@ -70,6 +119,8 @@ class DensityBranch(Exit):
         super().__init__()
         self.uses_audio = audio > 0
         self.fuse = GammaBeta(audio, widths[0]) if audio else None
+        self.context = Context(channels, context, sum(widths) + 1) if context else None
+        self.widths = tuple(widths)
         self.convs = nn.ModuleList()
         for width in widths:
             self.convs.append(nn.Conv2d(channels, width, 3, padding=2, dilation=2))
@@ -82,16 +133,22 @@ class DensityBranch(Exit):
         # processors (oneDNN with AVX-512).
         with torch.autocast("cpu" if features.visual.is_meta else features.visual.device.type, enabled=False):
             visual = features.grid().to(self.conv.weight.dtype)
+            context: Sequence[Tensor] = ()
+            if self.context is not None:
+                context = self.context(visual).split([*self.widths, 1], dim=1)
             for index, conv in enumerate(self.convs):
                 visual = conv(visual)
                 if index == 0 and self.fuse is not None:
                     assert features.audio is not None
                     visual = self.fuse(visual, features.audio.to(visual.dtype))
-                visual = F.relu(visual)
-            density = density_of(self.conv(visual), features.valid_mask, self.activation, self.scale)
+                visual = F.relu(visual + context[index] if context else visual)
+            visual = self.conv(visual)
+            if context:
+                visual = visual + context[-1]
+            density = density_of(visual, features.valid_mask, self.activation, self.scale)
         return ExitOutput(density.sum((1, 2, 3)), density)
 
 
 @register_exit("density", reads=("map",), any_size=True, has_density=True)
 def _density(at: ExitLocation) -> DensityBranch:
-    return DensityBranch(at.channels, audio=at.fused_audio, **at.settings_for("widths"))
+    return DensityBranch(at.channels, audio=at.fused_audio, **at.settings_for("widths", "context"))
