@@ -27,6 +27,7 @@ def on_page_markdown(markdown: str, page: Any, **_: object) -> str:
     name = page.file.src_uri
     if name in ELSEWHERE:
         markdown = markdown.replace("](../../docs/", "](../").replace("](docs/", "](")
+        markdown = markdown.replace("](CONTRIBUTING.md", "](contributing.md")
         return re.sub(r"\]\(\.\./([\w-]+)/README\.md", r"](\1.md", markdown)
     return re.sub(r"\]\(\.\./checkpoints/([\w-]+)/README\.md", r"](models/\1.md", markdown)
 

@@ -93,14 +93,14 @@ def test_the_page(crowdexit, tmp_path):
     run(crowdexit.with_name("python"), tmp_path, "-c", "import crowdexit.app.page")
 
 
-def test_data_preparation(crowdexit, tmp_path, crowd_picture):
+def test_data_preparation(crowdexit, tmp_path, crowd_image):
     """By several processes, which find their module, too."""
     assert "shanghaitech" in run(crowdexit, tmp_path, "prepare", "--help")
     images, truths = tmp_path / "part_B" / "test_data" / "images", tmp_path / "part_B" / "test_data" / "ground-truth"
     images.mkdir(parents=True)
     truths.mkdir()
     for number in (1, 2):
-        data, heads = crowd_picture(heads=number)
+        data, heads = crowd_image(heads=number)
         (images / f"IMG_{number}.jpg").write_bytes(data)
         cell = np.empty((1, 1), object)
         cell[0, 0] = {"location": heads, "number": len(heads)}
