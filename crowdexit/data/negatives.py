@@ -278,7 +278,8 @@ def detailed(rng: np.random.Generator, ground: Image) -> Image:
         rng.uniform(0.1, 0.5) * _regions(rng, width, height, 2.0) if rng.random() < 0.5 else rng.uniform(0.1, 0.5)
     )
     detail = np.clip((drawn - drawn.mean()) / (drawn.std() + 1e-6), -2, 2)
-    return np.clip(ground * (1 + strength * detail), 0, 255).astype(np.uint8)
+    out: Image = np.clip(ground * (1 + strength * detail), 0, 255).astype(np.uint8)
+    return out
 
 
 def random_box(
