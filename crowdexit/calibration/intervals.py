@@ -197,7 +197,7 @@ def rank(samples: int, level: float) -> int:
     number = math.ceil((samples + 1) * level - _ROUNDING)
     if number > samples:
         least = math.ceil(level / (1 - level) - _ROUNDING)
-        raise IntervalError(f"{samples} images are too few for a level of {level:g}: it takes {least}")
+        raise IntervalError(f"{samples} images are too few for a level of {level:g}; at least {least} are needed")
     return number
 
 

@@ -160,7 +160,7 @@ def tile_boxes(width: int, height: int, native: tuple[int, int]) -> list[tuple[i
     rows = max(1, math.ceil(height * LEAST_SCALE / native[1]))
     if columns * rows > MAX_TILES:
         raise ImageError(
-            f"{width}×{height} would take {columns * rows} tiles of {native[0]}×{native[1]} ({MAX_TILES} at most); "
+            f"{width}×{height} would need {columns * rows} tiles of {native[0]}×{native[1]} ({MAX_TILES} at most); "
             "shrink it or cut it into parts"
         )
     xs = [round(i * width / columns) for i in range(columns + 1)]

@@ -116,7 +116,7 @@ def cost(
             spec = replace(spec, changes={**spec.changes, "size": zoo.parse_size(size, step)})
         network = zoo.build(spec).eval()
         exits = []
-        for place in _chosen(layer, tuple(network.places), f"no place {layer!r} in {spec.model}"):
+        for place in _chosen(layer, tuple(network.places), f"no exit location {layer!r} in {spec.model}"):
             there = network.branch_kinds(place)
             for kind in _chosen(branch, there, f"no branch kind {branch!r} fits {spec.model}"):
                 options = branch_options(spec.model, dataset, place, kind) if dataset is not None else {}

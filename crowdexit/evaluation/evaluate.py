@@ -180,7 +180,9 @@ def calibrate(
         try:
             with_audio, with_audio_errors, with_audio_thirds = tables(audible)
         except IntervalError as error:
-            log.warning("not calibrated with sound: %s; what is heard has no interval and is never confident", error)
+            log.warning(
+                "not calibrated with audio: %s; samples with audio have no interval and are never confident", error
+            )
             audible = []
     return Intervals(
         level,

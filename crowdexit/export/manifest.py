@@ -128,20 +128,22 @@ class Manifest(_Part):
                 _check_taken(name, self.pieces[name].takes, there)
                 _check_order(name, self.pieces[name].gives, OUTPUT_FIELDS)
                 if not self.pieces[name].gives or self.pieces[name].gives[0].name != "value":
-                    raise ValueError(f"{name} gives no value")
+                    raise ValueError(f"{name} outputs no value")
 
 
 def _check_order(piece: str, ports: Sequence[Port], names: Sequence[str]) -> None:
     given = [port.name for port in ports]
     if given != [name for name in names if name in given]:
-        raise ValueError(f"{piece} has the ports {', '.join(given)}, wanted some of {', '.join(names)} in that order")
+        raise ValueError(
+            f"{piece} has the tensors {', '.join(given)}, expected some of {', '.join(names)} in that order"
+        )
 
 
 def _check_taken(piece: str, ports: Sequence[Port], there: Mapping[str, Port]) -> None:
     _check_order(piece, ports, FEATURE_FIELDS)
     for port in ports:
         if there.get(port.name) != port:
-            raise ValueError(f"{piece} takes {port.name} as nothing before it gives it")
+            raise ValueError(f"{piece} takes {port.name}, which nothing before it outputs")
 
 
 def is_export(path: str | Path) -> bool:

@@ -140,12 +140,12 @@ class Runner:
             CrowdExitError: for a network that does not count, an unknown exit, or a log-mel that is none.
         """
         if self._about.classifies:
-            raise ExportError(f"{self._about.model} tells classes apart; it does not count")
+            raise ExportError(f"{self._about.model} is a classifier; it does not count")
         for name in exits or ():
             if name not in self.chain.exit_names:
                 raise ExportError(f"no exit {name!r} in this export (it has {', '.join(self.chain.exit_names)})")
         if exits is not None and not exits:
-            raise ExportError("no exit is asked")
+            raise ExportError("no exit is named")
         if log_mel is not None:
             checked_log_mel(log_mel)
 
@@ -200,7 +200,7 @@ class Runner:
 
     def _checked_count(self, name: str, count: float) -> float:
         if not math.isfinite(count):
-            raise ExportError(f"{self._about.model}: the exit {name} did not give a number")
+            raise ExportError(f"{self._about.model}: exit {name} did not return a number")
         return max(0.0, count)
 
 

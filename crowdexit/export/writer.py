@@ -77,7 +77,7 @@ def export(
     if split is not None and calibrate is None:
         raise ExportError(f"--split {split}: of which file? Name it with --calibrate")
     if out.exists():
-        raise ExportError(f"{out}: there already")
+        raise ExportError(f"{out}: already exists")
     for module in _NEEDED[library]:
         installed(module)
     network, spec = zoo.load(model)

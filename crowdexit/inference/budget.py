@@ -130,7 +130,7 @@ def check_positive(budget_ms: float | None) -> None:
         BudgetError: for one that is not positive.
     """
     if budget_ms is not None and not budget_ms > 0:
-        raise BudgetError(f"a budget of {budget_ms:g} ms buys nothing")
+        raise BudgetError(f"a budget of {budget_ms:g} ms; it must be positive")
 
 
 def check_budget(budget_ms: float, first: str, errors: Mapping[str, float]) -> None:
@@ -144,7 +144,7 @@ def check_budget(budget_ms: float, first: str, errors: Mapping[str, float]) -> N
     """
     check_positive(budget_ms)
     if first not in errors:
-        raise BudgetError(f"how wrong the exit {first} is, is not known: see crowdexit calibrate")
+        raise BudgetError(f"exit {first} is not calibrated; run `crowdexit calibrate`")
 
 
 class Sample(Protocol):

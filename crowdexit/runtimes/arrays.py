@@ -145,5 +145,5 @@ class ArrayChain:
         ports = self._ports[piece]
         given = self._engine.run(piece, [state[port.name] for port in ports.takes])
         if len(given) != len(ports.gives):
-            raise RuntimeUnavailable(f"{piece} gives {len(given)} arrays, not the {len(ports.gives)} of its ports")
+            raise RuntimeUnavailable(f"{piece} returns {len(given)} arrays, not {len(ports.gives)}")
         return {port.name: array for port, array in zip(ports.gives, given, strict=True)}

@@ -32,7 +32,7 @@ def store_of(recipe: Recipe) -> Path:
         TrainingError: if it names none.
     """
     if recipe.data.store is None:
-        raise TrainingError("no data: give a prepared file with --data")
+        raise TrainingError("no data: name a prepared file with --data")
     return recipe.data.store
 
 
@@ -173,7 +173,7 @@ class CrowdData(RecipeData):
             val_ids = store.ids(data.val, data.val_ids)
             needs_audio = recipe.stage == "hearing" or recipe.watch == "audio"
             if needs_audio and not any("log_mel" in store.info(data.val, id).parts for id in val_ids):
-                raise TrainingError(f"{self.path}: no sample of {data.val} has sound to validate with")
+                raise TrainingError(f"{self.path}: no sample of {data.val} has audio to validate with")
             for id, sample in known.items():
                 if recipe.stage == "hearing" and "log_mel" not in sample.parts:
                     raise TrainingError(f"{self.path}: {data.train}/{id} has no audio to learn from")

@@ -58,7 +58,7 @@ class Span:
         if not 0 < self.fps <= _MOST_FPS:
             raise VideoError(f"{self.fps:g} frames a second cannot be counted")
         if not (0 <= self.start < self.end):
-            raise VideoError(f"from {self.start:g} s to {self.end:g} s there is nothing to count")
+            raise VideoError(f"nothing to count from {self.start:g} s to {self.end:g} s")
 
 
 class Due:

@@ -139,7 +139,7 @@ class LiveFrames:
                 )
                 if not come and self._begun is None:
                     self._stopped.set()
-                    raise VideoError(f"{self.address.name}: nothing has come of it until the end")
+                    raise VideoError(f"{self.address.name}: no frame arrived before the end")
                 if not come:
                     self._stopped.set()
                 frame, self._newest = self._newest, None
@@ -189,7 +189,7 @@ class LiveFrames:
                     raise
             if self._begun is None:
                 comes = not self.address.lasting or "mp4" in form
-                hint = " (an MP4 can only be read as it comes with its index in front)" if comes else ""
+                hint = " (an MP4 can only be streamed with its index in front)" if comes else ""
                 raise VideoError(f"{self.address.name}: no frame can be read of it{hint}")
             if not lasting or self._over():
                 if broken is not None:
@@ -226,7 +226,7 @@ class LiveFrames:
         """Say that there are no frames between two times."""
         self._reported_lost += 1
         if self._reported_lost <= _MAX_REPORTED:
-            rest = "; whatever else is damaged is not told" if self._reported_lost == _MAX_REPORTED else ""
+            rest = "; further damage is not reported" if self._reported_lost == _MAX_REPORTED else ""
             self._warn(f"{self.address.name}: damaged from {begin:.1f} to {end:.1f} s; nothing is counted there{rest}")
 
     def _over(self) -> bool:
@@ -451,7 +451,7 @@ class _Session:
             if not usable(samples):
                 if not self.live._reported_unusable:
                     self.live._reported_unusable = True
-                    self.live._warn(f"{self.live.address.name}: sound with values that cannot be used is left out")
+                    self.live._warn(f"{self.live.address.name}: audio with unusable values is skipped")
             elif known:
                 self.audio_window.add(start, samples)
 
@@ -488,5 +488,5 @@ class _Session:
             self.live.dropped += self.live._due(self.live._index, time + self.shift)
         if self.leaving_out and now - self.since > _LONG_S and not self.live._reported_slow:
             self.live._reported_slow = True
-            self.live._warn(f"{self.live.address.name}: too much to decode here, frames are left out")
+            self.live._warn(f"{self.live.address.name}: decoding is too slow here; frames are skipped")
         return self.leaving_out

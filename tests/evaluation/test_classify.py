@@ -128,7 +128,7 @@ def test_evaluate_from_the_command_line(colours, checkpoint):
     assert (report["measure"], report["bound"]) == ("confidence", pytest.approx(0.6))
     assert sum(report["left"].values()) == pytest.approx(100)
     table = CliRunner().invoke(app, [*arguments, "--entropy", "0.5"])
-    assert "when sure" in table.stdout
+    assert "early exit at an uncertainty" in table.stdout
     both = CliRunner().invoke(app, [*arguments, "--entropy", "0.5", "--confidence", "0.5"])
     assert isinstance(both.exception, CrowdExitError)
 

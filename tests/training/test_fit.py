@@ -121,5 +121,5 @@ def test_a_run_starts_there(store, tmp_path):
 
 @pytest.mark.parametrize(("stage", "keys"), [("density", {}), ("hearing", {})])
 def test_not_for_every_stage(store, stage, keys):
-    with pytest.raises(ValueError, match="say a count"):
+    with pytest.raises(ValueError, match="output a count"):
         tiny(store, stage, fit=10, **keys)
