@@ -187,7 +187,7 @@ def make_page(model: CrowdCounter | str | Path = "audiocsrnet-lite", *, runtime:
         gr.HTML(_FOOT)
         # The files are handed over as they came (preprocess=False): our own readers check them, and say in one
         # line what is wrong; the framework's would only raise.
-        asked: dict[str, Any] = {
+        event: dict[str, Any] = {
             "fn": handler,
             "inputs": inputs,
             "outputs": [headline, table, drawn, chart],
@@ -198,8 +198,8 @@ def make_page(model: CrowdCounter | str | Path = "audiocsrnet-lite", *, runtime:
             "concurrency_id": "model",
             "api_visibility": "private",
         }
-        button.click(**asked)
-        examples.load_input_event.then(**asked)
+        button.click(**event)
+        examples.load_input_event.then(**event)
     page.queue(max_size=32, api_open=False)
     return page
 

@@ -98,16 +98,16 @@ class Folder:
         self.files: list[Place] = []
         self.folders: list[Place] = []
         try:
-            self._walk(path, ())
+            self._visit(path, ())
         except OSError as error:
             raise CrowdExitError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
-    def _walk(self, folder: Path, place: Place) -> None:
+    def _visit(self, folder: Path, place: Place) -> None:
         for path in sorted(folder.iterdir()):
             if path.is_dir():
                 self.folders.append((*place, path.name))
                 if len(place) + 1 < _DEPTH:  # also what ends a link that leads back up
-                    self._walk(path, (*place, path.name))
+                    self._visit(path, (*place, path.name))
             else:
                 self.files.append((*place, path.name))
 

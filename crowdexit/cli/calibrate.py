@@ -132,7 +132,7 @@ def _calibrate_classes(
     from crowdexit.data.classes import ClassStore
     from crowdexit.evaluation import classify
     from crowdexit.evaluation.leaving import costs_on_the_way, leaving
-    from crowdexit.inference.counter import served_exits
+    from crowdexit.inference.counter import default_exits
     from crowdexit.inference.models import keep_calibration
 
     with ClassStore(data) as store:
@@ -149,7 +149,7 @@ def _calibrate_classes(
         before, after = (surprise(scores[name], labels, by) for by in (1.0, t))
         table.add_row(name, f"{t:.3f}", f"{before:.3f}", f"{after:.3f}")
     Console().print(table)
-    exits = served_exits(network)
+    exits = default_exits(network)
     bounds = [1 - confidence for confidence in CONFIDENCES]
     made = leaving(
         {name: temperatures.uncertainties(name, scores[name], "confidence") for name in exits},

@@ -174,10 +174,10 @@ def _spec(model: str | Path) -> zoo.Spec:
     return zoo.read_spec(zoo.checkpoint_path(model))
 
 
-def _chosen(asked: str | None, there: tuple[str, ...], otherwise: str) -> tuple[str, ...]:
-    if asked is None:
+def _chosen(name_given: str | None, there: tuple[str, ...], otherwise: str) -> tuple[str, ...]:
+    if name_given is None:
         return there
-    found = tuple(name for name in there if name.lower() == asked.lower())
+    found = tuple(name for name in there if name.lower() == name_given.lower())
     if not found:
         raise CostError(f"{otherwise} (there are {', '.join(there)})")
     return found

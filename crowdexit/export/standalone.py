@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from crowdexit.data.mel import FRAMES, MEL_BANDS, checked_log_mel
 from crowdexit.data.views import (
-    PIXELS_ABREAST,
-    PIXELS_AT_ONCE,
-    PIXELS_OF_TILES_AT_ONCE,
+    PIXELS_IN_FLIGHT,
+    PIXELS_PER_BATCH,
+    TILE_PIXELS_PER_BATCH,
     Placement,
     checked_image,
     normalise,
@@ -27,7 +27,7 @@ from crowdexit.data.views import (
 )
 from crowdexit.errors import CrowdExitError
 from crowdexit.models.chain import iter_outputs
-from crowdexit.runtimes.arrays import ArrayChain, Port, Ports, Record
+from crowdexit.runtimes.arrays import ArrayChain, Record, Signature, TensorSpec
 from crowdexit.runtimes.engines import Engine, OnnxEngine, OpenVINOEngine, Shapes, openvino_core
 from crowdexit.utils.checksum import checksum
 
@@ -60,7 +60,7 @@ class Description:
     view: Literal["fit", "tiles", "scale"]
     classifies: bool
     exits: Mapping[str, int]
-    pieces: Mapping[str, Ports]
+    pieces: Mapping[str, Signature]
     models: Mapping[str, Sequence[str]]
     files: Mapping[str, tuple[int, str]]
 
@@ -77,7 +77,7 @@ class Description:
             view=manifest["view"],
             classifies=manifest["classifies"],
             exits=manifest["exits"],
-            pieces={name: Ports(_ports(piece["takes"]), _ports(piece["gives"])) for name, piece in pieces.items()},
+            pieces={name: Signature(_specs(piece["takes"]), _specs(piece["gives"])) for name, piece in pieces.items()},
             models={name: piece["files"] for name, piece in pieces.items()},
             files={name: (file["bytes"], file["sha256"]) for name, file in manifest["files"].items()},
         )
@@ -184,7 +184,7 @@ class Runner:
         wanted = self.chain.exit_names if exits is None else exits
         width, height = about.size
         batch, tiles, in_flight = (
-            max(1, most // (width * height)) for most in (PIXELS_AT_ONCE, PIXELS_OF_TILES_AT_ONCE, PIXELS_ABREAST)
+            max(1, most // (width * height)) for most in (PIXELS_PER_BATCH, TILE_PIXELS_PER_BATCH, PIXELS_IN_FLIGHT)
         )
         if len(boxes) > 1:
             batch = min(batch, tiles)
@@ -235,8 +235,8 @@ def _pair(values: Sequence[int]) -> tuple[int, int]:
     return width, height
 
 
-def _ports(ports: Sequence[Mapping[str, Any]]) -> tuple[Port, ...]:
-    return tuple(Port(port["name"], port["dtype"], tuple(port["shape"])) for port in ports)
+def _specs(specs: Sequence[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(spec["name"], spec["dtype"], tuple(spec["shape"])) for spec in specs)
 
 
 def _checked(path: Path, size: int, sha256: str) -> bytes:

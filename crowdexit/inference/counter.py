@@ -43,7 +43,7 @@ class CrowdCounter:
         network: with its weights.
         model: the name to report.
         runtime: how stages and exits are run.
-        exits: names to serve; default: one a place, and the final exit (:func:`served_exits`).
+        exits: names to use; default: one at each location, and the final exit (:func:`default_exits`).
         intervals: the checkpoint's calibration.
         familiarity: its statistics of the training images, or None.
         warm: get ready for images of the network's own size now; else, as for other sizes, at the first image.
@@ -67,7 +67,7 @@ class CrowdCounter:
             raise CounterError(f"{model} is a classifier; it does not count")
         self.network = network
         self.model = model
-        self.exits = served_exits(network) if exits is None else self._known(exits)
+        self.exits = default_exits(network) if exits is None else self._known(exits)
         self.chain = (runtime or select_runtime("auto")).ready(network)
         self.predictor = Predictor(network, model, self.chain, intervals or Intervals(), familiarity)
         if warm:
@@ -385,8 +385,8 @@ class CrowdCounter:
         return (None, tiles) if len(tiles) > 1 else (size, [])
 
 
-def served_exits(network: MultiExitNetwork) -> list[str]:
-    """The exits to run unless told otherwise: one a place, the one named like the place, and the final."""
+def default_exits(network: MultiExitNetwork) -> list[str]:
+    """The exits that run by default: at each location the one named like it, and the final exit."""
     plain = [name for name in network.exit_names if name in network.places or name == FINAL]
     return plain if len(plain) > 1 else network.exit_names
 
@@ -399,7 +399,7 @@ def load(
     Args:
         name: of a shipped model, or the path of a checkpoint or of an exported folder.
         runtime: ``auto``, or a name of :func:`crowdexit.runtimes.selection.names`.
-        exits: names to serve; default: one a place, and the final exit.
+        exits: names to use; default: one at each location, and the final exit.
         warm: get ready for images of the network's own size now; else, as for other sizes, at the first image.
 
     Raises:

@@ -35,7 +35,7 @@ class Anytime:
         everyone = np.ones(len(part.samples), np.bool_)
         if not executor.answered[part.samples].all():
             return everyone
-        fastest = executor.needed_ms(stage, None, part, quantile=0, least=_TRUSTED)
+        fastest = executor.needed_ms(stage, None, part, quantile=0, min_samples=_TRUSTED)
         return everyone & (fastest is None or fastest <= executor.left_ms())
 
 

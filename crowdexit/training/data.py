@@ -60,7 +60,7 @@ class RecipeData(L.LightningDataModule):
     Attributes:
         train_set, val_set: the samples. val_batch: how many of the latter at once.
         unlabelled: samples that a teacher labels, seen as the training samples are.
-        usual: count at which an untrained exit starts.
+        median_count: count at which an untrained exit starts.
         note: what there is to say of the unlabelled samples, in a line.
     """
 
@@ -69,7 +69,7 @@ class RecipeData(L.LightningDataModule):
     val_set: CrowdDataset | ClassDataset
     unlabelled: CrowdDataset | ClassDataset | None = None
     val_batch: int
-    usual: float
+    median_count: float
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ class CrowdData(RecipeData):
                         f"{self.path}: {data.train}/{id} has only a density map and cannot be cropped; "
                         "set data.whole: true"
                     )
-        self.usual = float(np.median([sample.count for sample in known.values()]))
+        self.median_count = float(np.median([sample.count for sample in known.values()]))
         self.train_set = CrowdDataset(store, data.train, ids, setting, recipe.seed, negatives_of(data.negatives))
         if recipe.copycat is not None:
             path, split = recipe.copycat.pictures, recipe.copycat.split
@@ -206,7 +206,7 @@ class CrowdData(RecipeData):
 class ClassData(RecipeData):
     """A classification set's images as the recipe wants them."""
 
-    usual = 0.0
+    median_count = 0.0
 
     def __init__(self, recipe: Recipe, config: Config) -> None:
         super().__init__(recipe)

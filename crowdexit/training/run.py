@@ -290,17 +290,19 @@ def start_rest(network: MultiExitNetwork, recipe: Recipe) -> None:
     zoo.fill(network, tensors, str(recipe.rest), optional=lambda key: not key.startswith(behind))
 
 
-def make_experiment(network: MultiExitNetwork, spec: zoo.Spec, recipe: Recipe, out: Path, usual: float) -> Experiment:
+def make_experiment(
+    network: MultiExitNetwork, spec: zoo.Spec, recipe: Recipe, out: Path, median_count: float
+) -> Experiment:
     """The starting network in the loop that the recipe's stage wants.
 
     Args:
-        usual: count at which branches start.
+        median_count: count at which branches start.
 
     Raises:
         TrainingError: for an exit that does not fit, stage one of a network without a density map, or stage two
             of one without its dense layer.
     """
-    add_branches(network, recipe, usual)
+    add_branches(network, recipe, median_count)
     if recipe.branches_from is not None:
         start_branches(network, recipe, recipe.branches_from)
     start_exits(network, recipe)
@@ -449,7 +451,7 @@ def train(
     if len(data.val_set) < devices * machines:
         raise TrainingError(f"fewer validation samples ({len(data.val_set)}) than processes")
     L.seed_everything(recipe.seed, workers=True, verbose=False)
-    experiment = make_experiment(network, spec, recipe, out, data.usual)
+    experiment = make_experiment(network, spec, recipe, out, data.median_count)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

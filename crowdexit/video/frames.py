@@ -196,7 +196,7 @@ def _warn_of_gaps(video: FrameSampler, warn: Warn) -> None:
         spans = ", ".join(f"{a:.1f} to {b:.1f} s" for a, b in gaps[:_MAX_REPORTED_GAPS])
         more = f" and {len(gaps) - _MAX_REPORTED_GAPS} more" if len(gaps) > _MAX_REPORTED_GAPS else ""
         warn(f"{video.path}: damaged or without frames from {spans}{more}; nothing is counted there")
-    cut = not video.past and rest < video.span.end and max(rest, video.stored) < stated - 0.5 - video.usual
+    cut = not video.past and rest < video.span.end and max(rest, video.stored) < stated - 0.5 - video.frame_step
     if rest < length or cut:
         how = "damaged" if rest < length else "cut short"
         warn(f"{video.path}: {how} after {rest:.1f} s of {max(stated, length):.1f} s; frames before it are counted")

@@ -162,7 +162,7 @@ def test_expected_errors():
 )
 def test_bad_input_is_one_line(checkpoint, image_file, tmp_path, monkeypatch, capsys, options, line):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("crowdexit.inference.collate.PIXELS_AT_ONCE", 1)
+    monkeypatch.setattr("crowdexit.inference.collate.PIXELS_PER_BATCH", 1)
     assert (
         command.run(app, ["count", str(image_file()), "--model", str(checkpoint), "--runtime", "eager", *options]) == 2
     )
@@ -180,7 +180,7 @@ def test_invalid_times_fail_before_loading_weights(option, image_file, monkeypat
 
 def test_count_from_the_command_line(prepared, checkpoint, image_file, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("crowdexit.inference.collate.PIXELS_AT_ONCE", 1)
+    monkeypatch.setattr("crowdexit.inference.collate.PIXELS_PER_BATCH", 1)
     widths = {"V1": 0.4, "AV1": 0.3, "AV2": 0.2, "final": 0.1}
     zoo.annotate(checkpoint, intervals=Intervals(0.9, widths, widths, 20).to_dict())
     images = [str(image_file(f"{number}.jpg", seed=number)) for number in range(3)]

@@ -140,8 +140,8 @@ def test_absurdly_shaped_image_counts_the_same_in_bounded_memory(exported, monke
         return run(self, piece, arrays)
 
     monkeypatch.setattr(Engine, "run", watched)
-    monkeypatch.setattr(standalone, "PIXELS_AT_ONCE", 2 * 128 * 64)
-    monkeypatch.setattr(standalone, "PIXELS_ABREAST", 5 * 128 * 64)
+    monkeypatch.setattr(standalone, "PIXELS_PER_BATCH", 2 * 128 * 64)
+    monkeypatch.setattr(standalone, "PIXELS_IN_FLIGHT", 5 * 128 * 64)
     assert Exported(exported).count(HUGE) == pytest.approx(expected, rel=1e-4)
     # Six boxes, five of them abreast: all of these in two batches of two and one of one, stage by stage.
     assert lengths[:6] == [2, 2, 1] * 2
@@ -367,7 +367,7 @@ def test_a_full_disk_is_one_line_whatever_the_library_says(checkpoints, tmp_path
 
 def test_nothing_is_converted_for_a_disk_without_room(checkpoints, tmp_path, monkeypatch):
     monkeypatch.setattr("crowdexit.utils.files.free_bytes", lambda _: 1000)
-    monkeypatch.setattr("crowdexit.export.writer.take_apart", lambda _: pytest.fail("converted"))
+    monkeypatch.setattr("crowdexit.export.writer.partition", lambda _: pytest.fail("converted"))
     with pytest.raises(ExportError, match=r"the disk is full \(\d.* needed, 1\.0 kB free in .*; nothing is written$"):
         export(checkpoints / "audiocsrnet", tmp_path / "out")
 

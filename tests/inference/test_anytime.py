@@ -290,7 +290,7 @@ def test_many_deadlines(counter, expected):
 
 def test_tiled_image_in_time(counter, expected, monkeypatch):
     """Its first exit answers for all tiles before any tile goes on."""
-    monkeypatch.setattr("crowdexit.inference.collate.PIXELS_AT_ONCE", 2 * 128 * 64)
+    monkeypatch.setattr("crowdexit.inference.collate.PIXELS_PER_BATCH", 2 * 128 * 64)
     tool = slow(counter.network, 0, 5, 0, 0)
     huge = make_image(0, (600, 1500))
     result = tool.count(huge, deadline_ms=4000)

@@ -186,7 +186,7 @@ class _Reader:
     def __init__(self, tensors: Tensors, source: str) -> None:
         self.tensors = dict(tensors)
         self.source = source
-        self.asked: set[str] = set()
+        self.requested: set[str] = set()
 
     def take(self, key: str, shape: torch.Size) -> Tensor:
         if key not in self.tensors:
@@ -196,11 +196,11 @@ class _Reader:
             raise WeightsError(f"{self.source}: {key!r} is {_by(tensor.shape)}, wanted {_by(shape)}")
         if not torch.isfinite(tensor).all():
             raise WeightsError(f"{self.source}: {key!r} is not finite")
-        self.asked.add(key)
+        self.requested.add(key)
         return tensor.float()
 
     def unused(self) -> tuple[str, ...]:
-        return tuple(key for key in self.tensors if key not in self.asked)
+        return tuple(key for key in self.tensors if key not in self.requested)
 
 
 def _by(shape: torch.Size) -> str:
