@@ -39,7 +39,7 @@ LARGE = 2**27  # bytes of an image's pixels from which on its memory is returned
 LONGEST_SIDE = 1600  # pixels of the image shown; more only makes the page slow
 WELCOME = '<p class="ce-hint">Choose an image, or try one of the examples.</p>'
 _EXPLANATION = (
-    '<p class="ce-note">Each exit answers as soon as the network has come that far. The later, the more exact. '
+    '<p class="ce-note">Each exit reports its count as soon as the network reaches it. Later exits are more accurate. '
     "Times count from the request to the answer.</p>"
 )
 
@@ -114,7 +114,7 @@ def answers(
     except CrowdExitError as error:
         yield problem(str(error))
     except OSError:
-        yield problem("The file is no longer there. Choose it again.")
+        yield problem("The file no longer exists. Choose it again.")
     finally:
         if large:
             decoded = pixels = None  # type: ignore[assignment]
@@ -167,7 +167,7 @@ def table(results: Sequence[ExitResult], exits: Sequence[str]) -> str:
 def _people(count: float) -> str:
     number = round(count)
     if number == 0:
-        return "Nobody is seen"
+        return "Nobody found"
     return f"About <b>{number:,}</b> {'person' if number == 1 else 'people'}"
 
 

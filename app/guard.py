@@ -128,10 +128,10 @@ class Guard:
         here = _address(self._host)
         loopback = self._host == "localhost" or (here is not None and here.is_loopback)
         anywhere = here is not None and here.is_unspecified
-        asked = _address(name)
-        if (loopback or anywhere) and (name == "localhost" or (asked is not None and asked.is_loopback)):
+        address = _address(name)
+        if (loopback or anywhere) and (name == "localhost" or (address is not None and address.is_loopback)):
             return
-        if anywhere and asked is not None:
+        if anywhere and address is not None:
             return
         raise Refused(421, "This page is not served under that host name.")
 

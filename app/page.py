@@ -36,7 +36,7 @@ EXAMPLES: dict[str, list[str | None]] = {
 
 _HEADING = """
 <h1>CrowdExit</h1>
-<p class="ce-note">Counts a crowd from an image and the audio of the place, and answers more than once:
+<p class="ce-note">Counts a crowd from an image and the audio of its location, in several steps:
 early exits first, the whole network last.</p>
 """
 _FOOT = (
@@ -99,7 +99,7 @@ class _Models:
         """Raises CrowdExitError for a name that is not offered, or as the counter's ``load``."""
         load = self._load.get(name or self.first)
         if load is None:
-            raise CrowdExitError("There is no such model here.")
+            raise CrowdExitError("Unknown model.")
         return in_model_thread(load)
 
 
@@ -154,7 +154,7 @@ def make_page(model: CrowdCounter | str | Path = "audiocsrnet-lite", *, runtime:
                     elem_id="picture",
                 )
                 audio = gr.Audio(
-                    label="Sound of the place (optional)",
+                    label="Audio of the location (optional)",
                     type="filepath",
                     sources=["upload", "microphone"],
                     editable=False,
@@ -188,7 +188,7 @@ def make_page(model: CrowdCounter | str | Path = "audiocsrnet-lite", *, runtime:
         gr.HTML(_FOOT)
         # The files are handed over as they came (preprocess=False): our own readers check them, and say in one
         # line what is wrong; the framework's would only raise.
-        asked: dict[str, Any] = {
+        event: dict[str, Any] = {
             "fn": handler,
             "inputs": inputs,
             "outputs": [headline, table, drawn, chart],
@@ -199,8 +199,8 @@ def make_page(model: CrowdCounter | str | Path = "audiocsrnet-lite", *, runtime:
             "concurrency_id": "model",
             "api_visibility": "private",
         }
-        button.click(**asked)
-        examples.load_input_event.then(**asked)
+        button.click(**event)
+        examples.load_input_event.then(**event)
     page.queue(max_size=32, api_open=False)
     return page
 

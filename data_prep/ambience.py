@@ -48,9 +48,9 @@ def main(
         Path | None, typer.Option(metavar="DIR", help="Folder of voice recordings (WAV), for DST.")
     ] = None,
     voices_origin: Annotated[
-        str | None, typer.Option(help="Where the voices come from, kept in the file [default: DIR's name].")
+        str | None, typer.Option(help="Origin of the voices, stored in the file [default: DIR's name].")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Another seed, other sounds.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the simulation.")] = 0,
     takes: Annotated[int, typer.Option(min=0, help="Further seconds for each training image.")] = 8,
     measured: Annotated[
         bool, typer.Option("--measure", help="Print how much of the count's variance the audio explains.")
@@ -58,7 +58,7 @@ def main(
     plotted: Annotated[
         Path | None,
         typer.Option(
-            "--plot", metavar="OUT.png", help="Draw some of the sounds, and measure.", callback=command.output_file
+            "--plot", metavar="OUT.png", help="Plot some of the audio, and measure.", callback=command.output_file
         ),
     ] = None,
     strict: Strict = False,
@@ -73,7 +73,7 @@ def main(
     Example: crowdexit prepare ambience data/shanghaitech.h5 data/ambience.h5 --voices recordings --measure
     """
     if dst is None and not (measured or plotted):
-        raise CrowdExitError("nothing to do: give DST.h5, --measure or --plot")
+        raise CrowdExitError("nothing to do: name DST.h5, --measure or --plot")
     if dst is not None:
         if voices is None:
             raise CrowdExitError("--voices is missing: a folder of voice recordings is needed to write DST.h5")

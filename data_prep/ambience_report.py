@@ -84,7 +84,7 @@ def read_split(path: Path, split: str) -> AudioSamples:
             ids += [id] * len(seconds)
     if len(set(ids)) < MIN_IMAGES:
         raise CrowdExitError(
-            f"{path}: {len(set(ids))} images of {split!r} have sound and heads; measuring takes at least {MIN_IMAGES}"
+            f"{path}: {len(set(ids))} images of {split!r} have audio and heads; measuring needs at least {MIN_IMAGES}"
         )
     return AudioSamples(np.stack(log_mels), np.array(counts), np.array(ids))
 
@@ -181,7 +181,7 @@ def plot(path: Path, target: Path, results: Sequence[Explained]) -> None:
     axis.legend(loc="lower right")
     axis.grid(alpha=0.3)
     summary = ", ".join(f"{result.part} {result.r2:.2f}" for result in results)
-    axis.set_title(f"level is part of what is heard; all of it explains, of log count (R²): {summary}")
+    axis.set_title(f"variance of log count explained by all audio features (R²): {summary}")
     figure.suptitle(f"Audio of held-out images: {_audio_kind(path)}")
     try:
         figure.savefig(target, dpi=110)

@@ -193,7 +193,7 @@ def read_batch(data: bytes, name: str) -> dict[str, Any]:
         for opcode, argument, _ in genops(data):
             # The unpickler would make room for as many as the number says, however short the file is.
             if opcode.name in ("PUT", "LONG_BINPUT") and (argument or 0) > len(data):
-                raise CrowdExitError("is refused: it numbers its parts beyond its own length")
+                raise CrowdExitError("is refused: it indexes beyond its own length")
         content = BatchUnpickler(BytesIO(data), encoding="bytes").load()
     except CrowdExitError as error:
         raise CrowdExitError(f"{name} {error}") from error
@@ -258,7 +258,7 @@ class BatchUnpickler(pickle.Unpickler):
         try:
             return _ADMITTED[module, name]
         except KeyError:
-            raise CrowdExitError(f"is refused: it asks for {module!r} {name!r}, which is not image data") from None
+            raise CrowdExitError(f"is refused: it refers to {module!r} {name!r}, which is not image data") from None
 
 
 class _Admitted:

@@ -85,7 +85,7 @@ def main(
             lambda image: square(decode(source.read(image.place), image.id), size),
             settings=settings,
             what="images",
-            notes=lambda _: [f"{found.astray} images outside the class folders left out"] if found.astray else [],
+            notes=lambda _: [f"{found.astray} images outside the class folders skipped"] if found.astray else [],
             strict=strict,
         )
 
@@ -98,16 +98,16 @@ class Folder:
         self.files: list[Place] = []
         self.folders: list[Place] = []
         try:
-            self._walk(path, ())
+            self._visit(path, ())
         except OSError as error:
             raise CrowdExitError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
-    def _walk(self, folder: Path, place: Place) -> None:
+    def _visit(self, folder: Path, place: Place) -> None:
         for path in sorted(folder.iterdir()):
             if path.is_dir():
                 self.folders.append((*place, path.name))
                 if len(place) + 1 < _DEPTH:  # also what ends a link that leads back up
-                    self._walk(path, (*place, path.name))
+                    self._visit(path, (*place, path.name))
             else:
                 self.files.append((*place, path.name))
 
@@ -274,7 +274,7 @@ def find_samples(source: Source, src: Path, suffixes: tuple[str, ...], what: str
             raise CrowdExitError(f"{src}: the name of the class folder {shown(name)} is not plain text")
         if halves and ("train", name) not in filled:
             others = " and ".join(split for split in SPLITS if (split, name) in filled)
-            raise CrowdExitError(f"{src}: class {name!r} is in {others} only, so there is nothing to train on")
+            raise CrowdExitError(f"{src}: class {name!r} is in {others} only, so it has no training samples")
     labels = {name: number for number, name in enumerate(classes)}
     found = [
         Sample("/".join(place[outer:]), place[outer] if halves else "", labels[place[-2]], place) for place in mine

@@ -41,7 +41,7 @@ Video = Annotated[Path, typer.Argument(metavar="VIDEO", help="The video to cut f
 Table = Annotated[Path, typer.Argument(metavar="HEADS.csv", help="The heads: frame,x,y.")]
 Voices = Annotated[Path, typer.Option(metavar="DIR", help="Folder of voice recordings (WAV).")]
 Start = Annotated[int, typer.Option(min=0, help="Frame of the video that is frame 0 of the table.")]
-Seed = Annotated[int, typer.Option(min=0, help="Another seed, another sound.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the simulation.")]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -53,12 +53,12 @@ def excerpt(
     out: Annotated[
         Path,
         typer.Argument(
-            metavar="OUT.mp4", help="The clip; the counts go beside it as .csv.", callback=command.output_file
+            metavar="OUT.mp4", help="The clip; the counts are written next to it as .csv.", callback=command.output_file
         ),
     ],
     voices: Voices,
     voices_origin: Annotated[
-        str | None, typer.Option(help="Where the voices come from, kept in the clip [default: DIR's name].")
+        str | None, typer.Option(help="Origin of the voices, stored in the clip [default: DIR's name].")
     ] = None,
     start: Start = 0,
     frames: Annotated[int, typer.Option(min=1, max=600, help="Length of the clip in frames.")] = 100,
@@ -96,7 +96,9 @@ def still(
     out: Annotated[
         Path,
         typer.Argument(
-            metavar="OUT.jpg", help="The image; OUT.csv and OUT-simulated.wav go beside.", callback=command.output_file
+            metavar="OUT.jpg",
+            help="The image; OUT.csv and OUT-simulated.wav are written next to it.",
+            callback=command.output_file,
         ),
     ],
     voices: Voices,
@@ -133,7 +135,7 @@ def collage(
     heads: Table,
     out: Annotated[Path, typer.Argument(metavar="OUT.jpg", help="The image.", callback=command.output_file)],
     start: Start = 0,
-    side: Annotated[int, typer.Option(min=8, max=128, help="Width and height of what is cut out, in pixels.")] = 24,
+    side: Annotated[int, typer.Option(min=8, max=128, help="Width and height of the crop, in pixels.")] = 24,
     seed: Annotated[int, typer.Option(min=0, help="Another seed, another order.")] = 0,
 ) -> None:
     """Fill an image of the video's size with squares around annotated heads: a dense crowd of a known count.

@@ -103,7 +103,7 @@ class Report:
             print(f"  {self.heads_outside} heads outside their images dropped")
         if self.turned:
             taken = "stored pixels, and turned with them" if self.stored_pixels else "displayed image"
-            print(f"  {len(self.turned)} images are turned by EXIF; their heads are taken in the {taken}")
+            print(f"  {len(self.turned)} images are rotated by EXIF; their heads are read in the {taken}")
         print_skipped(self.skipped, "samples")
         self._warn()
 
@@ -199,7 +199,7 @@ def prepare(
     except OSError as error:
         kept = "nothing is kept; free some space and start again"
         if written:
-            kept = f"{written} samples are kept in {part.name}; free some space, and the same command goes on"
+            kept = f"{written} samples are kept in {part.name}; free some space, and the same command resumes it"
         raise CrowdExitError(write_problem(destination, error, kept=kept)) from error
     report.skipped.sort()
     return report
@@ -277,7 +277,7 @@ def _work(
             for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                 yield waiting.pop(future), future.result()
     except BrokenProcessPool as error:
-        raise CrowdExitError("a worker process died, perhaps for want of memory; try fewer --jobs") from error
+        raise CrowdExitError("a worker process died, perhaps out of memory; try fewer --jobs") from error
     finally:
         pool.shutdown(cancel_futures=True)
 

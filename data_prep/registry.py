@@ -13,7 +13,7 @@ import typer
 
 from crowdexit.utils.signals import INTERRUPTED
 
-RESUMES = f"{INTERRUPTED}; the same command goes on where it was"
+RESUMES = f"{INTERRUPTED}; the same command resumes it"
 STARTS_AGAIN = f"{INTERRUPTED}; nothing was written"
 
 

@@ -79,7 +79,7 @@ def main(
         settings=f"sound_folders {src.resolve()} {size} {seconds} {recordings}",
         what="recordings",
         spectrogram=spectrogram,
-        notes=lambda _: [f"{samples.astray} recordings outside {where} left out"] if samples.astray else [],
+        notes=lambda _: [f"{samples.astray} recordings outside {where} skipped"] if samples.astray else [],
         skipped=skipped,
         strict=strict,
     )
@@ -122,7 +122,7 @@ def split_up(samples: Samples, src: Path, val: float, group: str | None, skipped
             splits |= divided(pool, val, test=test)
         needed = 3 if test else 2
         if group is not None and len(splits) < needed:
-            raise CrowdExitError(f"{src}: --group tells only {len(splits)} apart to train on; {needed} are needed")
+            raise CrowdExitError(f"{src}: --group yields only {len(splits)} groups to train on; {needed} are needed")
 
     def split(one: Sample) -> str:
         return one.half if one.half in ("val", "test") else splits.get(keys[one.id], "train")

@@ -163,7 +163,7 @@ def read_lists(src: Path, ids: set[str], skipped: Skipped, notes: list[str], *, 
         path = src / name
         try:
             if not path.is_file():
-                raise CrowdExitError(f"{src}: holds no {name}, which says what is for {split}")
+                raise CrowdExitError(f"{src}: holds no {name}, which lists the {split} split")
             check_size(path.stat().st_size, "list")
             lines = read_lines(path, errors="surrogateescape")
         except OSError as error:
@@ -172,9 +172,9 @@ def read_lists(src: Path, ids: set[str], skipped: Skipped, notes: list[str], *, 
         listed = {line if line in ids else any_case.get(line.lower(), line) for line in map(str.strip, lines) if line}
         missing = sorted(listed - ids)
         if missing and strict:
-            raise CrowdExitError(f"{shown(missing[0])}: {name} names it, and it is not there")
+            raise CrowdExitError(f"{shown(missing[0])}: listed in {name}, but missing")
         if missing:
-            notes.append(f"{len(missing)} recordings that {name} names are not there ({shown(missing[0])} first)")
+            notes.append(f"{len(missing)} recordings listed in {name} are missing ({shown(missing[0])} first)")
         named[split] = listed & ids
     both = named["val"] & named["test"]
     skipped += [(shown(id), "both lists name it") for id in sorted(both)]

@@ -125,7 +125,7 @@ def fit(sums: Sequence[NDArray[np.float64]]) -> Familiarity:
     samples, numbers = described.shape
     if samples < 2 * numbers:
         raise FamiliarityError(
-            f"{samples} images are too few for statistics of {numbers} numbers: it takes {2 * numbers}"
+            f"{samples} images are too few for statistics of {numbers} numbers; at least {2 * numbers} are needed"
         )
     mean = described.mean(0)
     covariance = np.cov(described.T)

@@ -196,8 +196,8 @@ def rank(samples: int, level: float) -> int:
         raise IntervalError(f"a level of {level:g} is no probability between 0 and 1")
     number = math.ceil((samples + 1) * level - _ROUNDING)
     if number > samples:
-        least = math.ceil(level / (1 - level) - _ROUNDING)
-        raise IntervalError(f"{samples} images are too few for a level of {level:g}: it takes {least}")
+        needed = math.ceil(level / (1 - level) - _ROUNDING)
+        raise IntervalError(f"{samples} images are too few for a level of {level:g}; at least {needed} are needed")
     return number
 
 

@@ -1,7 +1,7 @@
 """Temperatures: class scores divided by one number an exit, so that its confidence is as often right as it says.
 
 Guo et al. 2017. The number is the one that makes the true classes of held-out images most likely; it moves no
-decision, only how sure it is said to be. How unsure an exit is of a sample, its *doubt*, is 1 − the largest
+decision, only how sure it is said to be. The *uncertainty* of an exit on a sample is 1 − the largest
 probability (``confidence``), or the entropy of the probabilities as a share of the largest there is (``entropy``).
 """
 

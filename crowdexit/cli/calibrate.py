@@ -29,7 +29,7 @@ CONFIDENCES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)  # whose worth is shown
 
 @commands.command("cross-fit", epilog="Example: `crowdexit cross-fit runs/fold-* --data crowd.h5 --out counts.csv`")
 def cross_fit(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Runs that left a fold out, one for each.")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Runs that each left out one fold.")],
     data: Annotated[Path, typer.Option(help="The prepared HDF5 file that they were trained on.")],
     out: Annotated[Path, typer.Option(help="The table to write.", callback=command.output_file)] = Path("counts.csv"),
     runtime: RuntimeName = "auto",
@@ -132,7 +132,7 @@ def _calibrate_classes(
     from crowdexit.data.classes import ClassStore
     from crowdexit.evaluation import classify
     from crowdexit.evaluation.leaving import costs_on_the_way, leaving
-    from crowdexit.inference.counter import served_exits
+    from crowdexit.inference.counter import default_exits
     from crowdexit.inference.models import keep_calibration
 
     with ClassStore(data) as store:
@@ -149,7 +149,7 @@ def _calibrate_classes(
         before, after = (surprise(scores[name], labels, by) for by in (1.0, t))
         table.add_row(name, f"{t:.3f}", f"{before:.3f}", f"{after:.3f}")
     Console().print(table)
-    exits = served_exits(network)
+    exits = default_exits(network)
     bounds = [1 - confidence for confidence in CONFIDENCES]
     made = leaving(
         {name: temperatures.uncertainties(name, scores[name], "confidence") for name in exits},
@@ -157,7 +157,7 @@ def _calibrate_classes(
         costs_on_the_way(spec, exits),
         bounds,
     )
-    table = Table(title="leaving at the first exit as sure as …")
+    table = Table(title="exit at a confidence of …")
     for name in ("confidence", "accuracy %", "multiply-adds, 10⁹", *(f"{name} %" for name in exits)):
         table.add_column(name, justify="right")
     for point in made:

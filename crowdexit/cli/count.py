@@ -50,7 +50,7 @@ def count(
             help="Images, folders, videos, mixed. Or live: camera:0, rtsp://…, http://…, a named pipe, - (piped in).",
         ),
     ],
-    audio: Annotated[Path | None, typer.Option(help="Audio for the image, or in place of the video's.")] = None,
+    audio: Annotated[Path | None, typer.Option(help="Audio for the image, or to replace the video's own.")] = None,
     model: Model = DEFAULT_MODEL,
     exit: Annotated[str, typer.Option("--exit", help="The exit to stop at, or auto: the last in time.")] = "auto",
     deadline_ms: Annotated[
@@ -84,7 +84,7 @@ def count(
     out: Annotated[
         Path | None, typer.Option(help="Write here instead of the screen.", callback=command.output_file)
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that was stopped there.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the interrupted run.")] = False,
     density: Annotated[
         Path | None, typer.Option(help="Density over the image: PNG, .npy, .mp4 for a video, or a folder.")
     ] = None,

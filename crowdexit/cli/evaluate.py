@@ -35,10 +35,10 @@ def evaluate(
     noise: Annotated[float, typer.Option(min=0, max=255, help="Gaussian noise of this σ, of 255.")] = 0.0,
     black: Annotated[float, typer.Option(min=0, max=0.99, help="Share of the image under a black area.")] = 0.0,
     confidence: Annotated[
-        float | None, typer.Option(min=0, max=0.9999, help="Of classes: leave at the first exit as sure as this.")
+        float | None, typer.Option(min=0, max=0.9999, help="Classification: exit early at this confidence.")
     ] = None,
     entropy: Annotated[
-        float | None, typer.Option(min=1e-4, max=1, help="Or with an entropy, of the largest there is, as low as this.")
+        float | None, typer.Option(min=1e-4, max=1, help="Classification: exit early at this normalised entropy.")
     ] = None,
     runtime: RuntimeName = "auto",
     format: Annotated[Format, typer.Option()] = Format.table,
@@ -72,7 +72,7 @@ def _print_evaluation(result: dict[str, Any], format: Format) -> None:
         return
     table = Table(title=f"{result['model']} on {result['split']} ({result['samples']} images)")
     if "audio" in result:
-        table.caption = f"sound: {result['audio']}"
+        table.caption = f"audio: {result['audio']}"
     columns = {"mae": "MAE", "rmse": "RMSE", "accuracy": "accuracy %"}
     columns |= {"covered": f"in the {result.get('level', 0):.0f} % interval, %", "latency_ms": "latency ms"}
     there = [key for key in columns if key in result["exits"][0]]
@@ -85,7 +85,9 @@ def _print_evaluation(result: dict[str, Any], format: Format) -> None:
         left = ", ".join(f"{name} {share:.0f}" for name, share in leaving["left"].items() if share)
         table.add_section()
         table.add_row("when sure", *(f"{leaving[key]:.{1 if key == 'latency_ms' else 2}f}" for key in there))
-        table.caption = f"when sure: leaving with a doubt ({leaving['measure']}) of {leaving['bound']:.4g}, %: {left}"
+        table.caption = (
+            f"early exit at an uncertainty ({leaving['measure']}) of at most {leaving['bound']:.4g}, %: {left}"
+        )
     Console().print(table)
 
 
@@ -93,7 +95,9 @@ def _print_evaluation(result: dict[str, Any], format: Format) -> None:
 def cost(
     model: Model = "audiocsrnet",
     branch: Annotated[str | None, typer.Option(help="Only this kind of branch (cnn, slvit, mlp …).")] = None,
-    layer: Annotated[str | None, typer.Option(help="Only this place (V1, AV1, AV2; of a transformer 1 to 11).")] = None,
+    layer: Annotated[
+        str | None, typer.Option(help="Only this exit location (V1, AV1, AV2; 1 to 11 in a transformer).")
+    ] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT; default: the model's own.")] = None,
     dataset: Annotated[
         str | None, typer.Option(help="Of a classifier: cifar10, cifar100, speech-commands or gtzan.")
@@ -147,7 +151,7 @@ def tradeoff(
     measure = "MAE" if "mae" in result["exits"][0] else "wrong answers, %"
     errors = {row["exit"]: row["mae"] if "mae" in row else 100 - row["accuracy"] for row in result["exits"]}
     made = analysis.points(spec, errors)
-    audio_note = f", sound: {result['audio']}" if "audio" in result else ""
+    audio_note = f", audio: {result['audio']}" if "audio" in result else ""
     title = f"{spec.model} on {data.name}, {split} ({result['samples']} images{audio_note})"
     paths = analysis.write(made, out, title=title, measure_name=measure, budgets=wanted)
     print(paths[1].read_text("utf-8"), end="")
@@ -170,7 +174,7 @@ def tables(
     ] = Path("tables"),
     runtime: RuntimeName = "auto",
 ) -> None:
-    """Table I of the multi-exit ViT paper, and its like for other places and strategies, from trained runs.
+    """Build table I of the multi-exit ViT paper from trained runs, and the same for other locations and strategies.
 
     Several runs of the same kind (other seeds) are given as mean ± standard deviation.
     """

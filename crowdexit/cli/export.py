@@ -56,7 +56,7 @@ def export(
     precision: Annotated[Precision, typer.Option(help="bf16 and int8: of OpenVINO alone.")] = Precision.fp32,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT; default: the model's own.")] = None,
     exits: Annotated[
-        str | None, typer.Option(help="Early exits to take along, with commas between; final: none. Default: all.")
+        str | None, typer.Option(help="Early exits to export, comma-separated; final: none. Default: all.")
     ] = None,
     calibrate: Annotated[
         Path | None, typer.Option(help="A prepared HDF5 file to measure int8's ranges on; default: the model's own.")
@@ -84,5 +84,5 @@ def export(
         return
     there = "its intervals are the checkpoint's"
     if manifest.intervals is None:
-        there = f"there are no intervals for it at {size or 'its size'}"
+        there = f"it has no intervals at {size or 'its size'}"
     print(f"note: {there}; `crowdexit calibrate {path} --data …` measures its own", file=sys.stderr)

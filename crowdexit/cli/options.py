@@ -18,7 +18,7 @@ RuntimeName = Annotated[
     ),
 ]
 Ids = Annotated[str, typer.Option(help="Only samples whose id matches this shell pattern.")]
-AudioFlag = Annotated[bool, typer.Option("--audio/--no-audio", help="Use audio where there is some.")]
+AudioFlag = Annotated[bool, typer.Option("--audio/--no-audio", help="Use audio where available.")]
 
 
 class Format(StrEnum):

@@ -26,11 +26,11 @@ commands = typer.Typer()
 @commands.command(epilog="Example: `crowdexit train audiocsrnet-s-density --data crowd.h5 --out runs/mine --resume`")
 def train(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or a bundled recipe's name.")],
-    data: Annotated[Path | None, typer.Option(help="A prepared HDF5 file, in place of the recipe's.")] = None,
+    data: Annotated[Path | None, typer.Option(help="A prepared HDF5 file, instead of the recipe's.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the run; default: runs/NAME.", callback=command.output_folder)
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is there.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the run in this folder.")] = False,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value, e.g. data.hear=0.7.")
     ] = None,
@@ -136,13 +136,13 @@ def suite(
 def search(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run whose branches were trained classifier-wise.")],
     data: Annotated[Path, typer.Option(help="The prepared HDF5 file that it was trained on.")],
-    place: Annotated[str, typer.Option(help="Where the branches stand.")],
+    place: Annotated[str, typer.Option(help="Exit location of the branches.")],
     dims: Annotated[str, typer.Option(help="Widths d to try, with commas between.")] = "32",
     heads: Annotated[str, typer.Option(help="Numbers of heads h to try, with commas between.")] = "2,4,8,12,16,24",
     out: Annotated[
         Path, typer.Option(help="Folder of the run and of grid.csv, .md and .png.", callback=command.output_folder)
     ] = Path("search"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the search that is there.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the search in this folder.")] = False,
 ) -> None:
     """Try every d and h of an SL-ViT branch side by side: the best with no more parameters than the CNN branch."""
     from crowdexit.evaluation import grid
@@ -160,7 +160,7 @@ def _numbers(option: str, text: str) -> list[int]:
     try:
         return [int(item) for item in text.split(",")]
     except ValueError:
-        raise CrowdExitError(f"{option} {text}: whole numbers with commas between") from None
+        raise CrowdExitError(f"{option} {text}: expected comma-separated whole numbers") from None
 
 
 @commands.command(
@@ -180,7 +180,7 @@ def copycat(
     ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Default: the run's own.")] = None,
     lr: Annotated[float | None, typer.Option(help="Default: a tenth of the run's own.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is there.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the run in this folder.")] = False,
 ) -> None:
     """Fine-tune trained branches on unlabelled images or audio, labelled by the backbone or another teacher."""
     from crowdexit.training.copycat import copycat_recipe

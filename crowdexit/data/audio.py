@@ -68,7 +68,7 @@ def read_audio(path: str | Path, *, seconds: float = math.inf, warn: Warn = refu
             length += blocks[-1].shape[1]
             values += blocks[-1].size
         if values > _MOST_HELD:
-            raise AudioError(f"{path}: too long to be held in memory; cut it into shorter files")
+            raise AudioError(f"{path}: too long to hold in memory; split it into shorter files")
         if length >= wanted and not track.must_be_read_to_the_end:
             break
     return track.scaled(np.concatenate(blocks, axis=1)), track.rate
@@ -126,7 +126,7 @@ def full_scale(peak: float) -> float:
 def scale_warning(peak: float, scale: float) -> str:
     """What to say of samples that are divided by :func:`full_scale`."""
     bits = next(bits for bits, of in _FULL_SCALES.items() if of == scale)
-    return f"samples reach {peak:,.0f}, not ±1 as floats should; they are taken for {bits}-bit integers and scaled"
+    return f"samples reach {peak:,.0f}, not ±1 as floats should; they are read as {bits}-bit integers and scaled"
 
 
 def has_float_samples(stream: Any) -> bool:
@@ -225,9 +225,9 @@ class _Track:
                 else f"{path}: the audio track holds no samples"
             )
         if cut or length < _LEAST_SHARE * stated * self.rate:
-            raise AudioError(f"{path}: cut short, {length / self.rate:.2f} s are left")
+            raise AudioError(f"{path}: truncated after {length / self.rate:.2f} s")
         if damaged:
-            self._warn(f"{path}: the audio is damaged; what cannot be decoded is left out")
+            self._warn(f"{path}: the audio is damaged; undecodable parts are skipped")
 
     def _check_scale(self, samples: NDArray[np.float32]) -> None:
         if samples.size:

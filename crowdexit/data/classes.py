@@ -108,7 +108,7 @@ class ClassWriter:
             raise StoreError(f"{split}: labels {numbers.min()} to {numbers.max()} of {len(self._classes)} classes")
         known = self._ids.setdefault(split, set())
         if len(set(ids)) < len(ids) or not known.isdisjoint(ids):
-            raise StoreError(f"{split}: an id comes twice")
+            raise StoreError(f"{split}: duplicate id")
         if not len(images):
             return
         self._size = images.shape[1:3]
@@ -194,11 +194,11 @@ def write_classes(
         spectrogram: how the images were made, if they are of sounds.
 
     Raises:
-        StoreError: if the classes are not at least two different names, one has no image to train on in the
+        StoreError: if there are not at least two different classes, or one has no image to train on in the
             end, or the file cannot be written.
     """
     if len(classes) < 2 or len(set(classes)) < len(classes) or not all(classes):
-        raise StoreError(f"{path.name}: the classes are not at least two different names")
+        raise StoreError(f"{path.name}: at least two different class names are needed")
     if path.is_dir():
         raise StoreError(f"{path}: a folder, not a file to write to")
     part = path.with_name(path.name + ".part")
@@ -228,7 +228,7 @@ def write_classes(
         written = len(writer) if writer is not None else 0
         kept = "nothing is kept; free some space and start again"
         if fingerprint and written:
-            kept = f"{written} images are kept in {part.name}; free some space, and the same command goes on"
+            kept = f"{written} images are kept in {part.name}; free some space, and the same command resumes it"
         raise StoreError(write_problem(path, error, kept=kept)) from error
 
 

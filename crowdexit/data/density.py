@@ -16,7 +16,7 @@ Kernel = Literal["gaussian", "adaptive", "points"]
 # cut off at 4 of it (their scipy filter's habit). Heads at one place would have no spread at all.
 _ADAPTIVE_SHARE, _ADAPTIVE_NEIGHBOURS, _ADAPTIVE_CUT, _SMALLEST_SIGMA = 0.3, 3, 4.0, 0.5
 
-_CELLS_AT_ONCE = 2**18  # of all windows together, which bounds the memory for thousands of heads
+_CELLS_PER_CHUNK = 2**18  # of all windows together, which bounds the memory for thousands of heads
 
 
 def split_inside(points: ArrayLike, height: int, width: int) -> tuple[NDArray[np.float32], int]:
@@ -115,9 +115,9 @@ def _fixed(
     # Cells past the border weigh nothing and may lie anywhere on the map.
     columns = np.minimum(column[:, None] + np.arange(across.shape[1]), shape[1] - 1)
     rows = np.minimum(row[:, None] + np.arange(down.shape[1]), shape[0] - 1)
-    at_once = max(1, _CELLS_AT_ONCE // (columns.shape[1] * rows.shape[1]))
-    for start in range(0, len(pixels), at_once):
-        some = slice(start, start + at_once)
+    chunk = max(1, _CELLS_PER_CHUNK // (columns.shape[1] * rows.shape[1]))
+    for start in range(0, len(pixels), chunk):
+        some = slice(start, start + chunk)
         cells = rows[some, :, None] * shape[1] + columns[some, None, :]
         weights = down[some, :, None] * across[some, None, :]
         np.add.at(density.reshape(-1), cells.reshape(-1), weights.reshape(-1))

@@ -161,10 +161,10 @@ def dead_leaves(rng: np.random.Generator, width: int, height: int) -> NDArray[An
 
     The dead-leaves model (Lee, Mumford & Huang, "Occlusion models for natural images", IJCV 2001).
     """
-    least, most = float(rng.uniform(3, 12)), float(rng.uniform(40, 200))
+    low, high = float(rng.uniform(3, 12)), float(rng.uniform(40, 200))
     number = int(rng.integers(200, 2500))
     # Radii of a density r^-3 between the two, by the inverse of its distribution.
-    radii = 1 / np.sqrt(rng.uniform(most**-2, least**-2, number))
+    radii = 1 / np.sqrt(rng.uniform(high**-2, low**-2, number))
     image = np.full((height, width, 3), rng.uniform(0, 255, 3), np.uint8)
     ground, spread = rng.uniform(40, 210, 3), rng.uniform(10, 70)
     for radius in radii:

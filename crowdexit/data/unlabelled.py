@@ -140,7 +140,7 @@ class AudioFolder:
 
 
 def _described(what: str, number: int, skipped: int) -> str:
-    return f"{number} unlabelled {what}" + (f"; {skipped} files of no use left out" if skipped else "")
+    return f"{number} unlabelled {what}" + (f"; {skipped} unusable files skipped" if skipped else "")
 
 
 def _size(path: Path) -> tuple[int, int] | None:

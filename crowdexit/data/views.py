@@ -21,10 +21,10 @@ LEAST_SCALE = 1 / 4
 SCALE_STEP = 32  # of the sides of images that keep their own shape
 MAX_TILES = 64
 # Of a batch that goes through a stage, more would only take memory; and of all whose features are kept meanwhile.
-PIXELS_AT_ONCE = 4 * 1024 * 768
-PIXELS_ABREAST = 32 * 1024 * 768
+PIXELS_PER_BATCH = 4 * 1024 * 768
+PIXELS_IN_FLIGHT = 32 * 1024 * 768
 # Of the tiles of one image: on a CPU several at once are no faster, and four take 1.3 GB where one takes 0.4.
-PIXELS_OF_TILES_AT_ONCE = 1024 * 768
+TILE_PIXELS_PER_BATCH = 1024 * 768
 # ImageNet's, which the published weights of all backbones expect.
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 STD = np.array([0.229, 0.224, 0.225], np.float32)
@@ -189,7 +189,7 @@ def tile_boxes(width: int, height: int, native: tuple[int, int]) -> list[tuple[i
     rows = max(1, math.ceil(height * LEAST_SCALE / native[1]))
     if columns * rows > MAX_TILES:
         raise ImageError(
-            f"{width}×{height} would take {columns * rows} tiles of {native[0]}×{native[1]} ({MAX_TILES} at most); "
+            f"{width}×{height} would need {columns * rows} tiles of {native[0]}×{native[1]} ({MAX_TILES} at most); "
             "shrink it or cut it into parts"
         )
     xs = [round(i * width / columns) for i in range(columns + 1)]

@@ -16,7 +16,7 @@ from crowdexit.calibration.temperatures import Measure, Temperatures, temperatur
 from crowdexit.data.classes import ClassDataset, ClassStore
 from crowdexit.data.store import StoreError
 from crowdexit.errors import CrowdExitError
-from crowdexit.inference.counter import served_exits
+from crowdexit.inference.counter import default_exits
 from crowdexit.inference.executor import Batch, BatchExitOutput, Part, StageExecutor
 from crowdexit.inference.policies import Confident
 from crowdexit.models.stages import Features, inputs
@@ -31,12 +31,12 @@ class ClassError(CrowdExitError):
 
 
 @dataclass(frozen=True)
-class Leaving:
-    """When a sample leaves: with the first answer whose doubt is at or below the bound.
+class EarlyExitRule:
+    """Exit early at the first exit whose uncertainty is at or below a bound.
 
     Attributes:
-        measure: of the doubt (:mod:`crowdexit.calibration.temperatures`).
-        bound: of the doubt, above zero.
+        measure: of uncertainty (:mod:`crowdexit.calibration.temperatures`).
+        bound: of the uncertainty, above zero.
         temperatures: the checkpoint's calibration.
     """
 
@@ -63,7 +63,7 @@ def evaluate(
     split: str,
     wanted: Sequence[int],
     *,
-    leaving: Leaving | None = None,
+    leaving: EarlyExitRule | None = None,
     progress: Any = None,
 ) -> dict[str, Any]:
     """Accuracy and latency of each exit.
@@ -85,7 +85,7 @@ def evaluate(
     images = _opened(chain, store, split)
     names = chain.exit_names
     right = dict.fromkeys(names, 0)
-    served = served_exits(chain.network)
+    served = default_exits(chain.network)
     sure, left = 0, dict.fromkeys(served, 0)
     for batch, labels in _batches(images, wanted):
         for name, answer in chain.stream(batch, names):

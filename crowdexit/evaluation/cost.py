@@ -120,7 +120,7 @@ def cost(
             spec = replace(spec, changes={**spec.changes, "size": zoo.parse_size(size, step)})
         network = zoo.build(spec).eval()
         exits = []
-        for place in _chosen(layer, tuple(network.places), f"no place {layer!r} in {spec.model}"):
+        for place in _chosen(layer, tuple(network.places), f"no exit location {layer!r} in {spec.model}"):
             there = network.branch_kinds(place)
             for kind in _chosen(branch, there, f"no branch kind {branch!r} fits {spec.model}"):
                 options = trained.get((place, kind), {})
@@ -180,10 +180,10 @@ def _spec(model: str | Path) -> zoo.Spec:
     return zoo.read_spec(zoo.checkpoint_path(model))
 
 
-def _chosen(asked: str | None, there: tuple[str, ...], otherwise: str) -> tuple[str, ...]:
-    if asked is None:
+def _chosen(name_given: str | None, there: tuple[str, ...], otherwise: str) -> tuple[str, ...]:
+    if name_given is None:
         return there
-    found = tuple(name for name in there if name.lower() == asked.lower())
+    found = tuple(name for name in there if name.lower() == name_given.lower())
     if not found:
         raise CostError(f"{otherwise} (there are {', '.join(there)})")
     return found

@@ -57,7 +57,7 @@ def cross_fit(
                 raise CrossFitError(f"{run}: no training images were left out; train it with data.leave_out")
             ids = [id for id in store.ids(part["train"], part["train_ids"]) if in_fold(id, fold)]
             if twice := next((id for id in ids if id in rows), None):
-                raise CrossFitError(f"{run}: {twice} was left out of another run, too")
+                raise CrossFitError(f"{run}: {twice} was left out of another run as well")
             counter = load(run, runtime=runtime)
             counter.exits = counter.network.exit_names
             with progress(len(ids)) as advance:

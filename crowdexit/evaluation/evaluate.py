@@ -180,7 +180,9 @@ def calibrate(
         try:
             with_audio, with_audio_errors, with_audio_thirds = tables(audible)
         except IntervalError as error:
-            log.warning("not calibrated with sound: %s; what is heard has no interval and is never confident", error)
+            log.warning(
+                "not calibrated with audio: %s; samples with audio have no interval and are never confident", error
+            )
             audible = []
     return Intervals(
         level,
@@ -235,7 +237,7 @@ def evaluate_file(
     Args:
         model: name of a shipped model, a checkpoint, or an exported folder.
         pattern: shell pattern of the ids to use.
-        leave: of a classifier: the measure of doubt, and the bound of it at which samples leave.
+        leave: of a classifier: the measure of uncertainty, and the bound at which samples exit.
         progress: given the number of images, a context whose value is called after each.
 
     Raises:
@@ -246,7 +248,7 @@ def evaluate_file(
     if network.classifies:
         if conditions != Conditions():
             raise CrowdExitError("brightness, noise and black areas are for counting; classes are reported as they are")
-        leaving = leave and classify.Leaving(*leave, Temperatures.from_dict(spec.meta.get("temperatures")))
+        leaving = leave and classify.EarlyExitRule(*leave, Temperatures.from_dict(spec.meta.get("temperatures")))
         with ClassStore(data) as classes:
             wanted = classify.matching(classes, split, pattern)
             with progress(len(wanted)) as advance:

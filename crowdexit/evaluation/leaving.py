@@ -17,7 +17,7 @@ class LeavingPoint:
     """What comes of a bound.
 
     Attributes:
-        bound: of the doubt; a sample leaves with the first answer at or below it, at the latest with the last.
+        bound: of the uncertainty; a sample exits at the first exit at or below it, at the latest at the last.
         error: mean over the samples (the share of wrong answers, or the absolute error of counts).
         cost: mean over the samples, in the unit of the costs.
         shares: of the samples that leave at each exit, by name.
@@ -33,10 +33,10 @@ def costs_on_the_way(spec: zoo.Spec, exits: Sequence[str]) -> dict[str, float]:
     """Multiply-adds of one view up to and including each of these exits, when all of them before it are asked, too."""
     network, features = for_one_image(spec)
     stages, own = measure(network, features)
-    asked, costs = 0, {}
+    exits_cost, costs = 0, {}
     for name in exits:
-        asked += own[name]
-        costs[name] = (sum(stages[: network.stage_of(name) + 1]) + asked) / 2
+        exits_cost += own[name]
+        costs[name] = (sum(stages[: network.stage_of(name) + 1]) + exits_cost) / 2
     return costs
 
 

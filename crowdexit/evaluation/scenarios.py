@@ -156,7 +156,7 @@ def write(outcomes: Sequence[Outcome], folder: Path, *, title: str, paper: str |
     """
     rows = rows_of(outcomes)
     if not rows:
-        raise CrowdExitError("no run of this suite has ended: there is no table to make")
+        raise CrowdExitError("no run of this suite has finished; no table to write")
     return write_files(
         folder,
         {"table.csv": as_csv(rows), "table.md": as_markdown(rows, title, paper), "table.png": partial(draw, rows)},

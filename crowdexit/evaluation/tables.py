@@ -75,7 +75,7 @@ def data_of(spec: zoo.Spec) -> str:
     try:
         return str(spec.meta["recipe"]["data"]["store"])
     except (KeyError, TypeError):
-        raise CrowdExitError(f"{spec.model}: a checkpoint that does not say what it was trained on") from None
+        raise CrowdExitError(f"{spec.model}: the checkpoint does not record what it was trained on") from None
 
 
 def figures(spec: zoo.Spec, data: str, values: Mapping[str, float], measure: str) -> list[Figure]:
@@ -94,7 +94,7 @@ def figures(spec: zoo.Spec, data: str, values: Mapping[str, float], measure: str
     places = tuple(sorted({e.place for e in exits}, key=lambda place: (len(place), place)))
     made = [Figure(STRATEGIES[stage], places, data, measure, e.kind, e.place, values[e.name]) for e in exits]
     if len({(f.kind, f.place) for f in made}) < len(made):
-        raise CrowdExitError(f"{spec.model}: two branches of one kind at one place; a table has one cell for them")
+        raise CrowdExitError(f"{spec.model}: two branches of one kind at one location; the table has one cell for them")
     kinds = dict.fromkeys(e.kind for e in exits)
     return [*made, *(Figure(STRATEGIES[stage], places, data, measure, kind, FINAL, values[FINAL]) for kind in kinds)]
 
@@ -181,7 +181,7 @@ def write(made: Sequence[Figure], folder: Path) -> list[Path]:
         CrowdExitError: if no run has branches, or the folder cannot be written.
     """
     if not any(f.strategy for f in made):
-        raise CrowdExitError("no run with branches that were trained: there is no table to make")
+        raise CrowdExitError("no run has trained branches; no table to write")
     return write_files(
         folder, {"table.csv": as_csv(made), "table.md": as_markdown(made), "table.png": partial(draw, made)}
     )

@@ -72,7 +72,7 @@ def recommend(made: Sequence[Point], budgets: Sequence[float]) -> list[tuple[flo
     answers = []
     for budget in budgets:
         if not budget > 0:
-            raise TradeoffError(f"a budget of {budget:g} multiply-adds buys nothing")
+            raise TradeoffError(f"a budget of {budget:g} multiply-adds; it must be positive")
         fitting = [p for p in made if p.practical and p.macs <= budget]
         answers.append((budget, fitting[-1] if fitting else None))
     return answers
@@ -90,7 +90,7 @@ def as_markdown(made: Sequence[Point], budgets: Sequence[float], measure_name: s
     early = [p for p in made if p.exit != FINAL]
     places = list(dict.fromkeys(p.place for p in sorted(early, key=lambda p: (len(p.place), p.place))))
     kinds = list(dict.fromkeys(p.kind for p in early))
-    lines = [f"{measure_name} of each branch at each place; **practical**: better than every cheaper exit.", ""]
+    lines = [f"{measure_name} of each branch at each location; **practical**: better than every cheaper exit.", ""]
     rows = []
     for kind in kinds:
         cells = []

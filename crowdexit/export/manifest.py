@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from crowdexit.data.views import MEAN, STD
 from crowdexit.export.standalone import MANIFEST, ExportError, manifest_checksum
-from crowdexit.runtimes.arrays import FEATURE_FIELDS, OUTPUT_FIELDS, Port, exit_piece, stage_piece
+from crowdexit.runtimes.arrays import FEATURE_FIELDS, OUTPUT_FIELDS, TensorSpec, exit_subgraph, stage_subgraph
 from crowdexit.utils.files import atomic_write
 from crowdexit.utils.paths import is_file
 
@@ -38,14 +38,14 @@ class FilePart(_Part):
 
 
 class PiecePart(_Part):
-    """A stage or an exit: the files of its model (OpenVINO's has two), and its ports in the model's order.
+    """A stage or an exit: the files of its model (OpenVINO's has two), and its tensors in the model's order.
 
     Shapes are those of one sample; every array has the batch before them.
     """
 
     files: tuple[_FileName, ...] = Field(min_length=1, max_length=2)
-    takes: tuple[Port, ...]
-    gives: tuple[Port, ...]
+    takes: tuple[TensorSpec, ...]
+    gives: tuple[TensorSpec, ...]
 
 
 class NetworkPart(_Part):
@@ -102,8 +102,8 @@ class Manifest(_Part):
 
     @model_validator(mode="after")
     def _complete(self) -> Manifest:
-        stages = [stage_piece(index) for index in range(max(self.exits.values()) + 1)]
-        wanted = {*stages, *map(exit_piece, self.exits)}
+        stages = [stage_subgraph(index) for index in range(max(self.exits.values()) + 1)]
+        wanted = {*stages, *map(exit_subgraph, self.exits)}
         if set(self.pieces) != wanted or {name for piece in self.pieces.values() for name in piece.files} != set(
             self.files
         ):
@@ -116,34 +116,36 @@ class Manifest(_Part):
         return self
 
     def _check_ports(self, stages: int) -> None:
-        """Every piece takes what is there by then, and gives what there is a place for, in the fields' order."""
+        """Check that each subgraph reads only existing fields and writes known ones, in their order."""
         width, height = self.size
         shapes = {"visual": (3, height, width), "log_mel": (1, 96, 64), "valid_mask": (1, height // 8, width // 8)}
-        there = {name: Port(name, "float32", shape) for name, shape in shapes.items()}
-        there["has_audio"] = Port("has_audio", "bool", ())
+        there = {name: TensorSpec(name, "float32", shape) for name, shape in shapes.items()}
+        there["has_audio"] = TensorSpec("has_audio", "bool", ())
         for index in range(stages):
-            stage = self.pieces[stage_piece(index)]
-            _check_taken(stage_piece(index), stage.takes, there)
-            _check_order(stage_piece(index), stage.gives, FEATURE_FIELDS)
-            there |= {port.name: port for port in stage.gives}
-            for name in (exit_piece(name) for name, after in self.exits.items() if after == index):
+            stage = self.pieces[stage_subgraph(index)]
+            _check_taken(stage_subgraph(index), stage.takes, there)
+            _check_order(stage_subgraph(index), stage.gives, FEATURE_FIELDS)
+            there |= {spec.name: spec for spec in stage.gives}
+            for name in (exit_subgraph(name) for name, after in self.exits.items() if after == index):
                 _check_taken(name, self.pieces[name].takes, there)
                 _check_order(name, self.pieces[name].gives, OUTPUT_FIELDS)
                 if not self.pieces[name].gives or self.pieces[name].gives[0].name != "value":
-                    raise ValueError(f"{name} gives no value")
+                    raise ValueError(f"{name} outputs no value")
 
 
-def _check_order(piece: str, ports: Sequence[Port], names: Sequence[str]) -> None:
-    given = [port.name for port in ports]
+def _check_order(piece: str, specs: Sequence[TensorSpec], names: Sequence[str]) -> None:
+    given = [spec.name for spec in specs]
     if given != [name for name in names if name in given]:
-        raise ValueError(f"{piece} has the ports {', '.join(given)}, wanted some of {', '.join(names)} in that order")
+        raise ValueError(
+            f"{piece} has the tensors {', '.join(given)}, expected some of {', '.join(names)} in that order"
+        )
 
 
-def _check_taken(piece: str, ports: Sequence[Port], there: Mapping[str, Port]) -> None:
-    _check_order(piece, ports, FEATURE_FIELDS)
-    for port in ports:
-        if there.get(port.name) != port:
-            raise ValueError(f"{piece} takes {port.name} as nothing before it gives it")
+def _check_taken(piece: str, specs: Sequence[TensorSpec], there: Mapping[str, TensorSpec]) -> None:
+    _check_order(piece, specs, FEATURE_FIELDS)
+    for spec in specs:
+        if there.get(spec.name) != spec:
+            raise ValueError(f"{piece} takes {spec.name}, which nothing before it outputs")
 
 
 def is_export(path: str | Path) -> bool:

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from crowdexit.data.mel import FRAMES, MEL_BANDS, checked_log_mel
 from crowdexit.data.views import (
-    PIXELS_ABREAST,
-    PIXELS_AT_ONCE,
-    PIXELS_OF_TILES_AT_ONCE,
+    PIXELS_IN_FLIGHT,
+    PIXELS_PER_BATCH,
+    TILE_PIXELS_PER_BATCH,
     Box,
     Placement,
     checked_image,
@@ -29,7 +29,7 @@ from crowdexit.data.views import (
 )
 from crowdexit.errors import CrowdExitError
 from crowdexit.models.chain import iter_outputs
-from crowdexit.runtimes.arrays import ArrayChain, Port, Ports, Record
+from crowdexit.runtimes.arrays import ArrayChain, Record, Signature, TensorSpec
 from crowdexit.runtimes.engines import Engine, OnnxEngine, OpenVINOEngine, Shapes, openvino_core
 from crowdexit.utils.checksum import checksum
 
@@ -62,7 +62,7 @@ class Description:
     view: Literal["fit", "tiles", "scale"]
     classifies: bool
     exits: Mapping[str, int]
-    pieces: Mapping[str, Ports]
+    pieces: Mapping[str, Signature]
     models: Mapping[str, Sequence[str]]
     files: Mapping[str, tuple[int, str]]
 
@@ -79,7 +79,7 @@ class Description:
             view=manifest["view"],
             classifies=manifest["classifies"],
             exits=manifest["exits"],
-            pieces={name: Ports(_ports(piece["takes"]), _ports(piece["gives"])) for name, piece in pieces.items()},
+            pieces={name: Signature(_specs(piece["takes"]), _specs(piece["gives"])) for name, piece in pieces.items()},
             models={name: piece["files"] for name, piece in pieces.items()},
             files={name: (file["bytes"], file["sha256"]) for name, file in manifest["files"].items()},
         )
@@ -151,12 +151,12 @@ class Runner:
             CrowdExitError: for a network that does not count, an unknown exit, or a log-mel that is none.
         """
         if self._about.classifies:
-            raise ExportError(f"{self._about.model} tells classes apart; it does not count")
+            raise ExportError(f"{self._about.model} is a classifier; it does not count")
         for name in exits or ():
             if name not in self.chain.exit_names:
                 raise ExportError(f"no exit {name!r} in this export (it has {', '.join(self.chain.exit_names)})")
         if exits is not None and not exits:
-            raise ExportError("no exit is asked")
+            raise ExportError("no exit is named")
         if log_mel is not None:
             checked_log_mel(log_mel)
 
@@ -211,7 +211,7 @@ class Runner:
         wanted = self.chain.exit_names if exits is None else exits
         width, height = self._about.size
         batch, tiles, in_flight = (
-            max(1, most // (width * height)) for most in (PIXELS_AT_ONCE, PIXELS_OF_TILES_AT_ONCE, PIXELS_ABREAST)
+            max(1, most // (width * height)) for most in (PIXELS_PER_BATCH, TILE_PIXELS_PER_BATCH, PIXELS_IN_FLIGHT)
         )
         if is_tiled(rows):
             batch = min(batch, tiles)
@@ -232,7 +232,7 @@ class Runner:
 
     def _checked_count(self, name: str, count: float) -> float:
         if not math.isfinite(count):
-            raise ExportError(f"{self._about.model}: the exit {name} did not give a number")
+            raise ExportError(f"{self._about.model}: exit {name} did not return a number")
         return max(0.0, count)
 
 
@@ -277,8 +277,8 @@ def _pair(values: Sequence[int]) -> tuple[int, int]:
     return width, height
 
 
-def _ports(ports: Sequence[Mapping[str, Any]]) -> tuple[Port, ...]:
-    return tuple(Port(port["name"], port["dtype"], tuple(port["shape"])) for port in ports)
+def _specs(specs: Sequence[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(spec["name"], spec["dtype"], tuple(spec["shape"])) for spec in specs)
 
 
 def _checked(path: Path, size: int, sha256: str) -> bytes:

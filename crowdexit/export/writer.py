@@ -34,7 +34,7 @@ from crowdexit.runtimes import onnx, openvino
 from crowdexit.runtimes.calibration import of_file
 from crowdexit.runtimes.engines import bears_half, installed, one_line
 from crowdexit.runtimes.int8 import measure_ranges, quantised
-from crowdexit.runtimes.pieces import Piece, take_apart
+from crowdexit.runtimes.subgraphs import Subgraph, partition
 from crowdexit.utils.files import DiskFullError, disk_is_full, write_problem
 
 _NEEDED = {"openvino": ("openvino",), "onnx": ("onnx", "onnxscript", "onnxruntime")}
@@ -77,7 +77,7 @@ def export(
     if split is not None and calibrate is None:
         raise ExportError(f"--split {split}: of which file? Name it with --calibrate")
     if out.exists():
-        raise ExportError(f"{out}: there already")
+        raise ExportError(f"{out}: already exists")
     for module in _NEEDED[library]:
         installed(module)
     network, spec = zoo.load(model)
@@ -87,18 +87,18 @@ def export(
         network, spec = zoo.at_size(network, spec, zoo.parse_size(size, zoo.step_of(network)))
     fold_norms(network)
     part = out.with_name(f".{out.name}.part-{os.getpid()}")
-    # The weights alone, at the least: some pieces keep more bits than the others.
+    # A lower bound, from the weights alone: some subgraphs keep more bits than others.
     size_of = {"fp32": 4, "bf16": 2, "int8": 1}[precision]
     needed = size_of * sum(tensor.numel() for tensor in network.state_dict().values())
     try:
         if disk_is_full(out, needed=needed):
             raise DiskFullError(out, needed)
         run = _quantised(network, calibrate, split or "train") if precision == "int8" else network
-        pieces = take_apart(run)
+        subgraphs = partition(run)
         part.mkdir(parents=True)
         parts = {
-            name: _save(part, number, name, piece, library, precision)
-            for number, (name, piece) in enumerate(pieces.items())
+            name: _save(part, number, name, subgraph, library, precision)
+            for number, (name, subgraph) in enumerate(subgraphs.items())
         }
         write_program(part, _LIBRARIES[library])
         write_manifest(part, _manifest(network, spec, library, precision, parts, part))
@@ -131,20 +131,22 @@ def _quantised(network: MultiExitNetwork, calibrate: Path | None, split: str) ->
     return quantised(network, ranges)
 
 
-def _save(folder: Path, number: int, name: str, piece: Piece, library: Library, precision: Precision) -> PiecePart:
-    """Write a piece's model."""
+def _save(
+    folder: Path, number: int, name: str, subgraph: Subgraph, library: Library, precision: Precision
+) -> PiecePart:
+    """Write the model of a subgraph."""
     # Whoever named an exit did not think of files.
     stem = name if re.fullmatch(r"[A-Za-z0-9._-]+", name) else f"{number}-{re.sub('[^A-Za-z0-9._-]', '_', name)}"
     if library == "onnx":
         files: tuple[str, ...] = (f"{stem}.onnx",)
-        (folder / files[0]).write_bytes(onnx.convert(piece))
+        (folder / files[0]).write_bytes(onnx.convert(subgraph))
     else:
         files = (f"{stem}.xml", f"{stem}.bin")
-        model = openvino.convert(piece)
+        model = openvino.convert(subgraph)
         # What computes in bfloat16 loses nothing by weights in float16, which are half the size.
-        half = precision != "fp32" and bears_half(name, tuple(port.shape for port in piece.ports.takes))
+        half = precision != "fp32" and bears_half(name, tuple(spec.shape for spec in subgraph.signature.inputs))
         installed("openvino").save_model(model, folder / files[0], compress_to_fp16=half)
-    return PiecePart(files=files, takes=piece.ports.takes, gives=piece.ports.gives)
+    return PiecePart(files=files, takes=subgraph.signature.inputs, gives=subgraph.signature.outputs)
 
 
 def _manifest(

@@ -149,7 +149,9 @@ def answers_by(deadline: float, steps: Iterator[T | None], *, wait: bool) -> lis
             if error is not None and not request.answers:
                 raise error
             if error is not None:
-                log.warning("no further answer, the latest one stands: %s: %s", type(error).__name__, str(error))
+                log.warning(
+                    "keeping the latest result, as the next exit failed: %s: %s", type(error).__name__, str(error)
+                )
             return list(request.answers)
     finally:
         request.cancel_token()

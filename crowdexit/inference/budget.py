@@ -1,19 +1,17 @@
-"""Many images and one total time: who leaves where, so that the expected error is least.
+"""Distribute one time budget over many images so that the expected error is smallest.
 
-An exit's expected error on an image is its mean relative error on held-out images times (count + 10), with the
-count that is known so far (:mod:`crowdexit.calibration.intervals`): a dense crowd has more to gain from a deeper exit
-than an empty street. Choosing one exit for each image, least error in all within a total time, is the multiple-choice
-knapsack problem (Sinha and Zoltners 1979; Kellerer, Pferschy and Pisinger 2004, chapter 11). Of each image's exits
-only those on the lower convex hull of error over time are rungs of its *ladder*; from rung to rung the error falls by
-less and less for each millisecond, so taking steps greedily, the most error for a millisecond first over all
-images, is optimal for the time that it takes. What the last step that no longer fits leaves over goes to smaller
-ones.
+An exit's expected error on an image is its mean relative error on held-out images times (count + 10), where count is
+the latest estimate (:mod:`crowdexit.calibration.intervals`): dense crowds gain more from deeper exits than empty
+streets. Choosing one exit per image, with the smallest total error within a total time, is the multiple-choice knapsack
+problem (Sinha and Zoltners 1979; Kellerer, Pferschy and Pisinger 2004, chapter 11). For each image, only the exits on
+the lower convex hull of error over time are Pareto options. Along these the error gained per millisecond decreases, so
+a greedy allocation, largest gain per millisecond first over all images, is optimal for the time it uses. Time left by
+the last step that does not fit goes to smaller steps.
 
-Every image is looked at: by the first exit, and by those rungs of its ladder that stand after the same stage.
-Images are planned together as many as fit into memory; those to come are taken to be like those seen, so that time is
-kept for them. The plan is made anew before every stage of every part, from the time that has really passed, and with
-the pace at which the machine has really worked. What the caller does between two results counts as time that has
-passed, and says nothing of the pace.
+Every image runs the first exit and the Pareto options at the same stage (the first pass). As many images as fit into
+memory are planned together; later images are assumed to resemble those seen, and time is reserved for them. The plan is
+recomputed before every stage of every part, from the elapsed time and the measured slowdown. Time that the caller
+spends between two results counts as elapsed, but not towards the slowdown.
 """
 
 from __future__ import annotations
@@ -33,28 +31,28 @@ from crowdexit.errors import CrowdExitError
 from crowdexit.inference.executor import Mask, Part, StageExecutor
 
 TOLERANCE = 0.05  # of the budget, to either side
-_REMEMBERED = 64  # images already seen that stand for those to come
-_PRIOR = 4  # images as which the profile counts against what this run has shown
-_LEAST = 1e-9  # ms; what costs nothing is worth everything
+_REMEMBERED = 64  # recent images that represent those to come
+_PRIOR = 4  # weight of the profile against measurements, in images
+_LEAST = 1e-9  # ms; avoids division by zero
 
-Ladder = Sequence[tuple[float, float]]
+Steps = Sequence[tuple[float, float]]
 
 
 class BudgetError(CrowdExitError):
-    """A budget that cannot be kept, or a network whose errors are not known."""
+    """An invalid budget, or a network without calibrated errors."""
 
 
 class BudgetTooSmall(BudgetError):
-    """A budget in which not even the first exits can answer."""
+    """A budget too small for the first exits."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What a row takes, in milliseconds.
+    """The cost of one row, in milliseconds.
 
     Attributes:
-        stages: each stage.
-        exits: each exit alone, by name.
+        stages: of each stage.
+        exits: of each exit alone, by name.
         stage_of: the index of the stage after which each exit stands.
     """
 
@@ -63,44 +61,46 @@ class Costs:
     stage_of: Mapping[str, int]
 
     def up_to(self, exit: str, after: int = -1) -> float:
-        """The stages behind stage ``after`` as far as an exit, and that exit."""
+        """Cost of the stages after stage ``after`` up to an exit, plus that exit."""
         return sum(self.stages[after + 1 : self.stage_of[exit] + 1]) + self.exits[exit]
 
 
-def ladder(exits: Sequence[str], errors: Mapping[str, float], costs: Costs) -> list[str]:
-    """The exits worth going to: the first, and on the convex hull those with less error, each for a better price.
+def pareto_options(exits: Sequence[str], errors: Mapping[str, float], costs: Costs) -> list[str]:
+    """The first exit and the later ones on the lower convex hull of error over time.
 
     Args:
         exits: in the order of the chain.
-        errors: of each; one that is not there is left out.
+        errors: of each; exits without one are skipped.
     """
 
     def slope(low: str, high: str) -> float:
         return (errors[low] - errors[high]) / max(costs.up_to(high, costs.stage_of[low]), _LEAST)
 
-    rungs = [exits[0]]
+    pareto = [exits[0]]
     for name in exits[1:]:
-        if errors.get(name, np.inf) >= errors[rungs[-1]]:
+        if errors.get(name, np.inf) >= errors[pareto[-1]]:
             continue
-        while len(rungs) > 1 and slope(*rungs[-2:]) <= slope(rungs[-1], name):
-            rungs.pop()
-        rungs.append(name)
-    return rungs
+        while len(pareto) > 1 and slope(*pareto[-2:]) <= slope(pareto[-1], name):
+            pareto.pop()
+        pareto.append(name)
+    return pareto
 
 
-def climb(ladders: Sequence[Ladder], room: float, others: Sequence[Ladder] = (), weight: float = 1.0) -> list[int]:
-    """How many steps to take on each ladder within a time, greedily by gain for cost.
+def greedy_allocation(
+    options: Sequence[Steps], room: float, others: Sequence[Steps] = (), weight: float = 1.0
+) -> list[int]:
+    """Choose the number of steps per image within a time, greedily by gain per cost.
 
     Args:
-        ladders: the steps of each, (cost, gain), gain for cost falling.
-        room: for the costs of all.
-        others: ladders that compete for it, each standing for ``weight`` of its kind; where not all of these fit, as
-            many as do.
+        options: the steps of each image as (cost, gain), with decreasing gain per cost.
+        room: total cost allowed.
+        others: steps of expected images that compete for the room, each representing ``weight`` images; if not all
+            of these fit, as many as do.
 
     Returns:
-        Steps on each of ``ladders``.
+        The number of steps for each of ``options``.
     """
-    every = [*ladders, *others]
+    every = [*options, *others]
     taken = [0] * len(every)
 
     def entry(of: int) -> tuple[float, int]:
@@ -111,7 +111,7 @@ def climb(ladders: Sequence[Ladder], room: float, others: Sequence[Ladder] = (),
     heapify(heap)
     while heap:
         _, of = heappop(heap)
-        single = of < len(ladders)
+        single = of < len(options)
         cost = every[of][taken[of]][0] * (1.0 if single else weight)
         if cost > room:
             room = room if single else 0.0
@@ -120,7 +120,7 @@ def climb(ladders: Sequence[Ladder], room: float, others: Sequence[Ladder] = (),
         taken[of] += 1
         if taken[of] < len(every[of]):
             heappush(heap, entry(of))
-    return taken[: len(ladders)]
+    return taken[: len(options)]
 
 
 def check_positive(budget_ms: float | None) -> None:
@@ -130,7 +130,7 @@ def check_positive(budget_ms: float | None) -> None:
         BudgetError: for one that is not positive.
     """
     if budget_ms is not None and not budget_ms > 0:
-        raise BudgetError(f"a budget of {budget_ms:g} ms buys nothing")
+        raise BudgetError(f"a budget of {budget_ms:g} ms; it must be positive")
 
 
 def check_budget(budget_ms: float, first: str, errors: Mapping[str, float]) -> None:
@@ -144,7 +144,7 @@ def check_budget(budget_ms: float, first: str, errors: Mapping[str, float]) -> N
     """
     check_positive(budget_ms)
     if first not in errors:
-        raise BudgetError(f"how wrong the exit {first} is, is not known: see crowdexit calibrate")
+        raise BudgetError(f"exit {first} is not calibrated; run `crowdexit calibrate`")
 
 
 class Sample(Protocol):
@@ -199,10 +199,10 @@ class Budget:
             check_budget(budget_ms, exits[0], of_state)
         self._budget_ms, self._number, self._first = budget_ms, number, exits[0]
         self._errors, self._costs = errors, costs
-        self._ladders = {has_audio: ladder(exits, of_state, costs) for has_audio, of_state in errors.items()}
+        self._options = {has_audio: pareto_options(exits, of_state, costs) for has_audio, of_state in errors.items()}
         first_pass = {
-            has_audio: [name for name in rungs if self._in_first_pass(name)]
-            for has_audio, rungs in self._ladders.items()
+            has_audio: [name for name in pareto if self._in_first_pass(name)]
+            for has_audio, pareto in self._options.items()
         }
         self._first_pass_exit = {has_audio: names[-1] for has_audio, names in first_pass.items()}  # the last of them
         further = max(sum(costs.exits[name] for name in names[1:]) for names in first_pass.values())
@@ -212,42 +212,42 @@ class Budget:
         self._end = self._mark + budget_ms / 1000
         self._first_pass_count, self._first_pass_total_ms = 0, 0.0
         self._first_pass_part_ms = [self._profiled_ms]  # of an image, by part
-        self._deep_ms, self._reckoned_ms = 0.0, 0.0  # behind the first exits: what it took, what it was reckoned at
-        self._running_ms: float | None = None  # what the step under way is reckoned at; None: looking
+        self._deep_ms, self._reckoned_ms = 0.0, 0.0  # after the first pass: measured, estimated
+        self._running_ms: float | None = None  # estimate of the running step; None: first pass
         self._window: Sequence[Sample] = ()
-        self._begun = 0  # images of the windows before
+        self._begun = 0  # images of earlier windows
         self._here: dict[int, _OnItsWay] = {}
-        self._recent: deque[tuple[bool, float, int]] = deque(maxlen=_REMEMBERED)  # sound, count + 10, rows
-        self._noted = False  # whether this window's images are among them
+        self._recent: deque[tuple[bool, float, int]] = deque(maxlen=_REMEMBERED)  # audio, count + 10, rows
+        self._noted = False  # whether this window's images are included
 
     def window(self, samples: Sequence[Sample]) -> None:
-        """Begin with other images, numbered from zero; the list may still be growing."""
+        """Start a new window of images, numbered from zero; the list may still grow."""
         self._mark = self._clock()
         self._running_ms = None
         self._begun += len(self._window)
         self._window, self._here, self._noted = samples, {}, False
 
     def finish(self) -> None:
-        """The walk of these images has come to its end."""
+        """Record the end of this window."""
         self._spent()
 
     def skip(self) -> None:
-        """One image fewer: it cannot be counted."""
+        """Remove one image that cannot be counted."""
         self._number -= 1
 
     @property
     def used_ms(self) -> float:
-        """Of the budget, up to the last decision."""
+        """Budget used up to the last decision."""
         return self._budget_ms - 1000 * (self._end - self._mark)
 
     @property
     def first_pass_ms(self) -> float:
-        """What looking at an image takes, preparing it included, by what has been seen so far."""
+        """Estimated time of the first pass of one image, including preparation."""
         return (self._first_pass_total_ms + _PRIOR * self._profiled_ms) / (self._first_pass_count + _PRIOR)
 
     @property
-    def pace(self) -> float:
-        """How many times as long as the costs say what comes after looking has taken so far."""
+    def slowdown(self) -> float:
+        """Measured over estimated time of everything after the first pass."""
         known = _PRIOR * self._profiled_ms
         return (self._deep_ms + known * self.first_pass_ms / self._profiled_ms) / (self._reckoned_ms + known)
 
@@ -262,7 +262,7 @@ class Budget:
             for sample, rows in zip(part.samples.tolist(), part.views.tolist(), strict=True):
                 self._here[sample] = _OnItsWay(self._costs.stage_of[exit], exit, rows)
             return True
-        if not self._is_rung(exit, part):
+        if not self._is_option(exit, part):
             return False
         for sample in part.samples.tolist():
             self._here[sample].exit = exit
@@ -271,28 +271,28 @@ class Budget:
         return True
 
     def keep_at_stage(self, exit: str, part: Part, executor: StageExecutor) -> Mask:
-        if self._in_first_pass(exit) or not self._is_rung(exit, part):
+        if self._in_first_pass(exit) or not self._is_option(exit, part):
             return np.ones(len(part.samples), np.bool_)
-        return self._climbing(part, executor)
+        return self._going_deeper(part, executor)
 
     def keep_for_stage(self, stage: int, part: Part, executor: StageExecutor) -> Mask:
         if not executor.answered[part.samples].all():
             return np.ones(len(part.samples), np.bool_)
-        keep = self._climbing(part, executor)
+        keep = self._going_deeper(part, executor)
         for sample in part.samples[keep].tolist():
             self._here[sample].stage = stage
         self._running_ms = float(part.views[keep].sum()) * self._costs.stages[stage]
         return keep
 
     def _in_first_pass(self, exit: str) -> bool:
-        """Whether an exit stands where every image comes to, at the stage of the first."""
+        """Whether an exit is at the stage of the first exit, which every image reaches."""
         return self._costs.stage_of[exit] == self._costs.stage_of[self._first]
 
-    def _is_rung(self, exit: str, part: Part) -> bool:
-        return exit in self._ladders[self._window[part.samples[0]].has_audio]
+    def _is_option(self, exit: str, part: Part) -> bool:
+        return exit in self._options[self._window[part.samples[0]].has_audio]
 
-    def _climbing(self, part: Part, executor: StageExecutor) -> Mask:
-        """Which of a part's samples are to climb further by the plan as it is now; the others are forgotten."""
+    def _going_deeper(self, part: Part, executor: StageExecutor) -> Mask:
+        """Mask of a part's samples that go deeper by the current plan; the others are removed."""
         self._spent()
         steps = self._plan(executor)
         keep: Mask = np.array([steps[sample] > 0 for sample in part.samples.tolist()])
@@ -308,17 +308,17 @@ class Budget:
             )
 
     def _check_time(self) -> None:
-        """Give up where looking at those to come can no longer be paid for.
+        """Raise if the first pass of the remaining images no longer fits.
 
-        An image of these takes what a part's usually does, or what one has taken on average, if that is less: neither
-        one step that hung nor a few images that are large are to end everything.
+        Each is estimated by the median over parts or by the mean, whichever is less, so that neither one slow step
+        nor a few large images end the run.
         """
         to_come = max(0, self._number - self._begun - len(self._window))
         if to_come > 0:
             self._check_room(self.used_ms + to_come * min(self.first_pass_ms, median_low(self._first_pass_part_ms)))
 
     def _spent(self) -> None:
-        """Book the time since the last decision to what it was spent on."""
+        """Attribute the time since the last decision to the first pass or to deeper stages."""
         now = self._clock()
         spent = 1000 * (now - self._mark)
         self._mark = now
@@ -330,16 +330,16 @@ class Budget:
             self._running_ms = 0.0
 
     def _plan(self, executor: StageExecutor) -> dict[int, int]:
-        """How many rungs more each image on its way is to climb."""
-        pace = self.pace
+        """The number of further steps for each running image."""
+        slowdown = self.slowdown
         to_come = max(0, self._number - self._first_pass_count)
         room = 1000 * (self._end - self._mark) - to_come * self.first_pass_ms
 
-        def steps(at: _OnItsWay, has_audio: bool, scale: float) -> Ladder:
-            rungs, errors = self._ladders[has_audio], self._errors[has_audio]
+        def steps(at: _OnItsWay, has_audio: bool, scale: float) -> Steps:
+            pareto, errors = self._options[has_audio], self._errors[has_audio]
             stage, exit, out = at.stage, at.exit, []
-            for higher in rungs[rungs.index(exit) + 1 :]:
-                cost = pace * at.rows * self._costs.up_to(higher, stage)
+            for higher in pareto[pareto.index(exit) + 1 :]:
+                cost = slowdown * at.rows * self._costs.up_to(higher, stage)
                 out.append((cost, scale * (errors[exit] - errors[higher])))
                 stage, exit = self._costs.stage_of[higher], higher
             return out
@@ -349,10 +349,10 @@ class Budget:
         if not self._noted:
             self._recent += [(has_audio[sample], scale[sample], at.rows) for sample, at in self._here.items()]
             self._noted = True
-        ladders = [steps(at, has_audio[sample], scale[sample]) for sample, at in self._here.items()]
+        options = [steps(at, has_audio[sample], scale[sample]) for sample, at in self._here.items()]
         first_stage = self._costs.stage_of[self._first]
         others = [
             steps(_OnItsWay(first_stage, self._first_pass_exit[has_audio_], rows), has_audio_, scale_)
             for has_audio_, scale_, rows in self._recent
         ]
-        return dict(zip(self._here, climb(ladders, room, others, to_come / len(others)), strict=True))
+        return dict(zip(self._here, greedy_allocation(options, room, others, to_come / len(others)), strict=True))

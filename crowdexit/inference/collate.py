@@ -11,9 +11,9 @@ import numpy as np
 
 from crowdexit.data.scene import ImageInfo
 from crowdexit.data.views import (
-    PIXELS_ABREAST,
-    PIXELS_AT_ONCE,
-    PIXELS_OF_TILES_AT_ONCE,
+    PIXELS_IN_FLIGHT,
+    PIXELS_PER_BATCH,
+    TILE_PIXELS_PER_BATCH,
     same_size_groups,
     views,
 )
@@ -134,12 +134,12 @@ class Collator:
     @property
     def rows_in_batch(self) -> int:
         """How many rows go through a stage together."""
-        return self._rows(PIXELS_AT_ONCE)
+        return self._rows(PIXELS_PER_BATCH)
 
     @property
     def rows_in_flight(self) -> int:
         """How many rows go through a stage, in batches, before any goes through the next."""
-        return self._rows(PIXELS_ABREAST)
+        return self._rows(PIXELS_IN_FLIGHT)
 
     @property
     def views_in_batch(self) -> int:
@@ -149,7 +149,7 @@ class Collator:
     @property
     def tiles_in_batch(self) -> int:
         """How many rows of a tiled image go through a stage together; all of an image that is not tiled."""
-        return max(self.views_in_batch, self._rows(min(PIXELS_AT_ONCE, PIXELS_OF_TILES_AT_ONCE)))
+        return max(self.views_in_batch, self._rows(min(PIXELS_PER_BATCH, TILE_PIXELS_PER_BATCH)))
 
     def _rows(self, pixels: int) -> int:
         """How many rows have so many pixels; one at least."""

@@ -43,7 +43,7 @@ class CrowdCounter:
         network: with its weights.
         model: the name to report.
         runtime: how stages and exits are run.
-        exits: names to serve; default: one a place, and the final exit (:func:`served_exits`).
+        exits: names to use; default: one at each location, and the final exit (:func:`default_exits`).
         intervals: the checkpoint's calibration.
         familiarity: its statistics of the training images, or None.
         warm: get ready for images of the network's own size now; else, as for other sizes, at the first image.
@@ -64,10 +64,10 @@ class CrowdCounter:
         warm: bool = True,
     ) -> None:
         if network.classifies:
-            raise CounterError(f"{model} tells classes apart; it does not count")
+            raise CounterError(f"{model} is a classifier; it does not count")
         self.network = network
         self.model = model
-        self.exits = served_exits(network) if exits is None else self._known(exits)
+        self.exits = default_exits(network) if exits is None else self._known(exits)
         self.chain = (runtime or select_runtime("auto")).ready(network)
         self.predictor = Predictor(network, model, self.chain, intervals or Intervals(), familiarity)
         if warm:
@@ -254,7 +254,7 @@ class CrowdCounter:
         self.predictor.get_ready(wanted, None)
         self._check(policy)
         if isinstance(policy, DeepestThatFits):
-            raise CounterError("many images together have no deadline that an exit could fit; give a budget")
+            raise CounterError("a deadline applies to single images; set a budget for many")
         if budget_ms is None:
             return self.predictor.stream_many(iter(samples), wanted, policy, self.predictor.collator.rows_in_batch)
         if policy is not ANYTIME:
@@ -351,7 +351,7 @@ class CrowdCounter:
 
     def _known(self, exits: Sequence[str]) -> list[str]:
         if not exits:
-            raise CounterError("no exit is asked")
+            raise CounterError("no exit is named")
         for name in exits:
             if name not in self.network.exit_names:
                 raise CounterError(f"no exit {name!r} in {self.model} (it has {', '.join(self.network.exit_names)})")
@@ -365,12 +365,12 @@ class CrowdCounter:
 
     def _check(self, policy: Policy) -> None:
         if isinstance(policy, Confident) and not self.intervals.without_audio:
-            raise CounterError(f"{self.model} has no intervals to be confident by: see crowdexit calibrate")
+            raise CounterError(f"{self.model} has no intervals to decide confidence with; run `crowdexit calibrate`")
 
     def _check_without_deadline(self, policy: Policy) -> None:
         self._check(policy)
         if isinstance(policy, DeepestThatFits):
-            raise CounterError("which exit is the deepest that fits, only a deadline can tell")
+            raise CounterError("the policy 'fits' needs a deadline")
 
     def _layout(self, image: ImageLike) -> tuple[tuple[int, int] | None, list[Box]]:
         """The (width, height) of an image that is counted whole, None of others; and the tiles of one that is tiled.
@@ -385,8 +385,8 @@ class CrowdCounter:
         return (None, tiles) if len(tiles) > 1 else (size, [])
 
 
-def served_exits(network: MultiExitNetwork) -> list[str]:
-    """The exits to run unless told otherwise: one a place, the one named like the place, and the final."""
+def default_exits(network: MultiExitNetwork) -> list[str]:
+    """The exits that run by default: at each location the one named like it, and the final exit."""
     plain = [name for name in network.exit_names if name in network.places or name == FINAL]
     return plain if len(plain) > 1 else network.exit_names
 
@@ -399,7 +399,7 @@ def load(
     Args:
         name: of a shipped model, or the path of a checkpoint or of an exported folder.
         runtime: ``auto``, or a name of :func:`crowdexit.runtimes.selection.names`.
-        exits: names to serve; default: one a place, and the final exit.
+        exits: names to use; default: one at each location, and the final exit.
         warm: get ready for images of the network's own size now; else, as for other sizes, at the first image.
 
     Raises:

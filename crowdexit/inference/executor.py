@@ -174,16 +174,18 @@ class StageExecutor:
                 answered = True
         return part
 
-    def needed_ms(self, stage: int, exit: str | None, part: Part, *, quantile: float, least: int = 1) -> float | None:
+    def needed_ms(
+        self, stage: int, exit: str | None, part: Part, *, quantile: float, min_samples: int = 1
+    ) -> float | None:
         """What a part takes through a stage and on to an exit's answer; None where a step of it is not known.
 
         Args:
             exit: None: the stage alone. Of those before it none is asked.
-            quantile, least: as of :meth:`Profile.ms`.
+            quantile, min_samples: as of :meth:`Profile.ms`.
         """
         last = stage if exit is None else self.chain.stage_of(exit)
         steps = [*map(stage_step, range(stage, last + 1)), *([] if exit is None else [exit_step(exit)])]
-        how: dict[str, Any] = {"quantile": quantile, "least": least}
+        how: dict[str, Any] = {"quantile": quantile, "min_samples": min_samples}
         total = 0.0
         for batch in part.batches:
             first_ms = batch.first_ms

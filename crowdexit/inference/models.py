@@ -129,7 +129,7 @@ def keep_calibration(
     try:
         write_manifest(folder, read_manifest(folder).model_copy(update=kept))
     except OSError as error:
-        raise ExportError(write_problem(folder, error, kept="the manifest that is there stays as it is")) from None
+        raise ExportError(write_problem(folder, error, kept="the existing manifest is unchanged")) from None
     return folder
 
 

@@ -35,7 +35,7 @@ class Anytime:
         everyone = np.ones(len(part.samples), np.bool_)
         if not executor.answered[part.samples].all():
             return everyone
-        fastest = executor.needed_ms(stage, None, part, quantile=0, least=_TRUSTED)
+        fastest = executor.needed_ms(stage, None, part, quantile=0, min_samples=_TRUSTED)
         return everyone & (fastest is None or fastest <= executor.left_ms())
 
 
@@ -98,7 +98,7 @@ class Confident:
 
     def __post_init__(self) -> None:
         if not (self.uncertainty > 0 or self.share > 0):
-            raise PolicyError("nobody is ever confident within a bound of nothing: give one above zero")
+            raise PolicyError("the bound for the interval must be positive")
 
     def should_run_exit(self, exit: str, part: Part, executor: StageExecutor) -> bool:
         return True
@@ -141,5 +141,5 @@ def policy_named(name: str, within: str | None = None) -> Policy:
     except ValueError:
         bound = math.nan
     if rest or not 0 < bound < math.inf:
-        raise PolicyError(f"no bound {within!r}: give one in people (15) or as a share of the count (50%)")
+        raise PolicyError(f"bad bound {within!r}; use people (15) or a share of the count (50%)")
     return Confident(share=bound / 100) if percent else Confident(bound)

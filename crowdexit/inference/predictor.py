@@ -259,7 +259,7 @@ class Predictor:
             begun: the time of the request.
         """
         if not math.isfinite(count):
-            raise CounterError(f"{self._model}: the exit {name} did not give a number")
+            raise CounterError(f"{self._model}: exit {name} did not return a number")
         # A regressor may undershoot zero; a crowd does not.
         count = max(0.0, count)
         familiar = self.is_familiar(sums)

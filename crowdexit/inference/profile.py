@@ -73,7 +73,7 @@ class Profile:
             self._times[step].setdefault(rows, deque(maxlen=MAX_MEASUREMENTS)).append(value)
 
     def ms(
-        self, step: str, rows: int = 1, *, quantile: float = 0.5, first_ms: float | None = None, least: int = 1
+        self, step: str, rows: int = 1, *, quantile: float = 0.5, first_ms: float | None = None, min_samples: int = 1
     ) -> float | None:
         """How long a step takes with that many rows, in milliseconds; None where that is not known.
 
@@ -82,10 +82,12 @@ class Profile:
         Args:
             quantile: of the measurements kept.
             first_ms: what the first stage took in this walk; default: its median.
-            least: how many measurements there have to be.
+            min_samples: how many measurements there have to be.
         """
         with self._lock:
-            known = sorted((n, sorted(kept)) for n, kept in self._times.get(step, {}).items() if len(kept) >= least)
+            known = sorted(
+                (n, sorted(kept)) for n, kept in self._times.get(step, {}).items() if len(kept) >= min_samples
+            )
         if not known:
             return None
         values = [(n, kept[math.ceil(quantile * len(kept)) - 1 if quantile > 0 else 0]) for n, kept in known]

@@ -26,7 +26,7 @@ def check_inputs(sources: Sequence[Source], options: CountOptions) -> set[Path]:
     kinds = {s.kind for s in sources}
     single = is_single(sources)
     if options.audio is not None and (not single or "live" in kinds):
-        problem = "a sound belongs to one image or video, not to several or a live source"
+        problem = "an audio file belongs to one image or video, not to several or a live source"
         raise OptionError("{} {}: {}", Option("audio"), options.audio, problem)
     taken = _check_paths(sources, options)
     if "live" in kinds:
@@ -37,7 +37,7 @@ def check_inputs(sources: Sequence[Source], options: CountOptions) -> set[Path]:
     if options.budget_ms is not None and kinds != {"image"}:
         raise OptionError("{}: images share a budget, a video has none", Option("budget_ms"))
     if options.resume and options.late == "fail" and len(set(sources)) < len(sources):
-        problem = "it could not be told where a file that is named twice begins again"
+        problem = "resuming needs distinct files"
         raise OptionError("{}: with {} fail {}", Option("resume"), Option("late"), problem)
     return taken
 
@@ -55,7 +55,7 @@ def _check_paths(sources: Sequence[Source], options: CountOptions) -> set[Path]:
         is_one_file = single or option == "out"  # else a folder, in which nothing is overwritten
         problem = output_file_problem(path) if is_one_file else output_folder_problem(path)
         if problem is None and option == "out" and not path.parent.is_dir():
-            problem = f"cannot be written, there is no folder {path.parent}"
+            problem = f"cannot be written; the folder {path.parent} does not exist"
         if problem is not None:
             raise OptionError("{} {}: {}", option, path, problem)
         written = output_paths(path) if is_one_file else set()

@@ -48,7 +48,7 @@ def run_demo(counter: CrowdCounter, out: Path, console: Console) -> None:
     console.print(f"Counting the bundled clip with {counter.model} ({counter.chain.runtime}), {FPS:g} frames a second.")
     console.print(
         "Images: a surveillance video of people walking, whose heads were annotated by hand in these frames.\n"
-        "Audio: [bold]simulated[/bold] from the annotated counts, not recorded there.\n",
+        "Audio: [bold]simulated[/bold] from the annotated counts, not recorded on site.\n",
         soft_wrap=True,
     )
     counts: list[int] = []

@@ -89,7 +89,7 @@ class CountOptions:
             names = map(Option, ("budget_ms", "exit", "deadline_ms", "policy", "density"))
             raise OptionError("{}: a budget chooses the exits itself, without {}, {}, {} or {}", *names)
         if self.resume:
-            problem = "a budget is for all images in one run, what is left of it does not go on"
+            problem = "a budget covers all images of one run and cannot be resumed"
             raise OptionError("{}: {}", Option("resume"), problem)
 
     def _check_resume(self) -> None:

@@ -51,7 +51,7 @@ def exclusive_lock(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OutputError(f"{out}: another run is writing there") from None
+            raise OutputError(f"{out}: another run is writing to it") from None
         except OSError:  # a file system without locks
             pass
         try:

@@ -118,10 +118,10 @@ def load_resume_state(
         there = json.loads(note_of(out).read_text("utf-8"))
         other = sorted(key for key in {*there, *wanted} if there.get(key) != wanted.get(key))
     except (OSError, ValueError, TypeError, AttributeError):
-        raise ResumeError(f"{part}: what it was made with is not known; delete it to begin anew") from None
+        raise ResumeError(f"{part}: its settings are unknown; delete it to start again") from None
     if other:
         changed = [_describe(key, there.get(key)) for key in other]
-        raise ResumeError(f"{part}: made with other {', '.join(changed)}; delete it to begin anew")
+        raise ResumeError(f"{part}: made with different {', '.join(changed)}; delete it to start again")
     if format == "csv":
         names = [csv_text(name) for name in names]
     half_life, end, last = float(wanted["smooth"]), 0, -1
@@ -142,7 +142,7 @@ def load_resume_state(
                 last = frame
             state.rows += 1
     except (ValueError, KeyError, TypeError, csv.Error):
-        raise ResumeError(f"{part}: not the rows of these inputs; delete it to begin anew") from None
+        raise ResumeError(f"{part}: its rows are not of these inputs; delete it to start again") from None
     os.truncate(part, end)
     state.again = state.frames % batch
     state.after = recent[-1 - state.again] if state.frames > state.again else -1
@@ -218,9 +218,9 @@ def open_rows(
 def _stopped_before(out: Path) -> OptionError:
     """That a run was stopped while it wrote there, and what can be done."""
     if note_of(out).is_file():
-        text = "{}: a run was stopped there; {} goes on with it, or delete {}"
+        text = "{}: an interrupted run; resume it with {}, or delete {}"
         return OptionError(text, out, Option("resume"), part_of(out))
-    return OptionError("{}: a run was stopped there; rename or delete its rows, {}", out, part_of(out))
+    return OptionError("{}: an interrupted run; rename or delete its rows, {}", out, part_of(out))
 
 
 @contextmanager

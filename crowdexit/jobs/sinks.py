@@ -36,7 +36,7 @@ _NOT_USED: dict[AudioStatus, str] = {
     "none": "there is none at the time of the counted frames",
     "unreadable": "it cannot be read",
     "tiled": "the image is cut into tiles, and audio belongs to all of it",
-    "switched off": "the exit that answers takes none",
+    "switched off": "the exit used has no audio input",
 }
 
 

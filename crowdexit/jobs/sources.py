@@ -149,9 +149,9 @@ def _audio_of(path: Path, kind: Kind, beside: Sequence[Path] | None) -> Path | N
     """
     if kind != "image":
         return None
-    usual = path.with_suffix(AUDIO_SUFFIX)
-    if usual.is_file():
-        return usual
+    default = path.with_suffix(AUDIO_SUFFIX)
+    if default.is_file():
+        return default
     if beside is None:
         try:
             beside = sorted(path.parent.iterdir())

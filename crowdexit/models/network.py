@@ -123,13 +123,15 @@ class MultiExitNetwork(nn.Module):
         self._check_place(place)
         kinds = self.branch_kinds(place)
         if kind not in kinds:
-            raise ValueError(f"no branch of kind {kind!r} fits place {place} of this network ({', '.join(kinds)} do)")
+            raise ValueError(
+                f"no branch of kind {kind!r} fits location {place} of this network ({', '.join(kinds)} do)"
+            )
         options = dict(options or {})
         own = exit_kinds()[kind].options
         fields = (*self.config.branch_fields, *own)
         for option in options:
             if option not in fields:
-                raise ValueError(f"a branch of this network has no {option!r} of its own (it has {', '.join(fields)})")
+                raise ValueError(f"a branch of this network has no option {option!r} (it has {', '.join(fields)})")
         shared = {option: value for option, value in options.items() if option not in own}
         config = replace(self.config, **shared) if shared else self.config  # type: ignore[type-var]
         at = self.exit_location(place, config)
@@ -138,7 +140,7 @@ class MultiExitNetwork(nn.Module):
 
     def _check_place(self, place: str) -> None:
         if place not in self.places:
-            raise ValueError(f"no place {place!r} in this network (it has {', '.join(self.places)})")
+            raise ValueError(f"no exit location {place!r} in this network (it has {', '.join(self.places)})")
 
     def add_exit(self, name: str, place: str, branch: Exit) -> None:
         """Put an early exit called ``name`` at a place.
@@ -148,7 +150,7 @@ class MultiExitNetwork(nn.Module):
         """
         self._check_place(place)
         if name in self.branches or name == FINAL:
-            raise ValueError(f"there is an exit {name!r} already")
+            raise ValueError(f"exit {name!r} already exists")
         self.branches[name] = branch
         self._stage_of[name] = self.places[place]
 

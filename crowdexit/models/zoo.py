@@ -179,7 +179,7 @@ def parse_size(text: str, step: int) -> tuple[int, int]:
     """
     match = re.fullmatch(r"([0-9]{1,6})[x×]([0-9]{1,6})", text.strip())
     if match is None:
-        raise ZooError(f"size {text!r}: give width and height like 1024x576")
+        raise ZooError(f"size {text!r}: expected width and height like 1024x576")
     width, height = int(match[1]), int(match[2])
     if any(side % step or not 0 < side <= MAX_SIDE for side in (width, height)):
         raise ZooError(f"size {text!r}: width and height have to be multiples of {step}, {MAX_SIDE} at most")
@@ -214,7 +214,7 @@ def _write(tensors: dict[str, Tensor], spec: Spec, path: Path) -> None:
         with atomic_write(path, len(data)) as part:
             part.write_bytes(data)
     except OSError as error:
-        kept = "the file that is there stays as it is" if path.is_file() else "nothing is written"
+        kept = "the existing file is unchanged" if path.is_file() else "nothing is written"
         raise ZooError(write_problem(path, error, needed=len(data), kept=kept)) from None
 
 
@@ -356,7 +356,7 @@ def fill(
     shapes = [k for k in own if k in tensors and own[k].shape != tensors[k].shape]
     for keys, what in (
         (missing, "it lacks"),
-        (extra, "the network has no place for"),
+        (extra, "the network does not have"),
         (shapes, "it has another shape of"),
     ):
         if keys:

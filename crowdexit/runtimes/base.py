@@ -17,7 +17,7 @@ from crowdexit.models.chain import iter_outputs
 from crowdexit.models.network import MultiExitNetwork
 from crowdexit.models.stages import ExitOutput, Features
 from crowdexit.runtimes.arrays import ArrayChain, Record
-from crowdexit.runtimes.pieces import record_of
+from crowdexit.runtimes.subgraphs import record_of
 
 
 class ReadyChain(ABC):

@@ -14,18 +14,18 @@ from torch import Tensor
 from crowdexit.models.network import MultiExitNetwork
 from crowdexit.models.stages import ExitOutput, Features
 from crowdexit.runtimes import cancel
-from crowdexit.runtimes.arrays import RuntimeUnavailable, exit_piece, stage_piece
+from crowdexit.runtimes.arrays import RuntimeUnavailable, exit_subgraph, stage_subgraph
 from crowdexit.runtimes.base import ReadyChain, Runtime, register_runtime
 from crowdexit.runtimes.batch import make_batch
 from crowdexit.runtimes.eager import EagerChain
-from crowdexit.runtimes.pieces import Piece, take_apart
+from crowdexit.runtimes.subgraphs import Subgraph, partition
 
 
 @register_runtime("compile", "compile-bf16")
 class Compiled(Runtime):
     """torch.compile on the CPU, in float32 or bfloat16; needs a C++ compiler, and a while at first.
 
-    A piece is compiled for the first size that it meets and, at the second, for batches and images of any size.
+    A subgraph is compiled for the first size and, at the second, for batches and images of any size.
     """
 
     def __init__(self, name: str = "compile") -> None:
@@ -41,9 +41,9 @@ class _CompiledChain(EagerChain):
     def __init__(self, network: MultiExitNetwork, runtime: str) -> None:
         half = torch.bfloat16 if runtime.endswith("bf16") else None
         super().__init__(network, runtime, torch.device("cpu"), half)
-        self._pieces = take_apart(network)
+        self._subgraphs = partition(network)
         self._compiled: dict[str, Callable[..., tuple[Tensor, ...]]] = {
-            name: torch.compile(_own_forward(name, piece)) for name, piece in self._pieces.items()
+            name: torch.compile(_own_forward(name, subgraph)) for name, subgraph in self._subgraphs.items()
         }
 
     def prepare(self, exits: Collection[str], size: tuple[int, int] | None = None) -> None:
@@ -54,28 +54,28 @@ class _CompiledChain(EagerChain):
             pass
 
     def advance(self, index: int, state: Features) -> Features:
-        name = stage_piece(index)
-        return replace(state, **self._run(name, state), token_grid=self._pieces[name].token_grid_after)
+        name = stage_subgraph(index)
+        return replace(state, **self._run(name, state), token_grid=self._subgraphs[name].token_grid_after)
 
     def run_exit(self, name: str, state: Features) -> ExitOutput:
-        given = self._run(exit_piece(name), state)
+        given = self._run(exit_subgraph(name), state)
         return ExitOutput(**{key: tensor.float() for key, tensor in given.items()})
 
     def _run(self, name: str, state: Features) -> dict[str, Any]:
-        ports = self._pieces[name].ports
+        signature = self._subgraphs[name].signature
         cancel.check()  # compiled code runs to its end
         try:
             with self._mode():
-                given = self._compiled[name](*(getattr(state, port.name) for port in ports.takes))
+                given = self._compiled[name](*(getattr(state, spec.name) for spec in signature.inputs))
         except torch._dynamo.exc.TorchDynamoException as error:
             line = " ".join(str(error).split("\n", 2)[:2])  # who failed, and at what; then hints at Dynamo's switches
             raise RuntimeUnavailable(f"torch.compile cannot compile {name}: {line[:200]}") from None
-        return {port.name: tensor for port, tensor in zip(ports.gives, given, strict=True)}
+        return {spec.name: tensor for spec, tensor in zip(signature.outputs, given, strict=True)}
 
 
-def _own_forward(name: str, piece: Piece) -> Callable[..., tuple[Tensor, ...]]:
-    """A piece's ``forward`` in code of its own: Dynamo counts recompilations, and learns which sizes vary, by code."""
-    shared = Piece.forward
+def _own_forward(name: str, subgraph: Subgraph) -> Callable[..., tuple[Tensor, ...]]:
+    """A copy of ``forward`` for one subgraph: Dynamo tracks recompilations and dynamic sizes by code object."""
+    shared = Subgraph.forward
     own = FunctionType(shared.__code__.replace(co_name=name), shared.__globals__, name)
-    bound: Callable[..., tuple[Tensor, ...]] = own.__get__(piece)
+    bound: Callable[..., tuple[Tensor, ...]] = own.__get__(subgraph)
     return bound

@@ -31,7 +31,7 @@ class Eager(Runtime):
 
     def __init__(self, name: str = "eager") -> None:
         if name.startswith("cuda") and not torch.cuda.is_available():
-            raise RuntimeUnavailable(f"the runtime {name!r} needs a CUDA GPU, and there is none")
+            raise RuntimeUnavailable(f"the runtime {name!r} needs a CUDA GPU; none found")
         self.name = name
         self.device = torch.device("cuda" if name.startswith("cuda") else "cpu")
         self.half = {"bf16": torch.bfloat16, "half": torch.float16}.get(name.rpartition("-")[2])

@@ -69,19 +69,19 @@ def one_line(error: Exception) -> str:
     return line.strip()[:200]
 
 
-def bears_half(piece: str, shapes: Shapes) -> bool:
-    """Whether a piece that takes arrays of these shapes may compute in bfloat16.
+def bears_half(subgraph: str, shapes: Shapes) -> bool:
+    """Whether a subgraph with inputs of these shapes may compute in bfloat16.
 
     Exits on tokens may not: they cost little, and a transformer's final count came out four per cent off.
     """
-    return not (is_exit(piece) and any(len(shape) == 2 for shape in shapes))
+    return not (is_exit(subgraph) and any(len(shape) == 2 for shape in shapes))
 
 
 class Engine(ABC):
-    """Runs pieces by their names (:class:`crowdexit.runtimes.arrays.Engine`), from any thread.
+    """Runs subgraphs by name (:class:`crowdexit.runtimes.arrays.Engine`), from any thread.
 
     Args:
-        model: the piece's model for arrays whose shapes without the batch are these.
+        model: returns a subgraph's model for inputs of these shapes (without the batch).
     """
 
     library: str
@@ -91,53 +91,53 @@ class Engine(ABC):
         self._ready_models: OrderedDict[tuple[str, Shapes], Any] = OrderedDict()  # the one used last comes last
         self._lock = Lock()
 
-    def run(self, piece: str, arrays: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
-        """What a piece gives for what it takes, in new arrays.
+    def run(self, subgraph: str, arrays: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+        """Run a subgraph; the outputs are new arrays.
 
         Raises:
-            RuntimeUnavailable: if the library cannot make the piece ready, or fails on it.
+            RuntimeUnavailable: if the library cannot compile the subgraph, or fails on it.
             Cancelled: if this thread's work has been.
         """
         with self._lock:
-            ready = self._made_ready(piece, tuple(array.shape[1:] for array in arrays))
+            ready = self._made_ready(subgraph, tuple(array.shape[1:] for array in arrays))
             try:
                 return self._run(ready, [np.ascontiguousarray(array) for array in arrays])
             except Cancelled:
                 raise
             except Exception as error:
-                raise self._failed(piece, "run", error) from None
+                raise self._failed(subgraph, "run", error) from None
 
-    def prepare(self, piece: str, shapes: Sequence[tuple[int, ...]]) -> None:
-        """Make a piece ready for arrays whose shapes without the batch are these, so that no run has to.
+    def prepare(self, subgraph: str, shapes: Sequence[tuple[int, ...]]) -> None:
+        """Compile a subgraph for inputs of these shapes (without the batch) in advance.
 
         Raises:
             RuntimeUnavailable: if the library cannot.
         """
         with self._lock:
-            self._made_ready(piece, tuple(shapes))
+            self._made_ready(subgraph, tuple(shapes))
 
-    def _made_ready(self, piece: str, shapes: Shapes) -> Any:
-        key = (piece, shapes)
+    def _made_ready(self, subgraph: str, shapes: Shapes) -> Any:
+        key = (subgraph, shapes)
         if key not in self._ready_models:
-            self._ready_models[key] = self._checked_ready(piece, shapes)
+            self._ready_models[key] = self._checked_ready(subgraph, shapes)
             if len(self._ready_models) > MOST_READY:
                 self._ready_models.popitem(last=False)
         self._ready_models.move_to_end(key)
         return self._ready_models[key]
 
-    def _checked_ready(self, piece: str, shapes: Shapes) -> Any:
+    def _checked_ready(self, subgraph: str, shapes: Shapes) -> Any:
         try:
-            return self._ready(piece, self._model(piece, shapes), shapes)
+            return self._ready(subgraph, self._model(subgraph, shapes), shapes)
         except CrowdExitError:
             raise
         except Exception as error:  # whatever the library or its compiler raises
-            raise self._failed(piece, "compile", error) from None
+            raise self._failed(subgraph, "compile", error) from None
 
-    def _failed(self, piece: str, what: str, error: Exception) -> RuntimeUnavailable:
-        return RuntimeUnavailable(f"{self.library} cannot {what} {piece}: {one_line(error)}")
+    def _failed(self, subgraph: str, what: str, error: Exception) -> RuntimeUnavailable:
+        return RuntimeUnavailable(f"{self.library} cannot {what} {subgraph}: {one_line(error)}")
 
     @abstractmethod
-    def _ready(self, piece: str, model: Any, shapes: Shapes) -> Any: ...
+    def _ready(self, subgraph: str, model: Any, shapes: Shapes) -> Any: ...
 
     @abstractmethod
     def _run(self, ready: Any, arrays: list[NDArray[Any]]) -> list[NDArray[Any]]: ...
@@ -147,7 +147,7 @@ class OpenVINOEngine(Engine):
     """OpenVINO on the CPU; models are ``openvino.Model`` with a batch of any size.
 
     Args:
-        half: whether pieces that bear it compute in bfloat16, where the CPU does, what is not quantised of them.
+        half: whether subgraphs that tolerate it compute their unquantised layers in bfloat16, if the CPU does.
     """
 
     library = "OpenVINO"
@@ -157,15 +157,15 @@ class OpenVINOEngine(Engine):
         self._core = openvino_core()
         self._half = half
 
-    def _ready(self, piece: str, model: Any, shapes: Shapes) -> Any:
+    def _ready(self, subgraph: str, model: Any, shapes: Shapes) -> Any:
         # The batch stays open: a size of its own for every batch is hardly faster, and compaction makes many.
         model.reshape({index: [-1, *shape] for index, shape in enumerate(shapes)})
-        precision = "bf16" if self._half and bears_half(piece, shapes) else "f32"
+        precision = "bf16" if self._half and bears_half(subgraph, shapes) else "f32"
         options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
         return self._core.compile_model(model, "CPU", options).create_infer_request()
 
     def _run(self, ready: Any, arrays: list[NDArray[Any]]) -> list[NDArray[Any]]:
-        # Inputs are read where they lie; outputs are copied, for the next run of the piece overwrites its own.
+        # Inputs are not copied; outputs are, as the next run overwrites them.
         with cancelled_by(ready.cancel):
             given = ready.infer(arrays, share_inputs=True, share_outputs=False)
         return [given[index] for index in range(len(ready.model_outputs))]
@@ -180,10 +180,10 @@ class OnnxEngine(Engine):
         super().__init__(model)
         self._onnxruntime = installed("onnxruntime")
 
-    def _ready(self, piece: str, model: bytes, shapes: Shapes) -> Any:
+    def _ready(self, subgraph: str, model: bytes, shapes: Shapes) -> Any:
         options = self._onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors
-        # Every piece has threads of its own: those that have just run must not spin while the next need the cores.
+        # Every subgraph has its own threads: those that have finished must not spin while the next run.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         return self._onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 

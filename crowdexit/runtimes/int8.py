@@ -75,9 +75,9 @@ def measure_ranges(
             _see(network, batch)
     ranges: dict[str, ActivationRange] = {}
     for name, low in lows.items():
-        high, usual = max(highs[name]), median(highs[name])
-        if 0 < high <= SPREAD * usual:
-            ranges[name] = ActivationRange(low, high, 127 if low >= 0 and high <= FILLED * usual else 255)
+        high, nominal = max(highs[name]), median(highs[name])
+        if 0 < high <= SPREAD * nominal:
+            ranges[name] = ActivationRange(low, high, 127 if low >= 0 and high <= FILLED * nominal else 255)
     rounded = quantised(network, ranges)
     fusing = tuple(f"stages.{index}." for index, stage in enumerate(network.stages) if stage.fuses_audio)
     shifted = [name for name in ranges if not name.startswith(fusing)]

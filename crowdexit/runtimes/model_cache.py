@@ -22,7 +22,7 @@ import torch
 
 from crowdexit.errors import CrowdExitError
 from crowdexit.models.network import MultiExitNetwork
-from crowdexit.runtimes.arrays import Port, Ports
+from crowdexit.runtimes.arrays import Signature, TensorSpec
 from crowdexit.runtimes.engines import Shapes
 from crowdexit.utils.files import atomic_write
 from crowdexit.utils.machine import cache_folder
@@ -81,7 +81,7 @@ def _code(package: Path) -> str:
 
 
 class ModelCache(Generic[M]):
-    """The converted pieces of one network for one runtime.
+    """The converted subgraphs of one network for one runtime.
 
     Beside each model lie the digests of its files: a damaged one may well be readable, and count wrongly.
 
@@ -102,11 +102,11 @@ class ModelCache(Generic[M]):
         self._folder = None if root is None else root / "models" / fingerprint(network, runtime)
         self._suffix, self._read, self._write = suffix, read, write
 
-    def get(self, piece: str, shapes: Shapes) -> M | None:
+    def get(self, subgraph: str, shapes: Shapes) -> M | None:
         """A kept model, or None."""
         if self._folder is None:
             return None
-        stem = _stem(piece, shapes)
+        stem = _stem(subgraph, shapes)
         with suppress(Exception):  # whatever is missing, or a library makes of a damaged file
             digests = json.loads((self._folder / f"{stem}.json").read_text("utf-8"))
             if all(_digest(self._folder / name) == digest for name, digest in digests.items()):
@@ -116,11 +116,11 @@ class ModelCache(Generic[M]):
                 return model
         return None
 
-    def keep(self, piece: str, shapes: Shapes, model: M) -> None:
+    def keep(self, subgraph: str, shapes: Shapes, model: M) -> None:
         """Keep a model, and of all networks' those that were used last."""
         if self._folder is None:
             return
-        stem = _stem(piece, shapes)
+        stem = _stem(subgraph, shapes)
         with suppress(Exception):  # a full disk, and whatever a library makes of it
             self._folder.mkdir(parents=True, exist_ok=True)
             with TemporaryDirectory(prefix="part-", dir=self._folder, ignore_cleanup_errors=True) as part:
@@ -134,47 +134,47 @@ class ModelCache(Generic[M]):
             for old in others[:-MOST_NETWORKS]:
                 shutil.rmtree(old, ignore_errors=True)
 
-    def ports(self, make: Callable[[], dict[str, Ports]]) -> dict[str, Ports]:
-        """Kept ports of every piece, or ones that are made and kept: to trace a network takes as long as to import it.
+    def signatures(self, make: Callable[[], dict[str, Signature]]) -> dict[str, Signature]:
+        """The cached signature of every subgraph, else made and cached: tracing takes as long as importing the network.
 
-        Like a model's, their digest is kept beside them.
+        Stored with a digest, as the models are.
         """
-        path = None if self._folder is None else self._folder / "ports.json"
+        path = None if self._folder is None else self._folder / "signatures.json"
         if path is not None:
             with suppress(Exception):  # missing, or damaged in any way
                 digest, text = path.read_text("utf-8").split("\n", 1)
                 if hashlib.blake2b(text.encode()).hexdigest() == digest:
-                    return {piece: _ports_of(sides) for piece, sides in json.loads(text).items()}
+                    return {subgraph: _signature_of(sides) for subgraph, sides in json.loads(text).items()}
         made = make()
         if path is not None:
-            text = json.dumps({piece: asdict(ports) for piece, ports in made.items()})
+            text = json.dumps({subgraph: asdict(signature) for subgraph, signature in made.items()})
             with suppress(OSError, CrowdExitError):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with atomic_write(path) as part:
                     part.write_text(f"{hashlib.blake2b(text.encode()).hexdigest()}\n{text}", "utf-8")
         return made
 
-    def model(self, piece: str, shapes: Shapes, make: Callable[[], M]) -> M:
-        """A kept model, or one that is made and kept."""
-        cached = self.get(piece, shapes)
+    def model(self, subgraph: str, shapes: Shapes, make: Callable[[], M]) -> M:
+        """A cached model, else one that is made and cached."""
+        cached = self.get(subgraph, shapes)
         if cached is not None:
             return cached
         made = make()
-        self.keep(piece, shapes, made)
+        self.keep(subgraph, shapes, made)
         return made
 
 
-def _ports_of(sides: dict[str, list[dict[str, Any]]]) -> Ports:
-    takes, gives = (
-        tuple(Port(port["name"], port["dtype"], tuple(port["shape"])) for port in sides[side])
-        for side in ("takes", "gives")
+def _signature_of(sides: dict[str, list[dict[str, Any]]]) -> Signature:
+    inputs, outputs = (
+        tuple(TensorSpec(spec["name"], spec["dtype"], tuple(spec["shape"])) for spec in sides[side])
+        for side in ("inputs", "outputs")
     )
-    return Ports(takes, gives)
+    return Signature(inputs, outputs)
 
 
-def _stem(piece: str, shapes: Shapes) -> str:
+def _stem(subgraph: str, shapes: Shapes) -> str:
     """The name of a model's files without their suffixes."""
-    return hashlib.blake2b(repr((piece, shapes)).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(repr((subgraph, shapes)).encode(), digest_size=16).hexdigest()
 
 
 def _digest(path: Path) -> str:

@@ -19,14 +19,14 @@ from crowdexit.runtimes.base import ArrayReady, ReadyChain, Runtime, register_ru
 from crowdexit.runtimes.engines import OpenVINOEngine, Shapes, installed, openvino_core
 from crowdexit.runtimes.int8 import quantised
 from crowdexit.runtimes.model_cache import ModelCache
-from crowdexit.runtimes.pieces import Piece, chain_of, take_apart, takes_any_size
+from crowdexit.runtimes.subgraphs import Subgraph, chain_of, partition, takes_any_size
 
 _CONVERTING = Lock()
 
 
 @register_runtime("openvino", "openvino-bf16", "openvino-int8")
 class OpenVINO(Runtime):
-    """OpenVINO on the CPU; pieces are converted when they are first run, and kept.
+    """OpenVINO on the CPU; subgraphs are converted on first use and cached.
 
     ``openvino-int8`` needs a network's activation ranges (:mod:`crowdexit.runtimes.int8`).
 
@@ -50,16 +50,16 @@ class OpenVINO(Runtime):
         models = _model_cache(network, "openvino" if self.name == "openvino-bf16" else self.name)
 
         @cache
-        def pieces() -> dict[str, Piece]:  # only made where something is not kept yet
-            return take_apart(quantised(network, network.activation_ranges) if int8 else network)
+        def subgraphs() -> dict[str, Subgraph]:  # only made where something is not kept yet
+            return partition(quantised(network, network.activation_ranges) if int8 else network)
 
-        def model(piece: str, shapes: Shapes) -> Any:
+        def model(subgraph: str, shapes: Shapes) -> Any:
             of = () if takes_any_size(network) else shapes
-            return models.model(piece, of, lambda: convert(pieces()[piece], of or None))
+            return models.model(subgraph, of, lambda: convert(subgraphs()[subgraph], of or None))
 
-        ports = models.ports(lambda: {name: piece.ports for name, piece in pieces().items()})
+        signatures = models.signatures(lambda: {name: subgraph.signature for name, subgraph in subgraphs().items()})
         engine = OpenVINOEngine(model, half=self.name != "openvino")
-        return ArrayReady(network, self.name, chain_of(network, ports, engine))
+        return ArrayReady(network, self.name, chain_of(network, signatures, engine))
 
 
 def _model_cache(network: MultiExitNetwork, runtime: str) -> ModelCache[Any]:
@@ -89,8 +89,8 @@ def _root_logger_restored() -> Iterator[None]:
             root.filters, root.handlers = filters, handlers
 
 
-def convert(piece: Piece, shapes: Shapes | None = None) -> Any:
-    """A piece as an ``openvino.Model``, its batch open, and the sides of its maps where it takes any image size.
+def convert(subgraph: Subgraph, shapes: Shapes | None = None) -> Any:
+    """Convert a subgraph to an ``openvino.Model`` with dynamic batch, and dynamic map sizes if it takes any size.
 
     Its weights share the network's memory.
 
@@ -98,17 +98,17 @@ def convert(piece: Piece, shapes: Shapes | None = None) -> Any:
         shapes: of what it takes, without the batch; default: at the network's own image size.
     """
     openvino = installed("openvino")
-    examples = piece.examples(shapes)
+    examples = subgraph.examples(shapes)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of shapes that become constants: all but the batch are
-        traced = torch.jit.trace(piece, examples, check_trace=False)
+        traced = torch.jit.trace(subgraph, examples, check_trace=False)
         given = [
             openvino.PartialShape([-1 if d == 0 or d in sides else n for d, n in enumerate(example.shape)])
-            for example, sides in zip(examples, piece.open_sides(), strict=True)
+            for example, sides in zip(examples, subgraph.open_sides(), strict=True)
         ]
         with _root_logger_restored():
             model = openvino.convert_model(traced, example_input=examples, input=given)
-    for names, sides in zip(piece.ports.names(), (model.inputs, model.outputs), strict=True):
+    for names, sides in zip(subgraph.signature.names(), (model.inputs, model.outputs), strict=True):
         for name, side in zip(names, sides, strict=True):
             side.get_tensor().set_names({name})
     return model

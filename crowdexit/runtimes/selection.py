@@ -82,7 +82,7 @@ class Auto(Runtime):
             try:
                 return _with_eager_fallback(select_runtime(known).ready(network), key)
             except Exception as error:
-                log.warning("%s; the runtimes are tried anew", one_line(error))
+                log.warning("%s; selecting a runtime again", one_line(error))
         selected, chain, complete = _fastest(network)
         if complete:
             save_choice(key, selected)
@@ -159,7 +159,7 @@ class FallbackChain(ReadyChain):
     def _fall_back(self, failed: ReadyChain, error: Exception) -> None:
         """Have eager float32 go on, unless it does already."""
         if failed is self._chain:
-            log.warning("runtime auto: %s; eager goes on", one_line(error))
+            log.warning("runtime auto: %s; falling back to eager", one_line(error))
             forget_choice(self._key)
             self._chain = Eager().ready(self.network)
             self.runtime = self._chain.runtime
@@ -235,7 +235,7 @@ def _fastest(network: MultiExitNetwork) -> tuple[str, ReadyChain, bool]:
 
 
 def _leave_out(name: str, why: str) -> None:
-    log.warning("runtime auto leaves out %s: %s", name, why)
+    log.warning("runtime auto skips %s: %s", name, why)
 
 
 def _answers(chain: ReadyChain, features: Features) -> dict[str, Tensor]:
@@ -292,7 +292,7 @@ def _int8_agrees(chain: ReadyChain, eager: ReadyChain, street: Features) -> bool
             value = expected[name].value
             worst = float((answer.value - value).abs().max() / value.abs().max())
             if not worst <= INT8_TOLERANCE:
-                log.warning("runtime auto leaves out %s: exit %s differs by %.1f %%", INT8, name, 100 * worst)
+                log.warning("runtime auto skips %s: exit %s differs by %.1f %%", INT8, name, 100 * worst)
                 return False
     return True
 

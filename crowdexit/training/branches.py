@@ -55,7 +55,7 @@ def _plain(lr: float) -> str:
     return f"{lr:e}".replace(".", "_")
 
 
-def add_branches(network: MultiExitNetwork, recipe: Recipe, usual: float) -> None:
+def add_branches(network: MultiExitNetwork, recipe: Recipe, median_count: float) -> None:
     """Add the recipe's branches, their weights fixed by name and seed.
 
     The output starts at a usual count, not at zero; class scores do start at zero, and density maps nearly empty.
@@ -71,7 +71,7 @@ def add_branches(network: MultiExitNetwork, recipe: Recipe, usual: float) -> Non
         except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
             raise TrainingError(f"exit {e.name!r}: {error}") from None
         exit = network.exit_module(trial.name)
-        exit.start_at(usual)
+        exit.start_at(median_count)
         if recipe.tied:
             exit.start_tied()
 

@@ -95,7 +95,7 @@ class FeatureCache:
         size = sum(tensor[0].numel() * tensor.element_size() for tensor in row.values()) + 1
         self.rows = min(len(dataset) * views, limit // size)
         if self.rows == 0:
-            raise TrainingError(f"cache: one sample takes {size / 1e6:.1f} MB, more than the bound allows in all")
+            raise TrainingError(f"cache: one sample needs {size / 1e6:.1f} MB, more than the limit for the whole cache")
         self.types = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in row.items()}
         header = {**prints, "rows": self.rows, "types": self.types}
         if (folder / MANIFEST).exists():
@@ -123,7 +123,7 @@ class FeatureCache:
             free = shutil.disk_usage(self.folder).free
             if self.rows * size > free:
                 raise TrainingError(
-                    f"{self.folder}: the feature cache wants {self.rows * size / 1e9:.1f} GB, and {free / 1e9:.1f} GB "
+                    f"{self.folder}: the feature cache needs {self.rows * size / 1e9:.1f} GB, and {free / 1e9:.1f} GB "
                     "are free; set a lower cache.gigabytes"
                 )
             for name, shape in {**shapes, "whole": ()}.items():
@@ -135,7 +135,7 @@ class FeatureCache:
             part.write_text(json.dumps(header), "utf-8")
             part.replace(self.folder / MANIFEST)
         except OSError as error:
-            raise TrainingError(f"{self.folder}: no feature cache can be made there ({error.strerror})") from None
+            raise TrainingError(f"{self.folder}: cannot create the feature cache ({error.strerror})") from None
 
     def _open(self) -> dict[str, np.ndarray]:
         """The files as memory maps, opened by each process that asks."""

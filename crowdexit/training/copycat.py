@@ -40,10 +40,10 @@ def copycat_recipe(
     path = zoo.checkpoint_path(run)
     recorded = zoo.read_spec(path).meta.get("recipe")
     if not isinstance(recorded, dict) or recorded.get("stage") != "branches":
-        raise TrainingError(f"{path}: not trained classifier-wise; copycat goes on with branches on a frozen backbone")
+        raise TrainingError(f"{path}: not trained classifier-wise; copycat continues branches on a frozen backbone")
     optimiser = dict(recorded.get("optimiser") or {})
-    usual = min(optimiser.get("rates") or [optimiser.get("lr", 1e-3)])
-    optimiser |= {"rates": (), "lr": usual / 10 if lr is None else lr}
+    run_lr = min(optimiser.get("rates") or [optimiser.get("lr", 1e-3)])
+    optimiser |= {"rates": (), "lr": run_lr / 10 if lr is None else lr}
     own: dict[str, Any] = {
         "start": path,
         "branches_from": path,

@@ -32,7 +32,7 @@ def store_of(recipe: Recipe) -> Path:
         TrainingError: if it names none.
     """
     if recipe.data.store is None:
-        raise TrainingError("no data: give a prepared file with --data")
+        raise TrainingError("no data: name a prepared file with --data")
     return recipe.data.store
 
 
@@ -60,7 +60,7 @@ class RecipeData(L.LightningDataModule):
     Attributes:
         train_set, val_set: the samples. val_batch: how many of the latter at once.
         unlabelled: samples that a teacher labels, seen as the training samples are.
-        usual: count at which an untrained exit starts.
+        median_count: count at which an untrained exit starts.
         note: what there is to say of the unlabelled samples, in a line.
     """
 
@@ -69,7 +69,7 @@ class RecipeData(L.LightningDataModule):
     val_set: CrowdDataset | ClassDataset
     unlabelled: CrowdDataset | ClassDataset | None = None
     val_batch: int
-    usual: float
+    median_count: float
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ class CrowdData(RecipeData):
             val_ids = store.ids(data.val, data.val_ids)
             needs_audio = recipe.stage == "hearing" or recipe.watch == "audio"
             if needs_audio and not any("log_mel" in store.info(data.val, id).parts for id in val_ids):
-                raise TrainingError(f"{self.path}: no sample of {data.val} has sound to validate with")
+                raise TrainingError(f"{self.path}: no sample of {data.val} has audio to validate with")
             for id, sample in known.items():
                 if recipe.stage == "hearing" and "log_mel" not in sample.parts:
                     raise TrainingError(f"{self.path}: {data.train}/{id} has no audio to learn from")
@@ -182,7 +182,7 @@ class CrowdData(RecipeData):
                         f"{self.path}: {data.train}/{id} has only a density map and cannot be cropped; "
                         "set data.whole: true"
                     )
-        self.usual = float(np.median([sample.count for sample in known.values()]))
+        self.median_count = float(np.median([sample.count for sample in known.values()]))
         self.train_set = CrowdDataset(store, data.train, ids, setting, recipe.seed, negatives_of(data.negatives))
         if recipe.copycat is not None:
             path, split = recipe.copycat.pictures, recipe.copycat.split
@@ -206,7 +206,7 @@ class CrowdData(RecipeData):
 class ClassData(RecipeData):
     """A classification set's images as the recipe wants them."""
 
-    usual = 0.0
+    median_count = 0.0
 
     def __init__(self, recipe: Recipe, config: Config) -> None:
         super().__init__(recipe)

@@ -81,7 +81,7 @@ class JointTraining(Experiment):
         freeze(network, recipe)
         for phase in self.phases:
             if not any(self.weights[name] for name in phase.exits):
-                raise TrainingError(f"lambdas: nothing would be learned from {', '.join(phase.exits)}: all are zero")
+                raise TrainingError(f"lambdas: the weights of {', '.join(phase.exits)} are all zero")
         self.best, self.begun = math.inf, -1
         self.average = averaged(network, recipe)
 

@@ -22,12 +22,12 @@ _CROWD = 30.0  # heads in an image from which on its weight falls
 _LEAST = 1e-6  # heads in a cell that are added to both sides, so that no logarithm is of zero
 
 
-def evened(crowding: Tensor, usual: float, even: float) -> Tensor:
+def evened(crowding: Tensor, nominal: float, even: float) -> Tensor:
     """What a balanced loss divides an image's error by: ``crowding`` at ``even`` 1, the same for all at 0.
 
-    Between the two a power of it, scaled so that an image of ``usual`` crowding weighs the same throughout.
+    Between the two a power of it, scaled so that an image of ``nominal`` crowding weighs the same throughout.
     """
-    out: Tensor = crowding**even * usual ** (1 - even)
+    out: Tensor = crowding**even * nominal ** (1 - even)
     return out
 
 

@@ -251,6 +251,7 @@ class ClassValidation(Validation):
 
 
 _CONDITIONS = {"audio": "sound", "no-audio": "silent"}  # a recipe's to the validation's
+_SHOWN = {"sound": "with audio", "silent": "without audio"}  # on the console
 _NAMED = 12  # exits on the line of an epoch
 
 
@@ -324,7 +325,7 @@ class Experiment(L.LightningModule):
         first = sorted(tables, key=lambda name: tables[name]["error"])[:_NAMED]
         more = f"  … and {len(tables) - _NAMED} with more error" if len(tables) > _NAMED else ""
         named = (
-            f"{name}: " + " ".join(f"{k.removeprefix('mae/')} {v:.4g}" for k, v in table.items())
+            f"{_SHOWN.get(name, name)}: " + " ".join(f"{k.removeprefix('mae/')} {v:.4g}" for k, v in table.items())
             for name, table in tables.items()
             if name in first
         )

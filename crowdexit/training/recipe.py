@@ -133,11 +133,11 @@ class DataPart(_Part):
                 raise ValueError(f"{name} is a lowest and a highest factor above 0")
         degraded = self.degradations != DegradationsPart()
         if self.whole and self.voices is not None:
-            raise ValueError("voices are for crops: a whole image has the sample's own audio")
+            raise ValueError("voices need crops: a whole image has the sample's own audio")
         if self.whole and (self.negatives.share or self.wide_share or self.aspect or degraded):
             raise ValueError("whole images are only flipped: no negatives, degradations, wide_share or aspect")
         if self.balance is not None and (not self.balance or min(self.balance.values()) <= 0):
-            raise ValueError("balance gives each group of ids a share above 0")
+            raise ValueError("balance: each group of ids needs a share above 0")
         return self
 
 
@@ -164,7 +164,7 @@ class OptimiserPart(_Part):
     @model_validator(mode="after")
     def _several(self) -> OptimiserPart:
         if len(set(self.rates)) < len(self.rates):
-            raise ValueError("rates: one comes twice")
+            raise ValueError("rates: duplicate rate")
         return self
 
 
@@ -320,13 +320,13 @@ class Recipe(_Part):
         if not with_exits and self.exits:
             raise ValueError(f"the stage {self.stage!r} trains no exits")
         if self.branches_from and not with_exits:
-            raise ValueError(f"the stage {self.stage!r} trains no exits, so that branches_from means nothing")
+            raise ValueError(f"the stage {self.stage!r} trains no exits; branches_from does not apply")
         if self.cache and (self.stage != "branches" or self.data.views is None):
-            raise ValueError("a feature cache is for the stage 'branches', and for data.views that come again")
+            raise ValueError("a feature cache needs the stage 'branches' and repeated data.views")
         if self.copycat and (self.stage != "branches" or self.cache):
             raise ValueError("copycat is for the stage 'branches', and not for a feature cache")
         if self.lambdas and self.stage not in ("end-to-end", "layer-wise"):
-            raise ValueError(f"the stage {self.stage!r} adds no losses, so that lambdas mean nothing")
+            raise ValueError(f"the stage {self.stage!r} adds no losses; lambdas do not apply")
         if self.rest != "kept" and self.stage != "layer-wise":
             raise ValueError(f"the stage {self.stage!r} knows no 'rest'")
         if self.frozen and self.stage not in ("density", "count", "classes", "branches"):
@@ -356,15 +356,15 @@ class Recipe(_Part):
                 if chosen:
                     raise ValueError(f"the stage {self.stage!r} knows no {name}")
         if self.norm_batches and self.norms != "frozen":
-            raise ValueError("norm_batches are for norms that keep what they take from them: norms: frozen")
+            raise ValueError("norm_batches need norms: frozen")
         if (self.detached or self.detach_until) and self.stage != "end-to-end":
             raise ValueError(f"the stage {self.stage!r} knows no 'detached' and no 'detach_until'")
         if any(e.start for e in self.exits) and self.start is None:
             raise ValueError("an exit that starts from another needs a checkpoint: set start")
         if self.fit and (self.loss == "cross-entropy" or self.stage in ("hearing", "density")):
-            raise ValueError("fit starts heads that say a count")
+            raise ValueError("fit needs heads that output a count")
         if self.loss == "cross-entropy" and self.local:
-            raise ValueError("the parts of an image have no class of their own: no 'local'")
+            raise ValueError("'local' applies to counting only")
         if self.watch != "mean" and self.loss == "cross-entropy":
             raise ValueError("a classifier is validated without audio: no 'watch'")
         if self.data.voices is not None and self.stage == "hearing":
@@ -374,7 +374,7 @@ class Recipe(_Part):
         if self.start is not None and self.weights:
             raise ValueError("start and weights exclude each other")
         if self.senses is not None and (self.start is not None or self.weights):
-            raise ValueError("senses are for a transformer that starts from nothing")
+            raise ValueError("senses are for a transformer trained from scratch")
         return self
 
     def described(self) -> dict[str, Any]:

@@ -77,7 +77,7 @@ class RunCheckpoints(TorchCheckpointIO):
                 if path.exists():
                     path.replace(path.with_name(BEFORE))
         except OSError as error:
-            kept = "the checkpoint of the epoch before is kept; free some space and resume the run"
+            kept = "the previous epoch's checkpoint is kept; free some space and resume the run"
             if not (path.exists() or path.with_name(BEFORE).exists()):
                 kept = "nothing is kept"
             raise TrainingError(write_problem(path, error, needed=len(data), kept=kept)) from None
@@ -130,7 +130,7 @@ def checkpoint_to_resume(out: Path, console: Console) -> Path | None:
                 (out / LAST).replace(out / f"{LAST}.damaged")
         return path
     if damaged:
-        raise TrainingError(f"{damaged[0]}, and there is no other to go on from; delete {out} and train anew")
+        raise TrainingError(f"{damaged[0]}, and there is no other checkpoint; delete {out} and train again")
     return None
 
 
@@ -213,7 +213,9 @@ def start_senses(network: MultiExitNetwork, model: str) -> None:
     path = zoo.checkpoint_path(model)
     parts = network.parts_of_audiocsrnet
     if not parts or not zoo.read_spec(path).model.startswith("audiocsrnet"):
-        raise TrainingError(f"senses: a transformer with ears or a VGG stem takes them from an AudioCSRNet, not {path}")
+        raise TrainingError(
+            f"senses: a transformer with an audio encoder or a VGG stem takes them from an AudioCSRNet, not {path}"
+        )
     read = zoo.read_tensors(path)
     named = {
         ours + key.removeprefix(theirs): v
@@ -236,7 +238,7 @@ def start_branches(network: MultiExitNetwork, recipe: Recipe, path: Path) -> Non
     there = zoo.read_spec(path).exits
     for e in recipe.exits:
         if zoo.ExitSpec(e.name, e.place, e.kind, e.options) not in there:
-            raise TrainingError(f"{path}: it has no branch {e.name!r} of kind {e.kind} at {e.place}")
+            raise TrainingError(f"{path}: no branch {e.name!r} of kind {e.kind} at {e.place}")
     read = zoo.read_tensors(path)
     tensors: dict[str, Tensor] = {}
     for trial in trials(recipe):
@@ -294,17 +296,19 @@ def start_rest(network: MultiExitNetwork, recipe: Recipe) -> None:
     zoo.fill(network, tensors, str(recipe.rest), optional=lambda key: not key.startswith(behind))
 
 
-def make_experiment(network: MultiExitNetwork, spec: zoo.Spec, recipe: Recipe, out: Path, usual: float) -> Experiment:
+def make_experiment(
+    network: MultiExitNetwork, spec: zoo.Spec, recipe: Recipe, out: Path, median_count: float
+) -> Experiment:
     """The starting network in the loop that the recipe's stage wants.
 
     Args:
-        usual: count at which branches start.
+        median_count: count at which branches start.
 
     Raises:
         TrainingError: for an exit that does not fit, stage one of a network without a density map, or stage two
             of one without its dense layer.
     """
-    add_branches(network, recipe, usual)
+    add_branches(network, recipe, median_count)
     if recipe.branches_from is not None:
         start_branches(network, recipe, recipe.branches_from)
     start_exits(network, recipe)
@@ -432,7 +436,7 @@ def train(
     devices, machines = _processes(devices)
     first = os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("GROUP_RANK", "0") == "0"
     if first and not resume and any(path.exists() for path in (out / LAST, out / BEFORE, model)):
-        raise TrainingError(f"{out}: there is a run already; --resume goes on with it")
+        raise TrainingError(f"{out}: already holds a run; continue it with --resume")
     if recipe.batch % (devices * machines):
         raise TrainingError(f"a batch of {recipe.batch} cannot be shared evenly by {devices * machines} processes")
     keep_freed_memory()
@@ -453,11 +457,11 @@ def train(
     if len(data.val_set) < devices * machines:
         raise TrainingError(f"fewer validation samples ({len(data.val_set)}) than processes")
     L.seed_everything(recipe.seed, workers=True, verbose=False)
-    experiment = make_experiment(network, spec, recipe, out, data.usual)
+    experiment = make_experiment(network, spec, recipe, out, data.median_count)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise TrainingError(f"{out}: no folder can be made there ({error.strerror})") from None
+        raise TrainingError(f"{out}: cannot create the folder ({error.strerror})") from None
     with _alone(out) if first else nullcontext():
         _fit(recipe, experiment, data, out, resume, devices, machines, accelerator, console)
     return model
@@ -474,7 +478,7 @@ def _alone(out: Path) -> Iterator[None]:
         with FileLock(out / "training.lock", timeout=0):
             yield
     except Timeout:
-        raise TrainingError(f"{out}: another training is writing there") from None
+        raise TrainingError(f"{out}: another training is writing to it") from None
 
 
 def _fit(
@@ -562,7 +566,7 @@ def _check_best(model: Path) -> None:
         zoo.read_spec(model)
         zoo.read_tensors(model)
     except zoo.ZooError as error:
-        raise TrainingError(f"{error}; it is the best network so far: delete {model.parent} and train anew") from None
+        raise TrainingError(f"{error}; it is the best network so far: delete {model.parent} and train again") from None
 
 
 def _best_rate(recipe: Recipe, out: Path, resume: bool, devices: int, accelerator: str, console: Console) -> Path:
@@ -570,7 +574,7 @@ def _best_rate(recipe: Recipe, out: Path, resume: bool, devices: int, accelerato
     model = out / "model.safetensors"
     if model.exists():
         if not resume:
-            raise TrainingError(f"{out}: there is a run already; --resume goes on with it")
+            raise TrainingError(f"{out}: already holds a run; continue it with --resume")
         _check_best(model)
         return model
     errors: dict[Path, float] = {}

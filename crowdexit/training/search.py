@@ -31,7 +31,7 @@ def search_recipe(run: Path, data: Path, place: str, dims: Sequence[int], heads:
     if not isinstance(recorded, dict) or recorded.get("stage") != "branches":
         raise TrainingError(f"{path}: not trained classifier-wise; the search takes its recipe from such a run")
     if not dims or not heads or min(*dims, *heads) < 1:
-        raise TrainingError("a grid wants widths and numbers of heads above zero")
+        raise TrainingError("a grid needs positive widths and numbers of heads")
     transformer = "slvit_dim" in zoo.build(spec).config.branch_fields
     dim, head = ("slvit_dim", "slvit_heads") if transformer else ("dim", "heads")
     cnn = "cnn-ignore" if transformer else CNN

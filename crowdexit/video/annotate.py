@@ -46,13 +46,13 @@ class AnnotatedVideo:
     Args:
         path: ends in .mp4.
         audio: the file with the audio, or None.
-        usual: seconds from one frame to the next, for the last one's sound.
+        frame_step: seconds from one frame to the next, for the last one's sound.
         endless: written in pieces, so that memory does not grow; what a kill leaves beside can be played.
     """
 
-    def __init__(self, path: Path, audio: Path | None, usual: float, *, endless: bool = False) -> None:
+    def __init__(self, path: Path, audio: Path | None, frame_step: float, *, endless: bool = False) -> None:
         self.path, self._part = path, path.with_name(path.name + ".part")
-        self._audio_path, self._usual = audio, usual
+        self._audio_path, self._frame_step = audio, frame_step
         self._begins = self._time = 0.0  # of the first frame and the last one, by their frames
         self._audio_blocks: Generator[tuple[int, NDArray[np.float32], int], None, None] | None = None
         self._written = 0
@@ -91,7 +91,7 @@ class AnnotatedVideo:
         height, width = image.shape[:2]
         scale = min(1.0, _LONGEST_SIDE / max(width, height))
         options = {"crf": "23", "preset": "veryfast"}
-        self._video = self._container.add_stream("libx264", rate=max(1, round(1 / self._usual)), options=options)
+        self._video = self._container.add_stream("libx264", rate=max(1, round(1 / self._frame_step)), options=options)
         # The colours of H.264 come in blocks of 2×2.
         self._video.width, self._video.height = (max(2, round(side * scale) // 2 * 2) for side in (width, height))
         self._video.pix_fmt = "yuv420p"
@@ -136,7 +136,7 @@ class AnnotatedVideo:
     ) -> None:
         try:
             if error is None and self._video is not None:
-                self._write_audio_until(self._time + self._usual)
+                self._write_audio_until(self._time + self._frame_step)
                 self._container.mux(self._video.encode())
                 if self._audio_stream is not None:
                     self._container.mux(self._audio_stream.encode())

@@ -193,7 +193,7 @@ def audio_blocks(path: Path, origin: float | None, warn: Warn, rates: tuple[int,
         def warn_of_damage() -> None:
             nonlocal damaged
             if not damaged and place.expected is not None:
-                warn(f"{path}: the audio is damaged after {place.expected / rate:.1f} s; not all of it is heard")
+                warn(f"{path}: the audio is damaged after {place.expected / rate:.1f} s; parts of it are skipped")
             damaged = True
 
         packets, faults = container.demux(stream), 0

@@ -84,6 +84,6 @@ def stated_length(container: Any, stream: Any, origin: float | None = None) -> f
     return 0.0
 
 
-def usual_step(stream: Any) -> float:
+def nominal_step(stream: Any) -> float:
     """Seconds from one frame to the next as a rule."""
     return 1 / float(stream.average_rate or stream.guessed_rate or 25)

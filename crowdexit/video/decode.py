@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from crowdexit.data.media import FAULTS, MOST_FAULTS
-from crowdexit.video.container import VideoError, open_file, read_only, stated_length, usual_step, video_stream
+from crowdexit.video.container import VideoError, nominal_step, open_file, read_only, stated_length, video_stream
 from crowdexit.video.display import Display, StreamDisplay
 
 DEFAULT_FPS = 1.0
@@ -58,7 +58,7 @@ class Span:
         if not 0 < self.fps <= _MOST_FPS:
             raise VideoError(f"{self.fps:g} frames a second cannot be counted")
         if not (0 <= self.start < self.end):
-            raise VideoError(f"from {self.start:g} s to {self.end:g} s there is nothing to count")
+            raise VideoError(f"nothing to count from {self.start:g} s to {self.end:g} s")
 
 
 class Due:
@@ -129,7 +129,7 @@ class FrameSampler:
         except VideoError:
             self.close()
             raise
-        self.usual = usual_step(self.stream)
+        self.frame_step = nominal_step(self.stream)
         self._display = StreamDisplay(self.stream)
         read_only(self.container, self.stream)
         self.lost_beginning = False
@@ -171,8 +171,8 @@ class FrameSampler:
     def _hole(self, fps: float) -> float:
         """Seconds without a frame from which on frames are taken to be missing, where ``fps`` are asked for."""
         if "mpegts" in self.container.format.name:
-            return _HOLE_STEPS_TS * self.usual
-        return max(HOLE_S, _HOLE_STEPS * self.usual, 2 / fps)
+            return _HOLE_STEPS_TS * self.frame_step
+        return max(HOLE_S, _HOLE_STEPS * self.frame_step, 2 / fps)
 
     def lose(self) -> None:
         """From the last good frame on, what follows is lost."""
@@ -244,7 +244,7 @@ class FrameSampler:
                     if leapt or ahead < -second:
                         right_again = offset != 0 and latest <= packet.dts <= latest + _LEAP_S * second
                         lost = lost or leapt or right_again
-                        offset = 0 if right_again else latest - packet.dts + round(self.usual * second)
+                        offset = 0 if right_again else latest - packet.dts + round(self.frame_step * second)
                 latest = packet.dts + offset
                 earliest = latest if earliest is None else earliest
                 self.stored = float((latest + (packet.duration or 0) - earliest) * packet.time_base)
@@ -287,7 +287,7 @@ class FrameSampler:
                     self.origin = origin = stamp or 0.0
                     self.lost_beginning = self._lost_from is not None
                 elif stamp is None or stamp - origin < time:  # none, or a clock that was set back
-                    time += self.usual
+                    time += self.frame_step
                 else:
                     time = stamp - origin
                 if due.past(time):
@@ -296,7 +296,7 @@ class FrameSampler:
                 if index == self.span.after:
                     self.begins = time
                 self.good(time, bool(image.key_frame))
-                self.length = time + self.usual
+                self.length = time + self.frame_step
                 if due(index, time):
                     yield self.shown(index, time, image)
             if broken:
@@ -327,7 +327,7 @@ class _Planned:
         self.planned = -math.inf  # the stamp until which all is known
         self.index = -1
         self.unfed: set[int] = set()  # stamps of due frames that the decoder has not been given
-        self.owed: deque[int] = deque()  # stamps of due frames that have not come out
+        self.pending: deque[int] = deque()  # stamps of due frames that have not come out
         self.broken = False  # nothing can be decoded before the next key frame
         self.fed: deque[Any] = deque(maxlen=_MOST_THREADS + 1)  # the packets that may be in the decoder's threads
         self.retried = -math.inf  # the stamp of the last key frame that has been decoded twice
@@ -349,7 +349,7 @@ class _Planned:
             self.planned = math.inf
             yield from self._advance()
         yield from self._drain()
-        while self.broken and self.owed and self.keys and self.planned == math.inf:
+        while self.broken and self.pending and self.keys and self.planned == math.inf:
             yield from self._advance()
             yield from self._drain()
 
@@ -383,11 +383,11 @@ class _Planned:
         if self.index == video.span.after:
             video.begins = time
         video.follow(stamp, before, time, self.due.span.fps)
-        video.length = time + video.usual
+        video.length = time + video.frame_step
         self.plan[stamp] = (self.index, time)
         if self.due(self.index, time):
             self.unfed.add(stamp)
-            self.owed.append(stamp)
+            self.pending.append(stamp)
 
     def _advance(self) -> Iterator[Shown]:
         """Decode what is held, as far as it is needed and that is known."""
@@ -429,17 +429,17 @@ class _Planned:
 
     def _forget(self, stamp: float) -> None:
         """Nothing more is expected of what is shown before a stamp, but for what is owed or stands in for it."""
-        stamp = min(stamp, self.owed[0]) if self.owed else stamp
+        stamp = min(stamp, self.pending[0]) if self.pending else stamp
         self.plan = {s: planned for s, planned in self.plan.items() if s >= stamp}
 
     def _lose(self, packet: Any) -> None:
         """Its frame will not come out; the first that was due stays owed, for another to stand in for it."""
         self.plan.pop(packet.pts, None)
-        if packet.pts in islice(self.owed, 1, None):
-            self.owed.remove(packet.pts)
+        if packet.pts in islice(self.pending, 1, None):
+            self.pending.remove(packet.pts)
 
     def _decode(self, packet: Any) -> Iterator[Shown]:
-        due = packet.pts is None or packet.pts in self.owed
+        due = packet.pts is None or packet.pts in self.pending
         self.codec.skip_frame = "NONREF" if self.leaves_out and not due else "DEFAULT"
         if packet.is_corrupt:
             yield from self._drain()
@@ -465,11 +465,11 @@ class _Planned:
             self.entry = None
             index, time = self.plan[image.pts]
             self.video.good(time, bool(image.key_frame))
-            owed = len(self.owed)
-            while self.owed and self.owed[0] <= image.pts:  # itself, or one before that was lost
-                self.owed.popleft()
+            pending = len(self.pending)
+            while self.pending and self.pending[0] <= image.pts:  # itself, or one before that was lost
+                self.pending.popleft()
             self._forget(image.pts + 1)
-            if len(self.owed) < owed:
+            if len(self.pending) < pending:
                 yield self.video.shown(index, time, image)
 
     def _drain(self) -> Iterator[Shown]:
@@ -495,5 +495,5 @@ class _Planned:
                 self.held.extendleft(reversed(fed[i:]))
                 self.keys.extendleft(packet for packet in reversed(fed[i:]) if packet.is_keyframe)
                 self.bytes += sum(packet.size for packet in fed[i:])
-                self.unfed.update(packet.pts for packet in fed[i:] if packet.pts in self.owed)
+                self.unfed.update(packet.pts for packet in fed[i:] if packet.pts in self.pending)
                 return

@@ -79,7 +79,7 @@ class StreamDisplay:
         aspect = self._stated_aspect or _aspect(self._codec) or SQUARE
         if not 1 / Fraction(MOST_ASPECT) <= aspect <= MOST_ASPECT:
             shape = f"{aspect.numerator}:{aspect.denominator}"
-            warnings.append(f"its pixel aspect ratio of {shape} is absurd; the pixels are taken to be square")
+            warnings.append(f"its pixel aspect ratio of {shape} is implausible; assuming square pixels")
             aspect = SQUARE
         transfer = self._stated_transfer if image.color_trc in _UNSPECIFIED else image.color_trc
         primaries = self._stated_primaries if image.color_primaries in _UNSPECIFIED else image.color_primaries

@@ -95,7 +95,7 @@ class Frame:
         lines = [] if self.loss_warning is None else [self.loss_warning]
         if self.behind_hole is not None:
             begin, end = self.behind_hole
-            lines.append(f"nothing is there from {begin:.1f} to {end:.1f} s; if it was lost, this frame may be wrong")
+            lines.append(f"no frames from {begin:.1f} to {end:.1f} s; if they were lost, this frame may be wrong")
         return (*self.display.warnings, *lines)
 
     def scaled(self, size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -197,10 +197,10 @@ def _warn_of_gaps(video: FrameSampler, warn: Warn) -> None:
         spans = ", ".join(f"{a:.1f} to {b:.1f} s" for a, b in gaps[:_MAX_REPORTED_GAPS])
         more = f" and {len(gaps) - _MAX_REPORTED_GAPS} more" if len(gaps) > _MAX_REPORTED_GAPS else ""
         warn(f"{video.path}: damaged or without frames from {spans}{more}; nothing is counted there")
-    cut = not video.past and rest < video.span.end and max(rest, video.stored) < stated - 0.5 - video.usual
+    cut = not video.past and rest < video.span.end and max(rest, video.stored) < stated - 0.5 - video.frame_step
     if rest < length or cut:
         how = "damaged" if rest < length else "cut short"
-        warn(f"{video.path}: {how} after {rest:.1f} s of {max(stated, length):.1f} s; what comes before is counted")
+        warn(f"{video.path}: {how} after {rest:.1f} s of {max(stated, length):.1f} s; frames before it are counted")
 
 
 def expected_rows(path: Path, span: Span | None = None) -> int:

@@ -23,9 +23,9 @@ from crowdexit.video.container import (
     TooLarge,
     VideoError,
     check_size,
+    nominal_step,
     read_only,
     stated_length,
-    usual_step,
     video_stream,
 )
 from crowdexit.video.decode import HOLE_S, Due, Span
@@ -127,11 +127,11 @@ class LiveFrames:
 
     def __iter__(self) -> Iterator[Frame]:
         self._thread.start()
-        asked = monotonic()
+        requested_at = monotonic()
         while True:
             with self._changed:
                 # Reading ends by itself with the span, unless the source has fallen silent.
-                since = asked if self._begun is None else self._begun
+                since = requested_at if self._begun is None else self._begun
                 left = since + self._span.end + _AUDIO_S + _PATIENCE_S - monotonic()
                 come = self._changed.wait_for(
                     lambda: self._newest is not None or self._ended or self._stopped.is_set(),
@@ -139,7 +139,7 @@ class LiveFrames:
                 )
                 if not come and self._begun is None:
                     self._stopped.set()
-                    raise VideoError(f"{self.address.name}: nothing has come of it until the end")
+                    raise VideoError(f"{self.address.name}: no frame arrived before the end")
                 if not come:
                     self._stopped.set()
                 frame, self._newest = self._newest, None
@@ -189,7 +189,7 @@ class LiveFrames:
                     raise
             if self._begun is None:
                 comes = not self.address.lasting or "mp4" in form
-                hint = " (an MP4 can only be read as it comes with its index in front)" if comes else ""
+                hint = " (an MP4 can only be streamed with its index in front)" if comes else ""
                 raise VideoError(f"{self.address.name}: no frame can be read of it{hint}")
             if not lasting or self._over():
                 if broken is not None:
@@ -226,7 +226,7 @@ class LiveFrames:
         """Say that there are no frames between two times."""
         self._reported_lost += 1
         if self._reported_lost <= _MAX_REPORTED:
-            rest = "; whatever else is damaged is not told" if self._reported_lost == _MAX_REPORTED else ""
+            rest = "; further damage is not reported" if self._reported_lost == _MAX_REPORTED else ""
             self._warn(f"{self.address.name}: damaged from {begin:.1f} to {end:.1f} s; nothing is counted there{rest}")
 
     def _over(self) -> bool:
@@ -273,7 +273,7 @@ class _Session:
         self.waiting: deque[Frame] = deque()  # for their audio
         self.stamps: list[int] = []  # a heap: of the packets whose frames have not come out
         self.passed = 0  # and of those that were let go of
-        self.least, self.asked, self.last_frame_at = float("inf"), monotonic(), monotonic()
+        self.least, self.requested_at, self.last_frame_at = float("inf"), monotonic(), monotonic()
         self.idle, self.new = 0.0, False  # how long packets were waited for, of late; whether the last ones were
         self.leaving_out, self.since = False, 0.0
         self.blind, self.without_key = False, 0  # from damage to the next key frame; packets since
@@ -295,7 +295,7 @@ class _Session:
         # Behind what is damaged in a pipe more may come, as in a file; a connection that is gone is gone.
         most = 0 if self.live.address.lasting else MOST_FAULTS
         while faults <= most and not self.live._over():
-            asked = monotonic()
+            requested_at = monotonic()
             try:
                 packet = next(packets)
             except StopIteration:
@@ -306,7 +306,7 @@ class _Session:
                 packets = self.container.demux(*self._streams())
                 continue
             faults = 0
-            self._waited(asked)
+            self._waited(requested_at)
             if packet.size:  # else a repetition of the frame before, or the end
                 self._take(packet)
         with suppress(*FAULTS):
@@ -315,17 +315,17 @@ class _Session:
         broken = self.lost_from if broken is None else broken
         # Of what has a size the length may only be estimated.
         stated = 0.0 if self.live.address.lasting else stated_length(self.container, self.video, self.origin)
-        if ended and broken is None and self.live._time < stated - 0.5 - usual_step(self.video):
+        if ended and broken is None and self.live._time < stated - 0.5 - nominal_step(self.video):
             broken = self.live._time
         while self.waiting:
             self._hand()
         return broken
 
-    def _waited(self, asked: float) -> None:
+    def _waited(self, requested_at: float) -> None:
         """A packet has come that was asked for then. One that had to be waited for is new: nothing stood before it."""
         now = monotonic()
-        self.idle = max(0.0, self.idle + now - asked - _IDLE_SHARE * (now - self.asked))
-        self.asked = now
+        self.idle = max(0.0, self.idle + now - requested_at - _IDLE_SHARE * (now - self.requested_at))
+        self.requested_at = now
         if self.idle >= _IDLE_S:
             self.idle, self.new = 0.0, True
 
@@ -366,7 +366,7 @@ class _Session:
         if not self.suspect or self.shift is None or before is None or packet.dts is None:
             return False
         gap, time = float((packet.dts - before) * packet.time_base), float(packet.dts * packet.time_base)
-        return gap > 1.5 * usual_step(self.video) and not self._leaps(time + self.shift)
+        return gap > 1.5 * nominal_step(self.video) and not self._leaps(time + self.shift)
 
     def _lose(self) -> None:
         """What comes until the next key frame is lost."""
@@ -431,7 +431,7 @@ class _Session:
         if first and live._index >= 0:
             live._warn(f"{live.address.name}: back after {now - live._time:.1f} s")
         # One that is made to wait has not gone on with our clock.
-        self.shift = (now if first or self.paced else live._time + usual_step(self.video)) - stamp
+        self.shift = (now if first or self.paced else live._time + nominal_step(self.video)) - stamp
         if self.audio_stream is not None:
             self.place = Places(self.audio_stream.rate, -self.shift, continues=False)
             self.convert = Converter(self.audio_stream.rate)
@@ -451,7 +451,7 @@ class _Session:
             if not usable(samples):
                 if not self.live._reported_unusable:
                     self.live._reported_unusable = True
-                    self.live._warn(f"{self.live.address.name}: sound with values that cannot be used is left out")
+                    self.live._warn(f"{self.live.address.name}: audio with unusable values is skipped")
             elif known:
                 self.audio_window.add(start, samples)
 
@@ -488,5 +488,5 @@ class _Session:
             self.live.dropped += self.live._due(self.live._index, time + self.shift)
         if self.leaving_out and now - self.since > _LONG_S and not self.live._reported_slow:
             self.live._reported_slow = True
-            self.live._warn(f"{self.live.address.name}: too much to decode here, frames are left out")
+            self.live._warn(f"{self.live.address.name}: decoding is too slow here; frames are skipped")
         return self.leaving_out

@@ -171,7 +171,7 @@ def bad_gone(folder: Path) -> tuple[Path, Path | None]:
         (bad_large, "too large"),
         (bad_silence, "audio file: "),
         (bad_audio, "audio file: not a readable audio file"),
-        (bad_gone, "no longer there"),
+        (bad_gone, "no longer exists"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -297,7 +297,7 @@ def test_several_shipped_models_can_be_chosen(
     *_, last = handler(file, None, True, "audiocsrnet-m")
     assert "About" in last[0] or "Nobody" in last[0]
     *_, last = handler(file, None, True, "no-such-model")
-    assert "no such model" in last[0]
+    assert "Unknown model" in last[0]
 
 
 def test_unusable_model_or_port_is_reported(counter: CrowdCounter, tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ def test_audio_beyond_all_bounds(tmp_path, monkeypatch):
     with pytest.raises(AudioError, match=r"a\.wav: longer than .* minutes"):
         read_middle_second(path)
     monkeypatch.setattr(audio_module, "_MOST_HELD", 5_000)
-    with pytest.raises(AudioError, match="too long to be held"):
+    with pytest.raises(AudioError, match="too long to hold"):
         read_audio(path)
     assert read_audio(path, seconds=0.1)[0].shape == (1, 1600)
 

@@ -175,7 +175,7 @@ def test_what_may_not_be_added(tmp_path, arguments, message):
 
 @pytest.mark.parametrize("classes", [[], ["one"], ["a", "a"], ["a", ""]])
 def test_what_are_no_classes(tmp_path, classes):
-    with pytest.raises(StoreError, match="two different names"), write_classes(tmp_path / "set.h5", classes, ""):
+    with pytest.raises(StoreError, match="two different class names"), write_classes(tmp_path / "set.h5", classes, ""):
         pass
 
 

@@ -147,7 +147,7 @@ def test_full_disk_is_reported_and_written_rows_stay(tmp_path):
         assert " MB needed, " in line
         kept = int(line.partition("; ")[2].split()[0])
         assert kept >= 20
-        assert line.endswith(f"{kept} images are kept in set.h5.part; free some space, and the same command goes on")
+        assert line.endswith(f"{kept} images are kept in set.h5.part; free some space, and the same command resumes it")
         fill(kept // 20)  # what is kept is whole, and needs no more room than there is
         with ClassStore(path) as store:
             assert len(store.ids("train")) == kept

@@ -173,7 +173,7 @@ GUESSED: dict[str, tuple[Callable[[], bytes], Pixels, str]] = {
     "tiff, floats around 0": (
         lambda: tiff([Page((GREY / 127.5 - 1).astype(np.float32))]),
         GREY,
-        "−1 is taken as black",
+        "−1 is read as black",
     ),
     "tiff, highlights": (
         lambda: tiff([Page((np.where(GREY > 200, 5, GREY / 200)).astype(np.float32))]),
@@ -183,7 +183,7 @@ GUESSED: dict[str, tuple[Callable[[], bytes], Pixels, str]] = {
     "tiff, not numbers": (
         lambda: tiff([Page(np.where(GREY < 50, np.nan, GREY / 255).astype(np.float32))]),
         np.where(GREY < 50, 0, GREY).astype(np.uint8),
-        "no numbers",
+        "NaN samples",
     ),
 }
 
@@ -574,11 +574,11 @@ def ramp(most: float) -> bytes:
 
 @pytest.mark.parametrize("most", [1023, 4095, 16383])
 def test_guessed_float_range_of_camera_bits_is_reported(most: int) -> None:
-    assert_like(ramp(most), GREY, warned=f"{most} is taken as white")
+    assert_like(ramp(most), GREY, warned=f"{most} is read as white")
 
 
 def test_floats_up_to_a_hundred_are_reported() -> None:
-    assert_like(ramp(100), np.rint(GREY * (100 / 255)).astype(np.uint8), warned="up to 100: 255 is taken as white")
+    assert_like(ramp(100), np.rint(GREY * (100 / 255)).astype(np.uint8), warned="up to 100: 255 is read as white")
 
 
 @pytest.mark.parametrize("transfer", ["pq", "hlg"])

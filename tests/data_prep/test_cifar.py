@@ -313,8 +313,8 @@ def test_a_broken_batch_is_one_line(batches, tmp_path, capsys, case):
     [
         (None, "batches.meta holds no 'label_names'"),
         ([1, 2], "batches.meta holds no 'label_names'"),
-        ([b"cat"], "not at least two different names"),
-        ([b"cat"] * 10, "not at least two different names"),
+        ([b"cat"], "at least two different class names"),
+        ([b"cat"] * 10, "at least two different class names"),
         ([b"cat", b"dog"], "2 classes"),
     ],
 )

@@ -229,7 +229,7 @@ def test_damaged_images_are_skipped_and_named(halves, tmp_path, capsys, as_archi
     assert prepare(source, tmp_path / "set.h5", "--size", 40) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "set.h5: 26 images of 40×40, 2 classes"
-    assert "  2 images outside the class folders left out" in out
+    assert "  2 images outside the class folders skipped" in out
     assert "  5 images skipped:" in out
     for id, reason in broken.items():
         assert any(line.startswith(f"    {id}: ") and reason in line for line in out), (id, out)
@@ -294,7 +294,7 @@ def test_a_class_that_is_not_in_train(halves, tmp_path, capsys, where, text):
     for split in where:
         save(halves / split / "bird" / "00.png", noise(0))
     assert prepare(halves, tmp_path / "set.h5") == 2
-    assert error(capsys).endswith(f"class 'bird' is in {text} only, so there is nothing to train on")
+    assert error(capsys).endswith(f"class 'bird' is in {text} only, so it has no training samples")
     assert not list(tmp_path.glob("set.h5*"))
 
 
@@ -334,7 +334,7 @@ def interrupt(monkeypatch, source, target, *options):
 def test_interrupted_run_goes_on(halves, tmp_path, monkeypatch, capsys):
     assert prepare(halves, tmp_path / "whole.h5", "--size", 40) == 0
     made = interrupt(monkeypatch, halves, tmp_path / "set.h5")
-    assert capsys.readouterr().err.splitlines()[-1] == "interrupted; the same command goes on where it was"
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted; the same command resumes it"
     # Nothing of what was written is read again, not even where it has changed.
     for id in made[:8]:
         (halves / id).write_bytes(b"")

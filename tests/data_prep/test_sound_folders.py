@@ -261,7 +261,7 @@ def interrupt(monkeypatch, source, target):
 def test_interrupted_run_goes_on(plain, tmp_path, monkeypatch, capsys):
     assert prepare(plain, tmp_path / "whole.h5") == 0
     made = interrupt(monkeypatch, plain, tmp_path / "set.h5")
-    assert capsys.readouterr().err.splitlines()[-1] == "interrupted; the same command goes on where it was"
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted; the same command resumes it"
     for path in made[:8]:
         path.write_bytes(b"")  # which nobody reads again
     assert prepare(plain, tmp_path / "set.h5") == 0

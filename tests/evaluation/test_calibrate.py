@@ -75,7 +75,7 @@ def test_an_export_has_intervals_of_its_own(prepared, checkpoint, image_file, tm
     seen = ["count", str(image_file()), "--model", str(out), "--format", "json"]
     confident = [*seen, "--policy", "confident"]
     assert command.run(app, confident) == 2
-    assert "no intervals to be confident by: see crowdexit calibrate" in capsys.readouterr().err
+    assert "no intervals to decide confidence with; run `crowdexit calibrate`" in capsys.readouterr().err
     files = sorted(path.name for path in out.iterdir())
     assert command.run(app, ["calibrate", str(out), "--data", str(prepared), "--level", "0.7"]) == 0
     assert "within ± w" in capsys.readouterr().out
@@ -94,7 +94,7 @@ def test_too_few_samples_with_audio(prepared, checkpoint, caplog):
     """Twelve images are enough for 0.9, four with audio are not: told, and the rest is kept."""
     arguments = [str(checkpoint), "--data", str(prepared), "--level", "0.9", "--runtime", "eager"]
     assert command.run(app, ["calibrate", *arguments]) == 0
-    assert "not calibrated with sound: 4 images are too few for a level of 0.9" in caplog.text
+    assert "not calibrated with audio: 4 images are too few for a level of 0.9" in caplog.text
     made = Intervals.from_dict(zoo.read_spec(checkpoint).meta["intervals"])
     assert (made.samples, made.with_audio_samples) == (12, 0)
     assert made.with_audio == made.with_audio_errors == {}
@@ -149,8 +149,8 @@ def test_expected_errors():
         (["--deadline-ms", "0"], "a deadline of 0 ms cannot be kept"),
         (["--deadline-ms", "-1"], "a deadline of -1 ms cannot be kept"),
         (["--deadline-ms", "nan"], "a deadline of nan ms cannot be kept"),
-        (["--policy", "fits"], "only a deadline can tell"),
-        (["--policy", "confident"], "has no intervals to be confident by"),
+        (["--policy", "fits"], "needs a deadline"),
+        (["--policy", "confident"], "has no intervals to decide confidence with"),
         (["--policy", "confident", "--within", "x"], "no bound 'x'"),
         (["--within", "5"], "is for the policy confident, not for anytime"),
         (["--budget-ms", "0"], "a budget of 0 ms buys nothing"),
@@ -162,7 +162,7 @@ def test_expected_errors():
 )
 def test_bad_input_is_one_line(checkpoint, image_file, tmp_path, monkeypatch, capsys, options, line):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("crowdexit.inference.collate.PIXELS_AT_ONCE", 1)
+    monkeypatch.setattr("crowdexit.inference.collate.PIXELS_PER_BATCH", 1)
     assert (
         command.run(app, ["count", str(image_file()), "--model", str(checkpoint), "--runtime", "eager", *options]) == 2
     )
@@ -180,7 +180,7 @@ def test_invalid_times_fail_before_loading_weights(option, image_file, monkeypat
 
 def test_count_from_the_command_line(prepared, checkpoint, image_file, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("crowdexit.inference.collate.PIXELS_AT_ONCE", 1)
+    monkeypatch.setattr("crowdexit.inference.collate.PIXELS_PER_BATCH", 1)
     widths = {"V1": 0.4, "AV1": 0.3, "AV2": 0.2, "final": 0.1}
     zoo.annotate(checkpoint, intervals=Intervals(0.9, widths, widths, 20).to_dict())
     images = [str(image_file(f"{number}.jpg", seed=number)) for number in range(3)]

@@ -14,7 +14,7 @@ from crowdexit.cli.main import app
 from crowdexit.data.classes import ClassStore, write_classes
 from crowdexit.errors import CrowdExitError
 from crowdexit.evaluation import classify
-from crowdexit.evaluation.classify import Leaving
+from crowdexit.evaluation.classify import EarlyExitRule
 from crowdexit.evaluation.evaluate import evaluate_file
 from crowdexit.evaluation.leaving import leaving
 from crowdexit.models import zoo
@@ -72,7 +72,7 @@ def test_leaving_in_a_batch_as_alone(colours, checkpoint, measure):
         temperatures = classify.calibrate(scores, labels)
         uncertainties = {name: temperatures.uncertainties(name, scores[name], measure) for name in scores}
         bound = float(np.median(uncertainties["1"]))
-        how = Leaving(measure, bound, temperatures)
+        how = EarlyExitRule(measure, bound, temperatures)
         said = classify.evaluate(Eager().ready(network), store, "val", range(80), leaving=how)["leaving"]
     sure = np.stack([uncertainties["1"] <= bound, uncertainties["2"] <= bound, np.ones(80, bool)])
     at = sure.argmax(0)
@@ -97,9 +97,9 @@ def test_exiting_at_one_location_matches_the_analysis(colours):
         scores, labels = classify.scores_of(chain, store, "val", range(80))
         uncertainties = {name: Temperatures().uncertainties(name, scores[name], "confidence") for name in scores}
         bound = float(np.median(uncertainties["1-mlp"])) + 1e-4
-        said = classify.evaluate(chain, store, "val", range(80), leaving=Leaving("confidence", bound, Temperatures()))[
-            "leaving"
-        ]
+        said = classify.evaluate(
+            chain, store, "val", range(80), leaving=EarlyExitRule("confidence", bound, Temperatures())
+        )["leaving"]
     errors = {name: (of_exit.argmax(1) != labels).astype(float) for name, of_exit in scores.items()}
     (predicted,) = leaving(uncertainties, errors, dict.fromkeys(names, 1.0), [bound])
     assert list(uncertainties) == names
@@ -115,7 +115,7 @@ def test_who_has_left_is_not_computed(colours, checkpoint):
     advance = chain.advance
     chain.advance = lambda index, state: rows.append(len(state.visual)) or advance(index, state)
     features = classify.inputs(torch.randn(6, 3, 16, 16))
-    report = list(Leaving("confidence", 0.999, Temperatures()).run(chain, ["1", "2", "final"], features))
+    report = list(EarlyExitRule("confidence", 0.999, Temperatures()).run(chain, ["1", "2", "final"], features))
     assert [t.exit for t in report] == ["1"]
     assert rows == [6]
 
@@ -128,7 +128,7 @@ def test_evaluate_from_the_command_line(colours, checkpoint):
     assert (report["measure"], report["bound"]) == ("confidence", pytest.approx(0.6))
     assert sum(report["left"].values()) == pytest.approx(100)
     table = CliRunner().invoke(app, [*arguments, "--entropy", "0.5"])
-    assert "when sure" in table.stdout
+    assert "early exit at an uncertainty" in table.stdout
     both = CliRunner().invoke(app, [*arguments, "--entropy", "0.5", "--confidence", "0.5"])
     assert isinstance(both.exception, CrowdExitError)
 

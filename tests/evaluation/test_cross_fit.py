@@ -84,7 +84,7 @@ def test_every_image_is_counted_by_the_run_that_left_it_out(crowd, runs, tmp_pat
 def test_what_cannot_be_cross_fitted(crowd, runs, tmp_path, capsys):
     for wrong, line in (
         (runs[3:], "no training images were left out; train it with data.leave_out"),
-        ([runs[0], runs[0]], "was left out of another run, too"),
+        ([runs[0], runs[0]], "was left out of another run as well"),
     ):
         arguments = ["cross-fit", *wrong, "--data", str(crowd), "--out", str(tmp_path / "c.csv"), "--runtime", "eager"]
         assert command.run(app, arguments) == 2

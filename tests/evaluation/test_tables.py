@@ -67,7 +67,7 @@ def test_two_branches_for_one_cell():
     spec = zoo.Spec("transcrowd-token-s", exits, {}, {"recipe": meta})
     with pytest.raises(CrowdExitError, match="one cell"):
         figures(spec, "crowd", {"a": 1, "b": 2, "final": 3}, "MAE")
-    with pytest.raises(CrowdExitError, match="does not say"):
+    with pytest.raises(CrowdExitError, match="does not record"):
         data_of(zoo.Spec("transcrowd-token-s"))
 
 

@@ -176,8 +176,8 @@ def test_absurdly_shaped_image_counts_the_same_in_bounded_memory(exported, monke
         return run(self, piece, arrays)
 
     monkeypatch.setattr(Engine, "run", watched)
-    monkeypatch.setattr(standalone, "PIXELS_AT_ONCE", 2 * 128 * 64)
-    monkeypatch.setattr(standalone, "PIXELS_ABREAST", 5 * 128 * 64)
+    monkeypatch.setattr(standalone, "PIXELS_PER_BATCH", 2 * 128 * 64)
+    monkeypatch.setattr(standalone, "PIXELS_IN_FLIGHT", 5 * 128 * 64)
     assert counts_of(Exported(exported), HUGE) == pytest.approx(expected, rel=1e-4)
     # Six boxes, five of them abreast: all of these in two batches of two and one of one, stage by stage.
     assert lengths[:6] == [2, 2, 1] * 2
@@ -314,7 +314,7 @@ def test_exits_with_strange_names(tmp_path):
         (["--precision", "int8"], "the checkpoint has no activation ranges for int8"),
         (["--precision", "int8", "--split", "val"], "--split val: of which file? Name it with --calibrate"),
         (["--exits", "V9"], "no early exit 'V9' in audiocsrnet-s"),
-        (["--size", "big"], "size 'big': give width and height like 1024x576"),
+        (["--size", "big"], "size 'big': expected width and height like 1024x576"),
         (["--model", "nothing"], "nothing: neither a model's name"),
         (["--precision", "fp8"], "'fp8' is not one of 'fp32', 'bf16', 'int8'"),
     ],
@@ -328,7 +328,7 @@ def test_what_cannot_be_exported(options, line, checkpoints, tmp_path, capsys):
 
 def test_an_existing_folder_stays(exported, checkpoints):
     before = {path: path.read_bytes() for path in exported.rglob("*") if path.is_file()}
-    with pytest.raises(ExportError, match="there already"):
+    with pytest.raises(ExportError, match="already exists"):
         export(checkpoints / "audiocsrnet", exported)
     assert before == {path: path.read_bytes() for path in exported.rglob("*") if path.is_file()}
 
@@ -403,7 +403,7 @@ def test_a_full_disk_is_one_line_whatever_the_library_says(checkpoints, tmp_path
 
 def test_nothing_is_converted_for_a_disk_without_room(checkpoints, tmp_path, monkeypatch):
     monkeypatch.setattr("crowdexit.utils.files.free_bytes", lambda _: 1000)
-    monkeypatch.setattr("crowdexit.export.writer.take_apart", lambda _: pytest.fail("converted"))
+    monkeypatch.setattr("crowdexit.export.writer.partition", lambda _: pytest.fail("converted"))
     with pytest.raises(ExportError, match=r"the disk is full \(\d.* needed, 1\.0 kB free in .*; nothing is written$"):
         export(checkpoints / "audiocsrnet", tmp_path / "out")
 
@@ -429,7 +429,7 @@ def changed(manifest: Any, path: str, value: object) -> None:
         ("pieces/stage-0/files", ["/etc/passwd"], "pieces.stage-0.files.0"),
         ("pieces/stage-0/files", [".hidden"], "pieces.stage-0.files.0"),
         ("pieces/stage-0/files", ["exit-AV1.xml", "exit-AV1.bin"], "do not belong together"),
-        ("size", [192, 64], "stage-0 takes visual as nothing before it gives it"),
+        ("size", [192, 64], "stage-0 takes visual, which nothing before it outputs"),
         ("exits", {"final": 3, "AV1": 1}, "its exits are not in the order in which they answer"),
         ("exits", {"AV1": 2, "final": 3}, "describes another network than its models are (exits)"),
         ("scene", [256, 128], "describes another network than its models are (scene)"),
@@ -437,14 +437,14 @@ def changed(manifest: Any, path: str, value: object) -> None:
         ("step", 16, "describes another network than its models are (step)"),
         ("classifies", True, "describes another network than its models are (classifies)"),
         ("network/changes/size", [128, 128], "describes another network than its models are (size)"),
-        ("pieces/stage-0/takes/0/name", "picture", "stage-0 has the ports picture, wanted some of visual, log_mel"),
-        ("pieces/stage-0/gives/0/name", "seen", "stage-0 has the ports seen, wanted some of visual, log_mel"),
-        ("pieces/stage-0/gives/0/name", "audio", "exit-AV1 takes visual as nothing before it gives it"),
-        ("pieces/stage-0/gives/0/shape", [1, 2, 3], "exit-AV1 takes visual as nothing before it gives it"),
-        ("pieces/stage-1/takes/1/dtype", "float32", "stage-1 takes has_audio as nothing before it gives it"),
-        ("pieces/stage-1/gives", [], "exit-AV1 takes audio as nothing before it gives it"),
-        ("pieces/exit-final/gives/0/name", "count", "exit-final has the ports count, density"),
-        ("pieces/exit-final/gives", [], "exit-final gives no value"),
+        ("pieces/stage-0/takes/0/name", "picture", "stage-0 has the tensors picture, expected some of visual, log_mel"),
+        ("pieces/stage-0/gives/0/name", "seen", "stage-0 has the tensors seen, expected some of visual, log_mel"),
+        ("pieces/stage-0/gives/0/name", "audio", "exit-AV1 takes visual, which nothing before it outputs"),
+        ("pieces/stage-0/gives/0/shape", [1, 2, 3], "exit-AV1 takes visual, which nothing before it outputs"),
+        ("pieces/stage-1/takes/1/dtype", "float32", "stage-1 takes has_audio, which nothing before it outputs"),
+        ("pieces/stage-1/gives", [], "exit-AV1 takes audio, which nothing before it outputs"),
+        ("pieces/exit-final/gives/0/name", "count", "exit-final has the tensors count, density"),
+        ("pieces/exit-final/gives", [], "exit-final outputs no value"),
         ("files/stage-0.xml/bytes", 2**40, "too large"),
         ("files/stage-0.xml/sha256", "0" * 64, "its SHA-256 is not the manifest's"),
         ("files/stage-0.xml/sha256", "zero", "sha256"),
@@ -476,7 +476,7 @@ def test_ports_that_the_model_has_not_are_one_line(exported, tmp_path, capsys, i
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["pieces"]["exit-final"]["gives"][1]
     resealed(folder, manifest)
-    refused(folder, "exit-final gives 2 arrays, not the 1 of its ports", capsys, image_file())
+    refused(folder, "exit-final returns 2 arrays, not 1", capsys, image_file())
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "\x00", '{"format": "crowdexit-export-1"}', " " * 2**23])

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crowdexit.inference.budget import Budget, BudgetError, Costs, climb, ladder
+from crowdexit.inference.budget import Budget, BudgetError, Costs, greedy_allocation, pareto_options
 from crowdexit.inference.executor import Batch, Part, StageExecutor
 from crowdexit.models.stages import ExitOutput
 
@@ -26,8 +26,8 @@ class Simulated:
 
     exit_names = EXITS
 
-    def __init__(self, costs: Costs, pace=lambda: 1.0) -> None:
-        self.costs, self.pace, self.now = costs, pace, 0.0
+    def __init__(self, costs: Costs, slowdown=lambda: 1.0) -> None:
+        self.costs, self.slowdown, self.now = costs, slowdown, 0.0
 
     def stage_of(self, name: str) -> int:
         return self.costs.stage_of[name]
@@ -36,11 +36,11 @@ class Simulated:
         return features
 
     def advance(self, index, state):
-        self.now += self.pace() * len(state) * self.costs.stages[index] / 1000
+        self.now += self.slowdown() * len(state) * self.costs.stages[index] / 1000
         return state
 
     def run_exit(self, name, state):
-        self.now += self.pace() * len(state) * self.costs.exits[name] / 1000
+        self.now += self.slowdown() * len(state) * self.costs.exits[name] / 1000
         return ExitOutput(state)
 
     def select(self, state, keep):
@@ -59,11 +59,11 @@ def finish(
     *,
     errors=ERRORS,
     costs=COSTS,
-    pace=lambda: 1.0,
+    slowdown=lambda: 1.0,
     preparing=0.0,
     really=None,
-    at_once=4,
-    abreast=32,
+    batch_size=4,
+    in_flight=32,
     pause=0.0,
 ):
     """As :func:`run`, and the budget at its end.
@@ -71,20 +71,20 @@ def finish(
     ``really`` is what preparing takes, where that is not what the profile says; ``pause`` what the caller does between
     two windows.
     """
-    machine = Simulated(costs, pace)
+    machine = Simulated(costs, slowdown)
     both = {False: errors, True: errors}
     budget = Budget(budget_ms, len(counts), EXITS, both, costs, preparing, clock=lambda: machine.now)
     left = []
-    for start in range(0, len(counts), abreast):
-        window = counts[start : start + abreast]
+    for start in range(0, len(counts), in_flight):
+        window = counts[start : start + in_flight]
         begun = []
         budget.window(begun)
         executor = StageExecutor(machine, len(window), EXITS, clock=lambda: machine.now)
 
         def parts(window=window, begun=begun):
-            for at in range(0, len(window), at_once):
-                rows = torch.tensor(window[at : at + at_once], dtype=torch.float32)
-                machine.now += pace() * (preparing if really is None else really) * len(rows) / 1000
+            for at in range(0, len(window), batch_size):
+                rows = torch.tensor(window[at : at + batch_size], dtype=torch.float32)
+                machine.now += slowdown() * (preparing if really is None else really) * len(rows) / 1000
                 begun += [SimpleNamespace(has_audio=False)] * len(rows)
                 batch = Batch(lambda rows=rows: rows, len(rows))
                 yield Part(np.arange(at, at + len(rows)), np.ones(len(rows), int), [batch])
@@ -104,12 +104,16 @@ def crowds(number: int, seed: int = 0) -> list[float]:
 
 
 def test_the_ladder_is_the_convex_hull():
-    assert ladder(EXITS, ERRORS, COSTS) == ["a", "b", "final"]  # c is worse than b
-    assert ladder(EXITS, {**ERRORS, "b": 0.39, "c": 0.3}, COSTS) == ["a", "c", "final"]  # b is dear for what it gives
-    assert ladder(EXITS, {"a": 0.1, "b": 0.2, "c": 0.3, "final": 0.4}, COSTS) == ["a"]
-    assert ladder(EXITS, {"a": 0.4, "final": 0.3}, COSTS) == ["a", "final"]
+    assert pareto_options(EXITS, ERRORS, COSTS) == ["a", "b", "final"]  # c is worse than b
+    assert pareto_options(EXITS, {**ERRORS, "b": 0.39, "c": 0.3}, COSTS) == [
+        "a",
+        "c",
+        "final",
+    ]  # b is dear for what it gives
+    assert pareto_options(EXITS, {"a": 0.1, "b": 0.2, "c": 0.3, "final": 0.4}, COSTS) == ["a"]
+    assert pareto_options(EXITS, {"a": 0.4, "final": 0.3}, COSTS) == ["a", "final"]
     free = Costs([1.0], dict.fromkeys(EXITS, 0.0), dict.fromkeys(EXITS, 0))
-    assert ladder(EXITS, {**ERRORS, "b": 0.31}, free) == ["a", "final"]
+    assert pareto_options(EXITS, {**ERRORS, "b": 0.31}, free) == ["a", "final"]
 
 
 steps = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=3).map(
@@ -118,35 +122,35 @@ steps = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=3).ma
 
 
 @given(st.lists(steps, min_size=1, max_size=5), st.integers(0, 60))
-def test_no_other_choice_is_better_for_its_time(ladders, room):
+def test_no_other_choice_is_better_for_its_time(options, room):
     """Against every other choice; and what the last step leaves over is never worth more than that step."""
-    taken = climb(ladders, room)
+    taken = greedy_allocation(options, room)
 
     def worth(choice):
-        return tuple(sum(step[i] for of, n in zip(ladders, choice, strict=True) for step in of[:n]) for i in (0, 1))
+        return tuple(sum(step[i] for of, n in zip(options, choice, strict=True) for step in of[:n]) for i in (0, 1))
 
-    every = [worth(choice) for choice in itertools.product(*(range(len(of) + 1) for of in ladders))]
+    every = [worth(choice) for choice in itertools.product(*(range(len(of) + 1) for of in options))]
     cost, gain = worth(taken)
     assert cost <= room
     best = max(g for c, g in every if c <= room)
-    biggest = max((g for of in ladders for _, g in of), default=0)
+    biggest = max((g for of in options for _, g in of), default=0)
     assert best - gain <= biggest
     if best != gain:  # then something did not fit
-        assert any(n < len(of) and cost + of[n][0] > room for of, n in zip(ladders, taken, strict=True))
+        assert any(n < len(of) and cost + of[n][0] > room for of, n in zip(options, taken, strict=True))
 
 
 @given(st.lists(steps, min_size=1, max_size=5), st.integers(0, 20))
-def test_steps_in_the_order_of_their_price_are_optimal(ladders, number):
+def test_steps_in_the_order_of_their_price_are_optimal(options, number):
     """With exactly the room for the first so many steps, nothing beats them."""
-    order = sorted((-gain / cost, of, n) for of, made in enumerate(ladders) for n, (cost, gain) in enumerate(made))
-    chosen = [ladders[of][n] for _, of, n in order[:number]]
+    order = sorted((-gain / cost, of, n) for of, made in enumerate(options) for n, (cost, gain) in enumerate(made))
+    chosen = [options[of][n] for _, of, n in order[:number]]
     room, expected = sum(cost for cost, _ in chosen), sum(gain for _, gain in chosen)
-    taken = climb(ladders, room)
-    assert sum(gain for of, n in zip(ladders, taken, strict=True) for _, gain in of[:n]) >= expected
-    every = itertools.product(*(range(len(of) + 1) for of in ladders))
+    taken = greedy_allocation(options, room)
+    assert sum(gain for of, n in zip(options, taken, strict=True) for _, gain in of[:n]) >= expected
+    every = itertools.product(*(range(len(of) + 1) for of in options))
     best = 0
     for choice in every:
-        made = [step for of, n in zip(ladders, choice, strict=True) for step in of[:n]]
+        made = [step for of, n in zip(options, choice, strict=True) for step in of[:n]]
         if sum(cost for cost, _ in made) <= room:
             best = max(best, sum(gain for _, gain in made))
     assert best == expected
@@ -154,9 +158,9 @@ def test_steps_in_the_order_of_their_price_are_optimal(ladders, number):
 
 def test_those_to_come_compete():
     ours, theirs = [[(1.0, 1.0)]] * 2, [[(1.0, 2.0)]]
-    assert climb(ours, 2.0) == [1, 1]
-    assert climb(ours, 4.0, theirs, 3.0) == [1, 0]
-    assert climb(ours, 2.5, theirs, 3.0) == [0, 0]  # not all of them fit: as many as do
+    assert greedy_allocation(ours, 2.0) == [1, 1]
+    assert greedy_allocation(ours, 4.0, theirs, 3.0) == [1, 0]
+    assert greedy_allocation(ours, 2.5, theirs, 3.0) == [0, 0]  # not all of them fit: as many as do
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.35, 0.6, 0.85, 1.0])
@@ -178,9 +182,9 @@ def test_a_machine_faster_or_slower_than_its_profile(factor, share):
     budget = least + share * (most - least)
     if (share, factor) == (0.3, 0.7):  # enough for this machine, but who is to know?
         with pytest.raises(BudgetError, match="too small for 64 images"):
-            run(crowds(number), budget, pace=lambda: factor)
+            run(crowds(number), budget, slowdown=lambda: factor)
         return
-    _, took = run(crowds(number), budget, pace=lambda: factor)
+    _, took = run(crowds(number), budget, slowdown=lambda: factor)
     assert took == pytest.approx(budget, rel=0.05)
 
 
@@ -189,13 +193,13 @@ def test_a_machine_that_stumbles():
     random = np.random.default_rng(1)
     for seed in range(5):
         number = 80
-        _, took = run(crowds(number, seed), number * 95.0, pace=lambda: random.uniform(0.5, 1.5), preparing=12.0)
+        _, took = run(crowds(number, seed), number * 95.0, slowdown=lambda: random.uniform(0.5, 1.5), preparing=12.0)
         assert took == pytest.approx(number * 95.0, rel=0.05)
 
 
 def test_the_dense_go_deep():
     counts = crowds(32)
-    exits, _ = run(counts, 32 * 80.0, at_once=1)
+    exits, _ = run(counts, 32 * 80.0, batch_size=1)
     deep = [count for count, exit in zip(counts, exits, strict=True) if exit == "final"]
     shallow = [count for count, exit in zip(counts, exits, strict=True) if exit == "b"]
     assert len(deep) > 3
@@ -210,8 +214,8 @@ def test_little_is_lost_by_not_knowing_what_comes():
     def error(exits):
         return sum(ERRORS[exit] * (count + 10) for exit, count in zip(exits, counts, strict=True))
 
-    piecemeal, _ = run(counts, 160 * 85.0, abreast=16)
-    whole, _ = run(counts, 160 * 85.0, abreast=160)
+    piecemeal, _ = run(counts, 160 * 85.0, in_flight=16)
+    whole, _ = run(counts, 160 * 85.0, in_flight=160)
     assert error(whole) <= error(piecemeal) * 1.001
     assert error(piecemeal) < 1.03 * error(whole)
     assert error(whole) < 0.85 * error(["a"] * 160)
@@ -231,7 +235,7 @@ def test_an_exit_that_is_no_better_is_not_gone_to():
 
 def test_budgets_that_cannot_be():
     for wrong in (0, -3, float("nan")):
-        with pytest.raises(BudgetError, match="buys nothing"):
+        with pytest.raises(BudgetError, match="must be positive"):
             run(crowds(4), wrong)
     with pytest.raises(BudgetError, match=r"200 ms is too small for 4 images: their first exits alone take about 244"):
         run(crowds(4), 200)
@@ -269,12 +273,12 @@ def test_exits_after_the_first_stage_are_in_the_first_pass(factor):
     make_batch = 10.0 + 60 + 1 + 2 + 3
     budget_ms = 200 * (make_batch + 20.0) * factor
     exits, took, budget = finish(
-        crowds(200), budget_ms, costs=CROWDED, errors=FALLING, preparing=10.0, pace=lambda: factor
+        crowds(200), budget_ms, costs=CROWDED, errors=FALLING, preparing=10.0, slowdown=lambda: factor
     )
     assert took == pytest.approx(budget_ms, rel=0.05)
     assert set(exits) == {"c", "final"}
     assert budget.first_pass_ms == pytest.approx(make_batch * factor, rel=0.02)
-    assert budget.pace == pytest.approx(factor, rel=0.1)
+    assert budget.slowdown == pytest.approx(factor, rel=0.1)
 
 
 def test_the_plan_chooses_between_exits_of_one_stage():
@@ -283,24 +287,24 @@ def test_the_plan_chooses_between_exits_of_one_stage():
     exits, took, budget = finish(crowds(100), 100 * 75.0, costs=costs, errors={"a": 0.8, "b": 0.5, "c": 0.3})
     assert took == pytest.approx(100 * 75.0, rel=0.05)
     assert {"b", "c"} <= set(exits)
-    assert budget.pace == pytest.approx(1.0, rel=0.01)
+    assert budget.slowdown == pytest.approx(1.0, rel=0.01)
 
 
 def test_what_the_caller_does_meanwhile_is_not_the_machines_pace():
     _, took, budget = finish(crowds(128), 128 * 110.0, pause=800.0)
     assert took <= 1.05 * 128 * 110.0 + 800.0  # the last pause comes after the end
-    assert (budget.first_pass_ms, budget.pace) == (pytest.approx(61.0), pytest.approx(1.0))
+    assert (budget.first_pass_ms, budget.slowdown) == (pytest.approx(61.0), pytest.approx(1.0))
 
 
 def test_first_exits_that_take_longer_than_was_thought():
     """Told long before the time is up; what the profile says would have been enough."""
     machine = []
     with pytest.raises(BudgetError, match=r"too small for 200 images: their first exits .* about 2\d\d\d\d ms"):
-        finish(crowds(200), 200 * 90.0, preparing=10.0, really=100.0, pace=lambda: machine.append(0) or 1.0)
+        finish(crowds(200), 200 * 90.0, preparing=10.0, really=100.0, slowdown=lambda: machine.append(0) or 1.0)
     assert len(machine) < 100  # of some 250 steps for the first exits alone
     # One step that hangs is not taken for what is to come.
     hangs = iter([40.0])
-    _, took = run(crowds(200), 200 * 75.0, pace=lambda: next(hangs, 1.0))
+    _, took = run(crowds(200), 200 * 75.0, slowdown=lambda: next(hangs, 1.0))
     assert took == pytest.approx(200 * 75.0, rel=0.05)
 
 

@@ -26,7 +26,7 @@ from crowdexit.data.mel import AudioError
 from crowdexit.data.views import LEAST_SCALE, tile_boxes
 from crowdexit.inference import collate, deadline, latency
 from crowdexit.inference.anytime import DeadlineMissed
-from crowdexit.inference.counter import CrowdCounter, load, served_exits
+from crowdexit.inference.counter import CrowdCounter, default_exits, load
 from crowdexit.inference.errors import CounterError
 from crowdexit.inference.preprocessing import load_log_mel, prepared
 from crowdexit.inference.profile import LAYING, PREPARING
@@ -110,12 +110,12 @@ def test_tiles_cover_the_image_once(counter):
     assert len(tile_boxes(513, 256, (128, 64))) == 2
 
 
-@pytest.mark.parametrize("abreast", [3, 1000])
-def test_how_many_tiles_run_at_once_changes_no_count(counter, monkeypatch, abreast):
+@pytest.mark.parametrize("in_flight", [3, 1000])
+def test_how_many_tiles_run_at_once_changes_no_count(counter, monkeypatch, in_flight):
     image = noise(1500, 600)
     all_at_once = counter.count(image)
-    monkeypatch.setattr(collate, "PIXELS_AT_ONCE", 2 * 128 * 64)
-    monkeypatch.setattr(collate, "PIXELS_ABREAST", abreast * 128 * 64)
+    monkeypatch.setattr(collate, "PIXELS_PER_BATCH", 2 * 128 * 64)
+    monkeypatch.setattr(collate, "PIXELS_IN_FLIGHT", in_flight * 128 * 64)
     few = counter.count(image)
     assert [r.exit for r in few.exits] == ["V1", "AV1", "AV2", "final"]
     assert [r.count for r in few.exits] == pytest.approx([r.count for r in all_at_once.exits], rel=1e-4, abs=1e-5)
@@ -132,7 +132,7 @@ def watched(counter: CrowdCounter, **options) -> tuple[CrowdCounter, list[int]]:
 
 def test_every_tile_comes_to_an_exit_before_any_goes_on(counter, monkeypatch):
     """A tiled image, too, has a first answer early."""
-    monkeypatch.setattr(collate, "PIXELS_AT_ONCE", 2 * 128 * 64)
+    monkeypatch.setattr(collate, "PIXELS_PER_BATCH", 2 * 128 * 64)
     tool, ran = watched(counter)
     assert next(tool.stream(noise(1500, 600))).exit == "V1"
     assert ran == [0] * 5  # nine tiles
@@ -143,7 +143,7 @@ def test_a_deadline_holds_for_tiles(counter, monkeypatch):
     image = noise(1100, 520)
     tiles = len(tile_boxes(1100, 520, (128, 64)))
     assert tiles > 3
-    monkeypatch.setattr(collate, "PIXELS_ABREAST", 3 * 128 * 64)
+    monkeypatch.setattr(collate, "PIXELS_IN_FLIGHT", 3 * 128 * 64)
     run: list[int] = []
     advance = type(counter.chain).advance
 
@@ -257,7 +257,7 @@ def test_unreadable_image_does_not_delay_the_next(counter):
 def test_latency_covers_the_whole_image(counter, monkeypatch, tmp_path):
     """Decoded, resized and laid out, in all the tiles that the scene has."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(collate, "PIXELS_AT_ONCE", 2 * 64 * 64)
+    monkeypatch.setattr(collate, "PIXELS_PER_BATCH", 2 * 64 * 64)
     torch.manual_seed(0)
     network = zoo.build(zoo.Spec("transcrowd-gap-s", (), VIT))
     tool = CrowdCounter(network, "tiny", runtime=Eager())
@@ -431,9 +431,9 @@ def test_served_exits():
         return zoo.build(zoo.Spec("audiocsrnet-s", exits=exits, changes=TINY))
 
     both = both_kinds()
-    assert served_exits(network(*both)) == ["V1", "AV1", "AV2", "final"]
-    assert served_exits(network(*both[3:])) == ["V1-cnn", "AV1-cnn", "AV2-cnn", "final"]
-    assert served_exits(network()) == ["final"]
+    assert default_exits(network(*both)) == ["V1", "AV1", "AV2", "final"]
+    assert default_exits(network(*both[3:])) == ["V1-cnn", "AV1-cnn", "AV2-cnn", "final"]
+    assert default_exits(network()) == ["final"]
     chosen = CrowdCounter(network(*both), "tiny", runtime=Eager(), exits=["AV2", "V1"])
     assert [r.exit for r in chosen.stream(noise(128, 64))] == ["V1", "AV2"]
     with pytest.raises(CounterError, match="no exit 'V7'"):

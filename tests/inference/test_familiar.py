@@ -168,7 +168,7 @@ def test_tiles_are_one_image(calibrated, monkeypatch):
     assert expected is not None
     assert expected[-1] > 2 * 128
     assert seen[-1] == pytest.approx(expected, rel=1e-4)
-    monkeypatch.setattr("crowdexit.inference.collate.PIXELS_ABREAST", 2 * 128 * 64)
+    monkeypatch.setattr("crowdexit.inference.collate.PIXELS_IN_FLIGHT", 2 * 128 * 64)
     calibrated.count(large)
     assert seen[-1] == pytest.approx(expected, rel=1e-4)
 

@@ -35,7 +35,7 @@ def test_quantiles_and_proportions():
     assert profile.ms(stage_step(1), first_ms=70.0) == pytest.approx(140)
     assert profile.ms(stage_step(1), quantile=1) == pytest.approx(22)
     assert profile.ms(exit_step("V1")) is None
-    assert profile.ms(FIRST, least=5) is None
+    assert profile.ms(FIRST, min_samples=5) is None
     assert profile.total_ms([FIRST, stage_step(1)]) == pytest.approx(33)
     assert profile.total_ms([FIRST, exit_step("V1")]) is None
 

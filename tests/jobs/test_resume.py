@@ -198,44 +198,44 @@ def test_another_run_is_refused_in_one_line(counter, inputs, tmp_path, monkeypat
         with pytest.raises(Stopped):
             count_inputs(counter, inputs, CountOptions(format="json", out=out, **OPTIONS))
     part = part_of(out).read_bytes()
-    with pytest.raises(OptionError, match=r"a run was stopped there; resume goes on with it, or delete .*out\.part"):
+    with pytest.raises(OptionError, match=r"an interrupted run; resume goes on with it, or delete .*out\.part"):
         count_inputs(counter, inputs, CountOptions(format="json", out=out, **OPTIONS))
     for change, line in [
-        ({"fps": 5}, r"other fps \(10\);"),
-        ({"smooth": 1.0}, r"other smooth \(2\.0\)"),
-        ({"start": 1.0, "exit": "V1"}, r"other exit \(auto\), start \(0\.0\)"),
+        ({"fps": 5}, r"different fps \(10\);"),
+        ({"smooth": 1.0}, r"different smooth \(2\.0\)"),
+        ({"start": 1.0, "exit": "V1"}, r"different exit \(auto\), start \(0\.0\)"),
         ({"late": "fail"}, r"late fail: nothing is late without deadline_ms"),
-        ({"late": "fail", "deadline_ms": 9.0, "batch": 1}, "where a file that is named twice begins again"),
-        ({"policy": DeepestThatFits(0.9), "deadline_ms": 9.0, "batch": 1}, r"other deadline_ms, policy \(Anytime"),
+        ({"late": "fail", "deadline_ms": 9.0, "batch": 1}, "resuming needs distinct files"),
+        ({"policy": DeepestThatFits(0.9), "deadline_ms": 9.0, "batch": 1}, r"different deadline_ms, policy \(Anytime"),
         ({"audio": inputs[0]}, "belongs to one"),
-        ({"format": "csv"}, r"other format \(json\)"),
+        ({"format": "csv"}, r"different format \(json\)"),
     ]:
         with pytest.raises((ResumeError, OptionError), match=line) as caught:
             count_inputs(
                 counter, inputs, CountOptions(**({"format": "json", "out": out, "resume": True} | OPTIONS | change))
             )
         assert "\n" not in str(caught.value)
-    with pytest.raises(ResumeError, match="other inputs"):
+    with pytest.raises(ResumeError, match="different inputs"):
         count_inputs(counter, inputs[:1], CountOptions(format="json", out=out, resume=True, **OPTIONS))
     with monkeypatch.context() as patch:
         parameter = next(counter.network.parameters())
         patch.setattr(parameter, "data", parameter.data + 1)
-        with pytest.raises(ResumeError, match="other model"):
+        with pytest.raises(ResumeError, match="different model"):
             count_inputs(counter, inputs, CountOptions(format="json", out=out, resume=True, **OPTIONS))
     with monkeypatch.context() as patch:
         patch.setattr(counter.chain, "runtime", "another")
-        with pytest.raises(ResumeError, match=r"other runtime \(eager\)"):
+        with pytest.raises(ResumeError, match=r"different runtime \(eager\)"):
             count_inputs(counter, inputs, CountOptions(format="json", out=out, resume=True, **OPTIONS))
     # What would write over it without being able to go on does not, either.
-    with pytest.raises(OptionError, match="a run was stopped there"):
+    with pytest.raises(OptionError, match="an interrupted run"):
         count_inputs(counter, inputs, CountOptions(out=out, **OPTIONS))
     assert part_of(out).read_bytes() == part
     for bad in (b"{}\n", b'{"source": "x", "frame": 1}\n', b"\xff\n", b"[]\n"):
         part_of(out).write_bytes(bad)
-        with pytest.raises(ResumeError, match="not the rows of these inputs"):
+        with pytest.raises(ResumeError, match="rows are not of these inputs"):
             count_inputs(counter, inputs, CountOptions(format="json", out=out, resume=True, **OPTIONS))
     note_of(out).write_text("[")
-    with pytest.raises(ResumeError, match="is not known"):
+    with pytest.raises(ResumeError, match="settings are unknown"):
         count_inputs(counter, inputs, CountOptions(format="json", out=out, resume=True, **OPTIONS))
 
 
@@ -251,7 +251,7 @@ def test_what_cannot_go_on(counter, inputs, tmp_path):
         )
     with pytest.raises(OptionError, match="name a file"):
         count_inputs(counter, inputs[:1], CountOptions(format="parquet"))
-    with pytest.raises(OptionError, match="a budget is for all images in one run"):
+    with pytest.raises(OptionError, match="a budget covers all images of one run"):
         count_inputs(counter, [inputs[1]], CountOptions(budget_ms=1e4, resume=True, format="csv", out=tmp_path / "o"))
 
 

@@ -330,7 +330,7 @@ def test_every_row_says_whether_audio_was_used(counter, street, film, image_file
 def test_unused_audio_is_reported(counter, street, image_file, tmp_path, capsys):
     audio = write_audio(tmp_path / "s.wav", tone(3))
     large = image_file("large.jpg", width=1024, height=256)
-    for path, exit, reason in ((large, "auto", "cut into tiles"), (street, "V1", "the exit that answers takes none")):
+    for path, exit, reason in ((large, "auto", "cut into tiles"), (street, "V1", "the exit used has no audio input")):
         count_inputs(counter, [path], CountOptions(audio=audio, exit=exit))
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"warning: {audio}: not used")
@@ -719,9 +719,9 @@ def test_rows_of_a_stopped_run_are_not_written_over(counter, street, tmp_path):
     """Also where they are such that no run can go on with them."""
     out, part = tmp_path / "rows.json", tmp_path / "rows.json.part"
     part.write_text("{}\n")
-    with pytest.raises(OptionError, match=r"a run was stopped there; rename or delete its rows, .*rows\.json\.part$"):
+    with pytest.raises(OptionError, match=r"an interrupted run; rename or delete its rows, .*rows\.json\.part$"):
         count_inputs(counter, [street], CountOptions(format="json", out=out))
-    with pytest.raises(ResumeError, match="is not known"):
+    with pytest.raises(ResumeError, match="settings are unknown"):
         count_inputs(counter, [street], CountOptions(format="json", out=out, resume=True))
     assert part.read_text() == "{}\n"
     part.write_text("")
@@ -731,7 +731,7 @@ def test_rows_of_a_stopped_run_are_not_written_over(counter, street, tmp_path):
 def test_one_run_at_a_time_writes_a_file(counter, street, tmp_path):
     out = tmp_path / "rows.json"
     for resume in (False, True):
-        with exclusive_lock(out), pytest.raises(OutputError, match=r"rows\.json: another run is writing there"):
+        with exclusive_lock(out), pytest.raises(OutputError, match=r"rows\.json: another run is writing to it"):
             count_inputs(counter, [street], CountOptions(format="json", out=out, resume=resume))
         assert [p.name for p in tmp_path.iterdir()] == [street.name]
     assert count_inputs(counter, [street], CountOptions(format="json", out=out)) == 1

@@ -168,7 +168,7 @@ def test_truncated(path, share):
         ("exits", '[{"name": "V1"}]', "header is damaged"),
         ("exits", '[["V1", "V1", "cnn"]]', "header is damaged"),
         ("exits", '[{"name": 1, "place": "V1", "kind": "cnn"}]', "header is damaged"),
-        ("exits", "[]", "the network has no place for 'branches."),
+        ("exits", "[]", "the network does not have 'branches."),
         ("changes", "[]", "header is damaged"),
         ("changes", "null", "header is damaged"),
         ("changes", '{"dim": 5}', "another architecture"),
@@ -246,7 +246,7 @@ def test_a_full_disk_keeps_the_checkpoint_that_is_there(network, spec, path, mon
 
     monkeypatch.setattr(Path, "write_bytes", full)
     fails(lambda: zoo.save(network, spec, path), "MB needed, ")
-    fails(lambda: zoo.save(network, spec, path), f"free in {path.parent}); the file that is there stays as it is")
+    fails(lambda: zoo.save(network, spec, path), f"free in {path.parent}); the existing file is unchanged")
     fails(lambda: zoo.annotate(path, note=1), f"{path}: the disk is full (")
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == ["model.safetensors"]

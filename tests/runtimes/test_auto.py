@@ -134,7 +134,7 @@ def test_what_fails_is_left_out_with_a_warning(error, network, tried, caplog):
     tried([[(Fake("broken", error=error), 0.1)], [(Fake("slow"), 2.0)]])
     with caplog.at_level(logging.WARNING):
         assert Auto().ready(network).runtime == "eager"
-    assert caplog.messages[0] == "runtime auto leaves out broken: it cannot"
+    assert caplog.messages[0] == "runtime auto skips broken: it cannot"
 
 
 BREAKS = ["prepare", "begin", *(f"advance {index}" for index in range(4)), "ask V1", "ask final", "select"]
@@ -229,7 +229,7 @@ def test_candidates(cuda, bf16, wide, libraries, openvino_bf16, expected, networ
         assert candidates(network) == expected
     assert {name for row in expected for name in row} <= set(module.automatic_names()) <= set(names())
     broken = "openvino" in libraries and openvino_bf16 is None
-    said = "runtime auto leaves out openvino: openvino cannot be imported: libtbb.so.12"
+    said = "runtime auto skips openvino: openvino cannot be imported: libtbb.so.12"
     assert caplog.messages == ([said] if broken else [])
 
 
@@ -283,7 +283,7 @@ def test_nothing_is_tried_after_patience_has_run_out(network, tried, monkeypatch
     with caplog.at_level(logging.WARNING):
         assert Auto().ready(network).runtime == "eager"
     assert order == ["eager"]
-    left_out = [f"runtime auto leaves out {name}: trying the others took too long" for name in ("one", "two")]
+    left_out = [f"runtime auto skips {name}: trying the others took too long" for name in ("one", "two")]
     assert caplog.messages[:-1] == left_out
     monkeypatch.setattr(module, "PATIENCE_S", 3600.0)
     assert Auto().ready(network).runtime == "two"  # nothing was remembered of the hurry
@@ -316,7 +316,7 @@ def test_what_fails_while_it_is_timed_is_left_out(network, tried, monkeypatch, c
     monkeypatch.setattr(module, "_seconds", for_a_while)
     with caplog.at_level(logging.WARNING):
         assert Auto().ready(network).runtime == "slow"
-    assert caplog.messages[0] == "runtime auto leaves out quick: there is no more memory"
+    assert caplog.messages[0] == "runtime auto skips quick: there is no more memory"
 
 
 @pytest.mark.parametrize(("long", "timed"), [(3600.0, module.PROBES), (1e-9, 1)])
@@ -368,7 +368,7 @@ def test_a_gpu_that_cannot_be_used_is_no_matter(network, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         assert Auto().ready(network).runtime == "eager"
     assert caplog.messages[:-1] == [
-        f"runtime auto leaves out {name}: the GPU cannot run it: CUDA out of memory"
+        f"runtime auto skips {name}: the GPU cannot run it: CUDA out of memory"
         for name in ("cuda-half", "cuda-bf16", "cuda")
     ]
 
@@ -418,7 +418,7 @@ def test_auto_refuses_int8_that_disagrees(shipped, monkeypatch, caplog):
     monkeypatch.setattr(module, "candidates", lambda _: (("openvino-int8",),))
     with caplog.at_level(logging.WARNING):
         assert Auto().ready(shipped).runtime == "eager"
-    assert caplog.messages[0].startswith("runtime auto leaves out openvino-int8: exit V0 differs by ")
+    assert caplog.messages[0].startswith("runtime auto skips openvino-int8: exit V0 differs by ")
 
 
 def test_int8_is_tried_where_there_are_ranges(network):

@@ -15,11 +15,11 @@ from torch import nn
 from crowdexit.models.network import MultiExitNetwork
 from crowdexit.models.stages import Exit, ExitOutput, Features, Stage, inputs
 from crowdexit.runtimes import onnx, openvino
-from crowdexit.runtimes.arrays import Port, Ports
+from crowdexit.runtimes.arrays import Signature, TensorSpec
 from crowdexit.runtimes.cancel import Cancelled, CancelToken, cancelled_by, check, may_be_cancelled
 from crowdexit.runtimes.eager import EagerChain
 from crowdexit.runtimes.engines import Engine, OnnxEngine, OpenVINOEngine
-from crowdexit.runtimes.pieces import Piece
+from crowdexit.runtimes.subgraphs import Subgraph
 
 LAYERS, SIDE = 24, 128  # a good part of a second of work, of which a layer is some ten milliseconds
 
@@ -106,9 +106,9 @@ class NotedOnnx(OnnxEngine):
 @pytest.mark.parametrize(("convert", "kind"), [(openvino.convert, Noted), (onnx.convert, NotedOnnx)])
 def test_engines_end_between_two_layers(convert, kind):
     shape = (3, SIDE, SIDE)
-    port = Port("visual", "float32", shape)
-    piece = Piece(Deep().eval(), Ports((port,), (port,)), None, None)
-    model = convert(piece)
+    spec = TensorSpec("visual", "float32", shape)
+    subgraph = Subgraph(Deep().eval(), Signature((spec,), (spec,)), None, None)
+    model = convert(subgraph)
     engine: Engine = kind(lambda *_: model if isinstance(model, bytes) else model.clone())
     engine.prepare("stage-0", (shape,))
     images = np.random.default_rng(0).normal(size=(2, 1, *shape)).astype(np.float32)

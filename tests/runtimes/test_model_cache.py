@@ -47,7 +47,7 @@ def test_a_cached_network_is_not_traced_again(monkeypatch):
     network = networks.made("transcrowd-fit")
     features = networks.batch(network, 1)
     first = dict(OpenVINO().ready(network).stream(features))
-    monkeypatch.setattr(openvino, "take_apart", lambda *_: pytest.fail("traced"))
+    monkeypatch.setattr(openvino, "partition", lambda *_: pytest.fail("traced"))
     again = dict(OpenVINO().ready(network).stream(features))
     for name, answer in first.items():
         torch.testing.assert_close(again[name].value, answer.value, rtol=0, atol=0)
@@ -84,15 +84,15 @@ def test_int8_models_are_cached_by_their_ranges(converted):
     features = networks.batch(network, 1)
     network.activation_ranges = measure_ranges(network, [features])
     first = dict(OpenVINO("openvino-int8").ready(network).stream(features))
-    pieces = len(converted)
+    subgraphs = len(converted)
     again = dict(OpenVINO("openvino-int8").ready(network).stream(features))
-    assert len(converted) == pieces
+    assert len(converted) == subgraphs
     for name, answer in first.items():
         torch.testing.assert_close(again[name].value, answer.value)
     ranges = network.activation_ranges
     network.activation_ranges = {name: replace(found, high=2 * found.high) for name, found in ranges.items()}
     dict(OpenVINO("openvino-int8").ready(network).stream(features))
-    assert len(converted) == 2 * pieces
+    assert len(converted) == 2 * subgraphs
 
 
 def test_a_cache_that_cannot_be_written_is_no_matter(monkeypatch, tmp_path, converted):
@@ -211,4 +211,4 @@ def test_branches_of_equal_weights_have_entries_of_their_own(model, one, other):
 def test_the_code_that_makes_a_graph_is_found():
     """The patterns still name what is there."""
     found = [path.name for pattern in model_cache._SOURCES for path in model_cache.PACKAGE.glob(pattern)]
-    assert {"vit.py", "feature_map.py", "network.py", "stages.py", "pieces.py", "openvino.py"} <= set(found)
+    assert {"vit.py", "feature_map.py", "network.py", "stages.py", "subgraphs.py", "openvino.py"} <= set(found)

@@ -25,8 +25,8 @@ from crowdexit.runtimes.eager import Eager, _on
 from crowdexit.runtimes.int8 import measure_ranges, quantised
 from crowdexit.runtimes.onnx import Onnx
 from crowdexit.runtimes.openvino import OpenVINO
-from crowdexit.runtimes.pieces import take_apart
 from crowdexit.runtimes.selection import names, select_runtime
+from crowdexit.runtimes.subgraphs import partition
 
 CUDA = torch.device("cuda")
 EXACT = {"rtol": 1e-5, "atol": 1e-4}
@@ -109,9 +109,10 @@ def test_int8_is_near(kind):
     chain = OpenVINO("openvino-int8").ready(network)
     features = networks.batch(network, 2, seed=9)
     near(chain, features, on_eager(network, features), 0.05)
-    pieces = take_apart(quantised(network, network.activation_ranges))
+    subgraphs = partition(quantised(network, network.activation_ranges))
     kinds = {
-        name: {node.get_type_name() for node in openvino.convert(piece).get_ops()} for name, piece in pieces.items()
+        name: {node.get_type_name() for node in openvino.convert(subgraph).get_ops()}
+        for name, subgraph in subgraphs.items()
     }
     input_map = {
         "audiocsrnet": ("stage-0", "stage-2", "stage-3"),
@@ -176,15 +177,15 @@ def test_a_state_is_not_overwritten_by_the_next_batch():
 
 
 def test_a_stage_and_an_exit_take_what_they_read_and_no_more():
-    pieces = take_apart(networks.made("audiocsrnet"))
-    takes = {name: [port.name for port in piece.ports.takes] for name, piece in pieces.items()}
-    gives = {name: [port.name for port in piece.ports.gives] for name, piece in pieces.items()}
+    subgraphs = partition(networks.made("audiocsrnet"))
+    takes = {name: [spec.name for spec in subgraph.signature.inputs] for name, subgraph in subgraphs.items()}
+    gives = {name: [spec.name for spec in subgraph.signature.outputs] for name, subgraph in subgraphs.items()}
     assert takes["stage-0"] == takes["exit-V1"] == takes["exit-AV2"] == ["visual"]
     assert (takes["stage-1"], gives["stage-1"]) == (["log_mel", "has_audio"], ["audio"])
     assert takes["stage-2"] == takes["exit-AV1"] == ["visual", "audio"]
     assert (takes["exit-final"], gives["exit-final"]) == (["visual", "valid_mask"], ["value", "density"])
-    classifier = take_apart(networks.made("classifier"))
-    assert [port.name for port in classifier["stage-1"].ports.takes] == ["visual", "shortcut"]
+    classifier = partition(networks.made("classifier"))
+    assert [spec.name for spec in classifier["stage-1"].signature.inputs] == ["visual", "shortcut"]
 
 
 def test_what_nobody_takes_any_more_is_let_go():
@@ -207,14 +208,14 @@ def test_nothing_behind_the_exit_is_converted(monkeypatch):
     network = networks.made("audiocsrnet")
     ran: list[str] = []
     convert = openvino.convert
-    pieces: dict[int, str] = {}
+    subgraphs: dict[int, str] = {}
 
-    def watched(piece, shapes):
-        ran.append(pieces[id(piece.module)])
-        return convert(piece, shapes)
+    def watched(subgraph, shapes):
+        ran.append(subgraphs[id(subgraph.module)])
+        return convert(subgraph, shapes)
 
     monkeypatch.setattr(openvino, "convert", watched)
-    pieces |= {id(piece.module): name for name, piece in take_apart(network).items()}
+    subgraphs |= {id(subgraph.module): name for name, subgraph in partition(network).items()}
     chain = OpenVINO().ready(network)
     next(chain.stream(networks.batch(network, 1), ["V1", "final"]))
     assert ran == ["stage-0", "exit-V1"]
@@ -223,16 +224,16 @@ def test_nothing_behind_the_exit_is_converted(monkeypatch):
 def test_sizes_are_bounded_and_come_again(monkeypatch):
     """Images of any size, each converted once; of the sizes that are kept, the one not used for longest goes."""
     network = networks.made("audiocsrnet")
-    pieces = take_apart(network)
+    subgraphs = partition(network)
     converted: list[tuple[str, tuple]] = []
 
-    def model(piece, shapes):
-        converted.append((piece, shapes))
-        return openvino.convert(pieces[piece], shapes)
+    def model(subgraph, shapes):
+        converted.append((subgraph, shapes))
+        return openvino.convert(subgraphs[subgraph], shapes)
 
     monkeypatch.setattr(engines, "MOST_READY", 2)
     engine = engines.OpenVINOEngine(model)
-    stage = pieces["stage-0"]
+    stage = subgraphs["stage-0"]
     for width, times in ((64, 1), (64, 1), (96, 2), (64, 2), (128, 3), (96, 4), (128, 4)):
         image = torch.randn(2, 3, 64, width)
         [given] = engine.run("stage-0", [image.numpy()])
@@ -251,7 +252,7 @@ def test_models_go_with_their_engine(monkeypatch):
     class Fake(engines.Engine):
         library = "fake"
 
-        def _ready(self, piece, model, shapes):
+        def _ready(self, subgraph, model, shapes):
             return Model()
 
         def _run(self, ready, arrays):
@@ -260,7 +261,7 @@ def test_models_go_with_their_engine(monkeypatch):
 
     gone: list[weakref.ref] = []
     monkeypatch.setattr(engines, "MOST_READY", 2)
-    engine = Fake(lambda piece, shapes: None)
+    engine = Fake(lambda subgraph, shapes: None)
     gc.disable()
     try:
         for width in (1, 2, 1, 3):
@@ -361,7 +362,7 @@ def test_errors_of_a_gpu_are_one_line_and_of_a_cpu_our_own():
 
 def test_a_gpu_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(RuntimeUnavailable, match="'cuda-half' needs a CUDA GPU, and there is none"):
+    with pytest.raises(RuntimeUnavailable, match="'cuda-half' needs a CUDA GPU; none found"):
         select_runtime("cuda-half")
     with pytest.raises(RuntimeUnavailable, match=rf"no runtime 'abacus' \(there are {', '.join(names())}\)"):
         select_runtime("abacus")
@@ -370,7 +371,7 @@ def test_a_gpu_that_is_not_there(monkeypatch):
 def test_what_cannot_be_compiled_is_one_line(monkeypatch):
     network = networks.made("transcrowd-fit")
     features = networks.batch(network, 1)
-    monkeypatch.setattr(openvino, "convert", lambda piece, shapes: 1 / 0)
+    monkeypatch.setattr(openvino, "convert", lambda subgraph, shapes: 1 / 0)
     with pytest.raises(RuntimeUnavailable, match="OpenVINO cannot compile stage-0: division by zero"):
         dict(OpenVINO().ready(network).stream(features))
 
@@ -394,9 +395,9 @@ def test_a_conversion_that_fails_leaves_the_log_as_it_was(monkeypatch):
         raise RuntimeError("an operation that nobody knows")
 
     monkeypatch.setattr("openvino.convert_model", broken)
-    pieces = take_apart(networks.made("audiocsrnet"))
+    subgraphs = partition(networks.made("audiocsrnet"))
     with pytest.raises(RuntimeError, match="nobody knows"):
-        openvino.convert(pieces["stage-0"])
+        openvino.convert(subgraphs["stage-0"])
     assert (root.level, root.filters, root.handlers) == before
 
 
@@ -410,14 +411,14 @@ def test_compiled_network_is_ready_before_the_first_image(monkeypatch):
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=compiler, fullgraph=True))
-    for kind, exits, pieces in (("audiocsrnet", ["V1", "AV1"], 4), ("transcrowd-tiles", ["final"], 5)):
+    for kind, exits, subgraphs in (("audiocsrnet", ["V1", "AV1"], 4), ("transcrowd-tiles", ["final"], 5)):
         network = networks.made(kind)
         width, height = network.config.scene
         graphs.clear()
         counter = CrowdCounter(network, "tiny", runtime=compiled.Compiled(), exits=exits)
-        assert len(graphs) == pieces
+        assert len(graphs) == subgraphs
         list(counter.stream(np.zeros((height, width, 3), np.uint8), np.zeros((96, 64), np.float32)))
-        assert len(graphs) == pieces
+        assert len(graphs) == subgraphs
 
     def missing(graph, examples):
         raise RuntimeError("no C++ compiler")
@@ -436,13 +437,13 @@ def test_ports_are_named_like_the_fields_of_records():
 
 def test_a_model_that_gives_less_than_its_ports_is_one_line():
     class Short:
-        def run(self, piece, arrays):
+        def run(self, subgraph, arrays):
             return []
 
-    pieces = take_apart(networks.made("audiocsrnet"))
-    ports = {name: piece.ports for name, piece in pieces.items()}
-    chain = ArrayChain({"V1": 0}, ports, Short())
-    with pytest.raises(RuntimeUnavailable, match=r"^stage-0 gives 0 arrays, not the 1 of its ports$"):
+    subgraphs = partition(networks.made("audiocsrnet"))
+    signatures = {name: subgraph.signature for name, subgraph in subgraphs.items()}
+    chain = ArrayChain({"V1": 0}, signatures, Short())
+    with pytest.raises(RuntimeUnavailable, match=r"^stage-0 returns 0 arrays, not 1$"):
         chain.advance(0, {"visual": np.zeros((1, 3, 64, 128), np.float32)})
 
 

@@ -81,14 +81,14 @@ def test_a_map_that_hardly_shows_the_heads(kind):
     network.add_exit("1", "1", branch)
     recipe = Recipe(stage="branches", model="x", exits=[{"name": "1", "place": "1", "kind": "cnn"}], even=0.7, least=5)
     assert fit_exits(network, ["1"], batches, recipe) == ["1"]
-    errors, usual = [], []
+    errors, median_count = [], []
     with torch.inference_mode():
         for batch in batches():
             heads = batch["count"]
             features = Shows()(inputs(batch["image"]))
             errors.append(((branch(features).value - heads).abs() / (heads + 5)).mean())
-            usual.append(((heads.median() - heads).abs() / (heads + 5)).mean())
-    assert torch.stack(errors).mean() < 0.45 * torch.stack(usual).mean()
+            median_count.append(((heads.median() - heads).abs() / (heads + 5)).mean())
+    assert torch.stack(errors).mean() < 0.45 * torch.stack(median_count).mean()
 
 
 def test_batch_norm_would_undo_the_fit():
@@ -121,5 +121,5 @@ def test_a_run_starts_there(store, tmp_path):
 
 @pytest.mark.parametrize(("stage", "keys"), [("density", {}), ("hearing", {})])
 def test_not_for_every_stage(store, stage, keys):
-    with pytest.raises(ValueError, match="say a count"):
+    with pytest.raises(ValueError, match="output a count"):
         tiny(store, stage, fit=10, **keys)

@@ -22,7 +22,7 @@ GOOD = "stage: density\nmodel: audiocsrnet-s\n"
         (GOOD + "start: a\nweights: {vgg16: b}\n", "recipe: start and weights exclude each other"),
         (GOOD + "data: {canvas: [100, 64]}\n", "data: canvas sides have to be multiples of 8"),
         (GOOD + "data: {scale: [1.3, 0.7]}\n", "data: scale is a lowest and a highest factor"),
-        (GOOD + "data: {balance: {A: 0}}\n", "data: balance gives each group"),
+        (GOOD + "data: {balance: {A: 0}}\n", "data: balance: each group"),
         (GOOD + "data: {conditions: {brightness: [0.5, 0.1]}}\n", "data.conditions: brightness is a lowest"),
         ("stage: branches\nmodel: audiocsrnet-s\n", "recipe: the stage 'branches' needs exits"),
         ("stage: classes\nmodel: resnet18\nloss: cross-entropy\nwatch: audio\n", "recipe: a classifier is validated"),

@@ -87,7 +87,7 @@ def test_a_full_disk_keeps_the_last_one(out, monkeypatch):
         RunCheckpoints().save_checkpoint({"epoch": 3}, out / LAST)
     assert f"{out / LAST}: the disk is full (" in str(error.value)
     assert " needed, " in str(error.value)
-    assert str(error.value).endswith("the checkpoint of the epoch before is kept; free some space and resume the run")
+    assert str(error.value).endswith("the previous epoch's checkpoint is kept; free some space and resume the run")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 

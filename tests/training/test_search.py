@@ -65,7 +65,7 @@ def test_nothing_fits():
 
 @pytest.mark.parametrize(("dims", "heads"), [([], [2]), ([0], [2]), ([8], [-1])])
 def test_no_grid(store, branches, dims, heads):
-    with pytest.raises(CrowdExitError, match="above zero"):
+    with pytest.raises(CrowdExitError, match="positive widths"):
         search_recipe(branches, store, "V1", dims, heads)
 
 

@@ -116,7 +116,7 @@ def test_of_another_network_or_other_data(store, trained, tmp_path):
 
 
 def test_no_room(store, trained, tmp_path, monkeypatch):
-    with pytest.raises(CrowdExitError, match="more than the bound"):
+    with pytest.raises(CrowdExitError, match="more than the limit"):
         branches(store, trained, tmp_path / "a", cache={"gigabytes": 1e-9})
     import shutil
 
@@ -125,12 +125,12 @@ def test_no_room(store, trained, tmp_path, monkeypatch):
     with pytest.raises(CrowdExitError, match="are free"):
         branches(store, trained, tmp_path / "b", cache={})
     (tmp_path / "file").touch()
-    with pytest.raises(CrowdExitError, match="no feature cache can be made"):
+    with pytest.raises(CrowdExitError, match="cannot create the feature cache"):
         branches(store, trained, tmp_path / "c", cache={"folder": tmp_path / "file" / "features"})
 
 
 def test_a_recipe_says_which_views_come_again(store, trained):
-    with pytest.raises(ValueError, match="come again"):
+    with pytest.raises(ValueError, match="needs the stage"):
         tiny(store, "branches", start=trained, cache={})
 
 

@@ -127,7 +127,7 @@ def test_evaluation_from_python_wants_no_progress(colours, trained):
     [
         ("classes", {"loss": "mae"}, "'mae' is not for the stage 'classes'"),
         ("count", {"exits": ()}, "'cross-entropy' is not for the stage 'count'"),
-        ("branches", {"local": 1.0}, "no 'local'"),
+        ("branches", {"local": 1.0}, "'local' applies to counting only"),
     ],
 )
 def test_recipes_that_mean_nothing(colours, stage, keys, problem):
@@ -142,7 +142,7 @@ def test_counting_and_classes_are_not_mixed(colours, store, trained, tmp_path):
         run(classes(store, "classes"), tmp_path / "2")
     with pytest.raises(TrainingError, match="no split 'nowhere' to validate with"):
         run(classes(colours, "classes", data={"val": "nowhere"}), tmp_path / "3")
-    with pytest.raises(CrowdExitError, match="tells classes apart; it does not count"):
+    with pytest.raises(CrowdExitError, match="is a classifier; it does not count"):
         load(trained)
     for extra, problem in (
         (["--brightness", "0.5"], "are for counting"),

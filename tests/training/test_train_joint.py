@@ -137,7 +137,7 @@ def test_killed_and_resumed_is_the_same(store, tmp_path, break_off, epoch):
         ("end-to-end", {"lambdas": {"V1": -1}}, "greater than or equal to 0"),
         ("end-to-end", {"lambdas": {"V1": float("nan")}}, "greater than or equal to 0|finite"),
         ("end-to-end", {"exits": []}, "needs exits"),
-        ("branches", {"lambdas": {"V1": 1}}, "lambdas mean nothing"),
+        ("branches", {"lambdas": {"V1": 1}}, "lambdas do not apply"),
         ("end-to-end", {"rest": "fresh"}, "knows no 'rest'"),
         ("end-to-end", {"frozen": ["stages.0"]}, "no 'frozen'"),
         ("layer-wise", {"stop": 2}, "no stop, no plateau"),
@@ -152,6 +152,6 @@ def test_lambdas_of_exits_that_are_there(store, tmp_path):
     with pytest.raises(CrowdExitError, match="no exit 'V9' is trained"):
         experiment(tiny(store, "end-to-end", exits=EXITS, lambdas={"V9": 1}), tmp_path)
     zero = {e["name"]: 0 for e in EXITS}
-    with pytest.raises(CrowdExitError, match="nothing would be learned from V1, AV1, AV2-cnn, final: all are zero"):
+    with pytest.raises(CrowdExitError, match="the weights of V1, AV1, AV2-cnn, final are all zero"):
         experiment(tiny(store, "end-to-end", exits=EXITS, lambdas={**zero, "final": 0}), tmp_path)
     assert TINY

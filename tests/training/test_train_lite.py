@@ -253,8 +253,8 @@ def test_norms_stay_in_evaluation_mode(store, tmp_path):
     assert joint.network.stages[1].training
     assert not any(norm.training for norm in norms)
     assert all(norm.weight.requires_grad for name, norm in joint.network.named_modules() if name == "stages.1.norm")
-    usual = experiment(lite(store, norms="trained", norm_batches=0), tmp_path)
-    assert usual.train().network.stages[1].norm.training
+    median_count = experiment(lite(store, norms="trained", norm_batches=0), tmp_path)
+    assert median_count.train().network.stages[1].norm.training
 
 
 def test_fresh_norms_take_the_statistics_of_the_batches(store, tmp_path):

@@ -43,7 +43,7 @@ def test_a_backbone_is_trained_with_one_rate_after_the_other(store, backbone, tm
     winner = min(errors, key=errors.__getitem__)
     chosen = tmp_path / "out" / "model.safetensors"
     assert chosen.read_bytes() == (tmp_path / "out" / winner / "model.safetensors").read_bytes()
-    with pytest.raises(TrainingError, match="there is a run already"):
+    with pytest.raises(TrainingError, match="already holds a run"):
         train(recipe, tmp_path / "out", accelerator="cpu")
     before = chosen.stat().st_mtime_ns
     train(recipe, tmp_path / "out", accelerator="cpu", resume=True)

@@ -53,7 +53,7 @@ def test_two_trainings_do_not_write_into_one_folder(store, tmp_path):
     expected = run(recipe, tmp_path / "run")
     with (
         FileLock(tmp_path / "run" / "training.lock"),
-        pytest.raises(TrainingError, match=r"run: another training is writing there$"),
+        pytest.raises(TrainingError, match=r"run: another training is writing to it$"),
     ):
         run(recipe.model_copy(update={"epochs": 2}), tmp_path / "run", resume=True)
     assert same(last(tmp_path / "run"), expected)
@@ -105,7 +105,7 @@ def test_a_run_is_not_overwritten(store, tmp_path):
     recipe = tiny(store, "density", epochs=1)
     run(recipe, tmp_path)
     (tmp_path / "last.ckpt").unlink()
-    with pytest.raises(TrainingError, match="there is a run already; --resume"):
+    with pytest.raises(TrainingError, match="already holds a run; continue it with --resume"):
         run(recipe, tmp_path)
 
 

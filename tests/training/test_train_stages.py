@@ -174,7 +174,7 @@ def test_what_is_written_and_said(store, tmp_path):
     train(tiny(store, "density", epochs=2), tmp_path, accelerator="cpu", console=Console(file=text, width=40))
     lines = text.getvalue().splitlines()
     assert [line.split()[:2] for line in lines] == [["epoch", "1/2"], ["epoch", "2/2"]], "one line an epoch"
-    assert "silent: A " in lines[0]
+    assert "without audio: A " in lines[0]
     assert lines[1].endswith("0:00:00 left")
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     tags = events.Tags()["scalars"]
@@ -196,7 +196,7 @@ def test_lightning_is_silent(store, tmp_path, capfd):
         ({"data": {"train_ids": "C_*"}}, "no sample in 'train' matches 'C_\\*'"),
         ({"data": {"balance": {"C_*": 1}}}, "no training sample matches 'C_\\*'"),
         ({"data": {"store": "nowhere.h5"}}, "nowhere.h5: no such prepared file"),
-        ({"data": {"store": None}}, "no data: give a prepared file with --data"),
+        ({"data": {"store": None}}, "no data: name a prepared file with --data"),
         ({"optimiser": {"lr": 1e9, "clip": None}}, "epoch 1: the network diverged; try a lower optimiser.lr"),
         ({"data": {"canvas": [64, 64]}, "stage": "count"}, "needs the model's native size"),
     ],

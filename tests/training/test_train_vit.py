@@ -101,10 +101,13 @@ def test_transformer_with_an_audiocsrnet_front_uses_audio(store, backbone, tmp_p
     assert any(key.startswith("readout.") for key in last)
     assert not any(key.startswith("readout.") for key in best(tmp_path / "run"))
     for wrong, words in (
-        ({"model": "audiocsrnet-s", "changes": TINY, "frozen": [], "local": 0.0}, "a transformer with ears"),
+        (
+            {"model": "audiocsrnet-s", "changes": TINY, "frozen": [], "local": 0.0},
+            "a transformer with an audio encoder",
+        ),
         ({"senses": str(tmp_path / "run")}, "takes them from an AudioCSRNet"),
         ({"changes": {**changes, "stem_width": 0.125}}, "another shape of 'stages.1.embedding"),
-        ({"changes": {**changes, "audio_width": 0, "stem": "conv"}}, "a transformer with ears"),
+        ({"changes": {**changes, "audio_width": 0, "stem": "conv"}}, "a transformer with an audio encoder"),
     ):
         recipe = tiny(store, wrong.pop("stage", "count"), epochs=1, **{"changes": changes, **keys, **wrong})
         with pytest.raises(CrowdExitError, match=words):

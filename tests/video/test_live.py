@@ -274,8 +274,8 @@ def test_slow_decoding_drops_frames(tmp_path, monkeypatch):
         got = list(source)
     assert 6 <= slow <= 20  # of all that came out of the decoder
     assert source.dropped >= 3
-    assert [line for line in lines if "too much to decode" in line] == [
-        f"{name}: too much to decode here, frames are left out"
+    assert [line for line in lines if "decoding is too slow" in line] == [
+        f"{name}: decoding is too slow here; frames are skipped"
     ]
     assert got[-1].time_s > 1.9
     assert [index_of(f.image) for f in got] == [f.index for f in got]
@@ -560,7 +560,7 @@ def test_end_of_a_pipe_without_data(tmp_path):
         silence.set()
         thread.join()
     os.mkfifo(tmp_path / "nobody")
-    with pytest.raises(VideoError, match="nothing has come of it until the end"):
+    with pytest.raises(VideoError, match="no frame arrived before the end"):
         list(LiveFrames(address_of(str(tmp_path / "nobody")), Span(10, end=0.5), refuse))
 
 

@@ -191,7 +191,7 @@ def test_behind_damage_nothing_piles_up(tmp_path, monkeypatch):
     def measured(self, packet):
         nonlocal most
         lose(self, packet)
-        most = max(most, len(self.owed), len(self.plan), len(self.unfed))
+        most = max(most, len(self.pending), len(self.plan), len(self.unfed))
 
     monkeypatch.setattr(decode._Planned, "_lose", measured)
     video = FrameSampler(damaged(tmp_path / "v.mkv", 41), Span(25))

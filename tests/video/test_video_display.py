@@ -227,10 +227,10 @@ def test_audio_status_of_each_frame(tmp_path, counter, capsys):
 
 def test_float_audio_of_any_scale(tmp_path, counter, capsys):
     """An audio track, and a file in its place, in ±32768: the counts of ±1, and a warning in the rows that hear it."""
-    usual = write_images(tmp_path / "a.mkv", [WIDE] * 20, audio=tone(2), audio_codec="pcm_f32le")
+    frame_step = write_images(tmp_path / "a.mkv", [WIDE] * 20, audio=tone(2), audio_codec="pcm_f32le")
     loud = write_images(tmp_path / "b.mkv", [WIDE] * 20, audio=tone(2) * 32_768, audio_codec="pcm_f32le")
     rows = []
-    for path, audio in ((usual, None), (loud, None), (usual, loud)):
+    for path, audio in ((frame_step, None), (loud, None), (frame_step, loud)):
         count_inputs(counter, [path], CountOptions(format="json", fps=1, audio=audio))
         out, err = capsys.readouterr()
         rows.append([json.loads(line) for line in out.splitlines()])

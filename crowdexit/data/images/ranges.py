@@ -51,7 +51,7 @@ def to_8_bits(samples: NDArray[Any], maximum: int | None = None) -> tuple[NDArra
     bits = 8 * samples.dtype.itemsize
     if low < 0:
         black = -(1 << (bits - 1))
-        warning = f"signed {bits}-bit samples: {black} is taken as black"
+        warning = f"signed {bits}-bit samples: {black} is read as black"
         return _rows(samples, lambda rows: (rows.astype(np.int64) - black) >> (bits - 8)), warning
     if maximum is not None and high <= maximum:
         return _scaled(samples, maximum), None
@@ -59,7 +59,11 @@ def to_8_bits(samples: NDArray[Any], maximum: int | None = None) -> tuple[NDArra
         return _rows(samples, lambda rows: rows >> 8), None
     depth = next(depth for depth in _DEPTHS if high >> depth == 0)
     full = depth >= bits - (kind == "i")
-    note = None if full else f"{bits}-bit samples up to {high} only: taken as {depth} bits, the file does not say"
+    note = (
+        None
+        if full
+        else f"{bits}-bit samples up to {high} only: read as {depth} bits, as the file does not state its depth"
+    )
     return _scaled(samples, (1 << depth) - 1), note
 
 
@@ -73,21 +77,21 @@ def _scaled(samples: NDArray[Any], maximum: int) -> NDArray[np.uint8]:
 
 def _from_floats(samples: NDArray[Any]) -> tuple[NDArray[np.uint8], str | None]:
     low, high, finite = _extent(samples)
-    warning = None if finite else "samples that are no numbers are taken as black"
+    warning = None if finite else "NaN samples are read as black"
     black, white = 0.0, 1.0
     if low < -0.01:
         if low < -1 or high > 1:
             raise RangeUnknown(f"floating-point samples from {low:g} to {high:g}")
         black = -1.0
-        warning = warning or "floating-point samples below 0: −1 is taken as black, 1 as white"
+        warning = warning or "floating-point samples below 0: −1 is read as black, 1 as white"
     elif high > 65535:
         raise RangeUnknown(f"floating-point samples up to {high:g}")
     elif high > _BRIGHTEST_OF_UNIT:
         white = float((1 << next(depth for depth in _DEPTHS if high <= (1 << depth) - 1)) - 1)
         if high < 0.9 * white or white not in (255, 65535):
-            warning = warning or f"floating-point samples up to {high:g}: {white:g} is taken as white"
+            warning = warning or f"floating-point samples up to {high:g}: {white:g} is read as white"
     elif high > 1.0001:
-        warning = warning or f"floating-point samples up to {high:.3g}: 1 is taken as white, brighter ones are cut off"
+        warning = warning or f"floating-point samples up to {high:.3g}: 1 is read as white, brighter values are clipped"
 
     def scaled(rows: NDArray[Any]) -> NDArray[Any]:
         values = np.nan_to_num(rows.astype(np.float32), nan=black, posinf=black, neginf=black)

@@ -115,7 +115,7 @@ def decode_image(data: bytes, name: str = "image", check: SizeCheck | None = Non
     except Image.DecompressionBombError:
         raise ImageError(f"{name}: too large ({MAX_PIXELS // 10**6} megapixels at most)") from None
     except MemoryError:
-        raise ImageError(f"{name}: there is not enough memory to read it") from None
+        raise ImageError(f"{name}: not enough memory to read it") from None
     except RangeUnknown as error:
         raise ImageError(f"{name}: {error} are not supported; save it with 8 or 16 bits") from None
     except tiff.UnsupportedTiff as error:

@@ -218,7 +218,7 @@ def _inception(net: Any) -> list[Stage]:
     return [Layers(*first, *second), Layers(net.Mixed_5d), Layers(*middle, *last)]
 
 
-class Top(Exit):
+class ClassifierHead(Exit):
     """The final exit: average over the map, then the paper's dense, dropout, dense → scores."""
 
     kind = "class"
@@ -254,7 +254,7 @@ class ConvNet(MultiExitNetwork):
         else:
             stages = _inception(theirs)
         top = theirs.classifier if c.architecture in DENSENETS else theirs.fc
-        final = Top(top.in_features, c)
+        final = ClassifierHead(top.in_features, c)
         super().__init__(stages, final, {"1": 0, "2": 1}, c)
         names = {id(tensor): name for name, tensor in theirs.state_dict(keep_vars=True).items()}
         self.published = {

@@ -46,7 +46,7 @@ class Filled:
     Attributes:
         kind: of the weights. source: the file, or ``torchvision`` or ``timm``.
         filled: the network's tensors that now come from the file.
-        unused: the file's tensors that the network has no place for.
+        unused: the file's tensors that the network does not have.
     """
 
     kind: str
@@ -55,7 +55,7 @@ class Filled:
     unused: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{self.kind} from {self.source}: {len(self.filled)} tensors filled, {len(self.unused)} have no place"
+        return f"{self.kind} from {self.source}: {len(self.filled)} tensors filled, {len(self.unused)} unused"
 
 
 def apply_weights(network: MultiExitNetwork, mapping: Mapping[str, str | Path]) -> list[Filled]:
@@ -163,7 +163,7 @@ def _torchvision(network: MultiExitNetwork) -> Tensors:
         weights: dict[str, Tensor] = published.get_state_dict(check_hash=True, weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"{name}: torchvision could not fetch its weights ({reason}); give a file instead") from None
+        raise WeightsError(f"{name}: torchvision could not fetch its weights ({reason}); use a file instead") from None
     return weights
 
 
@@ -176,7 +176,7 @@ def _timm(network: MultiExitNetwork) -> Tensors:
         weights: dict[str, Tensor] = timm.create_model(name, pretrained=True).state_dict()
     except Exception as error:  # its hub's client has errors of its own, and not one base class for them
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"{name}: timm could not fetch its weights ({reason}); give a file instead") from None
+        raise WeightsError(f"{name}: timm could not fetch its weights ({reason}); use a file instead") from None
     return weights
 
 
@@ -186,7 +186,7 @@ class _Reader:
     def __init__(self, tensors: Tensors, source: str) -> None:
         self.tensors = dict(tensors)
         self.source = source
-        self.asked: set[str] = set()
+        self.requested: set[str] = set()
 
     def take(self, key: str, shape: torch.Size) -> Tensor:
         if key not in self.tensors:
@@ -196,11 +196,11 @@ class _Reader:
             raise WeightsError(f"{self.source}: {key!r} is {_by(tensor.shape)}, wanted {_by(shape)}")
         if not torch.isfinite(tensor).all():
             raise WeightsError(f"{self.source}: {key!r} is not finite")
-        self.asked.add(key)
+        self.requested.add(key)
         return tensor.float()
 
     def unused(self) -> tuple[str, ...]:
-        return tuple(key for key in self.tensors if key not in self.asked)
+        return tuple(key for key in self.tensors if key not in self.requested)
 
 
 def _by(shape: torch.Size) -> str:
@@ -361,7 +361,7 @@ def _transcrowd(network: ViT, reader: _Reader) -> dict[str, Tensor]:
         "class": {},
     }[network.config.task]
     if not names:
-        raise WeightsError(f"{reader.source}: TransCrowd counts, this network tells classes apart")
+        raise WeightsError(f"{reader.source}: TransCrowd counts, this network classifies")
     new = _encoders(network, reader)
     for theirs, ours in names.items():
         for part in ("weight", "bias"):
