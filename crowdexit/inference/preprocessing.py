@@ -1,4 +1,4 @@
-"""From an image and a sound in any form to rows for a network, and from its maps back to one map of the image."""
+"""Convert images and audio to rows for a network, and its maps back to one map of the image."""
 
 from __future__ import annotations
 
@@ -26,20 +26,19 @@ from crowdexit.models.network import Config
 ImageLike = NDArray[np.uint8] | Image.Image | DecodedImage | str | Path
 AudioLike = tuple[Any, Any] | NDArray[np.float32] | AudioInput | str | Path
 Box = tuple[int, int, int, int]  # x, y, width, height
-# A row of a network's batch before it is laid out: canvas (h, w, 3), how the image lies there, log-mel.
+# A row before collation: canvas (h, w, 3), placement of the image on it, log-mel.
 Row = tuple[NDArray[np.uint8], Placement, NDArray[np.float32] | None]
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What is to be known of an image once it is prepared.
+    """Description of a prepared image.
 
     Attributes:
         size: (width, height) in pixels.
         audio: whether it is counted with audio, or why not.
-        rows: for each row that it takes in a batch, the rectangle of the image that is seen there, and how it
-            lies on the network's canvas.
-        warnings: of the readers, which every result carries.
+        rows: for each of its rows, the rectangle of the image, and its placement on the network's canvas.
+        warnings: of the readers, repeated in every result.
     """
 
     size: tuple[int, int]
@@ -53,9 +52,9 @@ class Scene:
         return self.audio == "used"
 
     def density(self, maps: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-        """One density map (h, w) of the image from those of its rows; of a tiled one at most 2048 cells a side.
+        """One density map (h, w) of the image from those of its rows; at most 2048 cells a side if tiled.
 
-        Each tile's mass is kept.
+        The sum of each tile is preserved.
         """
         parts = [(box, _without_padding(map_, at)) for map_, (box, at) in zip(maps, self.rows, strict=True)]
         if len(parts) == 1:
@@ -78,7 +77,7 @@ def load_log_mel(audio: AudioLike | None, *, warn: Warn = refuse) -> NDArray[np.
     """Any form of audio as a log-mel (96, 64): a file, (waveform, sample rate) in either order, or a log-mel already.
 
     Args:
-        warn: is called with one line about what was read; default: that is an error.
+        warn: called with each warning; default: warnings are errors.
 
     Raises:
         AudioError: if it cannot be read or holds no audio, or an array is not (96, 64).
@@ -114,7 +113,7 @@ def _waveform_and_rate(pair: tuple[Any, Any]) -> tuple[NDArray[Any], int]:
 
 
 def audio_input(audio: AudioLike | None) -> AudioInput:
-    """Any form of audio as a network takes it, with what its reader had to say.
+    """Convert any form of audio to network input, with its reader's warnings.
 
     Raises:
         AudioError: as :func:`load_log_mel`.
@@ -126,13 +125,13 @@ def audio_input(audio: AudioLike | None) -> AudioInput:
 
 
 def prepared(image: ImageLike, audio: AudioLike | None, config: Config) -> tuple[Scene, list[Row]]:
-    """An image and a sound as rows for a network of this configuration.
+    """Convert an image and audio to rows for a network of this configuration.
 
-    An image more than four times the network's scene is cut into tiles; the audio belongs to all of it and is then
-    left out.
+    An image more than four times the network's size is tiled; audio, which belongs to the whole image, is then
+    dropped.
 
     Raises:
-        CrowdExitError: for an image or a sound that cannot be used.
+        CrowdExitError: for an unusable image or audio.
     """
     if isinstance(image, (str, Path)):
         image = read_image(image, partial(tile_boxes, native=config.scene))
@@ -159,7 +158,7 @@ def prepared(image: ImageLike, audio: AudioLike | None, config: Config) -> tuple
 
 
 def photo(size: tuple[int, int]) -> bytes:
-    """A JPEG to measure with, about as hard to decode as a photograph, of twice such a (width, height)."""
+    """A JPEG to measure decoding with, of twice such a (width, height), about as complex as a photograph."""
     width, height = size
     rough = np.random.default_rng(0).integers(0, 255, (max(1, height // 4), max(1, width // 4), 3), np.uint8)
     _, data = cv2.imencode(".jpg", cv2.resize(rough, (2 * width, 2 * height), interpolation=cv2.INTER_CUBIC))
@@ -167,6 +166,6 @@ def photo(size: tuple[int, int]) -> bytes:
 
 
 def _without_padding(density: NDArray[np.float32], placement: Placement) -> NDArray[np.float32]:
-    """The cells of a canvas' density map that the image covers; no mass lies outside them."""
+    """The cells of a canvas' density map that the image covers."""
     (x, y), (w, h) = placement.offset, placement.size
     return density[y // STRIDE : -(-(y + h) // STRIDE), x // STRIDE : -(-(x + w) // STRIDE)]
