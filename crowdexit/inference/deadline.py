@@ -27,7 +27,7 @@ def check_deadline(deadline_ms: float | None) -> None:
         CounterError: for such a deadline.
     """
     if deadline_ms is not None and not deadline_ms > 0:
-        raise CounterError(f"a deadline of {deadline_ms:g} ms; it must be positive")
+        raise CounterError(f"a deadline of {deadline_ms:g} ms is not positive")
 
 
 def latest_ms(deadline_ms: float, late: Late) -> float:
