@@ -178,7 +178,7 @@ GUESSED: dict[str, tuple[Callable[[], bytes], Pixels, str]] = {
     "tiff, highlights": (
         lambda: tiff([Page((np.where(GREY > 200, 5, GREY / 200)).astype(np.float32))]),
         np.where(GREY > 200, 255, np.rint(GREY * 1.275)).astype(np.uint8),
-        "cut off",
+        "clipped",
     ),
     "tiff, not numbers": (
         lambda: tiff([Page(np.where(GREY < 50, np.nan, GREY / 255).astype(np.float32))]),
