@@ -225,7 +225,7 @@ class _Track:
                 else f"{path}: the audio track holds no samples"
             )
         if cut or length < _LEAST_SHARE * stated * self.rate:
-            raise AudioError(f"{path}: truncated after {length / self.rate:.2f} s")
+            raise AudioError(f"{path}: cut short after {length / self.rate:.2f} s")
         if damaged:
             self._warn(f"{path}: the audio is damaged; undecodable parts are skipped")
 

@@ -332,7 +332,7 @@ class Store(PreparedFile):
 
     def _verify(self, file: h5py.File) -> None:
         if "classes" in file.attrs:
-            raise StoreError(f"{self.path}: prepared for telling classes apart, not for counting")
+            raise StoreError(f"{self.path}: prepared for classification, not for counting")
         format = _plain(file.attrs.get("format", ""))
         if format and format != FORMAT:
             raise StoreError(f"{self.path}: written by another version ({format!r}); prepare it again")

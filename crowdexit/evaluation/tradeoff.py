@@ -72,7 +72,7 @@ def recommend(made: Sequence[Point], budgets: Sequence[float]) -> list[tuple[flo
     answers = []
     for budget in budgets:
         if not budget > 0:
-            raise TradeoffError(f"a budget of {budget:g} multiply-adds; it must be positive")
+            raise TradeoffError(f"a budget of {budget:g} multiply-adds is not positive")
         fitting = [p for p in made if p.practical and p.macs <= budget]
         answers.append((budget, fitting[-1] if fitting else None))
     return answers

@@ -1,10 +1,10 @@
-"""Answers by a deadline: one thread computes, whoever asked waits no longer than he said.
+"""Return results by a deadline: one thread computes, and callers wait no longer than their deadline.
 
-At the deadline, or up to five milliseconds before it where the machine is too busy to wake anybody in time, the latest
-answer is taken, even in the middle of a stage; what is running is broken off at the end of its layer, or with
-torch.compile of its stage, and dropped. A request that comes meanwhile waits for that, and it counts to its own time. A
-second thread would not help: two stages at once share the cores, and both come later. So there is one for the whole
-process, whichever networks are asked: started by the first request, it ends with the process.
+At the deadline, or up to five milliseconds earlier if the machine is too busy to wake threads in time, the latest
+result is returned, even in the middle of a stage. The running step is cancelled at the end of its layer (with
+torch.compile, of its stage). A request that arrives meanwhile waits for that, which counts towards its own deadline. A
+second thread would not help, as two stages would share the cores and both finish later. One thread serves all networks
+of the process; the first request starts it.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from typing import Any, Generic, TypeVar
 from crowdexit.errors import CrowdExitError
 from crowdexit.runtimes.cancel import CancelToken
 
-# A wait ends late where every core is busy, by up to two ticks of the scheduler: 8 ms at 250 a second.
+# With all cores busy, a wait ends up to two scheduler ticks late: 8 ms at 250 Hz.
 _MOST_EARLY_S = 0.005
-_STAYS = 0.9  # of what is known of that, from one wait to the next
+_STAYS = 0.9  # decay of the observed delay, per wait
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
 class DeadlineMissed(CrowdExitError):
-    """No exit had answered by the deadline."""
+    """No exit had a result by the deadline."""
 
 
 class _Request(Generic[T]):
-    """Answers to come, step by step; ``came`` guards and tells of every change."""
+    """A request and its results so far; ``came`` guards and signals every change."""
 
     def __init__(self, steps: Iterator[T | None], deadline: float) -> None:
         self.steps, self.deadline = steps, deadline
@@ -45,7 +45,7 @@ class _Request(Generic[T]):
         self.cancel_token = CancelToken()
 
     def advance(self) -> None:
-        """Run a step; whatever goes wrong there belongs to whoever asked."""
+        """Run a step; its errors are passed to the caller."""
         answer = None
         try:
             with self.cancel_token.working():
@@ -53,14 +53,14 @@ class _Request(Generic[T]):
         except StopIteration:
             self._report(None, ended=True)
         except BaseException as problem:
-            # Without this frame in its traceback: the error would hold the request that holds it, and the image.
+            # Drop this frame from the traceback, to avoid a reference cycle that keeps the image alive.
             self.error = problem.with_traceback(problem.__traceback__ and problem.__traceback__.tb_next)
             self._report(None, ended=True)
         if answer is not None:
             self._report(answer)
 
     def wait(self, end: float, enough: Callable[[], object]) -> None:
-        """Wait for that, or until then. Only for who holds ``came``."""
+        """Wait for a condition or until a time. The caller holds ``came``."""
         left = min(max(0.0, end - time.perf_counter()), threading.TIMEOUT_MAX)
         if not self.came.wait_for(enough, left) and left:
             _waking.woke(time.perf_counter() - end)
@@ -74,17 +74,17 @@ class _Request(Generic[T]):
 
 
 class _Worker:
-    """The thread, and what it is to do.
+    """The thread and its queue.
 
-    Of several requests the one without an answer goes first, then the one whose deadline is next: every request
-    comes to its first exit as early as can be, and a long one keeps nobody waiting for longer than a step.
+    Requests without a result go first, then those with the next deadline: every request reaches its first exit as early
+    as possible, and a long one delays others by at most one step.
     """
 
     def __init__(self) -> None:
         self.begin_anew()
 
     def begin_anew(self) -> None:
-        """Forget the thread: in a process that was forked off there is none."""
+        """Reset, as a forked process has no thread."""
         self._queue: SimpleQueue[_Request[Any] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
@@ -98,7 +98,7 @@ class _Worker:
         self._queue.put(request)
 
     def end(self) -> None:
-        """Wait for the running stage: a thread in one while the interpreter is taken down would bring it to a crash."""
+        """Wait for the running stage: a thread inside one crashes the interpreter at shutdown."""
         if self._thread is not None:
             self._queue.put(None)
             self._thread.join()
@@ -106,13 +106,13 @@ class _Worker:
 
 
 class _Waking:
-    """By how much waits have ended late: the next one ends as much earlier, so that the answer is there in time."""
+    """Tracks how late waits end, so that the next one ends that much earlier."""
 
     def __init__(self) -> None:
-        self.early_s = 0.0  # how much before the deadline to wake: next to nothing on a machine that has time
+        self.early_s = 0.0  # how long before the deadline to wake; about zero on an idle machine
 
     def woke(self, late_s: float) -> None:
-        """A wait has ended so late."""
+        """Record how late a wait ended."""
         self.early_s = max(min(late_s, _MOST_EARLY_S), _STAYS * self.early_s)
 
 
@@ -120,29 +120,29 @@ _waking = _Waking()
 _worker = _Worker()
 atexit.register(_worker.end)
 if hasattr(os, "register_at_fork"):
-    # For requests to what is made after the fork. What ran a step when the process was forked is of no use there: that
-    # step's locks are held by nobody who could let go of them.
+    # For counters made after the fork. Those that were running a step at the fork are unusable there, as its locks stay
+    # held.
     os.register_at_fork(after_in_child=_worker.begin_anew)
 
 
 def answers_by(deadline: float, steps: Iterator[T | None], *, wait: bool) -> list[T]:
-    """The answers that there are at a deadline, or all of them if that is earlier.
+    """The results available at a deadline, or all of them if they finish earlier.
 
     Args:
         deadline: as of :func:`time.perf_counter`.
-        steps: run in the thread; gives an answer or, after a step without one, None. What it raises after an answer
-            is reported as a warning: the answers stand.
-        wait: where there is none by then, wait for the first one.
+        steps: run in the thread; yields a result, or None after a step without one. An error after the first result
+            is logged as a warning.
+        wait: wait for the first result if there is none by then.
 
     Raises:
-        Whatever ``steps`` raises until then without having answered.
+        Whatever ``steps`` raises before its first result.
     """
     request = _Request(steps, deadline)
     _worker.take(request)
     try:
         with request.came:
             request.wait(deadline - _waking.early_s, lambda: request.ended)
-            request.wait(deadline, lambda: request.ended or request.answers)  # the first one may still come
+            request.wait(deadline, lambda: request.ended or request.answers)  # in time for the first one, if it comes
             if wait:
                 request.came.wait_for(lambda: request.ended or request.answers)
             error, request.error = request.error, None
@@ -159,7 +159,7 @@ def answers_by(deadline: float, steps: Iterator[T | None], *, wait: bool) -> lis
 
 
 def _work(queue: SimpleQueue[_Request[Any] | None]) -> None:
-    """Run requests until None comes. Holds nothing of a request that is over, so that its counter can be freed."""
+    """Run requests until None arrives. Keeps no reference to finished requests, so that their counters can be freed."""
     live: list[_Request[Any]] = []
     while True:
         while not live or not queue.empty():

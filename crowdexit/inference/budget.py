@@ -130,7 +130,7 @@ def check_positive(budget_ms: float | None) -> None:
         BudgetError: for one that is not positive.
     """
     if budget_ms is not None and not budget_ms > 0:
-        raise BudgetError(f"a budget of {budget_ms:g} ms; it must be positive")
+        raise BudgetError(f"a budget of {budget_ms:g} ms is not positive")
 
 
 def check_budget(budget_ms: float, first: str, errors: Mapping[str, float]) -> None:

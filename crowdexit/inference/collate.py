@@ -1,4 +1,4 @@
-"""Images become rows of batches, as many together as go through a stage at once."""
+"""Collate images into batches of rows for the network."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ Sample = tuple[ImageLike, AudioLike | None]
 
 @dataclass(frozen=True)
 class Prepared:
-    """Images with their audio as the network takes them: what :meth:`CrowdCounter.prepare` makes.
+    """Images with their audio, ready for the network: the output of :meth:`CrowdCounter.prepare`.
 
     Attributes:
-        scenes: of each image. parts: their rows, collated.
-        seconds: that it took to make.
+        scenes: one for each image. parts: their rows, collated.
+        seconds: the time that preparing took.
     """
 
     scenes: Sequence[ImageInfo]
@@ -42,14 +42,14 @@ class Prepared:
     seconds: float
 
     def copies(self) -> list[Part]:
-        """The parts for one run, which leaves these as they are."""
+        """A copy of the parts for one run."""
         return [replace(part, batches=[replace(batch) for batch in part.batches]) for part in self.parts]
 
 
 class Collator:
     """Prepares images for a network and collates their rows.
 
-    Every method notes in a profile how long that took.
+    Every method records its time in a profile.
     """
 
     def __init__(self, config: Config) -> None:
@@ -63,9 +63,9 @@ class Collator:
         return made
 
     def part(self, first: int, samples: Sequence[Sequence[Row]], profile: Profile) -> Part:
-        """Samples numbered from ``first`` on, by their rows; in several batches a single one alone.
+        """Collate samples, numbered from ``first`` on, into a part; only a single sample may have several batches.
 
-        Rows of several samples are on canvases of one size.
+        All rows of several samples share one canvas size.
         """
         rows = [row for of_one in samples for row in of_one]
         most = self.tiles_in_batch if len(samples) == 1 else self.rows_in_batch
@@ -81,13 +81,13 @@ class Collator:
         budget: Budget | None = None,
         most: int | None = None,
     ) -> Iterator[Part]:
-        """Prepare samples one by one and put them together, as many as go through a stage at once.
+        """Prepare samples one by one and collate them into parts, as many as run a stage together.
 
         Args:
-            scenes: each image's is added to it.
-            order: for each sample its number among the scenes is added to it, or None.
-            budget: is told of the samples that are None.
-            most: rows; behind the sample that reaches it none is taken.
+            scenes: receives one entry for each image.
+            order: receives for each sample the index of its scene, or None.
+            budget: is notified of samples that are None.
+            most: number of rows after which no further sample is read.
         """
         together: list[list[Row]] = []
         taken = 0
@@ -127,32 +127,32 @@ class Collator:
 
     @cached_property
     def views(self) -> int:
-        """How many rows an image of the network's own shape takes."""
+        """Rows of an image of the network's shape."""
         width, height = self._config.scene
         return len(views(np.zeros((height, width, 3), np.uint8), self._config.size, self._config.view))
 
     @property
     def rows_in_batch(self) -> int:
-        """How many rows go through a stage together."""
+        """Maximum rows that run a stage together."""
         return self._rows(PIXELS_PER_BATCH)
 
     @property
     def rows_in_flight(self) -> int:
-        """How many rows go through a stage, in batches, before any goes through the next."""
+        """Maximum rows that run a stage, in batches, before any runs the next."""
         return self._rows(PIXELS_IN_FLIGHT)
 
     @property
     def views_in_batch(self) -> int:
-        """How many rows of an image of the network's own shape go through a stage together."""
+        """Rows of one image of the network's shape that run a stage together."""
         return min(self.views, self.rows_in_batch)
 
     @property
     def tiles_in_batch(self) -> int:
-        """How many rows of a tiled image go through a stage together; all of an image that is not tiled."""
+        """Rows of a tiled image that run a stage together; all rows of an untiled one."""
         return max(self.views_in_batch, self._rows(min(PIXELS_PER_BATCH, TILE_PIXELS_PER_BATCH)))
 
     def _rows(self, pixels: int) -> int:
-        """How many rows have so many pixels; one at least."""
+        """Rows that fit into a number of pixels; at least one."""
         width, height = self._config.size
         return max(1, pixels // (width * height))
 

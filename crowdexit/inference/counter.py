@@ -1,4 +1,4 @@
-"""The door for callers: an image and perhaps audio go in, counts come out as the exits answer."""
+"""Count people in images, optionally with audio, with early results from each exit."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ class CrowdCounter:
     Args:
         network: with its weights.
         model: the name to report.
-        runtime: how stages and exits are run.
+        runtime: runs the stages and exits.
         exits: names to use; default: one at each location, and the final exit (:func:`default_exits`).
         intervals: the checkpoint's calibration.
         familiarity: its statistics of the training images, or None.
-        warm: get ready for images of the network's own size now; else, as for other sizes, at the first image.
+        warm: prepare for images of the network's size now rather than at the first image.
 
     Raises:
         CounterError: for an exit that the network does not have.
@@ -75,7 +75,7 @@ class CrowdCounter:
 
     @property
     def size(self) -> tuple[int, int]:
-        """The (width, height) at which an image is counted without being cut into tiles."""
+        """The largest (width, height) of an image that is not tiled."""
         return self.network.config.scene
 
     @property
@@ -90,7 +90,7 @@ class CrowdCounter:
 
     @property
     def profile(self) -> Profile:
-        """How long every stage and exit takes here, read or measured when it is first asked for.
+        """Latency of every stage and exit on this machine, read or measured on first access.
 
         Measuring takes some seconds: :attr:`crowdexit.inference.latency.Latency.profile`.
         """
@@ -99,21 +99,21 @@ class CrowdCounter:
     def stream(
         self, image: ImageLike, audio: AudioLike | None = None, *, exits: Sequence[str] | None = None
     ) -> Iterator[ExitResult]:
-        """Yield each exit's answer as soon as it is there; what the caller no longer asks for is not computed.
+        """Yield each exit's result as soon as it is computed; if the caller stops, the rest is not computed.
 
         Args:
             image: H×W×3 uint8 RGB or H×W grey, a Pillow image, or a file; a
-                :class:`crowdexit.data.image.DecodedImage` brings its warnings.
+                :class:`crowdexit.data.image.DecodedImage` adds its warnings.
             audio: a file, (waveform, sample rate) or (sample rate, waveform with its channels last, as
                 ``scipy.io.wavfile`` and Gradio give it), a log-mel (96, 64), or None: no audio; an
-                :class:`crowdexit.data.mel.AudioInput` says why there is none, or brings warnings.
-            exits: names; default: all that this counter serves.
+                :class:`crowdexit.data.mel.AudioInput` states why there is none, or adds warnings.
+            exits: names; default: all exits of this counter.
 
-        An image more than four times the native size is cut into tiles, which are added; the audio belongs
-        to the whole scene and is then not used.
+        An image more than four times the native size is tiled, and the counts of the tiles are added; audio, which
+        belongs to the whole image, is then not used.
 
         Raises:
-            CrowdExitError: for an image or a sound that cannot be used.
+            CrowdExitError: for an unusable image or audio.
 
         Examples:
             >>> import crowdexit
@@ -142,26 +142,25 @@ class CrowdCounter:
         late: Late = "wait",
         policy: Policy = ANYTIME,
     ) -> CountResult:
-        """Count with the exits up to ``exit``, and choose the last answer.
+        """Count with the exits up to ``exit`` and return the last result.
 
         Args:
             image: as of :meth:`stream`.
             audio: as of :meth:`stream`.
-            exit: the last exit to run; ``auto`` is the last that this counter serves.
-            deadline_ms: when to return, from this call on, with the latest answer that is there by then, even in
-                the middle of a stage. Preparing the image counts, and so does the end of the layer (with
-                torch.compile, of the stage), or of the decoding, that an earlier request, to whichever counter of this
-                process, has left running. An error that comes after an answer is reported as a warning.
-            late: what to do where not even the first exit has answered by then: ``wait`` for it, or ``fail``. An image
-                that is cut into tiles is refused before it is computed where its first exit is foreseen to be late
-                (``fail``), or later than ten times the deadline (``wait``).
-            policy: which exits are asked, and when one of them will do (:mod:`crowdexit.inference.policies`). For
-                ``DeepestThatFits`` the machine is measured once, before the time begins.
+            exit: the last exit to run; ``auto``: the last of this counter.
+            deadline_ms: return the latest result after this time, even in the middle of a stage. It includes preparing
+                the image, and waiting for the layer (with torch.compile, the stage) or the decoding that an earlier
+                request of this process still runs. An error after the first result is logged as a warning.
+            late: if no exit has a result by then, ``wait`` for the first, or ``fail``. A tiled image is refused before
+                it is computed if its first exit is predicted to be late (``fail``), or later than ten times the
+                deadline (``wait``).
+            policy: which exits run, and when to exit (:mod:`crowdexit.inference.policies`). For ``DeepestThatFits``
+                latency is measured once, before the deadline starts.
 
         Raises:
-            DeadlineMissed: if no exit has answered, and ``late`` is ``fail``; or of a tiled image, if that is foreseen.
-            CrowdExitError: as :meth:`stream`; for a deadline that is not positive, or a policy that has nothing to
-                go by.
+            DeadlineMissed: if no exit has a result and ``late`` is ``fail``; for a tiled image, if that is predicted.
+            CrowdExitError: as :meth:`stream`; for a deadline that is not positive, or a policy without the
+                calibration it needs.
 
         Examples:
             >>> import crowdexit
@@ -193,7 +192,7 @@ class CrowdCounter:
         wanted, most_ms = self._up_to(exit), latest_ms(deadline_ms, late)
         size, tiles = self._layout(sample[0])
         if tiles:
-            _ = self.profile  # by which it is predicted when the exits will answer
+            _ = self.profile  # predicts the exits' latency
             check_before_decoding(self.predictor.latency, self.network.config, wanted[0], tiles, deadline_ms, most_ms)
         self.predictor.get_ready(wanted, size)
         begun = time.perf_counter()
@@ -220,28 +219,26 @@ class CrowdCounter:
         budget_ms: float | None = None,
         number: int | None = None,
     ) -> Iterator[CountResult | None]:
-        """Count many images, several in a batch; what is counted does not depend on which.
+        """Count many images in batches; counts do not depend on the batching.
 
         Args:
-            samples: images with their sounds, as of :meth:`stream`, taken as they are needed; in the place of None
-                stands None in the results.
-            exits: names; default: all that this counter serves.
-            policy: by which each of them leaves.
-            budget_ms: the time for all of them, from the first result asked for, and with what the caller does between
-                two results: who leaves where is chosen so that the expected error is least
-                (:mod:`crowdexit.inference.budget`). What is left over when everything has been computed is not burnt.
-                The machine is measured once, before the time begins.
-            number: how many samples there are, for a budget; default: their length.
+            samples: images with their audio, as of :meth:`stream`, read lazily; None yields None.
+            exits: names; default: all exits of this counter.
+            policy: decides where each image exits.
+            budget_ms: time for all images, from the first ``next()`` on, including what the caller does between two
+                results. Exits are chosen to minimise the expected error (:mod:`crowdexit.inference.budget`). Latency
+                is measured once, before the time starts.
+            number: number of samples, for a budget; default: their length.
 
         Yields:
-            Results in the order of the samples; the chosen answer is the last. Latencies count from the first result
-            asked for.
+            Results in the order of the samples; the chosen exit is the last. Latencies count from the first
+            ``next()`` on.
 
         Raises:
             BudgetError: for a budget that is not positive, or a network that is not calibrated.
-            BudgetTooSmall: if the first exits alone take longer than the budget: when the first result is asked for,
-                as far as the profile tells, and with any later one, as soon as the time shows it.
-            CrowdExitError: as :meth:`stream`; for a policy that has nothing to go by.
+            BudgetTooSmall: if the first exits alone exceed the budget: at the first result by the profile, or later
+                by the measured time.
+            CrowdExitError: as :meth:`stream`; for a policy without the calibration it needs.
 
         Examples:
             >>> import crowdexit
@@ -258,11 +255,11 @@ class CrowdCounter:
         if budget_ms is None:
             return self.predictor.stream_many(iter(samples), wanted, policy, self.predictor.collator.rows_in_batch)
         if policy is not ANYTIME:
-            raise CounterError("a budget is a policy itself")
+            raise CounterError("a budget cannot be combined with a policy")
         check_budget(budget_ms, wanted[0], self.intervals.errors(has_audio=False))
         if number is None:
             if not isinstance(samples, Sized):
-                raise CounterError("a budget has to know the number of images")
+                raise CounterError("a budget needs the number of images")
             number = len(samples)
         return self._within(budget_ms, number, iter(samples), wanted)
 
@@ -281,7 +278,7 @@ class CrowdCounter:
             )
 
     def warm_up(self, exit: str = "auto") -> None:
-        """Run up to an exit for nothing: the first image after loading takes longer than those that come after it.
+        """Run once up to an exit and discard the result, as the first image after loading is slower.
 
         Args:
             exit: as of :meth:`count`.
@@ -289,9 +286,9 @@ class CrowdCounter:
         self.predictor.latency.warm_up(self._up_to(exit))
 
     def first_answer(self, exit: str = "auto") -> tuple[str, float]:
-        """The first exit on the way to one, and about when it answers here for an image of :attr:`size`, in ms.
+        """The first exit up to ``exit``, and its latency for an image of :attr:`size`, in ms.
 
-        It is measured now, once, after :meth:`warm_up`; a longer look is the :attr:`profile`.
+        Measured once, after :meth:`warm_up`; the :attr:`profile` is more precise.
 
         Args:
             exit: as of :meth:`count`.
@@ -300,19 +297,19 @@ class CrowdCounter:
         return first, self.predictor.latency.measured_ms(first)
 
     def make_ready_for(self, policy: Policy) -> None:
-        """Do what a policy with a deadline needs before any time begins: ``DeepestThatFits`` goes by the profile.
+        """Prepare for a policy before a deadline starts: ``DeepestThatFits`` needs the profile.
 
         Raises:
-            CounterError: for a policy that has nothing to go by.
+            CounterError: for a policy without the calibration it needs.
         """
         self._check(policy)
         if isinstance(policy, DeepestThatFits):
             _ = self.profile
 
     def size_for(self, width: int, height: int) -> tuple[int, int] | None:
-        """The (width, height) to which an image of that size may be scaled down before it is handed over.
+        """The (width, height) to which an image of that size may be downscaled beforehand, to save work.
 
-        That spares the work of converting what would not be looked at. None: it will be cut into tiles.
+        None: it will be tiled.
         """
         config = self.network.config
         if len(tile_boxes(width, height, config.scene)) > 1:
@@ -325,26 +322,26 @@ class CrowdCounter:
         return max(1, round(width * scale)), max(1, round(height * scale))
 
     def prepare(self, samples: Iterable[tuple[ImageLike, AudioLike | None]]) -> Prepared:
-        """Make images with their sounds, as of :meth:`stream`, ready for the network: all but the counting.
+        """Prepare images with their audio, as of :meth:`stream`, for :meth:`answers`.
 
-        It may be done in another thread while this counter counts others. All of them are in memory at once.
+        Other threads may prepare while this counter counts. All images are in memory at once.
 
         Raises:
-            CrowdExitError: for an image or a sound that cannot be used.
+            CrowdExitError: for an unusable image or audio.
         """
         return self.predictor.collator.all_prepared(samples, self.predictor.latency.times)
 
     def answers(self, ready: Prepared, *, exit: str = "auto", policy: Policy = ANYTIME) -> list[CountResult]:
-        """Count what :meth:`prepare` has made, as often as you like: one result for each image, in their order.
+        """Count the output of :meth:`prepare`, which may be reused; one result for each image, in order.
 
         Args:
-            exit: as of :meth:`count`; nobody else is asked, unless the policy may have an image leave earlier.
-            policy: by which each of them leaves.
+            exit: as of :meth:`count`; earlier exits run only if the policy may use them.
+            policy: decides where each image exits.
 
-        The latency of an answer is that of the whole batch until then, preparing it included.
+        Latencies are those of the whole batch, including preparation.
 
         Raises:
-            CrowdExitError: for an exit that there is not, or a policy that has nothing to go by.
+            CrowdExitError: for an unknown exit, or a policy without the calibration it needs.
         """
         self._check_without_deadline(policy)
         return self.predictor.run(ready, self._up_to(exit), policy)
@@ -358,7 +355,7 @@ class CrowdCounter:
         return [name for name in self.network.exit_names if name in exits]
 
     def _up_to(self, exit: str) -> list[str]:
-        """The exits on the way to one, and that one; ``auto`` is the last that this counter serves."""
+        """The exits up to ``exit``, inclusive; ``auto``: the last of this counter."""
         last = self.exits[-1] if exit == "auto" else self._known([exit])[0]
         names = self.network.exit_names
         return self._known([*(name for name in names[: names.index(last)] if name in self.exits), last])
@@ -373,9 +370,9 @@ class CrowdCounter:
             raise CounterError("the policy 'fits' needs a deadline")
 
     def _layout(self, image: ImageLike) -> tuple[tuple[int, int] | None, list[Box]]:
-        """The (width, height) of an image that is counted whole, None of others; and the tiles of one that is tiled.
+        """The (width, height) of an untiled image, else None; and the tiles of a tiled one.
 
-        Of an image that cannot be read or needs too many tiles there are none: counting says so.
+        Unreadable images and those with too many tiles have none; counting raises the error.
         """
         size = _size_of(image)
         try:
@@ -400,7 +397,7 @@ def load(
         name: of a shipped model, or the path of a checkpoint or of an exported folder.
         runtime: ``auto``, or a name of :func:`crowdexit.runtimes.selection.names`.
         exits: names to use; default: one at each location, and the final exit.
-        warm: get ready for images of the network's own size now; else, as for other sizes, at the first image.
+        warm: prepare for images of the network's size now rather than at the first image.
 
     Raises:
         CrowdExitError: if there is no such model, checkpoint, runtime or exit.
@@ -417,7 +414,7 @@ def load(
 
 
 def _size_of(image: ImageLike) -> tuple[int, int] | None:
-    """The (width, height) of an image, of a file by its header; None of what cannot be read: counting says why."""
+    """The (width, height) of an image, of a file by its header; None if unreadable (counting raises the error)."""
     try:
         if isinstance(image, (str, Path)):
             if not is_file(Path(image)):

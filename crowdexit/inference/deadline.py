@@ -1,4 +1,4 @@
-"""Whether a deadline can be met: of images that are cut into many tiles, predicted before they are counted."""
+"""Check whether a deadline can be met; for tiled images it is predicted before they are counted."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ MOST_LATE = 10
 
 
 def check_deadline(deadline_ms: float | None) -> None:
-    """Refuse a deadline that is over when it begins, before anything is loaded.
+    """Refuse a deadline that is not positive, before anything is loaded.
 
     Raises:
-        CounterError: for one that is not positive.
+        CounterError: for such a deadline.
     """
     if deadline_ms is not None and not deadline_ms > 0:
-        raise CounterError(f"a deadline of {deadline_ms:g} ms; it must be positive")
+        raise CounterError(f"a deadline of {deadline_ms:g} ms is not positive")
 
 
 def latest_ms(deadline_ms: float, late: Late) -> float:
-    """When the first answer to a tiled image has to come at the latest."""
+    """Latest time for the first result of a tiled image."""
     return deadline_ms * (1 if late == "fail" else MOST_LATE)
 
 
@@ -41,7 +41,7 @@ def check_before_decoding(
     """Refuse a tiled image before it is decoded, if the first exit is predicted to answer too late.
 
     Raises:
-        DeadlineMissed: if decoding and counting take longer than ``most_ms``, as far as the profile tells.
+        DeadlineMissed: if decoding and counting are predicted to exceed ``most_ms``.
     """
     if config.view == "tiles":  # of those it is only predicted once they are there
         return
@@ -52,7 +52,7 @@ def check_before_decoding(
     # The profile's image has four times the pixels of the scene.
     pixels = sum(width * height for *_, width, height in boxes)
     decoding *= pixels / (4 * config.scene[0] * config.scene[1])
-    # Half of the nominal time: formats differ, and what might be in time is tried.
+    # Half of the nominal time, as formats differ: images that may be in time are tried.
     takes_ms = 1000 * counting + decoding / 2
     if takes_ms > most_ms:
         raise _too_late(deadline_ms, len(boxes), exit, takes_ms)
@@ -61,13 +61,13 @@ def check_before_decoding(
 def exits_in_time(
     latency: Latency, rows: Sequence[Row], exits: Sequence[str], begun: float, deadline: float, last_moment: float
 ) -> Sequence[str]:
-    """The exits that may answer for the rows of a tiled image by the deadline: the first, and those predicted to.
+    """The exits to run for a tiled image: the first, and those predicted to meet the deadline.
 
     Args:
-        begun, deadline, last_moment: as of :func:`time.perf_counter`; the last moment is the first exit's.
+        begun, deadline, last_moment: as of :func:`time.perf_counter`; ``last_moment`` applies to the first exit.
 
     Raises:
-        DeadlineMissed: if the first is predicted to answer after the last moment.
+        DeadlineMissed: if the first exit is predicted to miss ``last_moment``.
     """
     now = time.perf_counter()
     canvases = [(canvas.shape[1], canvas.shape[0]) for canvas, *_ in rows]
@@ -75,7 +75,7 @@ def exits_in_time(
     first = predicted[exits[0]]
     if first is not None and now + first > last_moment:
         raise _too_late(1000 * (deadline - begun), len(rows), exits[0], 1000 * (now + first - begun))
-    if len(rows) <= latency.collator.rows_in_flight:  # every tile comes to an exit before any goes on
+    if len(rows) <= latency.collator.rows_in_flight:  # all tiles reach an exit before any continues
         return exits
     fits = [name for name in exits[1:] if (s := predicted[name]) is not None and now + s <= deadline]
     return [exits[0], *fits]

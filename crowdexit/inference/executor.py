@@ -1,8 +1,8 @@
-"""The walk of a single image and of many that may leave: stage by stage, and who has left costs nothing more.
+"""Run samples through a network stage by stage, dropping those that have exited.
 
-A *sample* is what is counted (or classified); it is one row of a network's batch, or several where it is seen in
-tiles. A *part* is the samples that go through a stage together. All parts go through a stage before any goes through
-the next: early answers come early for all, and who goes on is decided as late as possible.
+A *sample* is an image to count or classify; it is one row of the batch, or several if it is tiled. A *part* is a group
+of samples that run a stage together. All parts finish a stage before any starts the next, so that early results come
+early for all samples and each exit decision uses the latest information.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ Mask = NDArray[np.bool_]
 
 @dataclass
 class Batch:
-    """Some rows of the network's batch on their way.
+    """Rows of the network's batch between two stages.
 
     Attributes:
-        state: what the last stage handed over; before the first, what makes the rows' input features.
-        rows: how many.
-        first_ms: what the first stage took; None before it, and where rows have left since.
+        state: output of the last stage; before the first, a function that makes the input features.
+        rows: number of rows.
+        first_ms: time of the first stage; None before it, and after rows were dropped.
     """
 
     state: Any
@@ -44,12 +44,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class Part:
-    """Samples that go through a stage together.
+    """Samples that run a stage together.
 
     Attributes:
         samples: their numbers (n,).
-        views: how many rows each of them is (n,).
-        batches: their rows in order; several batches only of a single sample with many rows.
+        views: number of rows of each (n,).
+        batches: their rows in order; more than one batch only for a single sample with many rows.
     """
 
     samples: NDArray[np.intp]
@@ -59,13 +59,13 @@ class Part:
 
 @dataclass(frozen=True)
 class BatchExitOutput:
-    """What an exit said of a part's samples.
+    """Output of an exit for a part's samples.
 
     Attributes:
         exit: its name.
         samples: their numbers (n,).
-        values: counts (n,), or class scores (n, K); of a sample with several rows the sum.
-        density: of each sample a map for each of its rows (rows, h, w), from exits that make maps.
+        values: counts (n,), or class scores (n, K); the sum over the rows of a sample.
+        density: for each sample the maps of its rows (rows, h, w); None if the exit has none.
     """
 
     exit: str
@@ -75,37 +75,37 @@ class BatchExitOutput:
 
 
 class Policy(Protocol):
-    """Decides in a walk which exits are asked, and who goes on."""
+    """Decides which exits run and which samples continue."""
 
     def should_run_exit(self, exit: str, part: Part, executor: StageExecutor) -> bool:
-        """Whether an exit is asked about a part that has just come to it."""
+        """Whether to run an exit on a part that has reached it."""
 
     def keep_at_stage(self, exit: str, part: Part, executor: StageExecutor) -> Mask:
-        """Which of a part's samples (n,), just answered by an exit, are there for a further one of the same stage."""
+        """Mask (n,) of a part's samples that continue to the next exit of the same stage."""
 
     def keep_for_stage(self, stage: int, part: Part, executor: StageExecutor) -> Mask:
-        """Which of a part's samples (n,) go through a stage; the others have left. Not asked of the first stage."""
+        """Mask (n,) of a part's samples that run a stage; the others exit. Not called for the first stage."""
 
 
 @dataclass
 class StageExecutor:
-    """A walk of numbered samples through a chain, and what a policy may know of it.
+    """Runs numbered samples through a chain; a policy sees its state.
 
     Attributes:
-        chain: the network, made ready.
-        size: how many samples there may be.
-        exits: names that may be asked, in the order of the chain.
-        profile: how long steps take; every step that is run with all its rows is noted.
-        left_ms: the time until the deadline; negative after it.
-        uncertainty: of an exit's outputs (n,), in the unit that the policy compares; default: unknown, inf.
-        lock: held during every step: one step at a time on a chain, whichever threads walk it.
-        earlier: what each exit has said of the samples' rows that went another walk before; it is added.
-        feature_sums: of each sample by its number, added to by each of its rows after the first stage
-            (:meth:`ReadyChain.feature_sums`); None: they are not wanted.
+        chain: the network, ready to run.
+        size: maximum number of samples.
+        exits: names of exits that may run, in the order of the chain.
+        profile: latency of steps; every step without dropped rows is recorded.
+        left_ms: time until the deadline; negative after it.
+        uncertainty: of an exit's outputs (n,), in the unit that the policy compares; default: inf (unknown).
+        lock: held during every step, so that only one thread at a time runs the chain.
+        earlier: each exit's sum over rows of the sample that ran before; it is added.
+        feature_sums: by sample number, the sums of its rows' features after the first stage
+            (:meth:`ReadyChain.feature_sums`); None: not computed.
         clock: seconds.
-        answered: which samples have an answer (size,).
+        answered: which samples have a result (size,).
         counts: their latest counts (size,); zero for classes.
-        uncertainties: of their latest answers (size,); inf without one.
+        uncertainties: of their latest results (size,); inf without one.
     """
 
     chain: ReadyChain
@@ -127,13 +127,13 @@ class StageExecutor:
         self.uncertainties = np.full(self.size, math.inf)
 
     def run(self, parts: Iterable[Part], policy: Policy) -> Iterator[BatchExitOutput | None]:
-        """Run the parts through the stages, and yield each exit's output as it comes.
+        """Run the parts through the stages and yield each exit's output.
 
         Args:
-            parts: each is asked for when the one before has gone through the first stage.
+            parts: the next one is taken when the one before has run the first stage.
 
         Yields:
-            None after every step without an answer; whoever stops asking there calls off the rest.
+            None after every step without output; a caller may stop there, and the rest is not computed.
         """
         stages = [self.chain.stage_of(name) for name in self.exits]
         for index in range(stages[-1] + 1):
@@ -148,10 +148,10 @@ class StageExecutor:
     def _through(
         self, index: int, here: Sequence[str], arrived: Part, policy: Policy
     ) -> Generator[BatchExitOutput | None, None, Part | None]:
-        """Take a part through a stage and to the exits there.
+        """Run a part through a stage and the exits at it.
 
         Returns:
-            What is left of it; None of nobody.
+            The samples that continue; None if there are none.
         """
         part = arrived if index == 0 else self._select(arrived, policy.keep_for_stage(index, arrived, self))
         if part is None:
@@ -177,10 +177,10 @@ class StageExecutor:
     def needed_ms(
         self, stage: int, exit: str | None, part: Part, *, quantile: float, min_samples: int = 1
     ) -> float | None:
-        """What a part takes through a stage and on to an exit's answer; None where a step of it is not known.
+        """Expected time of a part from a stage to an exit's output; None if a step was not measured.
 
         Args:
-            exit: None: the stage alone. Of those before it none is asked.
+            exit: None: the stage alone. Earlier exits are not included.
             quantile, min_samples: as of :meth:`Profile.ms`.
         """
         last = stage if exit is None else self.chain.stage_of(exit)
@@ -189,7 +189,7 @@ class StageExecutor:
         total = 0.0
         for batch in part.batches:
             first_ms = batch.first_ms
-            if quantile == 0 and first_ms is not None:  # at the very least: this walk's own may have been held up
+            if quantile == 0 and first_ms is not None:  # a lower bound: this run may have been delayed
                 first_ms = min(first_ms, self.profile.ms(FIRST, batch.rows, **how) or math.inf)
             ms = self.profile.total_ms(steps, batch.rows, first_ms=first_ms, **how)
             if ms is None:
@@ -198,7 +198,7 @@ class StageExecutor:
         return total
 
     def _select(self, part: Part, keep: Mask) -> Part | None:
-        """The part of some samples only; None of none."""
+        """The selected samples of a part; None if there are none."""
         if keep.all():
             return part
         if not keep.any():
@@ -217,7 +217,7 @@ class StageExecutor:
     def _add_feature_sums(self, part: Part, batch: Batch) -> None:
         if self.feature_sums is None or (sums := self.chain.feature_sums(batch.state)) is None:
             return
-        # Several batches are all of one sample.
+        # Several batches belong to one sample.
         numbers = np.repeat(part.samples, part.views)[: batch.rows].tolist()
         for number, of_row in zip(numbers, sums, strict=True):
             self.feature_sums[number] = self.feature_sums.get(number, 0) + of_row
@@ -254,6 +254,6 @@ class StageExecutor:
 
 
 def _taken_from(parts: deque[Part]) -> Iterator[Part]:
-    """Parts one after the other, each let go: what has left is not to wait in memory for the end of the stage."""
+    """Yield parts and release each, so that samples that have exited do not stay in memory."""
     while parts:
         yield parts.popleft()

@@ -1,4 +1,4 @@
-"""How long a network takes on this machine: measured, kept up to date, and predicted from that."""
+"""Latency of a network on this machine: measured, updated while it runs, and predicted."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Latency:
     """The latencies of a network's steps, and of images of known sizes.
 
     Args:
-        chain: the network, made ready. lock: held during every step.
+        chain: the network, ready to run. lock: held during every step.
 
     Attributes:
-        times: of the steps run so far; once :attr:`profile` was asked for, that.
-        measured: whether the profile was measured here, rather than read.
+        times: of the steps run so far; the full profile after :attr:`profile` was accessed.
+        measured: whether the profile was measured now rather than read from the cache.
     """
 
     def __init__(self, network: MultiExitNetwork, chain: ReadyChain, collator: Collator, lock: FairLock) -> None:
@@ -40,10 +40,11 @@ class Latency:
 
     @cached_property
     def profile(self) -> Profile:
-        """How long every stage and exit takes: from the user's cache or, at first and where that does not fit,
-        measured now, which takes up to three seconds for each number of rows (one, two, four …), or two runs of these
-        where they take longer. From then on every step that is run refreshes it, those of batches excepted that some
-        samples have left; it is written when this object goes.
+        """The latency of every stage and exit, from the user's cache or, without a matching entry, measured now.
+
+        Measuring takes up to three seconds, or two runs, for each number of rows (one, two, four …). Afterwards every
+        step that runs updates it, except for batches from which samples were dropped; it is saved when this object is
+        deleted.
         """
         times = profile_of(self._network, self._chain.runtime)
         stages = map(stage_step, range(len(self._network.stages)))
@@ -54,12 +55,12 @@ class Latency:
         return times
 
     def measure_again(self) -> None:
-        """Measure the profile anew: the machine may have been busy when that was done."""
+        """Measure the profile again, as the machine may have been busy."""
         self.profile.forget()
         self._measure(self.profile)
 
     def _measure(self, times: Profile) -> None:
-        """Run an image through everything, with one row, two, four … as far as go through a stage at once."""
+        """Measure all steps with one row, two, four … up to the largest batch."""
         self.measured = True
         jpeg = photo(self._network.config.scene)
         rows = 1
@@ -74,7 +75,7 @@ class Latency:
         times.write()
 
     def _run_through(self, jpeg: bytes, rows: int, exits: Sequence[str], times: Profile) -> None:
-        """Run an image through everything, as a batch of so many, and note how long each step takes."""
+        """Run all steps on a batch of so many rows and record their times."""
         begun = time.perf_counter()
         _, (row, *_) = prepared(decode_pixels(jpeg), None, self._network.config)
         times.note(PREPARING, 1, 1000 * (time.perf_counter() - begun))
@@ -83,11 +84,11 @@ class Latency:
             pass
 
     def warm_up(self, exits: Sequence[str]) -> None:
-        """Run an image of the network's own shape through to exits, for nothing."""
+        """Run an image of the network's shape up to some exits and discard the results."""
         self._run_through(photo(self._network.config.scene), self.collator.views_in_batch, exits, Profile())
 
     def measured_ms(self, exit: str) -> float:
-        """About when an exit alone answers for an image of the network's own shape, measured now, once."""
+        """Latency up to an exit for an image of the network's shape, measured once, now."""
         times = Profile()
         self._run_through(photo(self._network.config.scene), self.collator.views_in_batch, [exit], times)
         nominal = self.nominal_ms(exit, times)
@@ -95,13 +96,13 @@ class Latency:
         return nominal
 
     def nominal_ms(self, exit: str, times: Profile | None = None) -> float | None:
-        """What an image of the network's own shape takes until an exit's answer, about; None: not known yet."""
+        """Expected latency up to an exit for an image of the network's shape; None if not measured yet."""
         times = self.times if times is None else times
         preparing, rest = times.ms(PREPARING), times.total_ms(self._steps(exit), self.collator.views)
         return None if preparing is None or rest is None else preparing + rest
 
     def predicted_s(self, canvases: Sequence[tuple[int, int]], exit: str) -> float | None:
-        """How long rows on such canvases will take at least until an exit's answer, in seconds; None: not known.
+        """Lower bound of the time for rows on such canvases up to an exit, in seconds; None if unknown.
 
         Canvases (width, height) smaller than the native size count by their pixels.
         """
@@ -119,5 +120,5 @@ class Latency:
         return total
 
     def _steps(self, exit: str) -> list[str]:
-        """All steps of a prepared image up to an exit's answer."""
+        """All steps of a prepared image up to an exit."""
         return [LAYING, *map(stage_step, range(self._network.stage_of(exit) + 1)), exit_step(exit)]

@@ -1,4 +1,4 @@
-"""A model by name or path, with what is to run it: a checkpoint on any runtime, an exported folder on its own."""
+"""Open a model by name or path: a checkpoint for any runtime, an exported folder with its own."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from crowdexit.utils.files import write_problem
 
 
 class _ExportedRuntime(Runtime):
-    """Runs the one network whose exported models it has."""
+    """The runtime of an exported network."""
 
     def __init__(self, exported: Exported) -> None:
         self.name = f"{exported.manifest.library}, {exported.manifest.precision}, exported"
@@ -39,15 +39,15 @@ class _ExportedChain(ArrayReady):
         self._manifest = exported.manifest
 
     def fingerprint(self) -> str:
-        """A hash of the manifest, which has those of all files in it; the network has no numbers."""
+        """A hash of the manifest, which includes those of all files."""
         return hashlib.blake2b(self._manifest.model_dump_json().encode(), digest_size=16).hexdigest()
 
 
 def open_model(name: str | Path, runtime: str = "auto") -> tuple[MultiExitNetwork, zoo.Spec, Runtime]:
-    """A network, its description, and what is to run it.
+    """A network, its description, and its runtime.
 
-    A checkpoint's batch normalisations are folded into its convolutions. The network of an exported folder has shapes
-    and no numbers; only its runtime can run it.
+    A checkpoint's batch normalisations are folded into its convolutions. The network of an exported folder has no
+    weights; only its runtime can run it.
 
     Args:
         name: of a shipped model, or the path of a checkpoint or of an exported folder.
@@ -85,7 +85,7 @@ def open_model(name: str | Path, runtime: str = "auto") -> tuple[MultiExitNetwor
 
 
 class Calibration(TypedDict):
-    """What a counter takes of a checkpoint's calibration."""
+    """The calibration of a checkpoint, as arguments of a counter."""
 
     intervals: Intervals
     familiarity: Familiarity | None
@@ -108,10 +108,10 @@ def keep_calibration(
     temperatures: Temperatures | None = None,
     familiarity: Familiarity | None = None,
 ) -> Path:
-    """Write a calibration into a checkpoint or an exported folder, in place of the one there: whole, or not at all.
+    """Replace the calibration of a checkpoint or an exported folder, atomically.
 
     Args:
-        intervals, temperatures, familiarity: None leaves what is there.
+        intervals, temperatures, familiarity: None keeps the existing one.
 
     Returns:
         The checkpoint or the folder.
@@ -134,5 +134,5 @@ def keep_calibration(
 
 
 def _is_export(name: str | Path) -> bool:
-    """Whether it names an exported folder; a shipped model's name goes before one of that name."""
+    """Whether it names an exported folder; names of shipped models take precedence."""
     return str(name) not in zoo.shipped() and is_export(name)

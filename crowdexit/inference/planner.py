@@ -1,4 +1,4 @@
-"""The budget of many images, planned from what the network takes here."""
+"""Plan the budget of many images from measured latency."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def plan_budget(
     intervals: Intervals,
     latency: Latency,
 ) -> Budget:
-    """The policy by which a number of images is counted within a time.
+    """The policy that counts a number of images within a time.
 
     Args:
-        exits: that may answer.
+        exits: names of the exits to use.
 
     Raises:
-        BudgetError: if the first exit is not calibrated. BudgetTooSmall: if the first exits alone take longer, also
-            after the machine was measured again.
+        BudgetError: if the first exit is not calibrated. BudgetTooSmall: if the first exits alone take longer, even
+            after latency was measured again.
     """
     collator = latency.collator
     rows = min(collator.rows_in_batch, max(1, number))
@@ -53,6 +53,6 @@ def plan_budget(
     except BudgetTooSmall:
         if latency.measured:
             raise
-        # The machine may have been busy when that was measured; a run that is refused would not show it.
+        # The machine may have been busy when it was measured.
         latency.measure_again()
         return planned()

@@ -10,19 +10,18 @@ import numpy as np
 from crowdexit.errors import CrowdExitError
 from crowdexit.inference.executor import Mask, Part, Policy, StageExecutor
 
-_TRUSTED = 16  # measurements from which on the shortest of them is believed to be about the least there is
+_TRUSTED = 16  # number of measurements whose minimum is trusted as a lower bound
 
 
 class PolicyError(CrowdExitError):
-    """A policy that can never be met, or that goes with nothing."""
+    """An invalid policy."""
 
 
 @dataclass(frozen=True)
 class Anytime:
-    """Ask every exit and go on until the end or the deadline.
+    """Run every exit until the end or the deadline.
 
-    Once there is an answer, a stage that could not end in time, however fast, is not begun: it would be in vain, and
-    the next request would have to wait until it is broken off.
+    After the first result, a stage that cannot finish in time is not started, as it would only delay the next request.
     """
 
     def should_run_exit(self, exit: str, part: Part, executor: StageExecutor) -> bool:
@@ -41,13 +40,13 @@ class Anytime:
 
 @dataclass(frozen=True)
 class DeepestThatFits:
-    """Ask one exit only, the deepest whose answer comes by the deadline as far as the profile tells.
+    """Run one exit only: the deepest that is predicted to meet the deadline.
 
-    Nothing is computed in vain; in return there is nothing to fall back to if a stage takes longer than ever. Decided
-    anew at every exit, from the time that is left by then.
+    No other exit is computed, so there is no fallback if a stage is unusually slow. The prediction is updated at every
+    exit from the time left.
 
     Attributes:
-        sure: how often each step is to keep within the time that is reckoned for it.
+        sure: quantile of the measured latency used for each step.
 
     Examples:
         >>> import crowdexit
@@ -76,12 +75,12 @@ class DeepestThatFits:
 
 @dataclass(frozen=True)
 class Confident:
-    """A sample is asked about by one exit after the other, and leaves with the first answer that is sure enough.
+    """Run the exits one after the other; a sample exits at the first result that is confident enough.
 
     Attributes:
-        uncertainty: its bound: of counts the half-width of the interval in people; of classes 1 − confidence or
-            the entropy, whichever is reckoned.
-        share: of counts, the bound as a share of the count as well; the wider of the two bounds holds.
+        uncertainty: its bound: for counts the half-width of the interval in people; for classes 1 − confidence or
+            the entropy, whichever is used.
+        share: for counts, a bound as a share of the count; the wider of the two applies.
 
     Raises:
         PolicyError: if neither bound is above zero.
@@ -119,7 +118,7 @@ ANYTIME = Anytime()
 
 
 def policy_named(name: str, within: str | None = None) -> Policy:
-    """A policy as a command line names it.
+    """Parse a policy from text.
 
     Args:
         name: ``anytime``, ``fits`` or ``confident``.
@@ -127,7 +126,7 @@ def policy_named(name: str, within: str | None = None) -> Policy:
             (``50%``, the default).
 
     Raises:
-        PolicyError: for another name, a bound that means nothing, or one where none belongs.
+        PolicyError: for an unknown name, an invalid bound, or a bound for a policy without one.
     """
     if name not in ("anytime", "fits", "confident"):
         raise PolicyError(f"no policy {name!r} (there are anytime, fits and confident)")

@@ -1,4 +1,4 @@
-"""Images through a network, stage by stage, and what its exits say as results."""
+"""Run images through a network stage by stage and convert exit outputs to results."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Predictor:
     """Runs images through a network on a runtime.
 
     Args:
-        model: the name to report. chain: the network, made ready.
+        model: the name to report. chain: the network, ready to run.
 
     Attributes:
-        collator: makes batches of images. latency: how long everything takes here.
+        collator: makes batches of images. latency: of every step on this machine.
         intervals: the checkpoint's calibration. familiarity: its statistics of the training images, or None.
     """
 
@@ -56,9 +56,9 @@ class Predictor:
         self.latency = Latency(network, chain, self.collator, self._lock)
 
     def get_ready(self, exits: Sequence[str], size: tuple[int, int] | None) -> None:
-        """Get the way to exits ready for images of a (width, height), before any clock runs.
+        """Prepare the stages and exits for images of a (width, height), before any timing starts.
 
-        What is cut into tiles, or whose size is not known (None), counts as one of the network's own size.
+        Tiled images and unknown sizes (None) are treated as the network's size.
         """
         config = self._network.config
         canvas = config.size if size is None else canvas_size(*size, config.size, config.view)
@@ -76,19 +76,18 @@ class Predictor:
         deadline: float = math.inf,
         last_moment: float = math.inf,
     ) -> Iterator[ExitResult | None]:
-        """Count an image step by step; None after a step without an answer.
+        """Count an image step by step; None after a step without a result.
 
         Args:
-            begun: the time of the request. deadline: when the answers have to be there.
-            last_moment: when the first exit has to answer at the latest; a tiled image of which it is predicted to be
-                later is refused.
+            begun: the time of the request. deadline: of the results.
+            last_moment: latest time for the first exit; a tiled image that is predicted to miss it is refused.
 
         Raises:
             DeadlineMissed: for such an image.
         """
         scene, rows = self.collator.prepare(sample, self.latency.times)
         yield None
-        # An image of an absurd shape has too many tiles to be in flight together: the answers come with the last.
+        # An extreme shape has too many tiles to be in flight together: results come with the last ones.
         in_flight = self.collator.rows_in_flight
         if len(rows) > self.collator.views and deadline < math.inf:
             exits = exits_in_time(self.latency, rows, exits, begun, deadline, last_moment)
@@ -111,10 +110,10 @@ class Predictor:
     def stream_many(
         self, samples: Iterator[Sample | None], exits: Sequence[str], policy: Policy, in_flight: int
     ) -> Iterator[CountResult | None]:
-        """Count samples in their order, so many rows in flight together; None in the place of None.
+        """Count samples in order, with so many rows in flight; None yields None.
 
         Raises:
-            BudgetTooSmall: as soon as the time shows that the policy, a budget, cannot be kept.
+            BudgetTooSmall: as soon as a budget turns out to be too small.
         """
         begun = time.perf_counter()
         budget = policy if isinstance(policy, Budget) else None
@@ -129,7 +128,7 @@ class Predictor:
             try:
                 for output in executor.run(parts, policy):
                     self._add(output, results, scenes, executor, begun)
-            except BudgetTooSmall:  # what had been answered by then is not lost
+            except BudgetTooSmall:  # results so far are not lost
                 yield from self._answered(order, results)
                 raise
             if budget is not None:
@@ -139,7 +138,7 @@ class Predictor:
             yield from self._answered(order, results)
 
     def run(self, ready: Prepared, exits: Sequence[str], policy: Policy) -> list[CountResult]:
-        """Count what is prepared: one result for each image, in their order."""
+        """Count prepared images: one result for each, in order."""
         if ready.scenes:
             first = ready.scenes[0]
             self.get_ready(exits, first.size if len(first.rows) == 1 else None)
@@ -151,10 +150,10 @@ class Predictor:
         return [self._of_last(of_one) for of_one in results]
 
     def feature_sums(self, image: ImageLike) -> NDArray[np.float64] | None:
-        """What tells how familiar an image is, (2C + 1,), by the first stage alone; None of a network of tokens.
+        """Features for the familiarity of an image, (2C + 1,), from the first stage; None for a network of tokens.
 
         Raises:
-            CrowdExitError: for an image that cannot be used.
+            CrowdExitError: for an unusable image.
         """
         _, rows = self.collator.prepare((image, None), Profile())
         total: NDArray[np.float64] | None = None
@@ -168,7 +167,7 @@ class Predictor:
         return total
 
     def is_familiar(self, sums: NDArray[np.float64] | None) -> bool | None:
-        """Whether an image is familiar, from its features' sums; None where that is not known."""
+        """Whether an image is familiar, from its feature sums; None if unknown."""
         return None if self.familiarity is None or sums is None else self.familiarity.is_familiar(sums)
 
     def _executor(
@@ -180,7 +179,7 @@ class Predictor:
         earlier: Mapping[str, float] | None = None,
         feature_sums: dict[int, NDArray[np.float64]] | None = None,
     ) -> StageExecutor:
-        """What runs up to ``size`` samples, described in ``scenes`` by their number.
+        """An executor for up to ``size`` samples, described in ``scenes`` by their number.
 
         Args:
             earlier, feature_sums: as of :class:`StageExecutor`, from an earlier run over other rows of the sample.
@@ -214,14 +213,14 @@ class Predictor:
     def _answered(
         self, order: Sequence[int | None], results: Sequence[list[ExitResult]]
     ) -> Iterator[CountResult | None]:
-        """Results in the order of the samples, up to the first one that no exit has answered."""
+        """Results in the order of the samples, up to the first one without any."""
         for number in order:
             if number is not None and not results[number]:
                 return
             yield None if number is None else self._of_last(results[number])
 
     def _of_last(self, results: Sequence[ExitResult]) -> CountResult:
-        """Results of one image, of which the last is the answer."""
+        """Results of one image; the last is the chosen one."""
         return CountResult(self._model, results[-1], tuple(results), warnings=results[-1].warnings)
 
     def _add(
@@ -232,7 +231,7 @@ class Predictor:
         executor: StageExecutor,
         begun: float,
     ) -> None:
-        """Add an exit's output for some samples, if there is one, to the results of each."""
+        """Add an exit's output, if any, to the results of its samples."""
         if output is None:
             return
         for at, number in enumerate(output.samples.tolist()):
@@ -254,13 +253,13 @@ class Predictor:
         """An exit's result for a scene.
 
         Args:
-            count: as the network gives it. maps: of each of its rows, on their canvases; none of an exit without.
+            count: raw output of the network. maps: of each row, on its canvas; empty for an exit without maps.
             sums: of its features, or None.
             begun: the time of the request.
         """
         if not math.isfinite(count):
             raise CounterError(f"{self._model}: exit {name} did not return a number")
-        # A regressor may undershoot zero; a crowd does not.
+        # A regressor may predict less than zero.
         count = max(0.0, count)
         familiar = self.is_familiar(sums)
         interval = self.intervals.around(name, count, has_audio=scene.has_audio, familiar=familiar)

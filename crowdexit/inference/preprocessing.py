@@ -1,4 +1,4 @@
-"""From an image and a sound in any form to rows for a network."""
+"""Convert images and audio in any form to rows for a network."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""How long the steps of a walk take: measured on this machine, kept between runs, refreshed as it runs.
+"""Latency of a network's steps: measured on this machine, cached between runs, updated while it runs.
 
-A step is a stage or an exit. Whatever else a machine does slows all of a walk alike, so only the first stage is kept
-in milliseconds, and every other step as a multiple of the first stage of its own walk: what a walk still needs is
-told from the time that its first stage has just taken. A deep stage that is seldom run does not go out of date so.
+A step is a stage or an exit. Other load slows all steps of a run alike, so only the first stage is stored in
+milliseconds; every other step is stored as a multiple of the first stage of the same run. The remaining time of a run
+is predicted from its own first stage, so entries of rarely run stages stay valid.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from crowdexit.models.network import MultiExitNetwork
 from crowdexit.runtimes.model_cache import gpu_name, installed_version
 from crowdexit.utils.machine import cache_folder, processor
 
-MAX_MEASUREMENTS = 64  # measurements of a step; the oldest goes for the newest
-MOST_PROFILES = 100  # files of them; the one written longest ago goes
+MAX_MEASUREMENTS = 64  # measurements of a step; the oldest is replaced
+MOST_PROFILES = 100  # files; the oldest is removed
 _FORMAT = 1
 
 
@@ -43,17 +43,17 @@ def exit_step(name: str) -> str:
 
 
 FIRST = stage_step(0)
-PREPARING = "preparing"  # a picture: decoded, resized, with its audio
-LAYING = "laying out"  # rows: normalised, as the batch that goes into the first stage
-_BY_THEMSELVES = (FIRST, PREPARING, LAYING)  # kept in milliseconds
+PREPARING = "preparing"  # an image: decoded, resized, with its audio
+LAYING = "laying out"  # rows: normalised and collated for the first stage
+_BY_THEMSELVES = (FIRST, PREPARING, LAYING)  # stored in milliseconds
 
 
 class Profile:
     """The last measurements of every step, by how many rows were in the batch.
 
     Args:
-        path: where it is kept; None: only in memory.
-        key: what it was measured of; a file with another one is not read.
+        path: of its file; None: in memory only.
+        key: identifies what was measured; a file with another key is not read.
     """
 
     def __init__(self, path: Path | None = None, key: Mapping[str, Any] | None = None) -> None:
@@ -65,8 +65,8 @@ class Profile:
         """Add a measurement of a step with that many rows.
 
         Args:
-            first_ms: what the first stage of the same walk took with as many rows; None: keep ``ms`` itself (of the
-                first stage, and of what comes before it).
+            first_ms: time of the first stage of the same run with as many rows; None: store ``ms`` itself (for the
+                first stage and the steps before it).
         """
         value = ms if first_ms is None else ms / first_ms if first_ms > 0 else 0.0
         with self._lock:
@@ -75,14 +75,14 @@ class Profile:
     def ms(
         self, step: str, rows: int = 1, *, quantile: float = 0.5, first_ms: float | None = None, min_samples: int = 1
     ) -> float | None:
-        """How long a step takes with that many rows, in milliseconds; None where that is not known.
+        """Expected time of a step with that many rows, in milliseconds; None if unknown.
 
-        Between measured numbers of rows it is interpolated; beyond them it grows with the rows.
+        Interpolated between measured numbers of rows, and proportional to the rows beyond them.
 
         Args:
-            quantile: of the measurements kept.
-            first_ms: what the first stage took in this walk; default: its median.
-            min_samples: how many measurements there have to be.
+            quantile: of the stored measurements.
+            first_ms: time of the first stage of this run; default: its median.
+            min_samples: number of measurements required.
         """
         with self._lock:
             known = sorted(
@@ -97,23 +97,23 @@ class Profile:
         return None if first_ms is None else _between(values, rows, beyond=False) * first_ms
 
     def total_ms(self, steps: Sequence[str], rows: int = 1, **how: Any) -> float | None:
-        """How long several steps take together; None where one of them is not known. As :meth:`ms`."""
+        """Expected total time of several steps; None if one is unknown. Arguments as of :meth:`ms`."""
         times = [self.ms(step, rows, **how) for step in steps]
         known = [ms for ms in times if ms is not None]
         return sum(known) if len(known) == len(times) else None
 
     def knows(self, steps: list[str]) -> bool:
-        """Whether there is a measurement of each of these."""
+        """Whether each of these steps was measured."""
         with self._lock:
             return all(self._times.get(step) for step in steps)
 
     def forget(self) -> None:
-        """Be as new; its file stays until it is written."""
+        """Clear all measurements; the file stays until the next write."""
         with self._lock:
             self._times = defaultdict(dict)
 
     def read(self) -> bool:
-        """Fill it from its file; False, and nothing is changed, where that is missing, damaged, or of another key."""
+        """Load its file; False, without changes, if that is missing, damaged or has another key."""
         if self._path is None:
             return False
         try:
@@ -134,7 +134,7 @@ class Profile:
         return True
 
     def write(self) -> None:
-        """Keep it in its file, whole (beside, then renamed). A cache that cannot be written is done without."""
+        """Save it atomically; a cache that cannot be written is skipped."""
         if self._path is None:
             return
         with self._lock:

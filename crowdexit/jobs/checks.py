@@ -1,4 +1,4 @@
-"""What is wrong with inputs, options and paths of results is found before anything is loaded."""
+"""Check inputs, options and output paths before anything is loaded."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ NOTHING_COUNTED = "none of the files could be counted"
 
 
 def check_inputs(sources: Sequence[Source], options: CountOptions) -> set[Path]:
-    """Refuse options that do not suit the sources, and paths that results cannot go to, before anything is loaded.
+    """Check options against the sources, and output paths, before anything is loaded.
 
     Returns:
-        All files that have been named, resolved: inputs and what will be written.
+        All named files, resolved: inputs and outputs.
 
     Raises:
-        OptionError: for an option that does not suit, or a path that is an input or cannot be written.
+        OptionError: for an unsuitable option, or a path that is an input or cannot be written.
     """
     kinds = {s.kind for s in sources}
     single = is_single(sources)
@@ -52,7 +52,7 @@ def _check_paths(sources: Sequence[Source], options: CountOptions) -> set[Path]:
             continue
         if path.resolve() in given:
             raise OptionError("{} {}: this is an input, it would be overwritten", option, path)
-        is_one_file = single or option == "out"  # else a folder, in which nothing is overwritten
+        is_one_file = single or option == "out"  # else a folder, whose files are never overwritten
         problem = output_file_problem(path) if is_one_file else output_folder_problem(path)
         if problem is None and option == "out" and not path.parent.is_dir():
             problem = f"cannot be written; the folder {path.parent} does not exist"
@@ -87,10 +87,10 @@ def _check_paths(sources: Sequence[Source], options: CountOptions) -> set[Path]:
 
 
 def nameable(sources: Sequence[Source]) -> list[Source]:
-    """Those whose names rows can hold, which is in UTF-8.
+    """The sources whose names are valid UTF-8.
 
     Raises:
-        SourceError: if there is none, or one that was named itself has another name.
+        SourceError: if there is none, or one that was named itself is not.
     """
     good = []
     for source in sources:

@@ -1,4 +1,4 @@
-"""The road of ``crowdexit count``: sources, their predictions, and the sinks that these go to."""
+"""The job of ``crowdexit count``: sources → predictions → sinks."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def count_inputs(
 ) -> int:
     """Count images, folders, videos or a live source, and write a row for each image and each counted frame.
 
-    An image ``x.jpg`` is counted with the audio ``x.wav`` beside it, a video with its own. A file of a folder that
-    cannot be counted is reported on the standard error and skipped; one that is named itself is an error.
+    An image ``x.jpg`` is counted with the audio ``x.wav`` next to it, a video with its own. A file of a folder that
+    cannot be counted is reported on standard error and skipped; one that is named itself is an error.
 
     Args:
-        progress: show a bar on the standard error, where that is a terminal and the rows go elsewhere.
+        progress: show a bar on standard error, if that is a terminal and the rows go elsewhere.
 
     Returns:
-        How many rows there are.
+        The number of rows.
 
     Raises:
-        CrowdExitError: for inputs or options that cannot be used.
-        KeyboardInterrupt: after Ctrl-C; SystemExit with 143: after SIGTERM. Of a live source, all is written and whole.
+        CrowdExitError: for unusable inputs or options.
+        KeyboardInterrupt: after Ctrl-C; SystemExit with 143: after SIGTERM. Outputs of a live source are complete.
     """
     sources = nameable(expand(inputs))
     options = (options or CountOptions()).for_sources(sources)
@@ -74,7 +74,7 @@ def count_inputs(
 
 
 def _count(predictor: Predictor, source: Source, state: ResumeState, sinks: Sequence[Sink]) -> None:
-    """Count a source from where it is to go on; each prediction goes to every sink at once."""
+    """Count a source from its resume point; each prediction goes to every sink at once."""
     with ExitStack() as stack:
         writes = [stack.enter_context(sink.open(source, state)) for sink in sinks]
         for prediction in stack.enter_context(closing(predictor.predict(source, state))):
@@ -100,11 +100,11 @@ def _bar(
 
 
 def _nowhere(word: str) -> None:
-    """Where no bar is shown."""
+    """Show nothing, without a progress bar."""
 
 
 def _warm_up(counter: CrowdCounter, exit: str, deadline_ms: float) -> None:
-    """Get ready before the first deadline begins, and warn if it is shorter than any exit takes."""
+    """Warm up before the first deadline, and warn if it is shorter than the first exit takes."""
     counter.warm_up(exit)
     first, takes = counter.first_answer(exit)
     if takes > deadline_ms:
@@ -116,5 +116,5 @@ def _warm_up(counter: CrowdCounter, exit: str, deadline_ms: float) -> None:
 
 
 def _ended_by(number: int) -> BaseException:
-    """How a signal ends a run that has written all it had."""
+    """The exception by which a signal ends a run after everything is written."""
     return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)

@@ -1,4 +1,4 @@
-"""The first thing to see: the bundled clip counted by every exit, against its true counts."""
+"""Count the bundled clip with every exit and compare with its true counts."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ POOR = 0.25  # of the true count: a larger mean error is pointed out
 
 
 class DemoError(CrowdExitError):
-    """The demo's files are not there, or its results cannot be written."""
+    """The demo's files are missing, or its results cannot be written."""
 
 
 def run_demo(counter: CrowdCounter, out: Path, console: Console) -> None:
-    """Count the bundled clip with every exit, print the errors against the truth, and write what was seen.
+    """Count the bundled clip with every exit, print the errors, and write the annotated clip.
 
     Args:
         out: the folder for ``clip-counted.mp4`` and ``clip-counted.csv``; made if need be.
@@ -63,7 +63,7 @@ def run_demo(counter: CrowdCounter, out: Path, console: Console) -> None:
         rows.writerow(["frame", "time_s", "true_count", *names])
         for frame in read_frames(clip, Span(FPS)):
             image = frame.image
-            if not answers:  # the first run warms up, and no latency should tell of it
+            if not answers:  # warm up, so that latencies exclude it
                 list(counter.stream(image, frame.waveform))
             results = list(counter.stream(image, frame.waveform))
             counts.append(truth[frame.index])

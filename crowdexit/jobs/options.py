@@ -1,4 +1,4 @@
-"""What a count is to do: one class from the command line to the note by which a stopped run is resumed."""
+"""Options of counting, shared by the command line, the job and the resume note."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ MAX_BATCH = 64
 
 @dataclass(frozen=True)
 class CountOptions:
-    """How inputs are counted, and where the results go.
+    """How inputs are counted, and where results are written.
 
     Attributes:
-        audio: the audio of a single image, or in place of a single video's own.
+        audio: the audio of a single image, or to replace that of a single video.
         exit, deadline_ms, late, policy: of each image or frame, as of :meth:`CrowdCounter.count`. Without a deadline
-            only the exits that the answer needs are run on frames.
+            only the exits that are needed run on frames.
         budget_ms: of all images together, as of :meth:`CrowdCounter.count_many`.
         fps: frames a second to count in videos.
         start, end: count videos from and until these times, in seconds; a live source until ``end``.
-        batch: frames of a video to count at once, which does not change their counts; default: :data:`BATCH`, for a
+        batch: frames of a video per batch, which does not change the counts; default: :data:`BATCH`, for a
             live source or with a deadline 1.
         smooth: half-life of a video's smoothed count, in seconds.
         format: of the rows. out: their file; default: the standard output.
-        resume: go on with a run that was stopped while it wrote into ``out``; there need not be one yet.
-        density: where to draw what was counted: of a single image ``.png`` or ``.npy`` ((h, w) float32, heads
+        resume: continue an interrupted run that wrote to ``out``, if there is one.
+        density: where to write density maps: of a single image ``.png`` or ``.npy`` ((h, w) float32, heads
             a cell), of a single video as ``annotate``; of several inputs a folder.
-        annotate: where to write the counted frames with what was counted: ``.mp4``, of several inputs a folder.
+        annotate: where to write the frames with density and count: ``.mp4``, of several inputs a folder.
 
     Raises:
-        OptionError: for options that do not go together. CrowdExitError: for a value that is not possible.
+        OptionError: for incompatible options. CrowdExitError: for an invalid value.
     """
 
     audio: Path | None = None
@@ -105,16 +105,16 @@ class CountOptions:
 
     @property
     def batch_size(self) -> int:
-        """How many frames are counted at once."""
+        """Frames per batch."""
         return self.batch or (BATCH if self.deadline_ms is None else 1)
 
     @property
     def resumable(self) -> bool:
-        """Whether a run over files can be resumed, should it be stopped."""
+        """Whether an interrupted run over files can be resumed."""
         return self.out is not None and self.format != "table" and self.budget_ms is None
 
     def for_sources(self, sources: Sequence[Source]) -> CountOptions:
-        """With what depends on the sources: a live one is counted frame by frame. A link is followed to its file."""
+        """Fill in what depends on the sources: a live one is counted frame by frame; links are resolved."""
         live = any(source.kind == "live" for source in sources)
         batch = 1 if live and self.batch is None else self.batch
         out = self.out.resolve() if self.out is not None and self.out.is_symlink() else self.out
@@ -127,6 +127,6 @@ class CountOptions:
 
 
 def not_resumable() -> OptionError:
-    """The error of a run that leaves nothing to go on with."""
+    """The error for a run that cannot be resumed."""
     text = "{}: only rows of files go on, in {} as csv, json or parquet"
     return OptionError(text, Option("resume"), Option("out"))

@@ -1,4 +1,4 @@
-"""Files of results: under their names once they are complete, and written by one run at a time."""
+"""Output files: renamed into place when complete, and written by one run at a time."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class OutputError(CrowdExitError):
 
 
 def part_of(out: Path) -> Path:
-    """Where the rows are until all went well."""
+    """The temporary file of the rows until the run succeeds."""
     return out.with_name(out.name + ".part")
 
 
 def output_paths(path: Path) -> set[Path]:
-    """All files that are written on the way to one of that name, itself among them; resolved."""
+    """All files written for an output of that name, including itself; resolved."""
     part = part_of(path).name
     names = (path.name, part, f"{part}.json", f"{part}.json.part", f"{path.name}.new")
     return {path.with_name(name).resolve() for name in names}
@@ -34,10 +34,10 @@ def output_paths(path: Path) -> set[Path]:
 
 @contextmanager
 def exclusive_lock(out: Path) -> Iterator[None]:
-    """Keep other runs from writing rows for ``out`` meanwhile, where the system can.
+    """Lock ``out`` against other runs, if the file system supports it.
 
     Raises:
-        OutputError: if one is at it, or there can be no rows.
+        OutputError: if it is locked or cannot be written.
     """
     if sys.platform == "win32":
         yield
@@ -65,13 +65,13 @@ def exclusive_lock(out: Path) -> Iterator[None]:
 def opened(
     out: Path | None, *, going_on: bool = False, finish: Callable[[Path, Path], object] = Path.replace
 ) -> Iterator[TextIO]:
-    """A file to write rows into: the standard output, or one that takes the name ``out`` when all went well.
+    """Open a file for rows: standard output, or one that is renamed to ``out`` on success.
 
-    After a failure the rows until then stand in :func:`part_of` it; without any, nothing does.
+    After a failure the rows so far are in :func:`part_of` it, if there are any.
 
     Args:
-        going_on: write behind the rows that stand there.
-        finish: makes ``out`` of that file: (from, to).
+        going_on: append to the existing rows.
+        finish: converts that file to ``out``: (from, to).
 
     Raises:
         OutputError: if it cannot be written.
@@ -103,12 +103,12 @@ def opened(
 
 @contextmanager
 def _standard_output() -> Iterator[TextIO]:
-    """The standard output; if whoever reads it has seen enough (``| head``), that ends the run as SIGPIPE would."""
+    """Standard output; if the reader closes it (``| head``), the run ends as by SIGPIPE."""
     try:
         yield sys.stdout
         sys.stdout.flush()
     except BrokenPipeError:
-        with suppress(OSError, ValueError):  # what is still to be written at the very end has nowhere to go
+        with suppress(OSError, ValueError):  # discards what is still buffered
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Reading, preparing and counting at the same time: each part in a thread, joined by short queues."""
+"""Read, prepare and count in parallel: one thread each, connected by short queues."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ T = TypeVar("T")
 
 @runtime_checkable
 class Stoppable(Protocol):
-    """What may wait for long before it gives its next item."""
+    """An iterator that may block for long."""
 
     def stop(self) -> None:
-        """Give no more; called from another thread."""
+        """Stop iterating; called from another thread."""
 
 
 class Threads:
-    """Iterators that run ahead of whoever asks, each in a thread of its own; leaving the context ends them all."""
+    """Iterators that prefetch, each in its own thread; leaving the context ends them all."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -54,7 +54,7 @@ class Threads:
             thread.join(_PATIENCE_S)
 
     def ahead(self, items: Iterable[T], depth: int) -> Iterator[T]:
-        """The same items; up to ``depth`` are held before they are asked for, while one more is made.
+        """The same items; up to ``depth`` are prefetched while one more is computed.
 
         Raises:
             BaseException: what ``items`` raises, after the items before it.
@@ -111,14 +111,14 @@ class _Ready(NamedTuple):
 def count_frames(
     counter: CrowdCounter, frames: Iterable[Frame], name: str, options: CountOptions | None = None
 ) -> Generator[tuple[Frame, CountResult | None], None, None]:
-    """Count frames as they come, in their order; the next ones are read and prepared meanwhile.
+    """Count frames in order; the next ones are read and prepared meanwhile.
 
-    With None of a frame that no exit answered in time, where that fails (:attr:`CountOptions.late`).
+    Yields None for a frame without a result in time, if that fails (:attr:`CountOptions.late`).
 
     Args:
-        frames: with their audio; a generator is closed at the end. What can be stopped is live: nothing of it is
-            taken before it can be counted, for it would be old by then; at the end it is stopped.
-        name: of the video, for what is said of it.
+        frames: with their audio; a generator is closed at the end. An iterator with ``stop`` is live: no frame is
+            taken before it can be counted, as it would be outdated; it is stopped at the end.
+        name: of the video, for messages.
 
     Raises:
         CrowdExitError: as reading and counting do.
@@ -146,7 +146,7 @@ def count_frames(
 
 
 def _prepared(counter: CrowdCounter, frames: Iterable[Frame], options: CountOptions) -> Iterator[_Ready]:
-    """Frames in groups, all but the counting done."""
+    """Groups of prepared frames."""
     group: list[tuple[Frame, DecodedImage, AudioInput]] = []
 
     def ready() -> _Ready:
@@ -165,14 +165,14 @@ def _prepared(counter: CrowdCounter, frames: Iterable[Frame], options: CountOpti
             continue
         if group:
             yield ready()
-        # To be cut into tiles, or to be counted exit by exit until the time is up.
+        # Tiled, or counted exit by exit until the deadline.
         yield _Ready([frame], partial(_one, counter, image, audio, options))
     if group:
         yield ready()
 
 
 def count_one(counter: CrowdCounter, image: ImageLike, audio: AudioLike | None, options: CountOptions) -> CountResult:
-    """Count an image as the options say; see :meth:`CrowdCounter.count`."""
+    """Count an image with these options; see :meth:`CrowdCounter.count`."""
     by: dict[str, Any] = {"exit": options.exit, "deadline_ms": options.deadline_ms, "late": options.late}
     return counter.count(image, audio, **by, policy=options.policy)
 

@@ -1,4 +1,4 @@
-"""Predictions of sources: one of an image, one of each counted frame of a video or a live source."""
+"""Predict counts of sources: one for an image, one for each counted frame of a video or live source."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from crowdexit.video.live import LiveFrames
 
 @dataclass(frozen=True)
 class Prediction:
-    """What was counted in an image, or in a frame of a video or a live source.
+    """The count of an image, or of a frame of a video or a live source.
 
     Attributes:
-        note: a word on how it goes, for who watches.
+        note: short status for the progress bar.
     """
 
     source: Source
@@ -46,21 +46,21 @@ class Predictor(Protocol):
     """Counts sources, one after the other.
 
     Attributes:
-        interrupted: the signal that came while a live source was counted, which is how most of them end; 0: none.
+        interrupted: the signal that ended a live source; 0: none.
     """
 
     interrupted: int
 
     def predict(self, source: Source, state: ResumeState) -> Generator[Prediction, None, None]:
-        """What is counted of a source, from where it is to go on."""
+        """The predictions of a source, from its resume point."""
         ...
 
 
 class SourcePredictor:
-    """Counts each image by itself, and frames in batches while the next ones are read.
+    """Counts images one by one, and frames in batches while the next ones are read.
 
     Args:
-        reader_warning: is called with each line that the reader of a video has to say.
+        reader_warning: called with each warning of a video's reader.
     """
 
     def __init__(self, counter: CrowdCounter, options: CountOptions, reader_warning: Callable[[str], None]) -> None:
@@ -71,7 +71,7 @@ class SourcePredictor:
         """See :class:`Predictor`.
 
         Raises:
-            CrowdExitError: as reading and counting do; DeadlineMissed also where no frame was answered in time.
+            CrowdExitError: as reading and counting do; DeadlineMissed also if no frame had a result in time.
         """
         if source.kind == "image":
             yield Prediction(source, self._image(source))
@@ -129,12 +129,12 @@ class SourcePredictor:
 
 
 class BudgetPredictor:
-    """Counts images together, within a time for all of them."""
+    """Counts all images within one time budget."""
 
     def __init__(self, counter: CrowdCounter, options: CountOptions, sources: Sequence[Source]) -> None:
         self.interrupted = 0
         self._counter, self._options, self._sources = counter, options, sources
-        self._errors: deque[ImageError | AudioError] = deque()  # of those that have no result
+        self._errors: deque[ImageError | AudioError] = deque()  # of images without a result
         self._left, self._results = len(sources), self._count()
 
     def predict(self, source: Source, state: ResumeState) -> Generator[Prediction, None, None]:
@@ -148,7 +148,7 @@ class BudgetPredictor:
         if result is not None:
             yield Prediction(source, result)
         if not self._left:
-            deque(self._results, maxlen=0)  # the counter says how the budget was kept
+            deque(self._results, maxlen=0)  # the counter reports how the budget was used
         if result is None:
             raise self._errors.popleft()
 
@@ -157,7 +157,7 @@ class BudgetPredictor:
         yield from self._counter.count_many(samples, budget_ms=self._options.budget_ms, number=len(self._sources))
 
     def _sample(self, source: Source) -> tuple[DecodedImage, AudioInput] | None:
-        """An image with its audio; None of one that cannot be counted."""
+        """An image with its audio; None if it cannot be counted."""
         try:
             fits = partial(tile_boxes, native=self._counter.size)
             image, audio = read_image(source.path, fits), audio_input(self._options.audio)
@@ -173,13 +173,13 @@ class BudgetPredictor:
 
 
 def _unreadable(error: AudioError) -> AudioInput:
-    """In place of audio that nobody has named and that cannot be read."""
+    """A placeholder for unreadable audio that the user did not name."""
     return AudioInput(None, "unreadable", (f"{error}; counted without it",))
 
 
 @contextmanager
 def _on_interrupt(handler: Callable[[int, object], None]) -> Iterator[None]:
-    """Call this at the first Ctrl-C or SIGTERM rather than be interrupted; only the main thread can."""
+    """Call a function at the first Ctrl-C or SIGTERM instead of raising; main thread only."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

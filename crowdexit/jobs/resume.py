@@ -1,4 +1,4 @@
-"""Going on where a run was stopped: from the rows that it left, and a note of what it was."""
+"""Resume an interrupted run from its rows and a note of its settings."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from crowdexit.utils.files import atomic_write
 
 
 class ResumeError(CrowdExitError):
-    """A run that cannot go on, or would not be the same one."""
+    """A run that cannot be resumed, or has different settings."""
 
 
 @dataclass
 class ResumeState:
-    """Where a stopped run is to go on.
+    """Where an interrupted run continues.
 
     Attributes:
-        rows: written, in all.
-        source: which of the sources was last written of; -1: none.
-        frames: rows of that one.
-        after: the index of the last frame of its last whole batch. Counting begins again behind it, so that the batches
-            are the same as if nothing had happened.
-        again: rows behind that frame, which are counted again but not written.
-        smoother: as it stood after the last row.
+        rows: total number written.
+        source: index of the source of the last row; -1: none.
+        frames: rows of that source.
+        after: the index of the last frame of its last complete batch. Counting restarts after it, so that batches are
+            the same as without the interruption.
+        again: rows after that frame, which are counted again but not written.
+        smoother: its state after the last row.
     """
 
     smoother: Smoother
@@ -50,7 +50,7 @@ class ResumeState:
     again: int = 0
 
     def remaining(self, sources: Sequence[Source]) -> Iterator[tuple[Source, ResumeState]]:
-        """The sources that are not counted to their end, each with where it is to go on."""
+        """The unfinished sources, each with its resume point."""
         for number, source in enumerate(sources):
             if number == self.source and source.kind != "image":
                 yield source, self
@@ -59,10 +59,9 @@ class ResumeState:
 
 
 def recipe(counter: CrowdCounter, sources: Sequence[Source], options: CountOptions) -> dict[str, Any]:
-    """All that the rows depend on, as plain data: the network, what runs it, the files by name and size, the options.
+    """Everything the rows depend on, as plain data: network, runtime, files by name and size, options.
 
-    With a deadline rows depend on how fast the machine is at the time as well. That can no more be compared between
-    one run and the next than between the first frame of a run and its last.
+    With a deadline, rows also depend on the current speed of the machine, which is not compared.
     """
     network = counter.network.config
     familiarity = None if counter.familiarity is None else counter.familiarity.to_dict()
@@ -83,17 +82,17 @@ def _size_of(path: Path | None) -> list[object]:
 
 
 def note_of(out: Path) -> Path:
-    """Where a run that writes into ``out`` notes what it is, until it has ended."""
+    """The file in which a run that writes to ``out`` stores its settings until it has finished."""
     return out.with_name(part_of(out).name + ".json")
 
 
 def was_stopped(out: Path) -> bool:
-    """Whether there are rows of a run that did not end."""
+    """Whether there are rows of an interrupted run."""
     return part_of(out).is_file() and part_of(out).stat().st_size > 0
 
 
 def noted_runtime(out: Path) -> str | None:
-    """The runtime by whose name a stopped run goes on: ``auto`` may choose another by now. None: by no name."""
+    """The runtime of an interrupted run, as ``auto`` may choose another now. None: not recorded."""
     try:
         name = json.loads(note_of(out.resolve()).read_text("utf-8"))["runtime"]
     except (OSError, ValueError, TypeError, KeyError):
@@ -104,14 +103,14 @@ def noted_runtime(out: Path) -> str | None:
 def load_resume_state(
     out: Path, wanted: Mapping[str, Any], format: Format, names: Sequence[str], batch: int
 ) -> ResumeState:
-    """Find out where to go on; a last line that was not written to its end is cut off.
+    """Find the resume point; an incomplete last line is truncated.
 
     Args:
-        wanted: the recipe of the run that is to go on.
-        names: of the sources. batch: frames that are counted at once.
+        wanted: the settings of the new run.
+        names: of the sources. batch: frames per batch.
 
     Raises:
-        ResumeError: if the rows are of another run, or none that can go on.
+        ResumeError: if the rows are of another run, or cannot be continued.
     """
     part = part_of(out)
     try:
@@ -127,7 +126,7 @@ def load_resume_state(
     half_life, end, last = float(wanted["smooth"]), 0, -1
     state, recent = ResumeState(Smoother(half_life)), deque[int](maxlen=batch + 1)
     try:
-        for end, row in _rows(part, format):  # noqa: B007 - the last one is where the file is cut
+        for end, row in _rows(part, format):  # noqa: B007 - the last value is where the file is truncated
             if row is None:
                 continue
             frame = row["frame"]
@@ -150,12 +149,12 @@ def load_resume_state(
 
 
 def _describe(key: str, value: object) -> str:
-    """An option of the stopped run, as it was where that fits into a line."""
+    """An option with its value in the interrupted run, if that is short."""
     return f"{key} ({value})" if isinstance(value, (str, int, float)) else key
 
 
 def _rows(part: Path, format: Format) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    """(where it ends, a row) of all that were written to their ends; None for the names of the columns."""
+    """(end offset, row) of every complete row; None for the header."""
     end, text = 0, b""
     with part.open("rb") as file:
         for line in file:
@@ -183,14 +182,13 @@ def _rows(part: Path, format: Format) -> Iterator[tuple[int, dict[str, Any] | No
 def open_rows(
     counter: CrowdCounter, sources: Sequence[Source], options: CountOptions
 ) -> Iterator[tuple[TextIO, ResumeState]]:
-    """A file to write rows into, and where to go on: where a stopped run is resumed, behind its last row.
+    """Open a file for rows and return the resume point; a resumed run appends to its rows.
 
-    The file takes its name when all went well; until then no other run can write there, and a note beside it says what
-    it is made of.
+    The file is renamed into place on success; until then it is locked, and a note next to it holds the settings.
 
     Raises:
-        OptionError: if a run was stopped there and is not to be resumed, or has ended. ResumeError: if it cannot be
-            resumed. OutputError: if it cannot be written.
+        OptionError: if there is an interrupted run and it is not to be resumed, or has finished. ResumeError: if it
+            cannot be resumed. OutputError: if it cannot be written.
     """
     out, state = options.out, ResumeState(Smoother(options.smooth))
     if out is None:
@@ -216,7 +214,7 @@ def open_rows(
 
 
 def _stopped_before(out: Path) -> OptionError:
-    """That a run was stopped while it wrote there, and what can be done."""
+    """The error for an existing interrupted run, with what to do."""
     if note_of(out).is_file():
         text = "{}: an interrupted run; resume it with {}, or delete {}"
         return OptionError(text, out, Option("resume"), part_of(out))
@@ -227,11 +225,11 @@ def _stopped_before(out: Path) -> OptionError:
 def _resumable(
     out: Path, wanted: Mapping[str, Any], *, going_on: bool, finish: Callable[[Path, Path], object] = Path.replace
 ) -> Iterator[TextIO]:
-    """As :func:`crowdexit.jobs.output.opened`, with a note of the recipe as long as the run has not ended."""
+    """As :func:`crowdexit.jobs.output.opened`, with a note of the settings until the run has finished."""
     note = note_of(out)
     try:
         with opened(out, going_on=going_on, finish=finish) as file:
-            if not going_on:  # else it is there, and a full disk must not take it
+            if not going_on:  # else it exists, and a full disk must not remove it
                 with atomic_write(note) as new:
                     new.write_text(json.dumps(wanted), "utf-8")
             yield file

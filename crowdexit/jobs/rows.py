@@ -1,4 +1,4 @@
-"""Counts as rows: a table, JSON lines, CSV or Parquet, written as they come."""
+"""Write counts as rows: a table, JSON lines, CSV or Parquet."""
 
 from __future__ import annotations
 
@@ -27,18 +27,17 @@ COLUMNS = (
     *("audio", "familiar", "warnings"),
 )
 UNFAMILIAR = "This image is unlike those the network was trained on: the count may be far off."
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for the beginning of a formula
-_ROW_GROUP = 50_000  # rows of a Parquet file that are in memory at once
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # characters that start a formula in spreadsheets
+_ROW_GROUP = 50_000  # rows of a Parquet file in memory
 
 
 @dataclass(frozen=True)
 class FrameRow:
     """A counted frame and its smoothed count: a line of JSON, a row of the other formats.
 
-    The interval is the count's, not the smoothed one's; None where the checkpoint is not calibrated. Audio says whether
-    it was used, or why not; familiar, whether the image is like the training images, None where that is not known
-    (:class:`crowdexit.inference.counter.ExitResult`). Warnings are what the reader of the input had to say, one line
-    each.
+    ``interval`` is that of the count, not of the smoothed one; None if the checkpoint is not calibrated. ``audio``:
+    whether it was used, or why not. ``familiar``: whether the image resembles the training images, None if unknown
+    (:class:`crowdexit.inference.counter.ExitResult`). ``warnings``: of the input's reader, one line each.
     """
 
     source: str
@@ -57,7 +56,7 @@ class FrameRow:
     def of(cls, source: str, frame: Frame, result: CountResult, smoother: Smoother) -> FrameRow:
         """The row of a frame. Times are rounded to a millisecond, counts and latencies to a hundredth.
 
-        What is rounded is smoothed, so that the smoothed count follows from the rows before.
+        The rounded count is smoothed, so that the smoothed count can be recomputed from the rows.
         """
         time, count, chosen = round(frame.time_s, 3), round(result.count, 2), result.chosen
         smoothed = round(smoother.add(time, count), 2)
@@ -68,7 +67,7 @@ class FrameRow:
 
 
 class Rows(Protocol):
-    """Takes counted images and frames, and writes each at once."""
+    """Writes each counted image or frame immediately."""
 
     def image(self, source: str, result: CountResult) -> None: ...
 
@@ -93,9 +92,9 @@ def writer(format: Format, file: TextIO, sources: Sequence[str], *, single: bool
     A Parquet file cannot be read before its end is written: it is made of JSON lines by :func:`write_parquet`.
 
     Args:
-        sources: the names that will come (a table is as wide as they are).
-        single: one image is all that comes; a table then shows every exit.
-        begun: there are rows already.
+        sources: all names (they set the width of a table).
+        single: a single image; a table then shows every exit.
+        begun: rows exist already.
     """
     if format in ("json", "parquet"):
         return JSONRows(file)
@@ -105,7 +104,7 @@ def writer(format: Format, file: TextIO, sources: Sequence[str], *, single: bool
 
 
 def write_parquet(lines: Path, out: Path) -> None:
-    """Make a Parquet file of JSON lines, a group of rows at a time, and remove these."""
+    """Convert JSON lines to a Parquet file, in groups of rows, and remove them."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -155,7 +154,7 @@ class JSONRows:
 
 
 def csv_text(text: str) -> str:
-    """A text as a CSV cell: with an apostrophe before what a spreadsheet would run as a formula.
+    """Escape text for CSV: prefix an apostrophe if a spreadsheet would run it as a formula.
 
     Examples:
         >>> csv_text("=1+1.jpg")
@@ -190,7 +189,7 @@ class CSVRows:
 
 
 class TableRows:
-    """Aligned lines, written one by one: a table that had to be complete would keep a long video waiting."""
+    """Aligned lines, written one by one, so that rows of a long video appear as they are counted."""
 
     def __init__(self, file: TextIO, width: int) -> None:
         self.file, self.width = file, max(6, width)
@@ -235,7 +234,7 @@ def _from_to(interval: tuple[float, float] | None) -> str:
 
 
 class ExitTable:
-    """What every exit says of one image, the chosen one marked."""
+    """The results of all exits for one image, with the chosen one marked."""
 
     def __init__(self, file: TextIO) -> None:
         self.file = file

@@ -1,4 +1,4 @@
-"""Where predictions go: rows, drawings, a report, a progress bar."""
+"""Sinks for predictions: rows, drawings, a report, a progress bar."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from crowdexit.video.annotate import AnnotatedVideo
 
 Write = Callable[[Prediction], None]
 
-# Why audio that was named is not used.
+# Why named audio was not used.
 _NOT_USED: dict[AudioStatus, str] = {
     "none": "there is none at the time of the counted frames",
     "unreadable": "it cannot be read",
@@ -41,18 +41,18 @@ _NOT_USED: dict[AudioStatus, str] = {
 
 
 class Sink(Protocol):
-    """Takes predictions, source by source."""
+    """Consumes predictions, source by source."""
 
     def open(self, source: Source, state: ResumeState) -> AbstractContextManager[Write]:
-        """What takes the predictions of a source, from where it goes on; after an error nothing is completed."""
+        """A writer for the predictions of a source, from its resume point; after an error outputs stay incomplete."""
         ...
 
 
 class RowSink:
-    """Writes a row of each prediction, frames with the smoothed count.
+    """Writes a row for each prediction, with a smoothed count for frames.
 
     Attributes:
-        written: how many rows.
+        written: number of rows.
     """
 
     def __init__(self, rows: Rows) -> None:
@@ -77,17 +77,17 @@ class Report:
     """Prints the warnings of readers and counts.
 
     Attributes:
-        late: results that came after the deadline.
+        late: number of results after the deadline.
     """
 
     def __init__(self, options: CountOptions) -> None:
         self.late = 0
         self._options = options
-        self._reported: set[str] = set()  # of the source at hand
+        self._reported: set[str] = set()  # of the current source
 
     @contextmanager
     def open(self, source: Source, state: ResumeState) -> Iterator[Write]:
-        """See :class:`Sink`; at the end, why audio that was named was not used."""
+        """See :class:`Sink`; at the end reports why named audio was not used."""
         statuses: set[AudioStatus] = set()
         self._reported = set()
 
@@ -103,34 +103,34 @@ class Report:
                 warn(f"{self._options.audio}: not used, {_NOT_USED[status]}")
 
     def reader_warning(self, line: str) -> None:
-        """Print what the reader of the source at hand reports; it is not repeated where results hold it, too."""
+        """Print a warning of the current source's reader, unless results repeat it."""
         self._reported.add(line)
         warn(line)
 
     def _warn(self, prediction: Prediction, warning: str) -> None:
-        """Print a warning, one of many frames once."""
+        """Print a warning, once if many frames share it."""
         source, frame = prediction.source, prediction.frame
         if frame is None:
             warn(f"{source.path}: {warning}")
-        elif warning not in self._reported and warning != frame.loss_warning:  # the reader sums damage up at the end
+        elif warning not in self._reported and warning != frame.loss_warning:  # the reader summarises damage at the end
             warn(f"{source.name} at {frame.time_s:.1f} s: {warning}")
         self._reported.add(warning)
 
     def summarize(self, rows: int) -> None:
-        """Print how many of the rows were answered after the deadline."""
+        """Print how many rows missed the deadline."""
         if self.late:
             marked = f" ({self.late} of {rows} rows)" if rows > 1 else ""
             warn(f"answered after the deadline of {self._options.deadline_ms:g} ms{marked}")
 
 
 class Drawings:
-    """Draws density over images, and density and count into videos, where that is wanted.
+    """Draws density over images, and density and count into videos, as requested.
 
     Args:
-        taken: files that nothing may be drawn into, resolved.
+        taken: files that must not be overwritten, resolved.
 
     Raises:
-        OptionError: if there is no map to draw, or a folder cannot be made.
+        OptionError: if the exit has no density map, or a folder cannot be created.
     """
 
     def __init__(
@@ -197,7 +197,7 @@ def _density_of(result: CountResult) -> NDArray[np.float32] | None:
 
 
 def _draw_frame(video: AnnotatedVideo, prediction: Prediction) -> None:
-    """Add a frame with its density, where there is one, and its count."""
+    """Add a frame with its count and, if available, its density."""
     frame, result = prediction.frame, prediction.result
     assert frame is not None
     density = _density_of(result)
@@ -206,7 +206,7 @@ def _draw_frame(video: AnnotatedVideo, prediction: Prediction) -> None:
 
 
 class ProgressSink:
-    """Moves a progress bar on by each prediction."""
+    """Advances a progress bar with each prediction."""
 
     def __init__(self, advance: Callable[[str], None]) -> None:
         self._advance = advance

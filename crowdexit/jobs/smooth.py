@@ -1,4 +1,4 @@
-"""A count that does not jump from frame to frame."""
+"""Smooth counts over frames."""
 
 from __future__ import annotations
 
@@ -10,19 +10,17 @@ HALF_LIFE_S = 2.0
 
 
 class SmoothError(CrowdExitError):
-    """A half-life that is none."""
+    """An invalid half-life."""
 
 
 class Smoother:
-    """The mean of all counts so far, each weighing half as much for every half-life that has passed since.
-
-    It looks back only, holds for any spacing of the frames, and begins at the first count.
+    """Exponentially weighted mean of the counts so far, for any spacing of the frames.
 
     Args:
-        half_life: in seconds; 0: each count stands for itself.
+        half_life: in seconds; 0: no smoothing.
 
     Raises:
-        SmoothError: for a half-life that is none.
+        SmoothError: for an invalid half-life.
     """
 
     def __init__(self, half_life: float = HALF_LIFE_S) -> None:
@@ -32,7 +30,7 @@ class Smoother:
         self._time = self._sum = self._weight = 0.0
 
     def add(self, time_s: float, count: float) -> float:
-        """The mean with this count, which is of a time no earlier than the one before."""
+        """Add a count, whose time is not before the last one, and return the mean."""
         kept = 0.5 ** (max(0.0, time_s - self._time) / self.half_life) if self.half_life else 0.0
         self._time = time_s
         self._sum = kept * self._sum + count

@@ -1,4 +1,4 @@
-"""What a user names, as images, videos and live sources: by names or contents, folders by what stands in them."""
+"""Resolve named inputs to images, videos and live sources, by suffix or contents."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VIDEO_SUFFIXES = (
     *(".wmv", ".flv", ".ogv", ".3gp", ".mjpeg", ".mjpg"),
 )
 AUDIO_SUFFIX = ".wav"
-# FFmpeg would show a text as a video of its letters, and an image as a video of one frame.
+# FFmpeg reads text as a video of its letters, and an image as a video of one frame.
 _NOT_VIDEO = ("tty", "image2", "_pipe", "gif", "ico", "ass", "srt", "webvtt")
 _JPEG_STREAMS = (".mjpeg", ".mjpg")
 
@@ -30,7 +30,7 @@ Kind = Literal["image", "video", "live"]
 
 
 class SourceError(CrowdExitError):
-    """An input that is not there or cannot be counted."""
+    """An input that is missing or cannot be counted."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Source:
     Attributes:
         path: of the file; of a live source its name.
         kind: which of the three.
-        audio: of an image ``x.jpg``, the file ``x.wav`` (or ``x.WAV``) beside it, if there is one.
-        named: the user named the file itself, not just its folder.
+        audio: of an image ``x.jpg``, the file ``x.wav`` (or ``x.WAV``) next to it, if it exists.
+        named: whether the user named the file itself, not its folder.
         address: of a live source.
     """
 
@@ -53,22 +53,22 @@ class Source:
 
     @property
     def name(self) -> str:
-        """As it stands in rows."""
+        """The name shown in rows."""
         return str(self.path) if self.address is None else self.address.name
 
 
 def expand(inputs: Sequence[str | Path]) -> list[Source]:
-    """Images, videos and folders as a list of sources, in the order given and each folder by name.
+    """List images, videos and folders as sources, in the given order; folders are sorted by name.
 
-    A file is what its suffix says; one without a known suffix is looked into. Of a folder, what stands in it
-    is taken, not what stands in its folders; other kinds of files in it and hidden ones are passed over.
+    The kind of a file is determined by its suffix, or by its contents if the suffix is unknown. Folders are not
+    searched recursively; hidden files and other kinds are skipped.
 
-    A live source (see :func:`crowdexit.video.live.address_of`) is what the user has named so.
+    A live source is named by its address (:func:`crowdexit.video.live.address_of`).
 
     Raises:
         SourceError: for an input that is missing, neither image nor video, or a folder without any; for a live
-            source among others, which would never have their turn.
-        VideoError: for an address of a kind that cannot be read.
+            source together with others.
+        VideoError: for an address of an unsupported kind.
     """
     if not inputs:
         raise SourceError("nothing to count: name an image, a video or a folder")
@@ -89,10 +89,10 @@ def expand(inputs: Sequence[str | Path]) -> list[Source]:
 def kind_of(path: Path) -> Kind | None:
     """Whether a file is an image or a video, by its suffix or else by its contents; None: neither."""
     suffix = path.suffix.lower()
-    # What is not supported is refused when it is read, by name.
+    # Unsupported formats are refused by name when they are read.
     if suffix in SUFFIXES or suffix in RAW_SUFFIXES or suffix in OTHER_SUFFIXES or suffix == PREVIEW_SUFFIX:
         return "image"
-    if suffix in VIDEO_SUFFIXES:  # FFmpeg would show each tile of a HEIC under such a name as a video
+    if suffix in VIDEO_SUFFIXES:  # FFmpeg reads each tile of a HEIC with such a name as a video
         return "image" if suffix not in _JPEG_STREAMS and is_image(path) else "video"
     if suffix == AUDIO_SUFFIX:
         return None
@@ -102,7 +102,7 @@ def kind_of(path: Path) -> Kind | None:
         with open_file(path) as container:
             moving = any(not s.disposition & s.disposition.attached_pic for s in container.streams.video)
             form = container.format.name
-            # In a PDF and the like FFmpeg finds a JPEG, and calls it a stream of JPEGs.
+            # FFmpeg finds a JPEG in a PDF and the like, and reads it as motion JPEG.
             embedded = form == "mjpeg" and not _begins_with(path, b"\xff\xd8")
             return "video" if moving and not embedded and not any(n in form for n in _NOT_VIDEO) else None
     except VideoError:
@@ -142,10 +142,10 @@ def _folder(folder: Path) -> list[Source]:
 
 
 def _audio_of(path: Path, kind: Kind, beside: Sequence[Path] | None) -> Path | None:
-    """The audio of an image, whatever the case of its suffix.
+    """The audio file of an image, ignoring the case of its suffix.
 
     Args:
-        beside: the files of the image's folder; None: they are looked up.
+        beside: the files of the image's folder; None: listed now.
     """
     if kind != "image":
         return None
@@ -162,13 +162,13 @@ def _audio_of(path: Path, kind: Kind, beside: Sequence[Path] | None) -> Path | N
 
 
 def is_single(sources: Sequence[Source]) -> bool:
-    """Whether the user has named one file or live source, and nothing else."""
+    """Whether the user named exactly one file or live source."""
     return len(sources) == 1 and sources[0].named
 
 
 @contextmanager
 def skip_unreadable(source: Source) -> Iterator[None]:
-    """Go on after a file of a folder that cannot be counted; one that is named itself is an error."""
+    """Skip a file of a folder that cannot be counted; one that was named itself is an error."""
     try:
         yield
     except (ImageError, VideoError, AudioError, DeadlineMissed, SourceError) as error:

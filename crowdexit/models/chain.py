@@ -1,7 +1,6 @@
-"""A chain of stages with exits, and a plain walk along it, whatever runs the stages; knows nothing of PyTorch.
+"""A chain of stages with exits, independent of the runtime and of PyTorch.
 
-Here everybody goes all the way and nobody looks at a clock; who leaves where, and when, is
-:mod:`crowdexit.inference.executor`'s.
+Here all samples run to the last exit; :mod:`crowdexit.inference.executor` handles early exits and deadlines.
 """
 
 from __future__ import annotations
@@ -15,23 +14,23 @@ Output_co = TypeVar("Output_co", covariant=True)
 
 
 class Chain(Protocol[State, Output_co]):
-    """Stages and exits that are run one by one, wherever that is.
+    """Stages and exits that run one by one, on any runtime.
 
-    A ``State`` is what a stage hands to the next; what an exit says is an answer, of tensors or of arrays.
+    A ``State`` is the output of a stage; exits return tensors or arrays.
     """
 
     @property
     def exit_names(self) -> list[str]:
-        """All exits in the order in which they answer."""
+        """All exits in their order."""
 
     def stage_of(self, name: str) -> int:
-        """The index of the stage after which an exit stands."""
+        """The index of the stage before an exit."""
 
     def advance(self, index: int, state: State) -> State:
         """Run one stage."""
 
     def run_exit(self, name: str, state: State) -> Output_co:
-        """Run one exit on what its stage handed over."""
+        """Run one exit on the output of its stage."""
 
 
 def iter_outputs(
@@ -39,9 +38,9 @@ def iter_outputs(
     state: State,
     exits: Collection[str] | None = None,
 ) -> Iterator[tuple[str, Output]]:
-    """Run a chain and yield each wanted exit's output as soon as it is there.
+    """Run a chain and yield each wanted exit's output as soon as it is computed.
 
-    Nothing behind the last wanted exit is computed, and nothing at all after the caller stops asking.
+    Nothing after the last wanted exit is computed, nor after the caller stops iterating.
 
     Args:
         state: before the first stage.

@@ -11,12 +11,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 def fold_norms(network: nn.Module) -> int:
     """Fold each batch normalisation that directly follows a convolution into its weights, in place.
 
-    A normalisation follows a convolution where its parent registers it right behind one with as many channels. One
-    that normalises a sum of convolutions is named by its parent: ``norms_of_sums``, its name → theirs. Modules keep
-    their names; a normalisation with an activation leaves that activation in its place.
+    A normalisation follows a convolution if its parent registers it right after one with as many channels. One that
+    normalises a sum of convolutions is listed by its parent: ``norms_of_sums``, its name → theirs. Modules keep their
+    names; a normalisation with an activation is replaced by that activation.
 
     Returns:
-        How many were folded.
+        The number of folded normalisations.
     """
     folded = 0
     for parent in [*network.modules()]:
@@ -39,7 +39,7 @@ def _fits(conv: nn.Conv2d, norm: _BatchNorm) -> bool:
 
 
 def _fold(norm: _BatchNorm, convs: list[nn.Conv2d]) -> None:
-    """Have convolutions, whose sum was normalised, give it normalised."""
+    """Fold a normalisation into the convolutions whose sum it normalises."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     scale = torch.rsqrt(norm.running_var + norm.eps)

@@ -1,4 +1,4 @@
-"""Stages and exits put together: the multi-exit network."""
+"""The multi-exit network: stages and exits."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ FINAL = "final"
 
 
 class Config(Protocol):
-    """Everything that shapes a network; a frozen dataclass of plain values."""
+    """The configuration of a network; a frozen dataclass of plain values."""
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height) of the image that the network sees at once, in pixels."""
+        """Input size (width, height) of the network, in pixels."""
 
     @property
     def scene(self) -> tuple[int, int]:
-        """(width, height) at which a whole image is looked at, in one view or in several tiles."""
+        """(width, height) of a whole image, in one view or several tiles."""
 
     @property
     def view(self) -> Literal["fit", "tiles", "scale"]:
-        """How an image is laid before the network: fitted into one view of ``size``; cut into several, which are added;
-        or in a view of its own shape, scaled down to no more pixels than ``size`` has."""
+        """Resize mode: ``fit`` into one view of ``size``; cut into ``tiles``, whose counts are added; or ``scale`` to
+        a view of the image's shape with no more pixels than ``size``."""
 
     @property
     def step(self) -> int:
-        """What the sides of ``size`` have to be multiples of, every kind of branch considered."""
+        """Divisor of the sides of ``size``, for every kind of branch."""
 
     @property
     def bare_step(self) -> int:
-        """What they have to be multiples of where there is no branch."""
+        """Divisor of the sides without branches."""
 
     @property
     def branch_fields(self) -> tuple[str, ...]:
-        """The fields that shape a branch and nothing else: what may differ from branch to branch."""
+        """The fields that only affect branches, and may differ between them."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for a checkpoint's header."""
@@ -49,12 +49,12 @@ class Config(Protocol):
 
 @dataclass(frozen=True)
 class ActivationRange:
-    """What quantising a layer to int8 needs, measured on training images.
+    """Int8 range of a layer, measured on training images.
 
     Attributes:
-        low, high: of what it takes.
-        steps: of the way from zero to ``high``, where nothing is below zero: 255, or 127.
-        shifts: to add to what it gives, by output channel, for rounded weights move its mean; empty: nothing.
+        low, high: range of its input.
+        steps: between zero and ``high`` for a non-negative input: 255, or 127.
+        shifts: added to its output, by channel, to correct the mean for rounded weights; empty: none.
     """
 
     low: float
@@ -67,20 +67,20 @@ class MultiExitNetwork(nn.Module):
     """A chain of stages with any number of early exits at the end of each, and the final exit after the last.
 
     Args:
-        stages: the backbone f = f_L ∘ … ∘ f_1, cut at the places of the branches.
-        final: reads the record after the last stage.
-        places: the names of the places where branches may stand, each with the index of the stage it follows.
-        config: what shapes it.
+        stages: the backbone f = f_L ∘ … ∘ f_1, split at the exit locations.
+        final: the exit after the last stage.
+        places: names of the exit locations, each with the index of the stage before it.
+        config: its configuration.
 
     Attributes:
-        final_uses_audio: whether sound reaches the final exit.
-        classifies: whether the exits tell classes apart rather than count.
-        token_dim: D of its tokens, or 0: it makes maps.
-        published_kinds: the kinds of published weights that it can take (:mod:`crowdexit.models.backbones.weights`).
-        torchvision_name: torchvision's name of what it has its images encoded by.
-        parts_of_audiocsrnet: the beginnings of its tensors' names → those of an AudioCSRNet's that they can start from.
-        branch_options: of each early exit that was made here, the options of its own.
-        activation_ranges: what int8 needs of layers, by name; empty where not measured.
+        final_uses_audio: whether audio reaches the final exit.
+        classifies: whether the exits classify rather than count.
+        token_dim: D of its tokens; 0: it uses maps.
+        published_kinds: the kinds of published weights that it can load (:mod:`crowdexit.models.backbones.weights`).
+        torchvision_name: torchvision's name of its image encoder.
+        parts_of_audiocsrnet: prefixes of its tensor names → those of an AudioCSRNet to initialise them from.
+        branch_options: the own options of each early exit that was added.
+        activation_ranges: int8 ranges by layer name; empty if not measured.
     """
 
     final_uses_audio = False
@@ -102,23 +102,23 @@ class MultiExitNetwork(nn.Module):
         self.activation_ranges: dict[str, ActivationRange] = {}
 
     def exit_location(self, place: str, config: Any) -> ExitLocation:
-        """What a branch finds at a place, in ``config``'s shape."""
+        """Input of a branch at a location, with this ``config``."""
         raise NotImplementedError  # abstract
 
     def branch_kinds(self, place: str) -> tuple[str, ...]:
-        """The kinds of branches (:mod:`crowdexit.models.exits.registry`) that fit a place."""
+        """The kinds of branches (:mod:`crowdexit.models.exits.registry`) that fit a location."""
         at = self.exit_location(place, self.config)
         return tuple(name for name, kind in exit_kinds().items() if kind.fits(at))
 
     def add_branch(self, name: str, place: str, kind: str, options: Mapping[str, Any] | None = None) -> None:
-        """Put a fresh branch of a kind at a place.
+        """Add an untrained branch of a kind at a location.
 
         Args:
-            options: fields of the configuration that shape branches (``branch_fields``), and options of the kind's
-                own, for this one alone.
+            options: fields of the configuration for branches (``branch_fields``), and options of the kind, for this
+                branch only.
 
         Raises:
-            ValueError: for a place, a kind or an option that this network does not have, or a name that is taken.
+            ValueError: for an unknown location, kind or option, or a name in use.
         """
         self._check_place(place)
         kinds = self.branch_kinds(place)
@@ -143,10 +143,10 @@ class MultiExitNetwork(nn.Module):
             raise ValueError(f"no exit location {place!r} in this network (it has {', '.join(self.places)})")
 
     def add_exit(self, name: str, place: str, branch: Exit) -> None:
-        """Put an early exit called ``name`` at a place.
+        """Add an early exit called ``name`` at a location.
 
         Raises:
-            ValueError: if the place is not one of this network's, or the name is taken.
+            ValueError: for an unknown location, or a name in use.
         """
         self._check_place(place)
         if name in self.branches or name == FINAL:
@@ -156,7 +156,7 @@ class MultiExitNetwork(nn.Module):
 
     @property
     def audio_encoder(self) -> Any:
-        """Its stage that encodes the audio (:class:`crowdexit.models.backbones.fronts.AudioEncoder`), or None."""
+        """The stage that encodes audio (:class:`crowdexit.models.backbones.fronts.AudioEncoder`), or None."""
         return next((stage for stage in self.stages if cast(Stage, stage).encodes_audio), None)
 
     def published_problem(self, kind: str) -> str | None:
@@ -165,7 +165,7 @@ class MultiExitNetwork(nn.Module):
 
     @property
     def exit_names(self) -> list[str]:
-        """All exits in the order in which they answer, ``final`` last."""
+        """All exits in their order, ``final`` last."""
         return [*sorted(self.branches, key=lambda name: self._stage_of[name]), FINAL]
 
     def exit_module(self, name: str) -> Exit:
@@ -179,11 +179,11 @@ class MultiExitNetwork(nn.Module):
         return module
 
     def stage_of(self, name: str) -> int:
-        """The index of the stage after which an exit stands."""
+        """The index of the stage before an exit."""
         return len(self.stages) - 1 if name == FINAL else self._stage_of[name]
 
     def uses_audio(self, name: str) -> bool:
-        """Whether an exit's answer depends on the audio."""
+        """Whether an exit's output depends on audio."""
         before = self.stages[: self.stage_of(name) + 1]
         return self.exit_module(name).uses_audio or any(cast(Stage, stage).fuses_audio for stage in before)
 
@@ -193,18 +193,18 @@ class MultiExitNetwork(nn.Module):
         return out
 
     def run_exit(self, name: str, state: Features) -> ExitOutput:
-        """Run one exit on what its stage handed over."""
+        """Run one exit on the output of its stage."""
         answer: ExitOutput = self.exit_module(name)(state)
         return answer
 
     def stream(self, features: Features, exits: Collection[str] | None = None) -> Iterator[tuple[str, ExitOutput]]:
-        """Each wanted exit's answer as soon as it is there; see :func:`crowdexit.models.chain.iter_outputs`."""
+        """Yield each wanted exit's output early; see :func:`crowdexit.models.chain.iter_outputs`."""
         return iter_outputs(self, features, exits)
 
     def forward(self, features: Features, exits: Collection[str] | None = None) -> dict[str, ExitOutput]:
-        """The answers of the wanted exits (default: all) by name."""
+        """The outputs of the wanted exits (default: all) by name."""
         return dict(self.stream(features, exits))
 
     def backbone_modules(self) -> list[nn.Module]:
-        """The stages and the final exit: what classifier-wise training leaves as it is."""
+        """The stages and the final exit, which classifier-wise training does not change."""
         return [*self.stages, self.final]

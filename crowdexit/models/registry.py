@@ -12,7 +12,7 @@ from crowdexit.utils.modules import import_modules
 
 @dataclass(frozen=True)
 class Model:
-    """A network by name: what makes it of a configuration, and the configuration of that name."""
+    """A registered network: its factory and its configuration."""
 
     make: Callable[[Any], MultiExitNetwork]
     config: Config
@@ -22,10 +22,10 @@ _MODELS: dict[str, Model] = {}
 
 
 def register_models(make: Callable[[Any], MultiExitNetwork], configs: Mapping[str, Config]) -> None:
-    """Make a backbone's configurations known by name.
+    """Register a backbone's configurations by name.
 
     Args:
-        make: the class of the network, or what else makes it of a configuration.
+        make: the class of the network, or a function from a configuration to it.
         configs: frozen dataclasses of plain values, by name.
     """
     _MODELS.update({name: Model(make, config) for name, config in configs.items()})

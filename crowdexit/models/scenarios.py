@@ -23,7 +23,7 @@ def classes_of(dataset: str) -> int:
 
 
 def branch_options(model: str, dataset: str, place: str, kind: str) -> dict[str, Any]:
-    """What differs from the model's defaults (d = 32, h = 12, p by the rule) for a branch of a scenario (table III).
+    """Branch options of a scenario that differ from the model's defaults (d = 32, h = 12, p by the rule; table III).
 
     On GTZAN the second branch of ResNet152 has no second residual connection (SL-ViT paper, IV: without it the
     accuracy is significantly higher there).

@@ -1,6 +1,6 @@
-"""What flows through a multi-exit network: one typed record of features, and the stages that pass it on.
+"""Stages and exits of a network, and the record of features that they pass on.
 
-A network is a chain of stages; an exit reads the record that a stage hands over. Nothing else is shared.
+A network is a chain of stages; an exit reads the output of a stage. Nothing else is shared.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ class Features:
 
     Attributes:
         visual: a feature map B×C×H×W, or tokens B×(1+N)×D with the classification token first.
-        log_mel: B×1×96×64; what stands in rows that are not heard is never used.
-        has_audio: B, bool: whether this sample has sound.
+        log_mel: B×1×96×64; rows without audio are ignored.
+        has_audio: B, bool: whether each sample has audio.
         valid_mask: B×1×h×w, the share of each grid cell that is image rather than padding.
-        audio: B×A, the audio's vector, from the stage that hears on.
+        audio: B×A, the audio vector, from the audio encoder on.
         token_grid: (rows, columns) of the patch tokens when ``visual`` is tokens.
-        shortcut: B×C×H×W, the input of a residual block that a stage ends within, for its shortcut.
+        shortcut: B×C×H×W, input of a residual block for its shortcut, if a stage ends inside the block.
     """
 
     visual: Tensor
@@ -38,7 +38,7 @@ class Features:
     shortcut: Tensor | None = None
 
     def grid(self) -> Tensor:
-        """The visual features as a map B×C×H×W; of tokens, the patches without the classification token."""
+        """The visual features as a map B×C×H×W; for tokens, the patches without the classification token."""
         if self.visual.dim() == 4:
             return self.visual
         assert self.token_grid is not None
@@ -47,7 +47,7 @@ class Features:
         return out
 
     def tokens(self) -> Tensor:
-        """The visual features as tokens B×(1+N)×D; of a map, its cells behind their mean."""
+        """The visual features as tokens B×(1+N)×D; for a map, the mean followed by its cells."""
         if self.visual.dim() == 3:
             return self.visual
         cells = self.visual.flatten(2).transpose(1, 2)  # B×N×C
@@ -58,19 +58,19 @@ class Features:
         return replace(self, visual=visual)
 
     def with_tokens(self, tokens: Tensor, grid: tuple[int, int]) -> Features:
-        """The same record with tokens B×(1+N)×D for its visual features, their patches on ``grid``."""
+        """The same record with tokens B×(1+N)×D as visual features, with patches on ``grid``."""
         return replace(self, visual=tokens, token_grid=grid)
 
     def select(self, keep: Tensor) -> Features:
-        """The record of some samples only: ``keep`` is a bool mask or indices over the batch."""
+        """Select samples: ``keep`` is a bool mask or indices over the batch."""
         return self._each(lambda value: value[keep])
 
     def detach(self) -> Features:
-        """The same record without its graph: no gradient reaches the stages that it came from."""
+        """The same record, detached: no gradient reaches earlier stages."""
         return self._each(Tensor.detach)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Features:
-        """The record with every tensor of it changed."""
+        """Apply a function to every tensor of the record."""
         changed: dict[str, Any] = {
             f.name: change(value) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
         }
@@ -87,7 +87,7 @@ def inputs(
 
     Args:
         image: B×3×H×W, normalised; H and W multiples of 8.
-        log_mel: B×1×96×64 or None when nothing is heard.
+        log_mel: B×1×96×64, or None without audio.
         has_audio: B bool; default: all, if there is a ``log_mel``.
         valid_mask: B×1×H/8×W/8; default: no padding, ones.
     """
@@ -103,11 +103,11 @@ def inputs(
 
 
 class Stage(nn.Module):
-    """A piece of a backbone: takes the record, hands it on.
+    """A part of a backbone, from record to record.
 
     Attributes:
         uses_audio: whether its output may depend on the audio.
-        fuses_audio: whether what it hands on as ``visual`` depends on the audio.
+        fuses_audio: whether its ``visual`` output depends on the audio.
         encodes_audio: whether it is an audio encoder: it sets ``audio`` and leaves ``visual`` as it is.
     """
 
@@ -121,7 +121,7 @@ class Stage(nn.Module):
 
 @dataclass(frozen=True)
 class ExitOutput:
-    """What an exit says of a batch.
+    """Output of an exit for a batch.
 
     Attributes:
         value: counts B, or class scores B×K.
@@ -133,16 +133,16 @@ class ExitOutput:
 
 
 class Exit(nn.Module):
-    """Reads the record at the end of a stage and answers.
+    """Predicts from the output of a stage.
 
     Attributes:
-        kind: what it is called. has_density: whether its answers have a density map.
-        has_count_weights: whether it has weights of its own for the count, that training by counts starts from.
-        uses_audio: whether it takes the audio's vector itself, beside what the stages made of it.
-        token_grid: (rows, columns) over the image of the tokens that it ends in, or None: it has no such tokens.
-        count_head: the layers from its tokens to the count that a regression can start, or None
+        kind: its name. has_density: whether its output has a density map.
+        has_count_weights: whether it has weights for the count alone, for training on counts.
+        uses_audio: whether it reads the audio vector directly.
+        token_grid: (rows, columns) of its last tokens over the image, or None without tokens.
+        count_head: the layers from its tokens to the count that a regression can initialise, or None
             (:func:`crowdexit.training.fit.fit_exits`).
-        input_conv: the convolution through which it reads a feature map, or None.
+        input_conv: the convolution that reads its feature map, or None.
     """
 
     kind: str
@@ -160,10 +160,10 @@ class Exit(nn.Module):
         return None
 
     def start_at(self, count: float) -> None:
-        """Let the untrained exit answer about this count, if it can start anywhere."""
+        """Initialise the exit to output about this count, if it can."""
 
     def start_tied(self) -> None:
-        """Start with the same weights at every position, if it has some that belong to positions."""
+        """Initialise position-dependent weights, if any, equally at every position."""
 
     def forward(self, features: Features) -> ExitOutput:
         raise NotImplementedError  # abstract

@@ -1,7 +1,7 @@
-"""Names to networks: the configurations by name, and the weights that come with them.
+"""Networks by name, their checkpoints and shipped weights.
 
-A checkpoint is one safetensors file. Its header says which network it belongs to, which exits stand on it
-and how it came about, and has checksums of itself and of the weights; nothing in it is ever unpickled.
+A checkpoint is one safetensors file. Its header holds the network, its exits, the training record, and checksums of
+itself and of the weights; nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from crowdexit.utils.files import atomic_write, write_problem
 from crowdexit.utils.paths import PACKAGE, is_file
 
 FORMAT = "crowdexit-2"
-RANGES = "activation_ranges"  # in a checkpoint's meta: of the weights that it has
+RANGES = "activation_ranges"  # in a checkpoint's meta: checksum of its weights
 MAX_SIDE = 16_384
 CALIBRATION = ("intervals", "temperatures", "familiarity")  # what `crowdexit calibrate` measures, in `Spec.meta`
 
 
 class ZooError(CrowdExitError):
-    """A name that is not in the zoo, or a checkpoint that cannot be used."""
+    """An unknown name, or an unusable checkpoint."""
 
 
 @dataclass(frozen=True)
 class ExitSpec:
-    """An early exit on a network: its name, the place it stands at, its kind, and what is its own in shape."""
+    """An early exit: its name, location, kind, and own options."""
 
     name: str
     place: str
@@ -49,13 +49,13 @@ class ExitSpec:
 
 @dataclass(frozen=True)
 class Spec:
-    """A network by description: enough to build it without its weights.
+    """The description of a network, enough to build it without weights.
 
     Attributes:
         model: a name of the zoo.
         exits: early exits on it.
         changes: fields of the configuration that differ from the zoo's.
-        meta: what else the checkpoint says of itself (recipe, data, calibration …).
+        meta: further data of the checkpoint (recipe, data, calibration …).
     """
 
     model: str

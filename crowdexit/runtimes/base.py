@@ -1,4 +1,4 @@
-"""The small interface that every way of running a network has."""
+"""The interface of runtimes."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from crowdexit.runtimes.subgraphs import record_of
 
 
 class ReadyChain(ABC):
-    """A network made ready on one runtime: a chain (:class:`crowdexit.models.chain.Chain`) of :class:`Features`.
+    """A network ready on one runtime: a chain (:class:`crowdexit.models.chain.Chain`) of :class:`Features`.
 
-    What stands between two stages belongs to the runtime: only ``begin`` makes it, only ``select`` takes samples
-    out of it. Answers are on the CPU, float32.
+    The state between two stages is private to the runtime: only ``begin`` creates it, only ``select`` removes samples
+    from it. Outputs are float32 on the CPU.
 
     Attributes:
-        network: what it was made of. runtime: the name of what runs it.
+        network: the original network. runtime: name of its runtime.
     """
 
     def __init__(self, network: MultiExitNetwork, runtime: str) -> None:
@@ -39,7 +39,7 @@ class ReadyChain(ABC):
     def prepare(  # noqa: B027  (most runtimes have nothing to prepare)
         self, exits: Collection[str], size: tuple[int, int] | None = None
     ) -> None:
-        """Do what would otherwise be done at the first image of a size, for the way to some exits.
+        """Prepare the stages up to some exits for an image size, rather than at the first such image.
 
         Args:
             size: (width, height) of its canvas; default: the network's own.
@@ -49,7 +49,7 @@ class ReadyChain(ABC):
         """
 
     def fingerprint(self) -> str:
-        """A hash of the numbers that it computes with: the same of the same weights, whatever runs them."""
+        """A hash of the weights, independent of the runtime."""
         weights = hashlib.blake2b(digest_size=16)
         for name, value in sorted(self.network.state_dict().items()):
             weights.update(name.encode() + bytes(value.detach().cpu().reshape(-1).view(torch.uint8).numpy()))
@@ -57,32 +57,32 @@ class ReadyChain(ABC):
 
     @abstractmethod
     def begin(self, features: Features) -> Any:
-        """A batch as it stands before the first stage."""
+        """The state of a batch before the first stage."""
 
     @abstractmethod
     def advance(self, index: int, state: Any) -> Any:
-        """Run one stage to its end: what is begun after it has the machine to itself."""
+        """Run one stage and wait until it has finished."""
 
     @abstractmethod
     def run_exit(self, name: str, state: Any) -> ExitOutput:
-        """Run one exit on what its stage handed over."""
+        """Run one exit on the output of its stage."""
 
     @abstractmethod
     def select(self, state: Any, keep: Tensor) -> Any:
-        """The state of some samples only: ``keep`` is a bool mask or indices over the batch."""
+        """Select samples of a state: ``keep`` is a bool mask or indices over the batch."""
 
     @abstractmethod
     def visual_of(self, state: Any) -> tuple[Tensor, Tensor]:
-        """The features that a stage handed over, and how much of each cell is image (``visual``, ``valid_mask``)."""
+        """The features after a stage, and the share of each cell that is image (``visual``, ``valid_mask``)."""
 
     def feature_sums(self, state: Any) -> NDArray[np.float64] | None:
-        """What tells how familiar images are (:mod:`crowdexit.calibration.familiarity`), of the first stage's features.
+        """Sums over the first stage's features, for familiarity (:mod:`crowdexit.calibration.familiarity`).
 
-        Of a large map every fourth row is enough, and takes a quarter of the time.
+        For large maps only every fourth row is used, to save time.
 
         Returns:
-            B×(2C + 1): of each channel of the feature map the sum and the sum of squares over the cells that are
-            image, and the number of these. None where the stage makes no map on the grid of 1/8 (of tokens).
+            B×(2C + 1): for each channel the sum and the sum of squares over the cells that are image, and the number
+            of these. None if the stage outputs no map on the 1/8 grid (but tokens).
         """
         visual, valid = self.visual_of(state)
         if visual.dim() != 4 or visual.shape[2:] != valid.shape[2:]:
@@ -95,7 +95,7 @@ class ReadyChain(ABC):
             return np.asarray(torch.cat(sums, 1)[:, :, 0].cpu().numpy(), np.float64)
 
     def stream(self, features: Features, exits: Collection[str] | None = None) -> Iterator[tuple[str, ExitOutput]]:
-        """Each wanted exit's output for a batch as it comes; see :func:`crowdexit.models.chain.iter_outputs`."""
+        """Yield each wanted exit's output for a batch; see :func:`crowdexit.models.chain.iter_outputs`."""
         return iter_outputs(self, self.begin(features), exits)
 
 
@@ -103,9 +103,9 @@ class Runtime(ABC):
     """A way to run networks; :func:`register_runtime` makes it known by name.
 
     Attributes:
-        name: as users name it.
-        automatic: whether ``auto`` may choose it: it needs no preparation of its own.
-        runs_network: whether it runs the network itself, whose weights it brings where it wants them.
+        name: its public name.
+        automatic: whether ``auto`` may choose it, as it needs no separate preparation.
+        runs_network: whether it runs the network itself and moves its weights.
     """
 
     name: str
@@ -114,13 +114,13 @@ class Runtime(ABC):
 
     @classmethod
     def candidates(cls, network: MultiExitNetwork) -> tuple[str, ...]:
-        """Its names that ``auto`` tries here, the quickest first; PyTorch, OpenVINO and ONNX Runtime are weighed
-        against one another in :func:`crowdexit.runtimes.selection.candidates`."""
+        """Names that ``auto`` tries here, fastest first; the order of PyTorch, OpenVINO and ONNX Runtime is set
+        in :func:`crowdexit.runtimes.selection.candidates`."""
         return ()
 
     @abstractmethod
     def ready(self, network: MultiExitNetwork) -> ReadyChain:
-        """Make a network ready to be run: its weights brought where and how this runtime wants them.
+        """Prepare a network: convert or move its weights.
 
         Raises:
             RuntimeUnavailable: if this runtime cannot run it.
@@ -132,7 +132,7 @@ _RUNTIMES: dict[str, type[Runtime]] = {}
 
 
 def register_runtime(*names: str) -> Callable[[_Runtime], _Runtime]:
-    """Make a class of runtimes known by names; it is made with the one that a user gives: ``Mine("mine-bf16")``."""
+    """Register a runtime class under names; it is created with the chosen one: ``Mine("mine-bf16")``."""
 
     def register(runtime: _Runtime) -> _Runtime:
         _RUNTIMES.update(dict.fromkeys(names, runtime))
@@ -147,7 +147,7 @@ def registered_runtimes() -> Mapping[str, type[Runtime]]:
 
 
 class ArrayReady(ReadyChain):
-    """A chain of arrays behind the interface of tensors; both share their memory."""
+    """A chain of arrays with the tensor interface; both share memory."""
 
     def __init__(self, network: MultiExitNetwork, runtime: str, chain: ArrayChain) -> None:
         super().__init__(network, runtime)

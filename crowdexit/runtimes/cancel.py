@@ -1,7 +1,7 @@
-"""Calling off what another thread computes: it ends between two layers, not only between two stages.
+"""Cancel the computation of another thread between two layers, not only between two stages.
 
-A runtime that can be broken off says how while it runs (:func:`cancelled_by`), or asks now and then (:func:`check`);
-one that does neither runs to the end of its stage. Knows nothing of PyTorch.
+A runtime either registers how to interrupt it (:func:`cancelled_by`) or polls (:func:`check`); one that does neither
+runs to the end of its stage. Independent of PyTorch.
 """
 
 from __future__ import annotations
@@ -10,23 +10,23 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-_here = threading.local()  # .work: what this thread works under, if anything
+_here = threading.local()  # .work: the token of this thread, if any
 
 
 class Cancelled(Exception):
-    """What was being computed is not wanted any more."""
+    """The computation was cancelled."""
 
 
 class CancelToken:
-    """Work of one thread (``with token.working():``) that another may cancel (``token()``), once for all.
+    """Lets another thread cancel (``token()``) the work of a thread (``with token.working():``).
 
     Attributes:
-        off: whether it has been.
+        off: whether it was cancelled.
     """
 
     def __init__(self) -> None:
         self.off = False
-        self._lock = threading.Lock()  # nothing is broken off that has just ended, or has been begun by another
+        self._lock = threading.Lock()  # never interrupt work that has ended, or another thread's
         self._break: Callable[[], None] | None = None
 
     def __call__(self) -> None:
@@ -37,7 +37,7 @@ class CancelToken:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """What this thread computes meanwhile is what may be called off."""
+        """Mark this thread's computation as cancellable by this token."""
         _here.work = self
         try:
             yield
@@ -64,12 +64,12 @@ class CancelToken:
 
 
 def may_be_cancelled() -> bool:
-    """Whether what this thread computes may be."""
+    """Whether this thread's computation can be cancelled."""
     return _work() is not None
 
 
 def check() -> None:
-    """Go on, unless it has been called off.
+    """Raise if this thread's computation was cancelled.
 
     Raises:
         Cancelled
@@ -81,10 +81,10 @@ def check() -> None:
 
 @contextmanager
 def cancelled_by(end: Callable[[], None]) -> Iterator[None]:
-    """While this thread computes here, ``end``, called from another thread, makes it raise an error soon.
+    """Register ``end``, which another thread calls to make this computation raise an error soon.
 
     Raises:
-        Cancelled: in place of that error, or at once, if it has been called off.
+        Cancelled: instead of that error, or at once if already cancelled.
     """
     work = _work()
     if work is None:

@@ -1,4 +1,4 @@
-"""torch.compile: every stage and every exit compiled by itself."""
+"""torch.compile: every stage and exit compiled separately."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from crowdexit.runtimes.subgraphs import Subgraph, partition
 
 @register_runtime("compile", "compile-bf16")
 class Compiled(Runtime):
-    """torch.compile on the CPU, in float32 or bfloat16; needs a C++ compiler, and a while at first.
+    """torch.compile on the CPU, in float32 or bfloat16; needs a C++ compiler and time to compile.
 
     A subgraph is compiled for the first size and, at the second, for batches and images of any size.
     """
@@ -47,7 +47,7 @@ class _CompiledChain(EagerChain):
         }
 
     def prepare(self, exits: Collection[str], size: tuple[int, int] | None = None) -> None:
-        """Compile the way to some exits, by running a blank image."""
+        """Compile the stages up to some exits by running a blank image."""
         width, height = self.network.config.scene if size is None else size
         blank = make_batch(np.zeros((height, width, 3), np.uint8), None, self.network.config)
         for _ in self.stream(blank, exits):
@@ -63,12 +63,12 @@ class _CompiledChain(EagerChain):
 
     def _run(self, name: str, state: Features) -> dict[str, Any]:
         signature = self._subgraphs[name].signature
-        cancel.check()  # compiled code runs to its end
+        cancel.check()  # compiled code cannot be interrupted
         try:
             with self._mode():
                 given = self._compiled[name](*(getattr(state, spec.name) for spec in signature.inputs))
         except torch._dynamo.exc.TorchDynamoException as error:
-            line = " ".join(str(error).split("\n", 2)[:2])  # who failed, and at what; then hints at Dynamo's switches
+            line = " ".join(str(error).split("\n", 2)[:2])  # the first line names the problem; Dynamo hints follow
             raise RuntimeUnavailable(f"torch.compile cannot compile {name}: {line[:200]}") from None
         return {spec.name: tensor for spec, tensor in zip(signature.outputs, given, strict=True)}
 

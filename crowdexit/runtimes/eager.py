@@ -23,7 +23,7 @@ class Eager(Runtime):
     """Eager PyTorch, channels last, in float32, bfloat16, or on a GPU float16.
 
     Raises:
-        RuntimeUnavailable: for a GPU that is not there.
+        RuntimeUnavailable: if there is no GPU.
     """
 
     automatic = True
@@ -38,7 +38,7 @@ class Eager(Runtime):
 
     def ready(self, network: MultiExitNetwork) -> ReadyChain:
         network.eval()
-        # What is as it should be is left alone: another thread may be running it.
+        # Move only what is needed: another thread may be running it.
         numbers = [*network.parameters(), *network.buffers()]
         with _on(self.device):
             if any(tensor.device.type != self.device.type for tensor in numbers):
@@ -52,22 +52,22 @@ class Eager(Runtime):
 
 @contextmanager
 def _on(device: torch.device) -> Iterator[None]:
-    """Whatever is wrong with a GPU, too full, too old or too new, becomes one line.
+    """Convert GPU errors (memory, unsupported hardware) to one line.
 
     Raises:
-        RuntimeUnavailable: for any error of PyTorch's, on a GPU.
+        RuntimeUnavailable: for any PyTorch error on a GPU.
     """
     try:
         yield
     except RuntimeError as error:
         if device.type == "cpu":
             raise
-        line = str(error).partition("\n")[0]  # then hints at environment variables
+        line = str(error).partition("\n")[0]  # hints at environment variables follow
         raise RuntimeUnavailable(f"the GPU cannot run it: {line[:200]}") from None
 
 
 class _CancelMode(TorchFunctionMode):
-    """Asks before every function of PyTorch, about a layer, whether the work has been called off."""
+    """Checks for cancellation before every PyTorch function, about once a layer."""
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         cancel.check()

@@ -1,4 +1,4 @@
-"""OpenVINO and ONNX Runtime: models handed to them are made ready once for every size, and run."""
+"""OpenVINO and ONNX Runtime: compile models once for every size, and run them."""
 
 from __future__ import annotations
 
@@ -19,40 +19,39 @@ from crowdexit.errors import CrowdExitError
 from crowdexit.runtimes.arrays import RuntimeUnavailable, is_exit
 from crowdexit.runtimes.cancel import Cancelled, cancelled_by
 
-# Of sizes of pieces the one not used for longest goes first. A network has up to some ninety pieces (77 branches), and
-# a process hardly ever more than one size of image.
+# Compiled sizes are evicted least recently used first. A network has up to about ninety subgraphs (77 branches), and a
+# process rarely more than one image size.
 MOST_READY = 128
 Shapes = tuple[tuple[int, ...], ...]
 _MAKING_CORE = Lock()
 
-# Both libraries report their use to their makers unless told otherwise; a crowd counter tells nobody anything.
+# Both libraries send telemetry by default; it is switched off.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def installed(module: str) -> Any:
-    """An optional package.
+    """Import an optional package.
 
     Raises:
-        RuntimeUnavailable: if it is not there, or cannot be imported.
+        RuntimeUnavailable: if it is missing or cannot be imported.
     """
     try:
         return import_module(module)
-    except Exception as error:  # a library of its own that is missing or of another version, however that shows
+    except Exception as error:  # any error of missing or mismatched native libraries
         if isinstance(error, ModuleNotFoundError) and error.name == module:
             raise RuntimeUnavailable(f"{module} is not installed: pip install {module}") from None
         raise RuntimeUnavailable(f"{module} cannot be imported: {one_line(error)}") from None
 
 
 def openvino_core() -> Any:
-    """OpenVINO's ``Core``: one for the whole process, which is never let go.
+    """OpenVINO's ``Core``: one for the whole process, never released.
 
-    Its CPU plugin gives the thread that loads it an alternate stack for signals, and frees that stack whichever thread
-    lets go of it. Python handles signals on the alternate stack: without it, or worse, on memory that somebody else has
-    got meanwhile, the next Ctrl-C ends the process without a word.
+    Its CPU plugin installs an alternate signal stack in the thread that loads it, and frees that stack when any thread
+    releases the plugin. Python handles signals on that stack, so the next Ctrl-C would crash the process.
 
     Raises:
-        RuntimeUnavailable: if OpenVINO is not there, or cannot be imported.
+        RuntimeUnavailable: if OpenVINO is missing or cannot be imported.
     """
     with _MAKING_CORE:
         return _core()
@@ -64,7 +63,7 @@ def _core() -> Any:
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, in a line of 200 characters at most: of several the last, which is about the matter."""
+    """The last line of an error, which names the cause, in at most 200 characters."""
     line = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
     return line.strip()[:200]
 
@@ -72,7 +71,7 @@ def one_line(error: Exception) -> str:
 def bears_half(subgraph: str, shapes: Shapes) -> bool:
     """Whether a subgraph with inputs of these shapes may compute in bfloat16.
 
-    Exits on tokens may not: they cost little, and a transformer's final count came out four per cent off.
+    Exits on tokens may not: they cost little, and the final count of a transformer was 4 % off.
     """
     return not (is_exit(subgraph) and any(len(shape) == 2 for shape in shapes))
 
@@ -88,7 +87,7 @@ class Engine(ABC):
 
     def __init__(self, model: Callable[[str, Shapes], Any]) -> None:
         self._model = model
-        self._ready_models: OrderedDict[tuple[str, Shapes], Any] = OrderedDict()  # the one used last comes last
+        self._ready_models: OrderedDict[tuple[str, Shapes], Any] = OrderedDict()  # most recently used last
         self._lock = Lock()
 
     def run(self, subgraph: str, arrays: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
@@ -96,7 +95,7 @@ class Engine(ABC):
 
         Raises:
             RuntimeUnavailable: if the library cannot compile the subgraph, or fails on it.
-            Cancelled: if this thread's work has been.
+            Cancelled: if this thread's work was cancelled.
         """
         with self._lock:
             ready = self._made_ready(subgraph, tuple(array.shape[1:] for array in arrays))
@@ -158,7 +157,7 @@ class OpenVINOEngine(Engine):
         self._half = half
 
     def _ready(self, subgraph: str, model: Any, shapes: Shapes) -> Any:
-        # The batch stays open: a size of its own for every batch is hardly faster, and compaction makes many.
+        # The batch stays dynamic: fixed sizes are hardly faster, and dropping samples makes many.
         model.reshape({index: [-1, *shape] for index, shape in enumerate(shapes)})
         precision = "bf16" if self._half and bears_half(subgraph, shapes) else "f32"
         options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
@@ -172,7 +171,7 @@ class OpenVINOEngine(Engine):
 
 
 class OnnxEngine(Engine):
-    """ONNX Runtime on the CPU; models are the bytes of an ONNX file whose inputs are open in the batch."""
+    """ONNX Runtime on the CPU; models are the bytes of an ONNX file with dynamic batch."""
 
     library = "ONNX Runtime"
 

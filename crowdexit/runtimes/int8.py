@@ -1,13 +1,13 @@
-"""int8 by what was measured once on training images and is kept with the weights: ranges and shifts, no images.
+"""int8 quantisation by ranges and shifts that were measured once on training images and are stored with the weights.
 
-A quantised layer takes its input rounded to levels of its range, and its weights rounded to levels of each output
-channel's own largest. Where a processor has no VNNI, products of 8-bit numbers are added in pairs in 16 bits, which may
-overflow: one of both has to do with half of the levels. That is the input where every image fills its range (behind a
-ReLU6), the weights elsewhere; neither in depthwise convolutions, which add no pairs. Rounded weights move what a layer
-gives on average; a shift for each output channel takes that back. (Not where the audio is fused: there the mean is that
-of a few cells, and the shift would be added to all the empty ones.)
+A quantised layer rounds its input to levels of its range, and its weights to levels of each output channel's largest
+weight. Without VNNI, products of 8-bit numbers are added in pairs in 16 bits, which may overflow, so one operand uses
+only half of the levels: the input if every image fills its range (after a ReLU6), else the weights; neither in
+depthwise convolutions, which add no pairs. Rounded weights change the mean output of a layer; a shift for each output
+channel corrects it (except where audio is fused: there the mean is that of a few cells, and the shift would be added
+to all empty ones).
 
-What is written here rounds in float32 ("fake quantisation"); OpenVINO makes products of integers of it.
+This module rounds in float32 ("fake quantisation"); OpenVINO converts that to integer products.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from crowdexit.models.network import ActivationRange, MultiExitNetwork
 from crowdexit.models.stages import Features
 
 HALF, FULL = 63, 127  # levels of weights, on each side of zero
-# The highest value over the median of the images': a range is filled up to the first; beyond the second nearly all of
-# the values lie on few levels, and the layer stays as it is.
+# Highest over median maximum of the images: up to the first the range is filled; beyond the second nearly all values
+# lie on few levels, and the layer is not quantised.
 FILLED, SPREAD = 1.1, 2.5
 _Hook = Callable[[str, nn.Module, Tensor, Tensor], Tensor | None]
 
@@ -39,10 +39,10 @@ _Hook = Callable[[str, nn.Module, Tensor, Tensor], Tensor | None]
 def measure_ranges(
     network: MultiExitNetwork, batches: Sequence[Features], progress: Callable[[], None] = lambda: None
 ) -> dict[str, ActivationRange]:
-    """What quantising needs of each layer that can be quantised: convolutions of maps, linear layers of tokens.
+    """Measure the ranges of each layer that can be quantised: convolutions of maps, linear layers of tokens.
 
-    Layers of audio encoders and of exits are not among them: they are small, and an exit's layers decide its count.
-    Neither are those that take the image itself, or whose largest values are rare.
+    Layers of audio encoders and of exits are excluded: they are small, and an exit's layers determine its count. So are
+    those that take the image itself, or whose largest values are rare.
 
     Args:
         network: its batch normalisations folded, as it will be quantised.
@@ -82,7 +82,7 @@ def measure_ranges(
     fusing = tuple(f"stages.{index}." for index, stage in enumerate(network.stages) if stage.fuses_audio)
     shifted = [name for name in ranges if not name.startswith(fusing)]
     for batch, of_batch in zip(batches, means, strict=True):
-        # Each layer is corrected before the next sees what it gives.
+        # Each layer is corrected before the next is measured.
         with _hooked(rounded, shifted, partial(correct, of_batch)), parametrize.cached():
             _see(rounded, batch)
         progress()
@@ -96,7 +96,7 @@ def _medians(shifts: Sequence[Tensor]) -> tuple[float, ...]:
 
 
 def _layers(network: MultiExitNetwork) -> list[str]:
-    """The names of the layers of the stages that see."""
+    """The names of the layers of the visual stages."""
     return [
         f"stages.{index}.{name}"
         for index, stage in enumerate(network.stages)
@@ -111,7 +111,7 @@ def _takes_image(layer: nn.Module) -> bool:
 
 
 def _dimensions(layer: nn.Module) -> int:
-    """Of what a layer takes of images; a linear layer that takes fewer has the audio's vector."""
+    """The inputs of a layer from images; a linear layer with fewer dimensions takes the audio vector."""
     return 4 if isinstance(layer, nn.Conv2d) else 3
 
 
@@ -127,7 +127,7 @@ def _see(network: MultiExitNetwork, batch: Features) -> None:
 
 @contextmanager
 def _hooked(network: nn.Module, names: Sequence[str], hook: _Hook) -> Iterator[None]:
-    """While it is entered, ``hook`` is called with a layer's name, the layer, what it took and what it gives."""
+    """Call ``hook`` with each layer's name, the layer, its input and its output."""
 
     def make(name: str) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor | None]:
         return lambda layer, args, y: hook(name, layer, args[0], y)
@@ -142,7 +142,7 @@ def _hooked(network: nn.Module, names: Sequence[str], hook: _Hook) -> Iterator[N
 
 @torch.no_grad()
 def quantised(network: MultiExitNetwork, ranges: Mapping[str, ActivationRange]) -> MultiExitNetwork:
-    """A copy of a network in which the layers that have a range are quantised; it is for inference alone."""
+    """A copy of a network with quantised layers where ranges exist; for inference only."""
     copied = deepcopy(network)
     for name, found in ranges.items():
         layer: Any = copied.get_submodule(name)
@@ -164,7 +164,7 @@ class _RoundedWeights(nn.Module):
     """Weights, output channels first, on levels symmetric about zero.
 
     Args:
-        weight: for whose largest, by output channel, the levels are made. levels: on each side of zero.
+        weight: its largest value by output channel sets the levels. levels: on each side of zero.
     """
 
     scale: Tensor
@@ -181,9 +181,9 @@ class _RoundedWeights(nn.Module):
 
 
 class _RoundedInput:
-    """What a layer takes, rounded: from zero up where nothing is below it, else symmetric about zero.
+    """Round a layer's input: from zero up if it is not negative, else symmetric about zero.
 
-    OpenVINO knows 256 levels alone, of which 127 steps use the lower half.
+    OpenVINO supports 256 levels only; with 127 steps the lower half is used.
     """
 
     def __init__(self, found: ActivationRange) -> None:

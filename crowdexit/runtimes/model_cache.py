@@ -1,6 +1,6 @@
-"""What takes long to make, kept in the user's cache: converted models, and which runtime was the fastest.
+"""The user's cache of converted models and of the fastest runtime.
 
-Nothing depends on it: what is missing or damaged is made anew, and where nothing can be written nothing is kept.
+It is optional: missing or damaged entries are made again, and a read-only cache is not written.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ MOST_NETWORKS = 8
 MOST_CHOICES = 100
 _CHOICES = "runtimes.json"
 _LIBRARIES = ("crowdexit", "torch", "openvino", "onnx", "onnxscript", "onnxruntime")
-# What a network's graph is made of, and what makes models of it.
+# Sources that define a network's graph and its conversion.
 _SOURCES = ("models/**/*.py", "runtimes/*.py")
 M = TypeVar("M")
 
 
 def installed_version(package: str) -> str | None:
-    """The version of a package, None where it is not installed."""
+    """The version of a package, None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -46,16 +46,16 @@ def installed_version(package: str) -> str | None:
 
 
 def gpu_name() -> str:
-    """The GPU's name; empty where there is none."""
-    with suppress(RuntimeError):  # of one that is there and cannot even be asked for its name
+    """The GPU's name; empty without one."""
+    with suppress(RuntimeError):  # a GPU that cannot be queried
         return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return ""
 
 
 def fingerprint(network: MultiExitNetwork, *more: object) -> str:
-    """A hash of a network, its weights, the code that makes its graph, the libraries' versions and what else is given.
+    """A hash of a network, its weights, the code of its graph, library versions and further values.
 
-    Of an exit that is its kind and its options too: two of the same modules and weights may differ in nothing else.
+    It includes the kind and options of exits, as two exits with equal modules and weights may differ only in these.
     """
     digest = hashlib.blake2b(digest_size=16)
     libraries = [installed_version(name) for name in _LIBRARIES]
@@ -73,7 +73,7 @@ def fingerprint(network: MultiExitNetwork, *more: object) -> str:
 
 @cache
 def _code(package: Path) -> str:
-    """A hash of the sources in the package's folder that decide what is kept: in a checkout they change."""
+    """A hash of the sources that determine cached models, as they change in a checkout."""
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted(path for pattern in _SOURCES for path in package.glob(pattern)):
         digest.update(repr((str(path.relative_to(package)), path.read_bytes())).encode())
@@ -83,11 +83,11 @@ def _code(package: Path) -> str:
 class ModelCache(Generic[M]):
     """The converted subgraphs of one network for one runtime.
 
-    Beside each model lie the digests of its files: a damaged one may well be readable, and count wrongly.
+    The digests of its files are stored with each model, as a damaged one may be readable and count wrongly.
 
     Args:
         suffix: of a model's file.
-        read, write: a model from its file, and to it; whatever else ``write`` puts beside it is kept with it.
+        read, write: a model from and to its file; other files that ``write`` creates are cached with it.
     """
 
     def __init__(
@@ -103,25 +103,25 @@ class ModelCache(Generic[M]):
         self._suffix, self._read, self._write = suffix, read, write
 
     def get(self, subgraph: str, shapes: Shapes) -> M | None:
-        """A kept model, or None."""
+        """A cached model, or None."""
         if self._folder is None:
             return None
         stem = _stem(subgraph, shapes)
-        with suppress(Exception):  # whatever is missing, or a library makes of a damaged file
+        with suppress(Exception):  # missing, or any error a library raises for a damaged file
             digests = json.loads((self._folder / f"{stem}.json").read_text("utf-8"))
             if all(_digest(self._folder / name) == digest for name, digest in digests.items()):
                 model = self._read(self._folder / f"{stem}{self._suffix}")
-                with suppress(OSError):  # a cache that can only be read is of use, too
+                with suppress(OSError):  # a read-only cache is useful too
                     os.utime(self._folder)
                 return model
         return None
 
     def keep(self, subgraph: str, shapes: Shapes, model: M) -> None:
-        """Keep a model, and of all networks' those that were used last."""
+        """Cache a model and evict the least recently used networks."""
         if self._folder is None:
             return
         stem = _stem(subgraph, shapes)
-        with suppress(Exception):  # a full disk, and whatever a library makes of it
+        with suppress(Exception):  # a full disk, or any error a library raises for it
             self._folder.mkdir(parents=True, exist_ok=True)
             with TemporaryDirectory(prefix="part-", dir=self._folder, ignore_cleanup_errors=True) as part:
                 self._write(model, Path(part) / f"{stem}{self._suffix}")
@@ -183,7 +183,7 @@ def _digest(path: Path) -> str:
 
 
 def choices() -> dict[str, str]:
-    """What was chosen before, by its key; nothing where that file is not there or damaged."""
+    """Saved choices by key; empty if the file is missing or damaged."""
     folder = cache_folder()
     if folder is None:
         return {}
@@ -195,12 +195,12 @@ def choices() -> dict[str, str]:
 
 
 def save_choice(key: str, name: str) -> None:
-    """Keep a choice, and of all the last ones."""
+    """Save a choice; only the latest ones are kept."""
     _write_choices({**choices(), key: name})
 
 
 def forget_choice(key: str) -> None:
-    """Keep a choice no longer."""
+    """Delete a saved choice."""
     _write_choices({other: name for other, name in choices().items() if other != key})
 
 

@@ -23,7 +23,7 @@ class Onnx(Runtime):
     """ONNX Runtime on the CPU; subgraphs are converted on first use and cached.
 
     Raises:
-        RuntimeUnavailable: if ONNX Runtime, or what writes ONNX, is not installed.
+        RuntimeUnavailable: if ONNX Runtime or the ONNX exporter is not installed.
     """
 
     automatic = True
@@ -38,7 +38,7 @@ class Onnx(Runtime):
         models = ModelCache(network, self.name, ".onnx", Path.read_bytes, _write)
 
         @cache
-        def subgraphs() -> dict[str, Subgraph]:  # only made where something is not kept yet
+        def subgraphs() -> dict[str, Subgraph]:  # only if something is not cached yet
             return partition(network)
 
         def model(subgraph: str, shapes: Shapes) -> bytes:
@@ -57,7 +57,7 @@ def convert(subgraph: Subgraph, shapes: Shapes | None = None) -> bytes:
     """Convert a subgraph to ONNX with dynamic batch, and dynamic map sizes if it takes any image size.
 
     Args:
-        shapes: of what it takes, without the batch; default: at the network's own image size.
+        shapes: of its inputs, without the batch; default: at the network's own image size.
     """
     examples = subgraph.examples(shapes, batch=2)  # a batch of one would be taken for a constant
     batch, side = torch.export.Dim("batch"), torch.export.Dim.DYNAMIC

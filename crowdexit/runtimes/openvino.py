@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU: float32, bfloat16, and int8 by the ranges that come with a checkpoint."""
+"""OpenVINO on the CPU: float32, bfloat16, and int8 with the ranges of a checkpoint."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class OpenVINO(Runtime):
         models = _model_cache(network, "openvino" if self.name == "openvino-bf16" else self.name)
 
         @cache
-        def subgraphs() -> dict[str, Subgraph]:  # only made where something is not kept yet
+        def subgraphs() -> dict[str, Subgraph]:  # only if something is not cached yet
             return partition(quantised(network, network.activation_ranges) if int8 else network)
 
         def model(subgraph: str, shapes: Shapes) -> Any:
@@ -78,7 +78,7 @@ def multiplies_bf16() -> bool:
 
 @contextmanager
 def _root_logger_restored() -> Iterator[None]:
-    """OpenVINO's converter has the root logger tell errors only; where it fails, or two convert at once, for good."""
+    """Restore the root logger's level, which OpenVINO's converter changes and does not always reset."""
     root = logging.getLogger()
     with _CONVERTING:
         level, filters, handlers = root.level, [*root.filters], [*root.handlers]
@@ -95,7 +95,7 @@ def convert(subgraph: Subgraph, shapes: Shapes | None = None) -> Any:
     Its weights share the network's memory.
 
     Args:
-        shapes: of what it takes, without the batch; default: at the network's own image size.
+        shapes: of its inputs, without the batch; default: at the network's own image size.
     """
     openvino = installed("openvino")
     examples = subgraph.examples(shapes)

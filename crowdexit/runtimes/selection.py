@@ -30,11 +30,11 @@ from crowdexit.utils.modules import import_modules
 log = logging.getLogger(__name__)
 
 INT8 = "openvino-int8"
-# An exit's answer may differ from that of eager float32 by this share of it, and of one head or one class score.
+# Allowed relative difference of an exit's output from eager float32, and absolute of one head or class score.
 TOLERANCE = 0.02
-INT8_TOLERANCE = 0.03  # of int8, by this share of it alone, at every exit
-PROBES, LONG_S = 5, 3.0  # so often is each timed, or until they have had so much time each
-PATIENCE_S = 60.0  # then no further candidate is tried
+INT8_TOLERANCE = 0.03  # for int8, relative only, at every exit
+PROBES, LONG_S = 5, 3.0  # runs to time, or seconds per candidate
+PATIENCE_S = 60.0  # after which no further candidate is tried
 _FAILURES = (RuntimeUnavailable, RuntimeError)  # the latter PyTorch's own, where it runs out of memory or cannot at all
 
 
@@ -64,13 +64,13 @@ def select_runtime(name: str) -> Runtime:
 
 
 class Auto(Runtime):
-    """The fastest runtime that agrees with eager float32 on a picture: tried once for a machine and a network.
+    """The fastest runtime that agrees with eager float32 on an image, measured once for a machine and a network.
 
-    Tried are those that need no preparing of their own: not torch.compile, which wants a C++ compiler and a minute;
-    int8 where the network has activation ranges. What was picked is reported once, as a warning of the log, and kept in
-    the user's cache. Where there is nothing to choose from, nothing is reported.
+    Candidates need no separate preparation: not torch.compile, which needs a C++ compiler and a minute; int8 if the
+    network has activation ranges. The choice is logged once, as a warning, and saved in the user's cache. Without
+    alternatives nothing is logged.
 
-    Nobody has named what is picked, so nothing that goes wrong with it is the caller's: eager float32 takes over.
+    If the chosen runtime fails, eager float32 takes over.
     """
 
     name = "auto"
@@ -95,11 +95,11 @@ def _with_eager_fallback(chain: ReadyChain, key: str) -> ReadyChain:
 
 @dataclass(frozen=True)
 class _State:
-    """What stands between two stages, and what it takes to come there again.
+    """The state between two stages, and what is needed to recompute it.
 
     Attributes:
-        chain: whose state it is. own: the state. stage: the last that was run, at first −1.
-        features: the batch before the first stage. rows: the indices of those of its samples that are left.
+        chain: owner of the state. own: the state. stage: the last one run, initially −1.
+        features: the batch before the first stage. rows: the indices of its remaining samples.
     """
 
     chain: ReadyChain
@@ -110,10 +110,10 @@ class _State:
 
 
 class FallbackChain(ReadyChain):
-    """What ``auto`` has picked, until it fails: from then on eager float32, which walks again what was under way.
+    """The runtime chosen by ``auto`` until it fails; then eager float32, which recomputes running batches.
 
     Args:
-        key: of the choice, which is forgotten then.
+        key: of the saved choice, which is deleted then.
     """
 
     def __init__(self, chain: ReadyChain, key: str) -> None:
@@ -157,7 +157,7 @@ class FallbackChain(ReadyChain):
         return state.chain.visual_of(state.own)
 
     def _fall_back(self, failed: ReadyChain, error: Exception) -> None:
-        """Have eager float32 go on, unless it does already."""
+        """Switch to eager float32, unless done already."""
         if failed is self._chain:
             log.warning("runtime auto: %s; falling back to eager", one_line(error))
             forget_choice(self._key)
@@ -165,7 +165,7 @@ class FallbackChain(ReadyChain):
             self.runtime = self._chain.runtime
 
     def _recompute(self, state: _State, error: Exception) -> _State:
-        """A state whose chain has failed, by eager float32 from the beginning."""
+        """Recompute the state of a failed chain with eager float32."""
         self._fall_back(state.chain, error)
         own = self._chain.begin(state.features.select(state.rows))
         for index in range(state.stage + 1):
@@ -174,10 +174,10 @@ class FallbackChain(ReadyChain):
 
 
 def candidates(network: MultiExitNetwork) -> tuple[tuple[str, ...], ...]:
-    """What to try here beside eager float32: of each row, the quickest first, the first that agrees."""
+    """Candidates besides eager float32; of each row, fastest first, the first that agrees is used."""
     added = tuple(dict.fromkeys(registered_runtimes()[name].candidates(network) for name in names()[1:]))
     if torch.cuda.is_available():
-        known = ("cuda-half",), ("cuda-bf16",), ("cuda",)  # which is the quickest depends on the GPU
+        known = ("cuda-half",), ("cuda-bf16",), ("cuda",)  # the order of speed depends on the GPU
         return (*known, *filter(None, added))
     pytorch: tuple[str, ...] = ()
     if has_bfloat16():
@@ -188,9 +188,9 @@ def candidates(network: MultiExitNetwork) -> tuple[tuple[str, ...], ...]:
     if installed_version("openvino"):
         try:
             openvino = ("openvino-bf16", "openvino") if multiplies_bf16() else ("openvino",)
-        except Exception as error:  # it is there, and cannot be used
+        except Exception as error:  # installed, but unusable
             _leave_out("openvino", one_line(error))
-    # To write ONNX takes longer than all the rest, and ONNX Runtime's float32 has never been as fast as 16 or 8 bits.
+    # Writing ONNX takes longest, and ONNX Runtime's float32 has never been as fast as 16 or 8 bits.
     others: tuple[str, ...] = (INT8,) if openvino and network.activation_ranges else ()
     if installed_version("onnxruntime") and "openvino-bf16" not in openvino:
         others += ("onnx",)
@@ -198,8 +198,9 @@ def candidates(network: MultiExitNetwork) -> tuple[tuple[str, ...], ...]:
 
 
 def _fastest(network: MultiExitNetwork) -> tuple[str, ReadyChain, bool]:
-    """The name of the fastest runtime that agrees with eager float32, the network on it, and whether all were tried:
-    a machine that is busy just now is not to be remembered as a slow one.
+    """The name of the fastest runtime that agrees with eager float32, the network on it, and whether all were tried.
+
+    Incomplete trials are not saved, as the machine may have been busy.
     """
     begun = time.perf_counter()
     agreeing, complete = {"eager": Eager().ready(network)}, True
@@ -221,7 +222,7 @@ def _fastest(network: MultiExitNetwork) -> tuple[str, ReadyChain, bool]:
                     if name == INT8
                     else _agree(_answers(chain, features), expected)
                 )
-            except Exception as error:  # whatever it is, the next may do
+            except Exception as error:  # any error: try the next
                 _leave_out(name, one_line(error))
                 continue
             if agrees:
@@ -239,15 +240,16 @@ def _leave_out(name: str, why: str) -> None:
 
 
 def _answers(chain: ReadyChain, features: Features) -> dict[str, Tensor]:
-    """Of the final exit and some early ones; this compiles."""
+    """Outputs of the final exit and some early ones; this compiles."""
     *early, final = chain.exit_names
     exits = [*early[:: max(1, len(early) // 3)][:3], final]
     return {name: answer.value for name, answer in chain.stream(features, exits)}
 
 
 def _in_turn(network: MultiExitNetwork, chains: Mapping[str, ReadyChain], features: Features) -> dict[str, float]:
-    """The least of the seconds that each takes, eager's always among them: whatever else the machine does only adds to
-    them, and were one timed after the other, a machine that changes its pace would choose.
+    """The minimum time of each candidate in seconds, always including eager.
+
+    Other load only adds time, and runs alternate so that a change of machine speed does not favour one.
     """
     least, failed, end = dict.fromkeys(chains, inf), set[str](), time.perf_counter() + LONG_S * len(chains)
     for probe in range(PROBES):
@@ -265,13 +267,13 @@ def _in_turn(network: MultiExitNetwork, chains: Mapping[str, ReadyChain], featur
 
 
 def _in_place(name: str, chain: ReadyChain, network: MultiExitNetwork) -> ReadyChain:
-    """The chain; one that runs the network itself with its weights where it wants them: others may have moved them."""
+    """The chain; a runtime that runs the network itself moves its weights back first."""
     runtime = select_runtime(name)
     return runtime.ready(network) if runtime.runs_network else chain
 
 
 def _seconds(chain: ReadyChain, features: Features) -> float:
-    """That one image takes, all that :func:`_answers` wants of it."""
+    """Seconds for one image with the exits of :func:`_answers`."""
     begun = time.perf_counter()
     _answers(chain, features)
     return time.perf_counter() - begun
@@ -285,7 +287,7 @@ def _agree(answers: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 
 
 def _int8_agrees(chain: ReadyChain, eager: ReadyChain, street: Features) -> bool:
-    """Whether every exit agrees on the street and on a crowd."""
+    """Whether every exit agrees on both test images."""
     for features in (street, make_batch(made_up_crowd(), None, chain.network.config)):
         expected = dict(eager.stream(features))
         for name, answer in chain.stream(features):

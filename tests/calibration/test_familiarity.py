@@ -63,7 +63,9 @@ def test_damaged(change):
 
 
 def test_no_statistics():
-    with pytest.raises(FamiliarityError, match="11 images are too few for statistics of 6 numbers: it takes 12"):
+    with pytest.raises(
+        FamiliarityError, match="11 images are too few for statistics of 6 numbers; at least 12 are needed"
+    ):
         fit(images(11))
     with pytest.raises(FamiliarityError, match="the features are the same in all images"):
         fit(images(1) * 20)

@@ -100,7 +100,7 @@ def test_an_interrupted_run_goes_on(tmp_path):
         assert ("train", "a") in writer
         assert ("train", "c") not in writer
         assert ("val", "a") not in writer
-        with pytest.raises(StoreError, match="twice"):
+        with pytest.raises(StoreError, match="duplicate id"):
             writer.add("train", some(1), [0], ["b"])
         writer.add("train", some(1, 1), [2], ["c"])
     with ClassStore(path) as store:
@@ -161,7 +161,7 @@ def test_every_class_needs_something_to_train_on(tmp_path, settings):
         (("train", some(1), [0], []), "1 images, 1 labels and 0 ids"),
         (("train", some(1), [3], ["a"]), "3 classes"),
         (("train", some(1), [-1], ["a"]), "3 classes"),
-        (("train", some(2), [0, 1], ["a", "a"]), "twice"),
+        (("train", some(2), [0, 1], ["a", "a"]), "duplicate id"),
         (("val", some(1)[:, :20], [0], ["a"]), "40×20 among others"),
     ],
 )

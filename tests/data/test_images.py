@@ -162,12 +162,12 @@ def test_more_than_eight_bits(name: str) -> None:
 
 
 GUESSED: dict[str, tuple[Callable[[], bytes], Pixels, str]] = {
-    "png, 12 bits in 16": (lambda: by_opencv(".png", wide(RGB, 12)), RGB, "taken as 12 bits"),
-    "png, 10 bits in 16": (lambda: by_opencv(".png", wide(GREY, 10)), GREY, "taken as 10 bits"),
-    "png, 8 bits in 16": (lambda: by_opencv(".png", GREY.astype(np.uint16)), GREY, "taken as 8 bits"),
-    "tiff, 12 bits in 16": (lambda: tiff([Page(wide(RGB, 12))]), RGB, "taken as 12 bits"),
-    "tiff, 8 bits in 32": (lambda: tiff([Page(GREY.astype(np.int32))]), GREY, "taken as 8 bits"),
-    "tiff, 16 bits in 32": (lambda: tiff([Page(GREY.astype(np.uint32) * 257)]), GREY, "taken as 16 bits"),
+    "png, 12 bits in 16": (lambda: by_opencv(".png", wide(RGB, 12)), RGB, "read as 12 bits"),
+    "png, 10 bits in 16": (lambda: by_opencv(".png", wide(GREY, 10)), GREY, "read as 10 bits"),
+    "png, 8 bits in 16": (lambda: by_opencv(".png", GREY.astype(np.uint16)), GREY, "read as 8 bits"),
+    "tiff, 12 bits in 16": (lambda: tiff([Page(wide(RGB, 12))]), RGB, "read as 12 bits"),
+    "tiff, 8 bits in 32": (lambda: tiff([Page(GREY.astype(np.int32))]), GREY, "read as 8 bits"),
+    "tiff, 16 bits in 32": (lambda: tiff([Page(GREY.astype(np.uint32) * 257)]), GREY, "read as 16 bits"),
     "tiff, signed around 0": (lambda: tiff([Page((GREY.astype(int) * 256 - 32768).astype(np.int16))]), GREY, "black"),
     "tiff, signed bytes": (lambda: tiff([Page((GREY.astype(int) - 128).astype(np.int8))]), GREY, "black"),
     "tiff, floats around 0": (
@@ -178,7 +178,7 @@ GUESSED: dict[str, tuple[Callable[[], bytes], Pixels, str]] = {
     "tiff, highlights": (
         lambda: tiff([Page((np.where(GREY > 200, 5, GREY / 200)).astype(np.float32))]),
         np.where(GREY > 200, 255, np.rint(GREY * 1.275)).astype(np.uint8),
-        "cut off",
+        "clipped",
     ),
     "tiff, not numbers": (
         lambda: tiff([Page(np.where(GREY < 50, np.nan, GREY / 255).astype(np.float32))]),

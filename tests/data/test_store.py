@@ -144,7 +144,7 @@ def test_a_set_of_classes_is_not_for_counting(path, tmp_path):
     other = tmp_path / "classes.h5"
     with write_classes(other, ["red", "blue"], "made for a test") as writer:
         writer.add("train", np.zeros((2, 8, 8, 3), np.uint8), np.array([0, 1]), ["a", "b"])
-    with Store(other) as store, pytest.raises(StoreError, match="prepared for telling classes apart, not for counting"):
+    with Store(other) as store, pytest.raises(StoreError, match="prepared for classification, not for counting"):
         store.counts("train")
     with h5py.File(path, "a") as file:
         del file["train"]["A_1"].attrs["count"]

@@ -124,7 +124,7 @@ def test_what_lies_elsewhere_is_counted(named, tmp_path, capsys):
     (named / "notes.txt").write_text("left alone")
     (named / "._0_ann_0.wav").write_bytes(b"of a Macintosh")
     assert prepare(named, tmp_path / "set.h5", "--label", "name") == 0
-    assert capsys.readouterr().out.splitlines()[4:] == ["  2 recordings outside the folder itself left out"]
+    assert capsys.readouterr().out.splitlines()[4:] == ["  2 recordings outside the folder itself skipped"]
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_damaged_recordings_are_skipped_and_named(plain, tmp_path, capsys):
     assert "\x1b" not in out
     lines = out.splitlines()
     assert lines[0] == "set.h5: 21 images of 32×32, 2 classes"
-    assert "  1 recordings outside the class folders left out" in lines
+    assert "  1 recordings outside the class folders skipped" in lines
     assert f"  {len(broken) + 2} recordings skipped:" in lines
     for id, reason in broken.items():
         assert any(line.startswith(f"    high/{id}: ") and reason in line for line in lines), (id, lines)
@@ -314,7 +314,7 @@ def test_killed_run_goes_on(plain, tmp_path, capsys):
         (["set", "set.h5", "--label", "colour"], "--label"),
         (["set", "set.h5", "--group", "("], "not a regular expression"),
         (["set", "set.h5", "--group", "x+"], "matches nothing in any name"),
-        (["set", "set.h5", "--group", "wav"], "tells only 1 apart to train on; 3 are needed"),
+        (["set", "set.h5", "--group", "wav"], "yields only 1 groups to train on; 3 are needed"),
         (["set", "set.h5", "--seconds", "0"], "--seconds"),
         (["set", "set.h5", "--seconds", "nan"], "--seconds"),
         (["set", "set.h5", "--val", "0.9"], "--val"),

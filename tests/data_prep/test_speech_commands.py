@@ -185,12 +185,10 @@ def test_lists_that_name_what_is_not_there(source, tmp_path, capsys):
     assert prepare(source, tmp_path / "set.h5") == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out
-    assert out.splitlines()[4:] == [
-        "  5 recordings that validation_list.txt names are not there (../../secret.wav first)"
-    ]
+    assert out.splitlines()[4:] == ["  5 recordings listed in validation_list.txt are missing (../../secret.wav first)"]
     assert len(everything(tmp_path / "set.h5")) == 72
     assert prepare(source, tmp_path / "other.h5", "--strict") == 2
-    assert error(capsys) == "error: ../../secret.wav: validation_list.txt names it, and it is not there"
+    assert error(capsys) == "error: ../../secret.wav: listed in validation_list.txt, but missing"
     assert not (tmp_path / "other.h5").exists()
 
 

@@ -71,7 +71,7 @@ def test_an_export_has_intervals_of_its_own(prepared, checkpoint, image_file, tm
     zoo.annotate(checkpoint, intervals=Intervals(0.9, widths, widths, 20).to_dict())
     made = ["export", "--model", str(checkpoint), "--out", str(out), "--exits", "final", "--size", "64x64"]
     assert command.run(app, made) == 0
-    assert f"no intervals for it at 64x64; `crowdexit calibrate {out}" in capsys.readouterr().err
+    assert f"it has no intervals at 64x64; `crowdexit calibrate {out}" in capsys.readouterr().err
     seen = ["count", str(image_file()), "--model", str(out), "--format", "json"]
     confident = [*seen, "--policy", "confident"]
     assert command.run(app, confident) == 2
@@ -146,15 +146,15 @@ def test_expected_errors():
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (["--deadline-ms", "0"], "a deadline of 0 ms cannot be kept"),
-        (["--deadline-ms", "-1"], "a deadline of -1 ms cannot be kept"),
-        (["--deadline-ms", "nan"], "a deadline of nan ms cannot be kept"),
+        (["--deadline-ms", "0"], "a deadline of 0 ms is not positive"),
+        (["--deadline-ms", "-1"], "a deadline of -1 ms is not positive"),
+        (["--deadline-ms", "nan"], "a deadline of nan ms is not positive"),
         (["--policy", "fits"], "needs a deadline"),
         (["--policy", "confident"], "has no intervals to decide confidence with"),
-        (["--policy", "confident", "--within", "x"], "no bound 'x'"),
+        (["--policy", "confident", "--within", "x"], "bad bound 'x'"),
         (["--within", "5"], "is for the policy confident, not for anytime"),
-        (["--budget-ms", "0"], "a budget of 0 ms buys nothing"),
-        (["--budget-ms", "1e6"], "how wrong the exit V1 is, is not known"),
+        (["--budget-ms", "0"], "a budget of 0 ms is not positive"),
+        (["--budget-ms", "1e6"], "exit V1 is not calibrated"),
         (["--budget-ms", "1e6", "--exit", "V1"], "a budget chooses the exits itself"),
         (["--late", "never"], "never"),
         (["--late", "fail"], "nothing is late without --deadline-ms"),

@@ -161,7 +161,7 @@ def test_checkpoint_with_changes(tmp_path):
     [
         ({"model": "nothing"}, "neither a model's name"),
         ({"branch": "vit"}, "no branch kind 'vit'"),
-        ({"layer": "V2"}, "no place 'V2'"),
+        ({"layer": "V2"}, "no exit location 'V2'"),
         ({"size": "1024"}, "like 1024x576"),
         ({"size": "-64x64"}, "like 1024x576"),
         ({"size": "1000x576"}, "multiples of 64"),

@@ -54,7 +54,7 @@ def test_recommendation():
         (1e12, "c"),
     ]
     for budget in (0, -1, float("nan")):
-        with pytest.raises(TradeoffError, match="must be positive"):
+        with pytest.raises(TradeoffError, match="is not positive"):
             recommend(made, [budget])
 
 

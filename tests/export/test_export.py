@@ -229,7 +229,7 @@ def test_the_command_and_the_counter(checkpoints, tmp_path, image_file):
 def test_a_classifier_is_exported_and_does_not_count(checkpoints, tmp_path):
     out = export(checkpoints / "classifier", tmp_path / "classes")
     exported = Exported(out)
-    with pytest.raises(ExportError, match="resnet18 tells classes apart"):
+    with pytest.raises(ExportError, match="resnet18 is a classifier"):
         exported.count(IMAGE)
     network = networks.made("classifier")
     features = networks.batch(network, 2)

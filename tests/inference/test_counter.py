@@ -481,5 +481,5 @@ def test_no_crowd_is_negative_and_no_count_is_nan():
     assert (first.count, first.interval) == (0.0, (0.0, 5.0))
     assert [result.exits[0].count for result in tiny.count_many([(noise(128, 64), None)])] == [0]
     torch.nn.init.constant_(head.bias, float("nan"))
-    with pytest.raises(CounterError, match="V1 did not give a number"):
+    with pytest.raises(CounterError, match="V1 did not return a number"):
         next(tiny.stream(noise(128, 64)))

@@ -99,7 +99,7 @@ def test_too_few_images_leave_what_is_there(checkpoint, crowd, caplog, tmp_path)
     copy = tmp_path / "model.safetensors"
     copy.write_bytes(checkpoint.read_bytes())
     assert command.run(app, ["calibrate", str(copy), "--data", str(few), "--runtime", "eager"]) == 0
-    assert "12 images are too few for statistics of 64 numbers: it takes 128" in caplog.text
+    assert "12 images are too few for statistics of 64 numbers; at least 128 are needed" in caplog.text
     assert zoo.read_spec(copy).meta["familiarity"] == before
 
 

@@ -198,7 +198,7 @@ def test_another_run_is_refused_in_one_line(counter, inputs, tmp_path, monkeypat
         with pytest.raises(Stopped):
             count_inputs(counter, inputs, CountOptions(format="json", out=out, **OPTIONS))
     part = part_of(out).read_bytes()
-    with pytest.raises(OptionError, match=r"an interrupted run; resume goes on with it, or delete .*out\.part"):
+    with pytest.raises(OptionError, match=r"an interrupted run; resume it with resume, or delete .*out\.part"):
         count_inputs(counter, inputs, CountOptions(format="json", out=out, **OPTIONS))
     for change, line in [
         ({"fps": 5}, r"different fps \(10\);"),

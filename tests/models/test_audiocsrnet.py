@@ -225,7 +225,7 @@ def test_compaction_between_stages_changes_no_answer():
 
 def test_places_and_kinds_are_checked():
     network = AudioCSRNet(AudioCSRNetConfig(**SMALL))
-    with pytest.raises(ValueError, match="no place 'V2'"):
+    with pytest.raises(ValueError, match="no exit location 'V2'"):
         network.add_branch("x", "V2", "cnn")
     with pytest.raises(ValueError, match="no branch of kind 'vit'"):
         network.add_branch("x", "V1", "vit")

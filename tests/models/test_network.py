@@ -84,7 +84,7 @@ def test_no_exit_wanted_costs_nothing(network, features):
 
 
 def test_places_and_names_are_checked(network):
-    with pytest.raises(ValueError, match="no place 'four'"):
+    with pytest.raises(ValueError, match="no exit location 'four'"):
         network.add_exit("x", "four", Reading())
     for taken in ("late", FINAL):
         with pytest.raises(ValueError, match="already"):

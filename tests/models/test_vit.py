@@ -188,9 +188,9 @@ def test_not_a_shape():
         ViTConfig(dim=48, heads=5)
     with pytest.raises(ValueError, match="one output"):
         ViTConfig(outputs=3)
-    with pytest.raises(ValueError, match="no place '4' in this network"):
+    with pytest.raises(ValueError, match="no exit location '4' in this network"):
         network().add_branch("x", "4", "mlp")
-    with pytest.raises(ValueError, match="no branch of kind 'slvit-audio' fits place 1"):
+    with pytest.raises(ValueError, match="no branch of kind 'slvit-audio' fits location 1"):
         network().add_branch("x", "1", "slvit-audio")
     with pytest.raises(ValueError, match="no branch of kind 'cnn' fits"):
         network().add_branch("x", "1", "cnn")

@@ -147,7 +147,7 @@ def test_csrnet_fills_the_front_and_reports_unused_weights(saved):
             assert torch.equal(ours.state_dict()["stages.0.layers." + key.removeprefix("frontend.")], tensor)
     assert set(filled.unused) == {k for k in state if not k.startswith("frontend.")}
     assert all(torch.equal(ours.state_dict()[k], t) for k, t in others.items())
-    assert str(filled) == f"csrnet from {path}: 20 tensors filled, 14 have no place"
+    assert str(filled) == f"csrnet from {path}: 20 tensors filled, 14 unused"
 
 
 @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"net": s}, lambda s: {"state_dict": s}])
@@ -401,7 +401,7 @@ def test_timm_fetches(monkeypatch):
     monkeypatch.setattr(timm, "create_model", offline)
     fails(
         lambda: load_published(ours, "efficientnet-lite0", "timm"),
-        "tf_efficientnet_lite0: timm could not fetch its weights (We couldn't connect); give a file instead",
+        "tf_efficientnet_lite0: timm could not fetch its weights (We couldn't connect); use a file instead",
     )
 
 

@@ -127,7 +127,7 @@ def test_no_such_model_or_file(tmp_path):
         ({"dim": -4}, (zoo.ExitSpec("V1", "V1", "slvit"),), ""),
         ({"patch": 0}, (zoo.ExitSpec("V1", "V1", "slvit"),), ""),
         ({"size": [128, 72]}, (zoo.ExitSpec("V1", "V1", "slvit"),), "a patch of 8 does not divide a map of 9×16"),
-        ({}, (zoo.ExitSpec("x", "V7", "cnn"),), "no place 'V7'"),
+        ({}, (zoo.ExitSpec("x", "V7", "cnn"),), "no exit location 'V7'"),
         ({}, (zoo.ExitSpec("x", "V1", "perceiver"),), "no branch of kind 'perceiver'"),
         ({}, (zoo.ExitSpec("final", "V1", "cnn"),), "an exit 'final' already"),
         ({}, (zoo.ExitSpec("a.b", "V1", "cnn"),), "a.b"),
@@ -199,7 +199,7 @@ def test_other_architectures(path):
     rewrite(path, change_tensors=lambda tensors: tensors.update({"final.conv.weight": torch.zeros(1, 9, 1, 1)}))
     fails(lambda: zoo.load(path), "it has another shape of 'final.conv.weight'")
     rewrite(path, change_tensors=lambda tensors: tensors.update(surplus=torch.zeros(2)))
-    fails(lambda: zoo.load(path), "no place for 'surplus'")
+    fails(lambda: zoo.load(path), "does not have 'surplus'")
 
 
 def test_shipped_checkpoints_are_whole():

@@ -165,7 +165,7 @@ def test_eager_takes_over_when_the_selected_runtime_fails(breaks, remembered, ki
         answer = chain.run_exit("final", chain.advance(3, chain.advance(2, state)))
     torch.testing.assert_close(answer.value, expected["final"].value[[3, 0]])
     torch.testing.assert_close(answer.density, expected["final"].density[[3, 0]])
-    assert caplog.messages == ["runtime auto: there is no more memory; eager goes on"]
+    assert caplog.messages == ["runtime auto: there is no more memory; falling back to eager"]
     assert chain.runtime == "eager"
     assert json.loads((cache_folder() / "runtimes.json").read_text()) == {}
     # What was under way meanwhile comes to its end, too, and says nothing more.
@@ -256,7 +256,7 @@ def test_missing_cached_runtime_is_selected_again(network, tried, monkeypatch, c
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         assert Auto().ready(network).runtime == "eager"
-    assert caplog.messages[0] == "quick is not installed; the runtimes are tried anew"
+    assert caplog.messages[0] == "quick is not installed; selecting a runtime again"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"a": 1}', "\x00" * 100])

@@ -92,7 +92,7 @@ def test_recordings_become_spectrograms_like_those_of_the_set(tmp_path):
         }
     )
     data = ClassData(recipe, ConvNetConfig("resnet18", size=(32, 32), outputs=2))
-    assert data.note == "3 unlabelled recordings; 2 files of no use left out"
+    assert data.note == "3 unlabelled recordings; 2 unusable files skipped"
     assert data.unlabelled is not None
     assert data.unlabelled.ids == ["deeper/0.wav", "deeper/1.wav", "deeper/2.wav"]
     expected = spectrogram.of(*read_audio(tmp_path / "sounds" / "deeper" / "1.wav"))

@@ -152,8 +152,8 @@ def test_tied_heads_start_at_the_median_wherever_people_stand(store, backbone):
 @pytest.mark.parametrize(
     ("exits", "problem"),
     [
-        ([{"name": "X", "place": "AV9", "kind": "cnn"}], "exit 'X': no place 'AV9'"),
-        ([{"name": "X", "place": "V1", "kind": "mixer"}], "exit 'X': no branch of kind 'mixer' fits place V1"),
+        ([{"name": "X", "place": "AV9", "kind": "cnn"}], "exit 'X': no exit location 'AV9'"),
+        ([{"name": "X", "place": "V1", "kind": "mixer"}], "exit 'X': no branch of kind 'mixer' fits location V1"),
         ([{"name": "final", "place": "V1", "kind": "cnn"}], "an exit 'final' already"),
     ],
 )
