@@ -82,7 +82,7 @@ def suite(
 ) -> None:
     """Run all experiments of a table of the SL-ViT paper, and write it in the paper's layout.
 
-    What has ended is not run again; what was killed goes on where it was; what fails stops nothing else.
+    Finished runs are skipped, interrupted ones resumed; a failed run does not stop the others.
     """
     from crowdexit.evaluation import scenarios
     from crowdexit.evaluation.cost import cost_of
@@ -144,7 +144,7 @@ def search(
     ] = Path("search"),
     resume: Annotated[bool, typer.Option("--resume", help="Resume the search in this folder.")] = False,
 ) -> None:
-    """Try every d and h of an SL-ViT branch side by side: the best with no more parameters than the CNN branch."""
+    """Search d and h of an SL-ViT branch for the best with no more parameters than the CNN branch."""
     from crowdexit.evaluation import grid
     from crowdexit.training.run import train as run_training
     from crowdexit.training.search import search_recipe
