@@ -170,7 +170,7 @@ def copycat(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run whose branches were trained classifier-wise.")],
     data: Annotated[Path, typer.Option(help="The prepared HDF5 file that it was trained on.")],
     pictures: Annotated[
-        Path, typer.Option(help="Folder of unlabelled images (for a set of sounds: recordings), or a prepared file.")
+        Path, typer.Option(help="Folder of unlabelled images (for audio sets: recordings), or a prepared file.")
     ],
     out: Annotated[Path, typer.Option(help="Folder of the new run.", callback=command.output_folder)],
     split: Annotated[str, typer.Option(help="Of a prepared file with --pictures.")] = "train",
