@@ -78,7 +78,7 @@ def answers(
     Args:
         image_path: the uploaded file; nothing is taken from its name.
         audio_path: the uploaded file, if any.
-        use_audio: whether it is heard.
+        use_audio: whether audio is used.
 
     Input that cannot be used gives one moment with the reason, and no exception. Where an answer takes long, the last
     moment is given again every second: that is when the framework closes this for a client that has gone, and closing

@@ -17,7 +17,7 @@ def page(
     host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
     host_name: Annotated[
-        list[str] | None, typer.Option(help="A name by which browsers reach it, beside --host; may be repeated.")
+        list[str] | None, typer.Option(help="A further host name of the page, besides --host; may be repeated.")
     ] = None,
     runtime: RuntimeName = "auto",
 ) -> None:

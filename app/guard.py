@@ -1,4 +1,4 @@
-"""What a request has to pass before the page's framework sees it: its host, its address, its files, its size.
+"""Check requests before the page's framework handles them: host, address, files, size.
 
 The framework would print a traceback for a forged request, answer to any host name, and keep uploads for an hour
 however many they are.

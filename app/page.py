@@ -80,7 +80,7 @@ def _theme() -> gr.themes.Base:
 
 
 class _Models:
-    """The models that the page offers, each loaded when it is first asked for."""
+    """The models that the page offers, each loaded on first use."""
 
     def __init__(self, model: CrowdCounter | str | Path, runtime: str) -> None:
         if isinstance(model, CrowdCounter):

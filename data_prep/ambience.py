@@ -66,9 +66,9 @@ def main(
 ) -> None:
     """Add a simulated second of audio to every image that has none.
 
-    Recorded sound stays as it is. The sounds are fixed by seed and id, whatever the order or the number of
-    processes. A training image gets further takes: the same crowd, heard in other seconds. An interrupted
-    run goes on where it was.
+    Recorded audio is kept. Simulated audio depends only on seed and id, not on the order or the number of
+    processes. Training images get further takes: other seconds of the same crowd. An interrupted
+    run resumes.
 
     Example: crowdexit prepare ambience data/shanghaitech.h5 data/ambience.h5 --voices recordings --measure
     """

@@ -88,8 +88,8 @@ def main(
     """Prepare CIFAR-10 or CIFAR-100 ("python version"): one HDF5 file of images and labels.
 
     A fifth of the training images becomes `val`, the same in every run and as many of each class: 40,000,
-    10,000 and 10,000 images. The archive is read without being extracted, and its pickles are read as data
-    only: they cannot run anything.
+    10,000 and 10,000 images. The archive is read without extracting it, and its pickles are read as data
+    only: they cannot run code.
 
     Example: crowdexit prepare cifar cifar-10-python.tar.gz data/cifar10.h5
     """

@@ -66,9 +66,9 @@ def main(
 ) -> None:
     """Prepare images in class folders: one HDF5 file of square images and labels.
 
-    SRC holds train/CLASS and test/CLASS, and maybe val/CLASS; or CLASS alone. Without val/, a share of the
+    SRC holds train/CLASS and test/CLASS, optionally val/CLASS; or CLASS alone. Without val/, a share of the
     training images, chosen by name alone, becomes `val`; of CLASS alone, another one as large becomes `test`.
-    The middle square of each image is taken. An interrupted run goes on where it was.
+    Each image is cropped to its central square. An interrupted run resumes.
 
     Example: crowdexit prepare class-folders pictures.tar data/pictures.h5 --size 224
     """

@@ -65,7 +65,7 @@ def excerpt(
     every: Annotated[int, typer.Option(min=1, help="Frames from one annotated frame to the next, from 0 on.")] = 5,
     seed: Seed = 0,
 ) -> None:
-    """Cut an annotated excerpt out of a video and give it simulated audio.
+    """Cut an annotated excerpt from a video and add simulated audio.
 
     An annotated frame without a row has no heads. The frame rate is the video's own.
 
@@ -106,7 +106,7 @@ def still(
     frame: Annotated[int, typer.Option(min=0, help="The frame, by the table's numbers.")] = 0,
     seed: Seed = 0,
 ) -> None:
-    """Cut one annotated frame out of a video, with its heads and a simulated second of audio.
+    """Extract one annotated frame from a video, with its heads and a simulated second of audio.
 
     Example: python -m data_prep.clip still vtest.avi heads.csv street.jpg --voices recordings --start 690 --frame 25
     """
@@ -140,7 +140,7 @@ def collage(
 ) -> None:
     """Fill an image of the video's size with squares around annotated heads: a dense crowd of a known count.
 
-    All heads come once in random order, then all once more in another, until the image is full.
+    All heads are used once in random order, then again in another order, until the image is full.
 
     Example: python -m data_prep.clip collage vtest.avi heads.csv crowd.jpg --start 690
     """

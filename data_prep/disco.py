@@ -77,9 +77,9 @@ def main(
 ) -> None:
     """Prepare DISCO: one HDF5 file of images of 1024×576, heads and log-mels.
 
-    The split is the density folder that an id stands in. Without --heads, and for ids that have no head file,
-    the count is the sum of the published density matrix, which is then kept on a grid of 8×8 pixels. Images
-    of another shape than 16:9 are fitted in and filled up with black at the right or below. Heads and densities are
+    The split of an id is that of its density folder. Without --heads, and for ids that have no head file,
+    the count is the sum of the published density matrix, which is then stored on a grid of 8×8 pixels. Images
+    of another shape than 16:9 are fitted and padded with black at the right or bottom. Heads and densities are
     those of the image as it is displayed (EXIF orientation applied).
 
     Example: crowdexit prepare disco DISCO data/disco.h5 --heads DISCO/annotations
@@ -132,7 +132,7 @@ def find_recordings(src: Path, heads: Path | None = None) -> list[Recording]:
                 problem=problem,
             )
         )
-    unknown = "heads of an id that has no image, sound or density"
+    unknown = "heads of an id without image, audio or density"
     return recordings + [Recording(path.stem, "", Path(), Path(), Path(), path, problem=unknown) for path in strangers]
 
 

@@ -49,8 +49,8 @@ def main(
 
     A clip (.wav or .au) gives ten pieces, or as many as it is long enough for. Of each genre's clips a tenth is
     `val` and a tenth `test`, by the hashes of their names; the pieces of a clip stay together. The set has no
-    official split, and clips of one artist may come to lie in two. The images are those of
-    crowdexit.data.spectrogram.gtzan_image. An interrupted run goes on where it was.
+    official split, and clips of one artist may be in two splits. The images are those of
+    crowdexit.data.spectrogram.gtzan_image. An interrupted run resumes.
 
     Example: crowdexit prepare gtzan genres data/gtzan.h5
     """

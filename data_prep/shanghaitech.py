@@ -75,9 +75,9 @@ def main(
 ) -> None:
     """Prepare ShanghaiTech: one HDF5 file of images and heads, with a fixed validation split.
 
-    Takes whichever of train_data and test_data are there: images IMG_n of any usual format, and GT_IMG_n.mat with
+    Reads train_data and test_data, if present: images IMG_n of any common format, and GT_IMG_n.mat with
     the heads in the image as it is displayed (EXIF orientation applied). An eighth of the training images, chosen
-    by id alone, becomes `val`. Images are kept byte by byte. An interrupted run goes on where it was.
+    by id alone, becomes `val`. Images are stored unchanged. An interrupted run resumes.
 
     Example: crowdexit prepare shanghaitech ShanghaiTech data/shanghaitech.h5 --jobs 4
     """

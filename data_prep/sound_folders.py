@@ -54,11 +54,11 @@ def main(
 ) -> None:
     """Prepare recordings (.wav, .flac, .ogg): one HDF5 file of their spectrograms as images, and labels.
 
-    SRC holds train/CLASS and test/CLASS, and maybe val/CLASS; or CLASS alone; or with --label name the files.
+    SRC holds train/CLASS and test/CLASS, optionally val/CLASS; or CLASS alone; or with --label name the files.
     Without val/, a share of the training recordings becomes `val`; of CLASS or files alone, another one as large
     becomes `test`. The hashes of the names decide, so that each class gets its share; with --group, those of the
     text that it matches in the file names (its first group, if it has one), so that nobody's voice is in two splits.
-    The images are those of crowdexit.data.spectrogram.stft_image. An interrupted run goes on where it was.
+    The images are those of crowdexit.data.spectrogram.stft_image. An interrupted run resumes.
 
     Example: crowdexit prepare sound-folders recordings digits.h5 --label name --size 64 --group '_(.+)'
     """

@@ -57,7 +57,7 @@ def main(
     The splits are the official lists'. `unknown` are recordings of the other words, `silence` seconds of the
     background noise; in each split they are as many as the ten words have on average there. Which recordings
     these are is fixed by the hashes of their names; each split has its own stretch of every noise file. The
-    images are those of crowdexit.data.spectrogram.stft_image. An interrupted run goes on where it was.
+    images are those of crowdexit.data.spectrogram.stft_image. An interrupted run resumes.
 
     Example: crowdexit prepare speech-commands speech_commands_v0.02 data/speech-commands.h5
     """

@@ -1,4 +1,4 @@
-"""How sure the exits of a trained network are, and the ranges for int8."""
+"""Calibrate a trained network: intervals, temperatures, and the ranges for int8."""
 
 from __future__ import annotations
 
@@ -56,11 +56,10 @@ def calibrate(
     ] = None,
     runtime: RuntimeName = "auto",
 ) -> None:
-    """Write into a checkpoint or an export how sure its exits are, measured on held-out images.
+    """Calibrate a checkpoint or an export on held-out images.
 
-    Of counts the intervals: how far each exit was from the truth; and, where the file has training images, statistics
-    of these, by which a count tells whether its image is familiar. Of classes the temperatures, and what comes of
-    leaving when sure.
+    For counting: intervals of each exit and, if the file has training images, their statistics, to report unfamiliar
+    images. For classification: temperatures, and a table of early exits by confidence.
     """
     from crowdexit.inference.models import open_model
     from crowdexit.utils.memory import keep_freed_memory

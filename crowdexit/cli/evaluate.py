@@ -1,4 +1,4 @@
-"""What a trained network is worth: errors, costs, tables, and what its branches look at."""
+"""Evaluate trained networks: errors, costs, tables, receptive fields."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def evaluate(
     runtime: RuntimeName = "auto",
     format: Annotated[Format, typer.Option()] = Format.table,
 ) -> None:
-    """Every exit's error on a prepared set, with or without audio, also under extreme conditions."""
+    """Measure every exit's error on a prepared set, with or without audio, also under extreme conditions."""
     from crowdexit.data.augment import Conditions
     from crowdexit.evaluation.evaluate import evaluate_file
 
@@ -104,7 +104,7 @@ def cost(
     ] = None,
     format: Annotated[Format, typer.Option()] = Format.table,
 ) -> None:
-    """Parameters, FLOPS and speedup of every branch, up to and including it."""
+    """Show parameters, FLOPS and speedup of every branch, up to and including it."""
     from crowdexit.evaluation.cost import cost as run_cost
 
     result = run_cost(model, branch=branch, layer=layer, size=size, dataset=dataset)
@@ -134,7 +134,7 @@ def tradeoff(
     ] = Path("tradeoff"),
     runtime: RuntimeName = "auto",
 ) -> None:
-    """Error against cost of every exit: the practical branches, and which of them to deploy for a budget."""
+    """Compare error and cost of every exit, and recommend practical branches for a budget."""
     from crowdexit.evaluation import tradeoff as analysis
     from crowdexit.evaluation.evaluate import evaluate_file
     from crowdexit.models import zoo
@@ -176,7 +176,7 @@ def tables(
 ) -> None:
     """Build table I of the multi-exit ViT paper from trained runs, and the same for other locations and strategies.
 
-    Several runs of the same kind (other seeds) are given as mean ± standard deviation.
+    Runs that differ only in the seed are reported as mean ± standard deviation.
     """
     from crowdexit.evaluation import tables as analysis
     from crowdexit.evaluation.evaluate import evaluate_file

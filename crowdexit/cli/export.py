@@ -1,4 +1,4 @@
-"""Checkpoints made smaller, or written for other runtimes."""
+"""Compress checkpoints and export them for other runtimes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def compress(
     out: Annotated[Path, typer.Argument(help="The smaller checkpoint.", callback=command.output_file)],
     exits: Annotated[str | None, typer.Option(help="Early exits to keep, with commas between; default: all.")] = None,
 ) -> None:
-    """Convert a checkpoint to float16, half the size, optionally keeping only some exits."""
+    """Convert a checkpoint to float16 (half the size), optionally keeping only some exits."""
     from crowdexit.models import zoo
 
     network, spec = zoo.load(model)
@@ -63,7 +63,7 @@ def export(
     ] = None,
     split: Annotated[str | None, typer.Option(help="Of that file; default: train.")] = None,
 ) -> None:
-    """Write every stage and every exit as a model that runs without PyTorch, and a manifest that says how."""
+    """Export every stage and exit as a model that runs without PyTorch, with a manifest."""
     from crowdexit.export.manifest import read_manifest
     from crowdexit.export.writer import export as run_export
 

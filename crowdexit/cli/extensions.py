@@ -1,7 +1,7 @@
-"""Commands that packages add to ``crowdexit`` by entry point: the page, data preparation, anybody's.
+"""Commands that packages add to ``crowdexit`` by entry point, such as the page and data preparation.
 
-An entry point of the group ``crowdexit.commands`` names a command and a ``typer.Typer`` that makes it. The package
-imports none of them: they are above it.
+An entry point of the group ``crowdexit.commands`` names a command and its ``typer.Typer``. The package itself imports
+none of them.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _command(name: str) -> Any:
 
 
 def _imported(name: str) -> ModuleType:
-    """A module of an extension. Our own are in the package once installed, and beside it in a checkout."""
+    """A module of an extension. Our own are inside the package once installed, next to it in a checkout."""
     try:
         return import_module(name)
     except ModuleNotFoundError as error:

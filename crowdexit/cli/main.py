@@ -1,4 +1,4 @@
-"""The command line: the groups of commands put together."""
+"""The command line, from its groups of commands."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def suite(
 ) -> None:
     """Run all experiments of a table of the SL-ViT paper, and write it in the paper's layout.
 
-    What has ended is not run again; what was killed goes on where it was; what fails stops nothing else.
+    Finished runs are skipped, interrupted ones resumed; a failed run does not stop the others.
     """
     from crowdexit.evaluation import scenarios
     from crowdexit.evaluation.cost import cost_of
@@ -144,7 +144,7 @@ def search(
     ] = Path("search"),
     resume: Annotated[bool, typer.Option("--resume", help="Resume the search in this folder.")] = False,
 ) -> None:
-    """Try every d and h of an SL-ViT branch side by side: the best with no more parameters than the CNN branch."""
+    """Search d and h of an SL-ViT branch for the best with no more parameters than the CNN branch."""
     from crowdexit.evaluation import grid
     from crowdexit.training.run import train as run_training
     from crowdexit.training.search import search_recipe
@@ -170,7 +170,7 @@ def copycat(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run whose branches were trained classifier-wise.")],
     data: Annotated[Path, typer.Option(help="The prepared HDF5 file that it was trained on.")],
     pictures: Annotated[
-        Path, typer.Option(help="Folder of unlabelled images (for a set of sounds: recordings), or a prepared file.")
+        Path, typer.Option(help="Folder of unlabelled images (for audio sets: recordings), or a prepared file.")
     ],
     out: Annotated[Path, typer.Option(help="Folder of the new run.", callback=command.output_folder)],
     split: Annotated[str, typer.Option(help="Of a prepared file with --pictures.")] = "train",

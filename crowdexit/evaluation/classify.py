@@ -1,4 +1,4 @@
-"""Telling classes apart: every exit's accuracy and latency on a prepared classification set, and leaving when sure."""
+"""Classification: accuracy and latency of every exit on a prepared set, and of early exits by confidence."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def evaluate(
     Args:
         chain: a classifier, ready to be run.
         wanted: which images of the split.
-        leaving: count also what comes of leaving when sure, at the exits that are served.
+        leaving: also evaluate this rule at the default exits.
         progress: called after each image.
 
     Returns:

@@ -1,7 +1,6 @@
-"""What each exit costs: every stage and every branch of a network counted once, without computing anything.
+"""The cost of each exit, from the stages and branches of a network, without computing anything.
 
-The network is built and run on torch's meta device, where tensors have a shape but no numbers: a paper-size
-network takes a moment and no memory.
+The network is built and run on torch's meta device, where tensors have shapes but no data, which takes no memory.
 """
 
 from __future__ import annotations
@@ -23,18 +22,18 @@ from crowdexit.models.stages import Features, inputs
 
 
 class CostError(CrowdExitError):
-    """A branch, a place or a data set that the model does not have."""
+    """A branch, exit location or data set that the model does not have."""
 
 
 @dataclass(frozen=True)
 class ExitCost:
-    """What one early exit costs.
+    """The cost of one early exit.
 
     Attributes:
-        exit: the place it stands at (``V1`` …).
+        exit: its location (``V1`` …).
         kind: of the branch (``cnn``, ``slvit``).
         branch_params: parameters of the branch alone.
-        total_flops: of the stages up to its place, and of the branch.
+        total_flops: of the stages up to its location, and of the branch.
         total_macs: multiply-adds, half of ``total_flops``.
         speedup: FLOPS of the backbone / ``total_flops``.
     """
@@ -49,13 +48,13 @@ class ExitCost:
 
 @dataclass(frozen=True)
 class CostTable:
-    """What the exits of a model cost for one image and one second of audio.
+    """The cost of a model's exits for one image and one second of audio.
 
     Attributes:
-        model: name or path, as asked for.
+        model: name or path, as requested.
         size: of the image, ``WIDTHxHEIGHT`` in pixels.
         backbone_flops: of all stages and the final exit, no branches.
-        exits: in the order of their places.
+        exits: in the order of their locations.
     """
 
     model: str
@@ -100,12 +99,12 @@ def cost(
     Args:
         model: a name of the zoo, or the path of a checkpoint.
         branch: this kind only.
-        layer: this place only.
+        layer: this exit location only.
         size: another image size, ``WIDTHxHEIGHT``.
         dataset: of a classifier: as many classes, and the branches' shapes of the paper's scenario.
 
     Raises:
-        CrowdExitError: for an unknown model, branch kind, place, size or data set.
+        CrowdExitError: for an unknown model, branch kind, location, size or data set.
     """
     described = _spec(model)
     trained = {(e.place, e.kind): e.options for e in described.exits}  # they may differ from the model's defaults

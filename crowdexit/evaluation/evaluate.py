@@ -42,7 +42,7 @@ def read_for_counting(
 
 @dataclass(frozen=True)
 class Counted:
-    """One sample counted: its id, the true count, where its audio came from, and what each exit said."""
+    """A counted sample: its id, the true count, the source of its audio, and each exit's result."""
 
     id: str
     truth: float
@@ -61,14 +61,14 @@ def count_samples(
     conditions: Conditions = Conditions(),
     progress: Any = None,
 ) -> Iterator[Counted]:
-    """Count the samples of a split with every exit that the counter serves.
+    """Count the samples of a split with every exit of the counter.
 
-    The first sample is run once beforehand, so that no latency counts the warm-up.
+    The first sample runs once beforehand as a warm-up.
 
     Args:
         ids: of the samples.
-        audio: False counts without audio even where there is some.
-        only_with_audio: passes over those that are not heard: they have no audio, or are cut into tiles.
+        audio: False: count without audio even if there is some.
+        only_with_audio: skip samples without audio, and tiled ones.
         progress: called after each sample.
     """
     warm = False

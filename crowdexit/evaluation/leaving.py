@@ -1,4 +1,4 @@
-"""What a bound of doubt is worth: the error and the cost on average when each sample leaves as soon as it is sure."""
+"""Mean error and cost of exiting early at a bound of the uncertainty."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from crowdexit.models import zoo
 
 @dataclass(frozen=True)
 class LeavingPoint:
-    """What comes of a bound.
+    """The result of a bound.
 
     Attributes:
         bound: of the uncertainty; a sample exits at the first exit at or below it, at the latest at the last.
         error: mean over the samples (the share of wrong answers, or the absolute error of counts).
         cost: mean over the samples, in the unit of the costs.
-        shares: of the samples that leave at each exit, by name.
+        shares: of the samples that exit at each exit, by name.
     """
 
     bound: float
@@ -30,7 +30,7 @@ class LeavingPoint:
 
 
 def costs_on_the_way(spec: zoo.Spec, exits: Sequence[str]) -> dict[str, float]:
-    """Multiply-adds of one view up to and including each of these exits, when all of them before it are asked, too."""
+    """Multiply-adds of one view up to and including each exit, if all earlier ones run too."""
     network, features = for_one_image(spec)
     stages, own = measure(network, features)
     exits_cost, costs = 0, {}
@@ -49,8 +49,8 @@ def leaving(
     """For each bound the mean error and cost over samples that are known at every exit.
 
     Args:
-        uncertainties, errors: of each sample (n,) by exit, in the order in which the exits answer.
-        costs: of a sample that leaves at an exit, by name.
+        uncertainties, errors: of each sample (n,) by exit, in the order of the exits.
+        costs: of a sample that exits at an exit, by name.
     """
     names = list(uncertainties)
     unsure, wrong = np.stack([uncertainties[name] for name in names]), np.stack([errors[name] for name in names])

@@ -1,6 +1,6 @@
-"""What a branch sees: its effective receptive field, and where an SL-ViT branch's attention goes (SL-ViT paper, III).
+"""The effective receptive field of a branch, and the attention of an SL-ViT branch (SL-ViT paper, III).
 
-The paper argues that one layer of attention lets a branch see the whole image, where a convolution sees a patch.
+The paper argues that one layer of attention covers the whole image, but a convolution only a patch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from crowdexit.models.stages import Features, inputs
 
 @dataclass(frozen=True)
 class Sight:
-    """What one branch sees of an image on the network's canvas.
+    """The receptive field of one branch on the network's canvas.
 
     Attributes:
         exit: its name. kind: of the branch.
@@ -44,7 +44,7 @@ class Sight:
 def receptive_fields(
     network: MultiExitNetwork, image: NDArray[np.uint8], exits: Sequence[str] | None = None
 ) -> list[Sight]:
-    """What branches see of an image (of an image in tiles, of the first).
+    """The receptive fields of branches for an image (for the first tile of a tiled one).
 
     Args:
         image: H×W×3 uint8, RGB.

@@ -35,7 +35,7 @@ from crowdexit.training.recipe import ExitPart, Recipe
 
 @dataclass(frozen=True)
 class Trial:
-    """A branch at one learning rate: what it is called while it is trained, and which exit it may become."""
+    """A branch at one learning rate: its name during training, and its exit."""
 
     name: str
     exit: ExitPart
@@ -43,11 +43,11 @@ class Trial:
 
 
 def trials(recipe: Recipe) -> list[Trial]:
-    """The recipe's branches; classifier-wise, each at every learning rate that is to be tried."""
+    """The recipe's branches; classifier-wise, each at every learning rate."""
     part = recipe.optimiser
     if recipe.stage != "branches" or not part.rates:
         return [Trial(e.name, e, part.lr) for e in recipe.exits]
-    # A module's name has no point in it: 0.001 is 1e-03.
+    # Module names must not contain dots: 0.001 becomes 1e-03.
     return [Trial(f"{e.name}@{_plain(lr)}", e, lr) for e in recipe.exits for lr in part.rates]
 
 
@@ -58,10 +58,10 @@ def _plain(lr: float) -> str:
 def add_branches(network: MultiExitNetwork, recipe: Recipe, median_count: float) -> None:
     """Add the recipe's branches, their weights fixed by name and seed.
 
-    The output starts at a usual count, not at zero; class scores do start at zero, and density maps nearly empty.
+    Counts start at the median count; class scores start at zero, and density maps nearly empty.
 
     Raises:
-        TrainingError: for a place, kind or option that the network does not have.
+        TrainingError: for an unknown location, kind or option.
     """
     for trial in trials(recipe):
         e = trial.exit
@@ -78,9 +78,9 @@ def add_branches(network: MultiExitNetwork, recipe: Recipe, median_count: float)
 
 @torch.no_grad()
 def taught(teacher: MultiExitNetwork, batch: Batch) -> Batch:
-    """A batch whose unlabelled samples have the teacher's outputs for their truth (copycat).
+    """Label the unlabelled samples of a batch with the teacher's outputs (copycat).
 
-    Of counts the final exit's number and, where it makes one, its density map; of classes the likeliest.
+    For counting the final exit's count and, if available, density map; for classification the most likely class.
     """
     if "unlabelled" not in batch:
         return batch
@@ -106,7 +106,7 @@ def load_teacher(name: Path, network: MultiExitNetwork, spec: zoo.Spec) -> Multi
         spec: of ``network``, with the names of its classes.
 
     Raises:
-        CrowdExitError: if there is no such checkpoint, or it does not label the same images with the same classes.
+        CrowdExitError: if there is no such checkpoint, or its image size or classes differ.
     """
     teacher, own = zoo.load(name)
     if teacher.classifies != network.classifies:
@@ -122,13 +122,13 @@ def load_teacher(name: Path, network: MultiExitNetwork, spec: zoo.Spec) -> Multi
 
 
 class BranchTraining(Experiment):
-    """Classifier-wise (multi-exit ViT paper, III): the backbone frozen, all branches on one pass of it.
+    """Classifier-wise (multi-exit ViT paper, III): all branches train on one pass of the frozen backbone.
 
-    With a ``cache`` the pass is made once for each view of a sample, and read from disk from then on.
+    With a ``cache``, the features of each view of a sample are computed once and then read from disk.
 
-    Each branch has its own optimiser, plateau and early stopping, and its own random numbers (by its name and
-    the step), so that it comes out the same whichever branches are trained beside it. Where several learning rates
-    are tried, each branch is there once for each, and the best of them is kept.
+    Each branch has its own optimiser, plateau schedule, early stopping and random numbers (by name and step), so that
+    results do not depend on the other branches. With several learning rates, each branch is trained once for each, and
+    the best is kept.
     """
 
     def __init__(self, network: MultiExitNetwork, spec: zoo.Spec, recipe: Recipe, out: Path) -> None:
@@ -148,16 +148,16 @@ class BranchTraining(Experiment):
             for weight in stay:
                 weight.requires_grad_(False)
         self.average = averaged(network.branches, recipe)
-        # Thrown away afterwards: one reading of each token, so that every part of an image teaches its count.
+        # Auxiliary head, not saved: predicts a local count from each token.
         self.readouts = nn.ModuleDict()
         if recipe.local:
             for name in self.names:
                 branch = network.exit_module(name)
                 if branch.token_grid is None:
-                    continue  # its one token stands for the whole image, or its loss is of the parts already
+                    continue  # it has one token for the whole image, or its loss is local already
                 torch.manual_seed(zlib.crc32(f"{self.trials[name].exit.name} {recipe.seed} readout".encode()))
                 self.readouts[name] = nn.Linear(cast(Branch, branch).dim, 1)
-        # In a list, so that it is no part of the checkpoints.
+        # In a list, to exclude it from checkpoints.
         self._teachers: list[MultiExitNetwork] = []
         if recipe.copycat and recipe.copycat.teacher is not None:
             self._teachers = [load_teacher(recipe.copycat.teacher, network, spec)]
@@ -169,11 +169,11 @@ class BranchTraining(Experiment):
         self.kept: dict[str, dict[str, Tensor]] = {}
         self.kept_tables: dict[str, dict[str, float]] = {}
         self.cache: FeatureCache | None = None
-        self.train()  # Lightning leaves the modes as they are
+        self.train()  # Lightning does not change the modes
 
     @property
     def teacher(self) -> MultiExitNetwork:
-        """What labels unlabelled images: the recipe's teacher, or the backbone itself."""
+        """The network that labels unlabelled images: the recipe's teacher, or the backbone itself."""
         return self._teachers[0] if self._teachers else self.network
 
     def on_fit_start(self) -> None:
@@ -182,7 +182,7 @@ class BranchTraining(Experiment):
             teacher.to(self.device)
 
     def with_statistics(self) -> list[nn.Module | None]:
-        """The trained branches alone: the backbone's stay as they are, to the bit."""
+        """The trained branches only; the backbone is bitwise unchanged."""
         return [*(self.network.branches[name] for name in self.names), self.average]
 
     def active(self) -> list[str]:
@@ -194,7 +194,7 @@ class BranchTraining(Experiment):
         return not self.active()
 
     def train(self, mode: bool = True) -> BranchTraining:
-        """The backbone stays in evaluation mode: its running statistics are frozen too."""
+        """Keep the backbone in evaluation mode, with frozen running statistics."""
         super().train(mode)
         for module in self.network.backbone_modules():
             module.eval()
@@ -218,7 +218,7 @@ class BranchTraining(Experiment):
         ]
 
     def parameters_of(self, name: str) -> list[nn.Parameter]:
-        """All that is trained for one branch."""
+        """All trained modules of one branch."""
         readout = self.readouts[name].parameters() if name in self.readouts else []
         return [*self.network.branches[name].parameters(), *readout]
 
@@ -249,7 +249,7 @@ class BranchTraining(Experiment):
                         self.recipe.local * local_error(local, batch["density"], batch["count"], branch.token_grid)
                     )
                 self.log(f"train/{name}", losses[-1].detach())
-        # The branches share no weights: the gradient of the sum is each one's own.
+        # Branches share no weights, so the sum gives each its own gradient.
         self.manual_backward(torch.stack(losses).sum())
         for name in active:
             if self.recipe.optimiser.clip:
@@ -263,11 +263,11 @@ class BranchTraining(Experiment):
             self.average.update_parameters(network.branches)
 
     def evaluated(self) -> nn.ModuleDict:
-        """The averaged branches where there are some."""
+        """The averaged branches, if any."""
         return cast(nn.ModuleDict, self.average.module) if self.average is not None else self.network.branches
 
     def validation_step(self, batch: Batch, _: int) -> None:
-        """The outputs of each branch in the condition that the recipe watches."""
+        """The outputs of each branch in the watched condition."""
         branches = self.evaluated()
         exits = {name: cast(Exit, branches[name]) for name in self.active()}
         for outputs in validated(self.network, batch, exits, self.network.stage_of, self.recipe.watch):

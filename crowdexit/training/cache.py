@@ -1,4 +1,4 @@
-"""What the frozen backbone makes of the training samples, kept on disk: branches learn without running it again."""
+"""Cache the frozen backbone's features of the training samples on disk, to train branches without running it."""
 
 from __future__ import annotations
 

@@ -34,11 +34,11 @@ FINAL_WEIGHT = 2.0
 
 @dataclass(frozen=True)
 class Phase:
-    """What is trained at once.
+    """A phase of training.
 
     Attributes:
         exits: whose losses are added.
-        first, last: the stages that are trained, both included; none where ``first`` is past ``last``.
+        first, last: the trained stages, inclusive; none if ``first`` is after ``last``.
     """
 
     exits: tuple[str, ...]
@@ -47,7 +47,7 @@ class Phase:
 
 
 def phases(network: MultiExitNetwork, recipe: Recipe) -> list[Phase]:
-    """End-to-end is one phase. Layer-wise has one for each place with branches, and one for the final exit."""
+    """One phase for end-to-end; for layer-wise one for each location with branches, and one for the final exit."""
     names = [e.name for e in recipe.exits]
     end = len(network.stages) - 1
     if recipe.stage == "end-to-end":
@@ -60,10 +60,10 @@ def phases(network: MultiExitNetwork, recipe: Recipe) -> list[Phase]:
 
 
 class JointTraining(Experiment):
-    """The loss l_t = l + Σ λ_b l_b over the exits of a phase; what belongs to no exit of it is frozen.
+    """Train with the loss l_t = l + Σ λ_b l_b over the exits of a phase; everything else is frozen.
 
-    A phase begins where the best weights of the one before ended. ``OUT/model.safetensors`` holds the best of the
-    running phase, so that only the end of the last phase is a network to use.
+    A phase starts from the best weights of the previous one. ``OUT/model.safetensors`` holds the best of the current
+    phase, so the network is complete only after the last phase.
     """
 
     def __init__(self, network: MultiExitNetwork, spec: zoo.Spec, recipe: Recipe, out: Path) -> None:
@@ -100,7 +100,7 @@ class JointTraining(Experiment):
 
     def configure_optimizers(self) -> Any:
         part = self.recipe.optimiser
-        # A parameter that is frozen has no gradient, and the optimiser passes it by.
+        # Frozen parameters have no gradient, and the optimiser skips them.
         optimiser = make_optimiser(grouped(self.network.named_parameters(), part), part)
         steps = int(self.trainer.estimated_stepping_batches) // len(self.phases)
         an_epoch = max(1, steps // self.recipe.epochs)
@@ -108,7 +108,7 @@ class JointTraining(Experiment):
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def train(self, mode: bool = True) -> JointTraining:
-        """What is frozen stays in evaluation mode: its running statistics are frozen too."""
+        """Keep frozen parts in evaluation mode, with frozen running statistics."""
         super().train(mode)
         if self.begun >= 0:
             self.network.eval()
@@ -124,7 +124,7 @@ class JointTraining(Experiment):
             return
         starts = self.current_epoch % self.recipe.epochs == 0
         if starts and self.number:
-            # From the best of the phase before; a resumed run has read its own state.
+            # From the best of the previous phase; a resumed run has loaded its own state.
             path = self.out / "model.safetensors"
             for network in (self.network, self.average.module if self.average is not None else self.network):
                 zoo.fill(network, zoo.read_tensors(path), str(path))
@@ -147,7 +147,7 @@ class JointTraining(Experiment):
         return sum(losses[1:], losses[0])
 
     def answers(self, batch: Batch, exits: Collection[str]) -> Iterator[tuple[str, ExitOutput]]:
-        """The answers of these exits by name; the stages before a detached one get no gradient from it."""
+        """The outputs of these exits by name; stages before a detached exit get no gradient from it."""
         network, features = self.network, record(batch)
         early = [name for name in exits if name != FINAL]
         detached = early if self.global_step < self.recipe.detach_until else self.recipe.detached
@@ -162,7 +162,7 @@ class JointTraining(Experiment):
             self.average.update_parameters(self.network)
 
     def validation_step(self, batch: Batch, _: int) -> None:
-        """The outputs of each exit in the condition that the recipe watches."""
+        """The outputs of each exit in the watched condition."""
         network: Any = self.average.module if self.average is not None else self.network
         wanted = self.phases[self.number].exits
         network.eval()

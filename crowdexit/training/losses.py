@@ -1,4 +1,4 @@
-"""What an exit is asked for: a density map, a count, a class, or the local counts of its tokens."""
+"""Losses on density maps, counts, classes, and local counts of tokens."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Batch = dict[str, Any]
 # Sides in cells of the squares in which ``poisson`` adds up heads, each with its weight; the whole has one more.
 _SQUARES = {1: 0.25, 2: 0.5, 4: 1.0, 8: 1.0}
 _WHOLE = 1.0
-_CROWD = 30.0  # heads in an image from which on its weight falls
-_LEAST = 1e-6  # heads in a cell that are added to both sides, so that no logarithm is of zero
+_CROWD = 30.0  # heads in an image above which its weight decreases
+_LEAST = 1e-6  # added to both sides, to avoid the logarithm of zero
 
 
 def evened(crowding: Tensor, nominal: float, even: float) -> Tensor:
-    """What a balanced loss divides an image's error by: ``crowding`` at ``even`` 1, the same for all at 0.
+    """Divisor of an image's error in a balanced loss: ``crowding`` for ``even`` 1, constant for 0.
 
-    Between the two a power of it, scaled so that an image of ``nominal`` crowding weighs the same throughout.
+    In between a power of it, scaled so that the weight of an image of ``nominal`` crowding does not change.
     """
     out: Tensor = crowding**even * nominal ** (1 - even)
     return out
@@ -37,7 +37,7 @@ def relative_error(
     """|Σ − n| / (n + ``least``), meaned: an error of ten in fifty weighs like one of a hundred in six hundred.
 
     With ``even`` below 1 dense images weigh more, see :func:`evened`. Of images that are ``dark`` (B bool) the
-    error counts as it is, / (100 + ``least``): where the crowd cannot be seen, relative errors teach to guess low.
+    error counts as it is, / (100 + ``least``): in the dark, relative errors bias counts towards zero.
     """
     weight = evened(heads + least, 100 + least, even)
     if dark is not None:
@@ -88,20 +88,20 @@ def value_loss(value: Tensor, batch: Batch, recipe: Recipe) -> Tensor:
 
 
 def exit_loss(answer: ExitOutput, batch: Batch, recipe: Recipe) -> Tensor:
-    """What the recipe asks of an exit's answer: of a density map :func:`density_loss`, else :func:`value_loss`."""
+    """The recipe's loss of an exit's output: :func:`density_loss` for a density map, else :func:`value_loss`."""
     if answer.density is not None and recipe.loss != "mae":
         return density_loss(answer.density, answer.value, batch, recipe)
     return value_loss(answer.value, batch, recipe)
 
 
 def _poisson(rate: Tensor, heads: Tensor, cells: float) -> Tensor:
-    """λ − n log λ of each part, which is least where λ is n on average; ``cells`` is how large a part is."""
+    """λ − n log λ of each part, which is smallest if λ equals n on average; ``cells``: size of a part."""
     least = _LEAST * cells
     return rate - (heads + least) * torch.log(rate + least)
 
 
 def _crowd_weight(count: Tensor) -> Tensor:
-    """What an image counts for. By its estimate: by its truth, every estimate would be drawn towards fewer."""
+    """The weight of an image, by its estimate (by the truth, estimates would be biased low)."""
     return 1 / (1 + count.detach() / _CROWD)
 
 

@@ -1,4 +1,4 @@
-"""What all training loops share, and the loop for stage zero to two of a backbone, as Lightning modules."""
+"""Lightning modules: the base of all training loops, and the training of backbones."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from crowdexit.training.recipe import OptimiserPart, Recipe
 
 
 class TrainingError(CrowdExitError):
-    """A run that cannot start or go on."""
+    """A run that cannot start or continue."""
 
 
 class Diverged(TrainingError):
-    """A run whose network says nothing finite any more."""
+    """A run whose network no longer returns finite values."""
 
 
 def record(batch: Batch) -> Features:
-    """The network's input of a collated batch, channels last; of tiles, one image's as a batch of their own."""
+    """The network's input of a collated batch, channels last; tiles of one image form a batch."""
     image, log_mel, has_audio, valid_mask = (batch.get(key) for key in ("image", "log_mel", "has_audio", "valid_mask"))
     assert image is not None
     if log_mel is None or has_audio is None or valid_mask is None:  # images of classes
@@ -52,19 +52,19 @@ def record(batch: Batch) -> Features:
 
 
 def of_images(values: Tensor, batch: Batch) -> Tensor:
-    """Counts B of the batch's images, from those of all their tiles; class scores B×K stay."""
+    """Counts B of the batch's images, summed over their tiles; class scores B×K are unchanged."""
     return values.view(len(batch["id"]), -1).sum(1) if values.dim() == 1 else values
 
 
 def truth(batch: Batch) -> Tensor:
-    """What the exits should say of a batch: counts B, or classes B."""
+    """The targets of a batch: counts B, or classes B."""
     return cast(Tensor, batch["label"] if "label" in batch else batch["count"])
 
 
 def with_and_without_audio(network: MultiExitNetwork, features: Features) -> dict[str, Features]:
-    """The record after the first stage, as it is heard and as if it were not.
+    """The record after the first stage, with and without audio.
 
-    A first stage that only looks is run once for both.
+    A purely visual first stage runs only once.
     """
     seen = network.stages[0](features)
     silence = torch.zeros_like(features.has_audio)
@@ -76,13 +76,13 @@ def with_and_without_audio(network: MultiExitNetwork, features: Features) -> dic
 def validated(
     network: MultiExitNetwork, batch: Batch, exits: Mapping[str, Exit], stage_of: Callable[[str], int], watch: str
 ) -> Iterator[tuple[str, list[str], Tensor, Tensor]]:
-    """The outputs of exits for a batch in the condition that is watched, see :class:`Recipe`.
+    """The outputs of exits for a batch in the watched condition, see :class:`Recipe`.
 
-    What audio does not reach is computed once and, with ``mean``, counts once.
+    Parts that do not depend on audio are computed and, with ``mean``, counted once.
 
     Yields:
-        what :meth:`Validation.add` takes: an exit's name, and of N samples their ids, counts N or class scores N×K, and
-        the truth N. With ``audio`` N are those that have audio.
+        arguments of :meth:`Validation.add`: an exit's name, and for N samples their ids, counts N or class scores N×K,
+        and the truth N. With ``audio``, only samples with audio.
     """
     features = record(batch)
     ids, true = batch["id"], truth(batch)
@@ -127,7 +127,7 @@ def plateau(optimiser: torch.optim.Optimizer, part: OptimiserPart) -> ReduceLROn
 
 
 def rate_factor(name: str, part: OptimiserPart) -> float:
-    """What the recipe's groups multiply the learning rate of a parameter of that name by."""
+    """The learning-rate factor of a parameter by the recipe's groups."""
     factor = 1.0
     for pattern, of_group in part.groups.items():
         if fnmatchcase(name, pattern):
@@ -136,7 +136,7 @@ def rate_factor(name: str, part: OptimiserPart) -> float:
 
 
 def grouped(parameters: Iterable[tuple[str, nn.Parameter]], part: OptimiserPart) -> list[dict[str, Any]]:
-    """Named parameters as the optimiser's groups, one for each factor of the learning rate; those at 0 are left out."""
+    """Named parameters as optimiser groups, one for each learning-rate factor; those at 0 are excluded."""
     groups: dict[float, list[nn.Parameter]] = defaultdict(list)
     for name, parameter in parameters:
         groups[rate_factor(name, part)].append(parameter)
@@ -144,7 +144,7 @@ def grouped(parameters: Iterable[tuple[str, nn.Parameter]], part: OptimiserPart)
 
 
 def freeze(network: nn.Module, recipe: Recipe) -> None:
-    """Freeze the parameters whose factor of the learning rate is 0, and depthwise kernels where the recipe wants it.
+    """Freeze parameters with learning-rate factor 0, and depthwise kernels if the recipe says so.
 
     Raises:
         TrainingError: for a pattern of the groups that matches nothing.
@@ -163,7 +163,7 @@ def freeze(network: nn.Module, recipe: Recipe) -> None:
 
 
 def rate_at(part: OptimiserPart, step: int, steps: int, epoch: int) -> float:
-    """The learning rate's factor at a step out of ``steps``; plateau schedules are kept by their scheduler."""
+    """The learning-rate factor at a step out of ``steps``; plateau schedules have their own scheduler."""
     warm = min(1.0, (step + 1) / part.warmup) if part.warmup else 1.0
     if part.schedule == "cosine":
         return warm * (part.floor + (1 - part.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
@@ -173,7 +173,7 @@ def rate_at(part: OptimiserPart, step: int, steps: int, epoch: int) -> float:
 
 
 def listed(one_or_more: Any) -> list[Any]:
-    """Lightning hands over one optimiser or scheduler bare, several as a list."""
+    """As a list: Lightning returns a single optimiser or scheduler without one."""
     return one_or_more if isinstance(one_or_more, list) else [one_or_more]
 
 
@@ -190,22 +190,22 @@ def audio_encoder(network: MultiExitNetwork) -> AudioEncoder:
 
 
 class Validation:
-    """Collects what the exits say over an epoch, over all processes, and sums it up."""
+    """Collects exit outputs over an epoch and all processes, and computes metrics."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[str, str, float, float]] = []
 
     def add(self, name: str, ids: list[str], values: Tensor, truths: Tensor) -> None:
-        """Of one exit (or state of hearing) called ``name``: counts B or class scores B×K, and what is true, B."""
+        """Add outputs of one exit (or audio condition) ``name``: counts B or class scores B×K, and the truth B."""
         predictions = values
-        if values.dim() == 2:  # a class that nothing finite stands for is none
+        if values.dim() == 2:  # no class without finite scores
             predictions = torch.where(values.isfinite().all(1), values.argmax(1).float(), math.nan)
         self.rows += [
             (name, *row) for row in zip(ids, predictions.float().tolist(), truths.float().tolist(), strict=True)
         ]
 
     def collect(self) -> dict[str, dict[str, float]]:
-        """By name: the figures of :meth:`table`. What was collected is forgotten."""
+        """The metrics of :meth:`table` by name; clears the collected outputs."""
         rows = self.rows
         if dist.is_available() and dist.is_initialized():
             everywhere: list[Any] = [None] * dist.get_world_size()
@@ -213,19 +213,19 @@ class Validation:
             rows = [row for part in everywhere for row in part]
         self.rows = []
         by_name: dict[str, list[tuple[str, float, float]]] = defaultdict(list)
-        for name, *row in sorted(rows):  # the figures do not depend on who counted what
+        for name, *row in sorted(rows):  # metrics do not depend on the distribution over processes
             by_name[name].append(cast(Any, row))
         return {name: self.table(of_name) for name, of_name in by_name.items()}
 
     def table(self, rows: list[tuple[str, float, float]]) -> dict[str, float]:
-        """Figures of (id, said, true); ``error`` among them, by which the best is known."""
+        """Metrics of (id, output, truth), including ``error``, which selects the best network."""
         raise NotImplementedError  # abstract
 
 
 class CountValidation(Validation):
     """``mae/GROUP`` for each group of ids, and ``error``, the groups' mean of MAE over mean count.
 
-    A group is what stands before the first ``_`` of an id (the part of a data set), or ``all``.
+    A group is the prefix of an id before the first ``_`` (the part of a data set), or ``all``.
     """
 
     def table(self, rows: list[tuple[str, float, float]]) -> dict[str, float]:
@@ -241,7 +241,7 @@ class CountValidation(Validation):
 
 
 class ClassValidation(Validation):
-    """``accuracy`` in percent, and ``error``, the share of wrong answers; not finite if some score is not."""
+    """``accuracy`` in percent, and ``error``, the share of wrong classes; not finite if some score is not."""
 
     def table(self, rows: list[tuple[str, float, float]]) -> dict[str, float]:
         wrong = sum(predictions != true for _, predictions, true in rows) / len(rows)
@@ -250,13 +250,13 @@ class ClassValidation(Validation):
         return {"accuracy": 100 * (1 - wrong), "error": wrong}
 
 
-_CONDITIONS = {"audio": "sound", "no-audio": "silent"}  # a recipe's to the validation's
+_CONDITIONS = {"audio": "sound", "no-audio": "silent"}  # names in recipes → in the validation
 _SHOWN = {"sound": "with audio", "silent": "without audio"}  # on the console
-_NAMED = 12  # exits on the line of an epoch
+_NAMED = 12  # exits on the progress line
 
 
 class Experiment(L.LightningModule):
-    """What all loops share: the network, its description, where results go, and the best so far.
+    """Base of all training loops: the network, its description, the output folder and the best result so far.
 
     ``OUT/model.safetensors`` always holds the best network by validation.
     """
@@ -275,14 +275,14 @@ class Experiment(L.LightningModule):
         return self
 
     def keep_norms(self) -> None:
-        """Leave batch normalisations in evaluation mode, where the recipe has them frozen."""
+        """Keep batch normalisations in evaluation mode if the recipe freezes them."""
         if self.recipe.norms == "frozen":
             for module in self.network.modules():
                 if isinstance(module, _BatchNorm):
                     module.eval()
 
     def quick_depthwise(self) -> AbstractContextManager[Any]:
-        """What the forward pass of a training step runs in."""
+        """The context of the forward pass of a training step."""
         return QuickFrozenDepthwise() if self.recipe.freeze_depthwise else nullcontext()
 
     def configure_gradient_clipping(
@@ -291,7 +291,7 @@ class Experiment(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip each group of parameters by itself: fresh exits have larger gradients than a pretrained backbone."""
+        """Clip each parameter group separately, as new exits have larger gradients than a pretrained backbone."""
         if gradient_clip_val:
             for group in optimizer.param_groups:
                 nn.utils.clip_grad_norm_(group["params"], gradient_clip_val)
@@ -301,7 +301,7 @@ class Experiment(L.LightningModule):
         raise NotImplementedError  # abstract
 
     def on_fit_start(self) -> None:
-        # A run that had stopped early and is resumed has nothing left to do.
+        # A resumed run that had stopped early has nothing to do.
         self.trainer.should_stop = self.finished()
 
     def with_statistics(self) -> list[nn.Module | None]:
@@ -311,7 +311,7 @@ class Experiment(L.LightningModule):
     def on_validation_start(self) -> None:
         if self.trainer.world_size == 1:
             return
-        # The processes saw different samples: their running statistics become one again.
+        # The processes saw different samples: average their running statistics.
         for module in self.with_statistics():
             for buffer in module.buffers() if module is not None else ():
                 if buffer.is_floating_point():
@@ -319,7 +319,7 @@ class Experiment(L.LightningModule):
                     buffer /= self.trainer.world_size
 
     def log_table(self, tables: dict[str, dict[str, float]]) -> None:
-        """Log every figure, and keep one line of them for the console."""
+        """Log all metrics, and make the progress line."""
         flat = {f"val/{name}/{key}": value for name, table in tables.items() for key, value in table.items()}
         self.log_dict(flat, rank_zero_only=True)
         first = sorted(tables, key=lambda name: tables[name]["error"])[:_NAMED]
@@ -332,10 +332,10 @@ class Experiment(L.LightningModule):
         self.summary = "  ".join(named) + more
 
     def write(self, network: MultiExitNetwork, error: float, **figures: Any) -> None:
-        """Write the checkpoint, from the first process; it tells of this run and of those before it.
+        """Write the checkpoint from the first process, with the records of this and earlier runs.
 
         Args:
-            error: by which it is the best. figures: of the exits, by name.
+            error: the validation error. figures: metrics of the exits, by name.
         """
         if not self.trainer.is_global_zero:
             return
@@ -351,7 +351,7 @@ class Experiment(L.LightningModule):
 
 
 def averaged(network: nn.Module, recipe: Recipe) -> AveragedModel | None:
-    """The recipe's running average of a network over its steps, buffers too."""
+    """The recipe's moving average of a network, including buffers."""
     if not recipe.ema:
         return None
 
@@ -367,9 +367,9 @@ def averaged(network: nn.Module, recipe: Recipe) -> AveragedModel | None:
 
 
 class PatchReadout(nn.Module):
-    """A density map read off patch tokens, one linear layer for all of them.
+    """A density map from patch tokens by one shared linear layer.
 
-    Tokens B×(1+N)×D → B×1×h×w, heads a cell, each patch's spread evenly over its cells.
+    Tokens B×(1+N)×D → B×1×h×w, heads per cell, spread evenly over each patch's cells.
     """
 
     def __init__(self, dim: int) -> None:
@@ -397,7 +397,7 @@ class BackboneTraining(Experiment):
         self.best, self.best_epoch, self.stale = math.inf, -1, 0
         self.listener: nn.Module | None = None
         if recipe.stage == "hearing":
-            # Thrown away afterwards: the encoder has to find what the audio says, not how it is said.
+            # Auxiliary head, not saved: it lets the encoder learn features of the count.
             encoder = audio_encoder(network)
             self.listener = nn.Linear(encoder.channels, 1)
             nn.init.constant_(self.listener.bias, 5.0)  # about the logarithm of 150
@@ -417,14 +417,14 @@ class BackboneTraining(Experiment):
             for part in (*modules, *weights):
                 part.requires_grad_(False)
         freeze(network, recipe)
-        # Thrown away afterwards: a density map read off the patches, so that every part of an image teaches.
+        # Auxiliary head, not saved: a density map from the patches, for supervision of every part of an image.
         self.readout: PatchReadout | None = None
         if recipe.local:
             if not network.token_dim:
                 raise TrainingError(f"local: {recipe.model} has no patches to read counts off")
             self.readout = PatchReadout(network.token_dim)
         self.average = averaged(self.network, recipe)
-        self.train()  # Lightning leaves the modes as they are
+        self.train()  # Lightning does not change the modes
 
     def train(self, mode: bool = True) -> BackboneTraining:
         super().train(mode)
@@ -447,7 +447,7 @@ class BackboneTraining(Experiment):
         return self.recipe.stop is not None and self.stale >= self.recipe.stop
 
     def evaluated(self) -> MultiExitNetwork:
-        """The averaged network where there is one."""
+        """The averaged network, if there is one."""
         return cast(MultiExitNetwork, self.average.module) if self.average is not None else self.network
 
     def configure_optimizers(self) -> Any:
@@ -462,7 +462,7 @@ class BackboneTraining(Experiment):
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        # Lightning asks after the checkpoint is written; a plateau is stepped with the validation instead.
+        # Lightning steps after writing the checkpoint; plateau schedules step with the validation instead.
         if not isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step()
 
@@ -508,7 +508,7 @@ class BackboneTraining(Experiment):
             self._note(name, batch, of_images(network.final(features).value, batch), of)
 
     def _note(self, name: str, batch: Batch, values: Tensor, of: Tensor) -> None:
-        """Note the values B or B×K of some samples of a batch (B bool)."""
+        """Record the values B or B×K of some samples of a batch (B bool)."""
         ids = [id for id, wanted in zip(batch["id"], of.tolist(), strict=True) if wanted]
         self.validation.add(name, ids, values[of], truth(batch)[of])
 

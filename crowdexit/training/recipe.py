@@ -1,4 +1,4 @@
-"""A recipe: one YAML file an experiment, checked to the last key before anything runs."""
+"""A recipe: one YAML file per experiment, validated before anything runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BUNDLED = Path(__file__).parent / "recipes"
 
 
 class RecipeError(CrowdExitError):
-    """A recipe that is not there, not YAML, or says something that means nothing."""
+    """A recipe that is missing, not YAML, or invalid."""
 
 
 class _Part(BaseModel):
@@ -60,7 +60,7 @@ class DegradationsPart(_Part):
 
 
 class NegativesPart(_Part):
-    """Images without anybody in place of a ``share`` of the draws; see :class:`crowdexit.data.negatives.Negatives`.
+    """Images without people instead of a ``share`` of the draws; see :class:`crowdexit.data.negatives.Negatives`.
 
     Beside drawn patterns and empty parts of the training images: mosaics of ``images``, a prepared classification set
     (its ``split``) or a folder, and parts of ``background``, an image of a place; neither may show people.
@@ -73,7 +73,7 @@ class NegativesPart(_Part):
 
 
 class ValConditionsPart(_Part):
-    """What validation images go through; see :class:`crowdexit.data.augment.Conditions`."""
+    """Conditions of validation images; see :class:`crowdexit.data.augment.Conditions`."""
 
     brightness: float = Field(1.0, gt=0, allow_inf_nan=False)
     noise: float = Field(0.0, ge=0, le=255)
@@ -81,19 +81,19 @@ class ValConditionsPart(_Part):
 
 
 class DataPart(_Part):
-    """Which samples, and how they are laid before the network.
+    """The samples, and how they are presented to the network.
 
-    ``store`` may be left out and given on the command line. ``canvas`` is the (width, height) that training
-    sees (None: the model's native size). ``whole`` shows each image whole and at most flips it (the papers).
+    ``store`` may be set on the command line instead. ``canvas`` is the (width, height) of training images
+    (None: the model's native size). ``whole`` shows each image whole and at most flips it (the papers).
     Images of classes know of these ``store``, ``train``, ``val``, ``draws``, ``whole`` and ``workers``: they are
     shifted by up to an eighth of their side and flipped, or, with ``whole``, left as they are.
     ``leave_out`` is a fold of the training samples to leave out, ``0/3`` the first of three
     (:mod:`crowdexit.evaluation.cross_fit`). ``balance`` gives groups of ids (shell patterns) their share of the draws.
-    ``hear`` is the probability that
-    a sample with audio is heard; ``voices`` is a folder of voice recordings, of which the audio of each training crop
-    is simulated for the heads that it shows, in place of the sample's own. ``stride`` is the density map's (1 is the
-    papers'). ``val_conditions`` are laid on every validation image. ``views`` is in how many ways each sample is
-    drawn, after which they come again; None draws a new one every time. ``scale``, ``wide_scale`` (of ``wide_share``
+    ``hear`` is the probability that a sample with audio is shown with it; ``voices`` is a folder of voice recordings,
+    from which the audio of each training crop is simulated for the heads that it shows, instead of the sample's own.
+    ``stride`` is the density map's (1 is the
+    papers'). ``val_conditions`` are applied to every validation image. ``views`` is the number of different draws of
+    each sample, which then repeat; None draws a new one every time. ``scale``, ``wide_scale`` (of ``wide_share``
     of the draws), ``aspect``, ``flip`` and ``jitter`` are those of :class:`crowdexit.data.augment.View`.
     """
 
@@ -234,10 +234,10 @@ class Recipe(_Part):
         even: how far ``balanced`` goes: 1 weighs errors relative to the crowd, 0 as they are.
         least: what ``balanced`` adds to an image's count before it divides by it. Of tiles that are added less than
             of whole pictures: an error of five on each of six is one of thirty.
-        map: weight of the density map's squared error in ``balanced``, beside the count's own error. Where heads
-            stand to the pixel is noise to a network that knows how many there are: less of it late in training.
-        guess: ask of darkened images only for the count, its error as it is: what cannot be seen is guessed from
-            the audio, and evened errors would teach to guess low.
+        map: weight of the density map's squared error in ``balanced``, beside the count's own error. Exact
+            positions of heads are noise once the count is learned: lower it late in training.
+        guess: use only the unweighted count error for darkened images: their count comes from the audio, and
+            balanced errors would bias it low.
         frozen: modules and parameters of the backbone that stay as they are, by name or pattern (``stages.0``,
             ``*.bias``) or a module's class (``Conv2d``: what is trained are the normalisations and dense layers); of
             modules their running statistics too. In ``branches``, parameters of the branches.
@@ -269,10 +269,10 @@ class Recipe(_Part):
         fit: start exits from regressions of the count on what they see, over so many samples (see
             :func:`crowdexit.training.fit.fit_exits`); 0: at random.
         tied: start the branches' heads as a mean over positions.
-        local: weight of a further loss on the parts of a picture: of branches, the error of each token's local
+        local: weight of a further loss on the parts of an image: of branches, the error of each token's local
             count; of a transformer in ``count``, that of a density map read off its patches.
         senses: shipped name or checkpoint of an AudioCSRNet of the same widths, from which a transformer takes the
-            ears and the convolutions of its VGG stem.
+            audio encoder and the convolutions of its VGG stem.
     """
 
     stage: Literal["hearing", "density", "count", "classes", "branches", "end-to-end", "layer-wise"]
@@ -378,7 +378,7 @@ class Recipe(_Part):
         return self
 
     def described(self) -> dict[str, Any]:
-        """The recipe as plain data for a checkpoint's header: files by their names, not where they lay."""
+        """The recipe as plain data for a checkpoint's header: files by name, without their folders."""
 
         def plain(value: Any) -> Any:
             if isinstance(value, dict):

@@ -52,17 +52,17 @@ from crowdexit.utils.machine import has_bfloat16
 from crowdexit.utils.memory import keep_freed_memory
 
 LAST, BEFORE = "last.ckpt", "before-last.ckpt"  # checkpoints of the last two epochs
-_TRAILER = b"crowdexit crc32 "  # behind a checkpoint's data, then its checksum in 8 hex digits
+_TRAILER = b"crowdexit crc32 "  # after a checkpoint's data, followed by its checksum in 8 hex digits
 
 
 class RunCheckpoints(TorchCheckpointIO):
-    """Lightning's checkpoints with a checksum, the last two of them, each on the disk before it gets its name."""
+    """Lightning's last two checkpoints, with checksums, synced to disk before they are renamed into place."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint; the one that had its name becomes :data:`BEFORE`.
+        """Write a checkpoint; the previous one becomes :data:`BEFORE`.
 
         Raises:
-            TrainingError: if it cannot be written; those that are there stay as they are.
+            TrainingError: if it cannot be written; existing ones are unchanged.
         """
         path = Path(path)
         buffer = BytesIO()
@@ -110,10 +110,10 @@ def _verified(path: Path) -> memoryview:
 
 
 def checkpoint_to_resume(out: Path, console: Console) -> Path | None:
-    """The newest checkpoint of a run that is whole; None where there is none at all. A damaged one is reported.
+    """The newest undamaged checkpoint of a run, or None without any; damaged ones are reported.
 
     Raises:
-        TrainingError: if all that are there are damaged.
+        TrainingError: if all are damaged.
     """
     damaged: list[str] = []
     for path in (out / LAST, out / BEFORE):
@@ -126,7 +126,7 @@ def checkpoint_to_resume(out: Path, console: Console) -> Path | None:
             continue
         if damaged:
             console.print(f"{damaged[0]}; going on from {path.name}, an epoch before", highlight=False, soft_wrap=True)
-            with suppress(OSError):  # out of the way, so that the next one does not push the whole one out
+            with suppress(OSError):  # so that the next checkpoint does not replace the good one
                 (out / LAST).replace(out / f"{LAST}.damaged")
         return path
     if damaged:
@@ -135,7 +135,7 @@ def checkpoint_to_resume(out: Path, console: Console) -> Path | None:
 
 
 class _Lines(Callback):
-    """One line an epoch with the time left, for logs and for the record."""
+    """One progress line per epoch, with the time left."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -157,7 +157,7 @@ class _Lines(Callback):
 
 
 class _Termination(Callback):
-    """SIGTERM ends the run at once, like Ctrl-C; Lightning would wait for the end of a batch and leave with 0."""
+    """SIGTERM ends the run at once, like Ctrl-C; Lightning would finish the batch and exit with 0."""
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -165,14 +165,14 @@ class _Termination(Callback):
 
         def stop(number: int, _: FrameType | None) -> None:
             if trainer.strategy.launcher is not None:
-                trainer.strategy.launcher.kill(number)  # the processes that this one started
+                trainer.strategy.launcher.kill(number)  # child processes
             raise SIGTERMException
 
         signal.signal(signal.SIGTERM, stop)  # Lightning restores the former handler
 
 
 def starting_network(recipe: Recipe) -> tuple[MultiExitNetwork, zoo.Spec]:
-    """The network that the recipe starts from, without its new exits, and the description with them.
+    """The recipe's initial network without its new exits, and the description with them.
 
     Raises:
         CrowdExitError: for a model, a checkpoint or weights that do not fit.
@@ -205,10 +205,10 @@ def starting_network(recipe: Recipe) -> tuple[MultiExitNetwork, zoo.Spec]:
 
 
 def start_senses(network: MultiExitNetwork, model: str) -> None:
-    """Fill a transformer's ears and VGG stem from an AudioCSRNet.
+    """Load a transformer's audio encoder and VGG stem from an AudioCSRNet.
 
     Raises:
-        CrowdExitError: if it is no transformer with such parts, or the other no AudioCSRNet of their widths.
+        CrowdExitError: if it is no transformer with these, or the other is no AudioCSRNet of equal widths.
     """
     path = zoo.checkpoint_path(model)
     parts = network.parts_of_audiocsrnet
@@ -229,7 +229,7 @@ def start_senses(network: MultiExitNetwork, model: str) -> None:
 
 
 def start_branches(network: MultiExitNetwork, recipe: Recipe, path: Path) -> None:
-    """Fill the recipe's branches from those that stand on another checkpoint.
+    """Load the recipe's branches from another checkpoint.
 
     Raises:
         CrowdExitError: if it lacks one, or has another branch under that name.
@@ -250,7 +250,7 @@ def start_branches(network: MultiExitNetwork, recipe: Recipe, path: Path) -> Non
 
 
 def start_exits(network: MultiExitNetwork, recipe: Recipe) -> None:
-    """Fill the recipe's exits that start from another exit of the checkpoint.
+    """Load the recipe's exits that start from another exit of the checkpoint.
 
     Raises:
         CrowdExitError: if the checkpoint has no such exit, or one of another shape.
@@ -268,7 +268,7 @@ def start_exits(network: MultiExitNetwork, recipe: Recipe) -> None:
             raise TrainingError(f"{path}: it has no exit {trial.exit.start!r} for {trial.exit.name!r} to start from")
         tensors |= {f"branches.{trial.name}.{key}": value for key, value in found.items()}
     new = tuple(f"branches.{trial.name}." for trial in wanted)
-    # What fuses the audio starts as the identity, and the context at zero.
+    # Audio fusion starts as the identity, context at zero.
     fresh = (".fuse.", ".context.")
     zoo.fill(
         network,
@@ -279,7 +279,7 @@ def start_exits(network: MultiExitNetwork, recipe: Recipe) -> None:
 
 
 def start_rest(network: MultiExitNetwork, recipe: Recipe) -> None:
-    """Layer-wise: what the stages behind the first branch, and the final exit, start from.
+    """Layer-wise: initialise the stages after the first branch, and the final exit.
 
     Raises:
         CrowdExitError: for a checkpoint of another architecture.
@@ -299,7 +299,7 @@ def start_rest(network: MultiExitNetwork, recipe: Recipe) -> None:
 def make_experiment(
     network: MultiExitNetwork, spec: zoo.Spec, recipe: Recipe, out: Path, median_count: float
 ) -> Experiment:
-    """The starting network in the loop that the recipe's stage wants.
+    """The initial network in the training loop of the recipe's stage.
 
     Args:
         median_count: count at which branches start.
@@ -326,10 +326,10 @@ def make_experiment(
 
 
 def _check_loss(network: MultiExitNetwork, recipe: Recipe) -> None:
-    """A density below zero has no likelihood.
+    """Check that densities are non-negative for the Poisson likelihood.
 
     Raises:
-        TrainingError: for the loss ``poisson`` where an exit makes such maps.
+        TrainingError: for the loss ``poisson`` if an exit outputs negative density.
     """
     if recipe.loss == "poisson":
         for name in network.exit_names:
@@ -341,7 +341,7 @@ def _check_loss(network: MultiExitNetwork, recipe: Recipe) -> None:
 
 
 def some_batches(recipe: Recipe, data: RecipeData) -> Iterator[Batch]:
-    """The first samples of the plan, as many as exits are fitted to, in daylight: the dark tells little."""
+    """The first samples of the plan, as many as exits are fitted to, without degradations."""
     whole = data.train_set
     assert isinstance(whole, CrowdDataset)
     lit = CrowdDataset(whole.store, whole.split, whole.ids, replace(whole.setting, conditions=Conditions()), whole.seed)
@@ -349,17 +349,17 @@ def some_batches(recipe: Recipe, data: RecipeData) -> Iterator[Batch]:
 
 
 def _first_batches(dataset: Any, recipe: Recipe, data: RecipeData, samples: int) -> Iterator[Batch]:
-    """The first samples of the plan, as a data set has them."""
+    """The first samples of the plan from a data set."""
     plan = data.plan().plan()[:samples]
     for start in range(0, len(plan), recipe.batch):
         yield default_collate([dataset[key] for key in plan[start : start + recipe.batch]])
 
 
 def keep_features(recipe: Recipe, experiment: BranchTraining, data: RecipeData, folder: Path) -> FeatureCache:
-    """The recipe's feature cache, between the data and the branches from here on.
+    """Set up the recipe's feature cache between data and branches.
 
     Raises:
-        TrainingError: if the folder cannot serve.
+        TrainingError: if the folder is unusable.
     """
     assert recipe.cache is not None
     assert recipe.data.views is not None
@@ -380,14 +380,14 @@ def keep_features(recipe: Recipe, experiment: BranchTraining, data: RecipeData, 
 
 
 def _precision(recipe: Recipe) -> Literal["bf16-mixed", "32-true"]:
-    """The recipe's, or bfloat16 where there is hardware for it; emulated, it is many times slower than float32."""
+    """The recipe's precision, else bfloat16 if the hardware supports it (emulation is far slower than float32)."""
     if recipe.precision != "auto":
         return recipe.precision
     return "bf16-mixed" if has_bfloat16() or torch.cuda.is_available() else "32-true"
 
 
 def _processes(devices: int) -> tuple[int, int]:
-    """(processes a machine, machines): as asked for, or as torchrun has started them."""
+    """(processes per machine, machines): as requested, or as started by torchrun."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return devices, 1
     here = int(os.environ["LOCAL_WORLD_SIZE"])
@@ -395,7 +395,7 @@ def _processes(devices: int) -> tuple[int, int]:
 
 
 def _one_line(error: CrowdExitError) -> CrowdExitError:
-    """The same error without the trace that a data-loading worker sends along."""
+    """The same error without the traceback of a data-loading worker."""
     last = str(error).strip().splitlines()[-1]
     kind, _, message = last.partition(": ")
     return type(error)(message if kind.endswith(type(error).__name__) else last)
@@ -412,18 +412,18 @@ def train(
 ) -> Path:
     """Run a recipe; ``OUT/model.safetensors`` is the best network by validation.
 
-    Of several learning rates, branches try all at once; other stages train with one after the other, in
+    With several learning rates, branches try all at once; other stages train one after the other, in
     ``OUT/lr-RATE``.
 
     Args:
         out: folder of the run: the checkpoint, Lightning's ``last.ckpt`` (each epoch) and ``before-last.ckpt`` (of
             the epoch before), TensorBoard's events.
-        resume: go on from ``last.ckpt``, where there is one; if it is damaged, from the one before.
-        devices: GPUs, or processes on the CPU. Those after the first run the calling script anew; under
-            torchrun its processes are taken.
+        resume: continue from ``last.ckpt``, if there is one; if damaged, from the one before.
+        devices: GPUs, or processes on the CPU. Those after the first run the calling script again; under
+            torchrun its processes are used.
 
     Raises:
-        CrowdExitError: anything wrong with recipe, data or folder, or a run that came to nothing.
+        CrowdExitError: for an unusable recipe, data or folder, or a run that diverged.
         KeyboardInterrupt: on Ctrl-C; SystemExit with 143 on SIGTERM. At most the running epoch is lost.
     """
     console = console or Console(stderr=True)
@@ -469,10 +469,10 @@ def train(
 
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """Keep a run's folder for this process until it ends: a second one would write over what the first does.
+    """Lock a run's folder for this process.
 
     Raises:
-        TrainingError: if another process has it.
+        TrainingError: if another process has locked it.
     """
     try:
         with FileLock(out / "training.lock", timeout=0):
@@ -492,7 +492,7 @@ def _fit(
     accelerator: str,
     console: Console,
 ) -> None:
-    """Start the exits, and let Lightning train."""
+    """Initialise the exits, and train with Lightning."""
     network = experiment.network
     last = checkpoint_to_resume(out, console) if resume else None
     if last is not None and (out / "model.safetensors").exists():
@@ -513,7 +513,7 @@ def _fit(
         experiment.cache = keep_features(recipe, experiment, data, recipe.cache.folder or out / "features")
     strategy: Any = "auto"
     if devices * machines > 1:
-        # Buffers are made one before each validation. A branch that has stopped takes no part in the pass.
+        # Buffers are averaged before each validation. Stopped branches do not run.
         strategy = DDPStrategy(broadcast_buffers=False, find_unused_parameters=bool(recipe.exits))
     bar = RichProgressBar(refresh_rate=1, console_kwargs={"stderr": console.stderr})
     with warnings.catch_warnings():
@@ -557,7 +557,7 @@ def _fit(
 
 
 def _check_best(model: Path) -> None:
-    """Refuse to go on with a run whose best network so far is damaged: nothing could bring it back.
+    """Refuse to resume a run whose best network so far is damaged.
 
     Raises:
         TrainingError: if it is.
@@ -570,7 +570,7 @@ def _check_best(model: Path) -> None:
 
 
 def _best_rate(recipe: Recipe, out: Path, resume: bool, devices: int, accelerator: str, console: Console) -> Path:
-    """Train with each learning rate, and hand on the checkpoint of the one that validates best."""
+    """Train with each learning rate, and return the checkpoint with the best validation error."""
     model = out / "model.safetensors"
     if model.exists():
         if not resume:

@@ -23,8 +23,8 @@ from crowdexit.data.media import FAULTS, MOST_FAULTS, open_media
 from crowdexit.data.mel import AudioError
 from crowdexit.video.container import read_only
 
-# Less of a frame's second than this, and the frame is not heard: half a second, as at a video's first and
-# last frame, less the tenth of it by which encoders shift a sound's beginning.
+# A frame with less audio than this has none: half a second, as at a video's first and last frame,
+# less the tenth of it by which encoders shift a sound's beginning.
 MIN_AUDIO_S = 0.45
 _JITTER_S = 0.02  # by which sound's time stamps may be off without a gap in the audio
 _LEAP_S = 1.0  # by which they may leap before one alone is not believed
@@ -33,11 +33,11 @@ Second = tuple[NDArray[np.float32], int]
 
 
 class AudioWindow:
-    """Holds the audio that came last, and gives the second around a time.
+    """Buffers the latest audio, and returns the second around a time.
 
     Args:
         rate: of the samples, in Hz.
-        held_s: seconds of audio to hold when more comes than is asked for.
+        held_s: seconds of audio to buffer at most.
     """
 
     def __init__(self, rate: int, held_s: float = float("inf")) -> None:
@@ -58,7 +58,7 @@ class AudioWindow:
             self.forget(self.end - self._held_s)
 
     def forget(self, time: float) -> None:
-        """Let go of what was heard before a time."""
+        """Drop audio before a time."""
         begin = round(time * self.rate)
         while self._held and self._held[0][0] + len(self._held[0][1]) <= begin:
             self._held.popleft()
@@ -76,12 +76,12 @@ class AudioWindow:
 
 
 class AudioTrack:
-    """The audio of a file, asked for second by second in the order of time; holds little more than one second.
+    """The audio of a file, read second by second in time order; buffers little more than one second.
 
     Args:
         path: an audio or video file.
-        origin: the time on the file's own clock that is asked for as zero; None: where its audio begins.
-        warn: is called with one line if the audio is damaged, or had to be rescaled.
+        origin: the time in the file that counts as zero; None: the start of its audio.
+        warn: called with one line if the audio is damaged or was rescaled.
 
     Attributes:
         warnings: the lines so far.

@@ -1,4 +1,4 @@
-"""A video's frames, each with the second of audio around it, one at a time."""
+"""Read a video's frames, each with the second of audio around it."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ class Frame:
     """A frame of a video, and its audio.
 
     Attributes:
-        index: among all frames of the video in the order of time, from 0.
+        index: among all frames of the video in time order, from 0.
         time_s: seconds since the video's first frame.
         decoded: as FFmpeg decoded it.
         waveform: mono samples from half a second before the frame to half a second after it, zeros where there
-            are none, and their rate in Hz; None where too little is heard.
-        audio_begins_s: the video's first frame on the clock of the file that the audio is in; None: the
-            sound is from another file, which begins with the first frame, or live.
-        display: how it is shown.
-        lost: (from, to) in seconds where frames before this one are damaged, since the last frame.
-        behind_hole: (from, to) in seconds where there are no frames, if this one is made from what may be lost there.
-        audio_unreadable: whether there is no audio because what there is cannot be read.
+            are none, and their rate in Hz; None if there is too little audio.
+        audio_begins_s: the time of the video's first frame in the file of the audio; None: the audio is from
+            another file, which starts with the first frame, or live.
+        display: how it is displayed.
+        lost: (from, to) in seconds of damaged frames before this one, since the last frame.
+        behind_hole: (from, to) in seconds without frames, if this one may depend on lost frames there.
+        audio_unreadable: whether the audio exists but cannot be read.
         audio_warnings: about the audio, one line each.
     """
 
@@ -68,15 +68,15 @@ class Frame:
 
     @property
     def image(self) -> NDArray[np.uint8]:
-        """H×W×3 uint8, RGB, upright, in square pixels; made anew at every call."""
+        """H×W×3 uint8, RGB, upright, in square pixels; converted at every call."""
         return self.scaled(self.size)
 
     @property
     def audio(self) -> AudioInput:
-        """The audio as a network takes it.
+        """The audio as network input.
 
         Raises:
-            AudioError: if it is of no use.
+            AudioError: if it is unusable.
         """
         if self.waveform is None:
             return AudioInput(None, "unreadable" if self.audio_unreadable else "none", self.audio_warnings)
@@ -84,7 +84,7 @@ class Frame:
 
     @property
     def loss_warning(self) -> str | None:
-        """What to say of damaged frames before this one, if there are any."""
+        """The warning about damaged frames before this one, if any."""
         if self.lost is None:
             return None
         return f"damaged from {self.lost[0]:.1f} to {self.lost[1]:.1f} s; nothing is counted there"
@@ -102,7 +102,7 @@ class Frame:
         """The frame, scaled to (width, height): H×W×3 uint8, RGB, upright; HDR is tone-mapped.
 
         Raises:
-            ImageError: if its format is one that nothing here can convert.
+            ImageError: if its pixel format cannot be converted.
         """
         turns, transfer = self._quarter_turns, self.display.transfer
         width, height = reversed(size) if turns % 2 else size
@@ -139,12 +139,12 @@ def read_frames(
     """Yield a video's frames with their audio, one at a time, in memory that does not depend on its length.
 
     Args:
-        span: which frames; default: one a second. A frame is the same whatever else is taken. All before the first
-            is read, though hardly any of it decoded.
-        audio: a file whose audio stands in for the video's own, beginning with the first frame.
-        warn: is called with one line when the video or its audio is damaged or cut short.
+        span: which frames; default: one a second. A frame does not depend on which others are selected. Everything
+            before the first one is read, but hardly any of it decoded.
+        audio: a file whose audio replaces the video's own, starting with the first frame.
+        warn: called with each warning about damage or truncation.
 
-    A video without audio is not heard, nor are frames beyond the end of its audio.
+    Frames of a video without audio, or beyond the end of it, have none.
 
     Raises:
         VideoError: if it cannot be read at all, or has no frames.
@@ -177,7 +177,7 @@ def read_frames(
 
 
 def _merged(gaps: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """In order, and what overlaps as one."""
+    """Sorted intervals, with overlapping ones merged."""
     out: list[tuple[float, float]] = []
     for begin, end in sorted(gaps):
         if out and begin <= out[-1][1]:
@@ -187,7 +187,7 @@ def _merged(gaps: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _warn_of_gaps(video: FrameSampler, warn: Warn) -> None:
-    """What of the video was not there to be counted."""
+    """Warnings about parts of the video that could not be counted."""
     stated, length = stated_length(video.container, video.stream, video.origin), video.length
     gaps = _merged([(a, b) for a, b in video.gaps if b is not None and b > video.begins])
     rest = next((a for a, b in video.gaps if b is None), length)
@@ -204,7 +204,7 @@ def _warn_of_gaps(video: FrameSampler, warn: Warn) -> None:
 
 
 def expected_rows(path: Path, span: Span | None = None) -> int:
-    """How many frames there will be to count as far as a video says; 0 where it does not or cannot be read."""
+    """Expected number of frames to count, by the video's metadata; 0 if unknown or unreadable."""
     span = span or Span()
     try:
         with open_file(path) as container:
@@ -231,7 +231,7 @@ def parse_time(text: str) -> float:
 
 
 def _audio_track(path: Path, audio: Path | None, origin: float, warn: Warn) -> tuple[AudioTrack | None, bool]:
-    """The audio of a video, and whether there is none because it cannot be read."""
+    """The audio of a video, and whether it exists but cannot be read."""
     if audio is not None:
         return AudioTrack(audio, None, warn), False
     with open_file(path) as container:

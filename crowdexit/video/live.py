@@ -1,4 +1,4 @@
-"""Frames of a camera, a stream or a pipe as they come: what cannot be counted in time is dropped, never delayed."""
+"""Read live frames of a camera, stream or pipe; frames that cannot be counted in time are dropped."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ class Address:
     """How a live source is opened.
 
     Attributes:
-        name: as it is reported and written down, without a password.
-        url: for FFmpeg. format: of a device, its kind. protocols: what FFmpeg may open for it.
-        lasting: a source that ought to be there again after it has stopped; a pipe that has ended has ended.
+        name: as shown and stored, without a password.
+        url: for FFmpeg. format: of a device, its kind. protocols: those that FFmpeg may use for it.
+        lasting: whether to reconnect after it has stopped (not for pipes).
     """
 
     name: str
@@ -78,7 +78,7 @@ def address_of(text: str) -> Address | None:
     """The live source of that name: ``-``, ``camera:0``, ``rtsp://…``, ``http://…``, a named pipe; None: none.
 
     Raises:
-        VideoError: for an address of a kind that cannot be read.
+        VideoError: for an unsupported kind of address.
     """
     if text == "-":
         return Address("-", "pipe:0", "pipe", lasting=False)
@@ -96,21 +96,21 @@ def address_of(text: str) -> Address | None:
 
 
 class LiveFrames:
-    """Iterates over a live source's frames, the newest at each time; reading goes on in a thread of its own.
+    """Iterate over a live source's newest frames; a separate thread reads them.
 
-    A frame waits half a second for the audio behind it. One that comes before the last was asked for replaces it. A
-    pipe, or a file behind an address, that gives its frames sooner than they were taken is made to wait instead. A
-    source that stops is opened again, after longer and longer pauses.
+    A frame waits half a second for the audio after it. A newer frame replaces one that was not yet taken. A pipe, or a
+    file behind an address, that delivers frames faster than real time is throttled instead. A source that stops is
+    reopened, after increasing pauses.
 
     Args:
-        span: which frames; ``end`` by the source's clock or ours, whatever comes first.
-        warn: is called with one line when the source stops and when it comes back.
+        span: which frames; ``end`` by the source's clock or ours, whichever is first.
+        warn: called with one line when the source stops and when it returns.
 
     Attributes:
-        dropped: frames that were due and have not been given.
+        dropped: number of due frames that were dropped.
 
     Raises:
-        VideoError: if it cannot be opened at first, or nothing can be read of it, or nothing comes until ``end``.
+        VideoError: if it cannot be opened at first, cannot be read, or delivers nothing before ``end``.
     """
 
     def __init__(self, address: Address, span: Span, warn: Warn) -> None:
@@ -154,7 +154,7 @@ class LiveFrames:
             raise self._fault
 
     def stop(self) -> None:
-        """End; from any thread. What waits for a source that gives nothing is left to itself."""
+        """Stop, from any thread; does not wait for a blocked source."""
         with self._changed:
             self._stopped.set()
             self._changed.notify_all()
@@ -223,7 +223,7 @@ class LiveFrames:
         return 0.0 if self._begun is None else monotonic() - self._begun
 
     def lost(self, begin: float, end: float) -> None:
-        """Say that there are no frames between two times."""
+        """Report that there are no frames between two times."""
         self._reported_lost += 1
         if self._reported_lost <= _MAX_REPORTED:
             rest = "; further damage is not reported" if self._reported_lost == _MAX_REPORTED else ""
@@ -233,13 +233,13 @@ class LiveFrames:
         return self._stopped.is_set() or max(self._time, self._elapsed()) >= self._span.end
 
     def _image(self, time: float | None, skipped: int) -> tuple[int, float]:
-        """The index and time of the next frame, behind some skipped; without a time, it is of now."""
+        """The index and time of the next frame after some skipped ones; without a time, now."""
         self._index += 1 + skipped
         self._time = max(self._time, self._elapsed() if time is None else time)
         return self._index, self._time
 
     def _hand(self, frame: Frame, *, paced: bool) -> None:
-        """Give a frame to whoever asks next, in place of one that nobody has asked for."""
+        """Hand over a frame, replacing one that was not taken."""
         with self._changed:
             early = frame.time_s - self._elapsed()
             if not paced and early > 0:
@@ -253,10 +253,10 @@ class LiveFrames:
 
 
 class _Session:
-    """A live source from when it is opened to when it stops.
+    """One connection to a live source.
 
     Args:
-        paced: it gives its frames at the time that they show, and does not wait.
+        paced: whether it delivers frames in real time and does not wait.
     """
 
     def __init__(self, live: LiveFrames, container: Any, *, paced: bool) -> None:
@@ -322,7 +322,7 @@ class _Session:
         return broken
 
     def _waited(self, requested_at: float) -> None:
-        """A packet has come that was asked for then. One that had to be waited for is new: nothing stood before it."""
+        """Record a packet that was requested at a time; if reading had to wait, nothing is buffered before it."""
         now = monotonic()
         self.idle = max(0.0, self.idle + now - requested_at - _IDLE_SHARE * (now - self.requested_at))
         self.requested_at = now
@@ -340,7 +340,7 @@ class _Session:
             self._hand()
 
     def _decode_frames(self, packet: Any) -> None:
-        """Decode a packet of frames; behind damage none before the next key frame, what it is made from is lost."""
+        """Decode a packet of frames; after damage, none before the next key frame."""
         if self._torn_before(packet) and not self.blind:
             with suppress(*FAULTS):  # what came before is whole
                 all(map(self._take_frame, self.video.codec_context.decode(None)))
@@ -369,13 +369,13 @@ class _Session:
         return gap > 1.5 * nominal_step(self.video) and not self._leaps(time + self.shift)
 
     def _lose(self) -> None:
-        """What comes until the next key frame is lost."""
+        """Skip until the next key frame."""
         self.blind = True
         if self.lost_from is None and self.shift is not None:  # else there has been nothing to lose
             self.lost_from = self.live._time
 
     def _take_frame(self, image: Any) -> bool:
-        """See a frame that has come out of the decoder; False if it is damaged."""
+        """Check a decoded frame; False if it is damaged."""
         if not image.is_corrupt:
             self._queue(image)
             return True
@@ -383,7 +383,7 @@ class _Session:
         return self.entry is not None and image.pts is not None and image.pts < self.entry
 
     def _audio_complete(self, time: float) -> bool:
-        """Whether the audio around a time is there, or will not come."""
+        """Whether the audio around a time has arrived, or will not."""
         assert self.audio_window is not None
         return self.audio_window.end >= time + _AUDIO_S or self.live._time >= time + _AUDIO_S + _MORE_S
 
@@ -419,7 +419,7 @@ class _Session:
                 self.lost = None
 
     def _leaps(self, time: float) -> bool:
-        """Whether the source's clock has been set anew, by a time on it."""
+        """Whether the source's clock was reset, judged by a time stamp."""
         live = self.live
         return time < live._time - _BACK_S or time > max(live._time, live._elapsed()) + _AHEAD_S
 
@@ -461,7 +461,7 @@ class _Session:
         self.live._hand(replace(frame, waveform=second), paced=self.paced)
 
     def _left_out(self, packet: Any) -> bool:
-        """Whether decoding has fallen behind the source, and not reached a key frame since."""
+        """Whether decoding has fallen behind, and not reached a key frame since."""
         if packet.stream is self.audio_stream or packet.pts is None or not self.timed:
             return False
         if self.shift is not None or packet.is_keyframe or self.stamps:  # from the first one that can be decoded on

@@ -52,7 +52,7 @@ def test_which_state():
 
 
 def test_too_few_and_no_probability():
-    with pytest.raises(IntervalError, match=r"8 images are too few for a level of 0\.9: it takes 9"):
+    with pytest.raises(IntervalError, match=r"8 images are too few for a level of 0\.9; at least 9 are needed"):
         width([1.0] * 8, [1.0] * 8, 0.9)
     assert width([1.0] * 9, [1.0] * 9, 0.9) == 0
     for level in (0, 1, -2, float("nan")):

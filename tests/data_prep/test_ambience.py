@@ -207,7 +207,7 @@ def test_bad_input_is_one_line_and_code_2(without_audio, voices, tmp_path, capsy
         ((tmp_path / "none.h5", target, "--voices", voices), "no such prepared file"),
         ((broken, target, "--voices", voices), "not a readable HDF5 file"),
         ((without_audio,), "nothing to do"),
-        ((without_audio, "--measure"), "1 images of 'train' have sound and heads"),  # the recorded one
+        ((without_audio, "--measure"), "1 images of 'train' have audio and heads"),  # the recorded one
         ((without_audio, target, "--voices", voices, "--takes", -1), "--takes"),
     ]:
         assert run(*arguments) == 2, reason

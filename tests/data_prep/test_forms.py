@@ -80,7 +80,7 @@ def test_heads_lie_on_the_image_that_is_trained_on(tmp_path, capsys, orientation
     assert all(light[y, x] for x, y in sample.points.astype(int))
     assert item["density"].sum() == pytest.approx(9, abs=0.01)
     report = capsys.readouterr()
-    assert ("1 images are turned by EXIF" in report.out) == (orientation != 1)
+    assert ("1 images are rotated by EXIF" in report.out) == (orientation != 1)
     assert "warning" not in report.err
 
 
