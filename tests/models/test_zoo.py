@@ -129,7 +129,7 @@ def test_no_such_model_or_file(tmp_path):
         ({"size": [128, 72]}, (zoo.ExitSpec("V1", "V1", "slvit"),), "a patch of 8 does not divide a map of 9×16"),
         ({}, (zoo.ExitSpec("x", "V7", "cnn"),), "no exit location 'V7'"),
         ({}, (zoo.ExitSpec("x", "V1", "perceiver"),), "no branch of kind 'perceiver'"),
-        ({}, (zoo.ExitSpec("final", "V1", "cnn"),), "an exit 'final' already"),
+        ({}, (zoo.ExitSpec("final", "V1", "cnn"),), "exit 'final' already exists"),
         ({}, (zoo.ExitSpec("a.b", "V1", "cnn"),), "a.b"),
         ({}, (zoo.ExitSpec("stages", "V1", "cnn"), zoo.ExitSpec("stages", "V1", "cnn")), "already"),
     ],
