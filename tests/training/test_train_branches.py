@@ -154,7 +154,7 @@ def test_tied_heads_start_at_the_median_wherever_people_stand(store, backbone):
     [
         ([{"name": "X", "place": "AV9", "kind": "cnn"}], "exit 'X': no exit location 'AV9'"),
         ([{"name": "X", "place": "V1", "kind": "mixer"}], "exit 'X': no branch of kind 'mixer' fits location V1"),
-        ([{"name": "final", "place": "V1", "kind": "cnn"}], "an exit 'final' already"),
+        ([{"name": "final", "place": "V1", "kind": "cnn"}], "exit 'final' already exists"),
     ],
 )
 def test_exits_that_do_not_fit(store, backbone, tmp_path, exits, problem):
