@@ -161,7 +161,7 @@ def test_branches_are_validated_in_the_condition_that_is_watched(store, backbone
     ("keys", "message"),
     [
         ({"stage": "count", **VIT, "watch": "audio"}, "watch: audio does not reach the final exit of transcrowd"),
-        ({"stage": "density", "data": {"val_ids": "*_4"}, "watch": "audio"}, "no sample of val has sound"),
+        ({"stage": "density", "data": {"val_ids": "*_4"}, "watch": "audio"}, "no sample of val has audio"),
     ],
 )
 def test_audio_that_is_not_there_to_watch(store, tmp_path, keys, message):
