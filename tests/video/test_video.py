@@ -583,7 +583,7 @@ def test_too_large_images(tmp_path, monkeypatch):
 
 def test_an_annotated_video_that_cannot_be_begun(tmp_path, monkeypatch):
     monkeypatch.setattr(av, "open", lambda *arguments, **options: (_ for _ in ()).throw(OSError(28, "disk full")))
-    with pytest.raises(VideoWriteError, match=r"out\.mp4: cannot be written \(disk full\)"):
+    with pytest.raises(VideoWriteError, match=r"out\.mp4: the disk is full"):
         AnnotatedVideo(tmp_path / "out.mp4", None, 1)
     assert not list(tmp_path.iterdir())
 
