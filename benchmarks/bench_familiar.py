@@ -91,7 +91,7 @@ def main() -> None:
     args = parser.parse_args()
     counter = load(args.model, runtime=args.runtime)
     if counter.familiarity is None:
-        raise SystemExit(f"{args.model} has no statistics of its training images: see crowdexit calibrate")
+        raise SystemExit(f"{args.model} has no statistics of its training images: run `crowdexit calibrate`")
     print(in_a_line(describe()))
     figures: dict[str, dict[str, float]] = {}
 

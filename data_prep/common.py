@@ -117,7 +117,7 @@ class Report:
         line = f"warning: {self.heads_outside} of {all_heads:,.0f} heads lie outside their images ({most})"
         if not self.outside.keys().isdisjoint(self.turned):
             other = "without" if self.stored_pixels else "with"
-            line += f"; some of these images are turned by EXIF: try it {other} --stored-pixels"
+            line += f"; some of these images are rotated by EXIF: try it {other} --stored-pixels"
         print(line, file=sys.stderr)
 
 

@@ -51,7 +51,7 @@ def test_a_kind_of_exits_fits_where_it_says(tmp_path):
     features = inputs(torch.zeros(1, 3, 64, 128))
     with torch.no_grad():
         assert loaded(features)["wide"].value == network(features)["wide"].value
-    with pytest.raises(zoo.ZooError, match=r"no 'depth' of its own \(it has .*width\)"):
+    with pytest.raises(zoo.ZooError, match=r"no option 'depth' \(it has .*width\)"):
         zoo.build(zoo.Spec("audiocsrnet-s", (zoo.ExitSpec("e", "V1", "mean", {"depth": 2}),), SMALL))
 
 

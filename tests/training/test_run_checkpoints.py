@@ -64,7 +64,7 @@ def test_damaged_checkpoint_falls_back_to_the_previous(out):
 def test_without_a_whole_one_it_says_what_to_do(out):
     for name in (LAST, BEFORE):
         (out / name).write_bytes(b"")
-    with pytest.raises(TrainingError, match=r"damaged \(it has 0 bytes\), and there is no other .* anew$"):
+    with pytest.raises(TrainingError, match=r"damaged \(it has 0 bytes\), and there is no other .* train again$"):
         resumed(out)
     for name in (LAST, BEFORE):
         (out / name).unlink()

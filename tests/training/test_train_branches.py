@@ -174,5 +174,5 @@ def test_branches_go_on_from_another_checkpoint(store, backbone, tmp_path):
     _, spec = zoo.load(tmp_path / "two")
     assert spec.meta["recipe"]["branches_from"] == "one/model.safetensors", "no path of this machine"
     for path, exits in ((backbone, {}), (there, {"exits": [{"name": "V1", "place": "V1", "kind": "cnn"}]})):
-        with pytest.raises(TrainingError, match="it has no branch 'V1'"):
+        with pytest.raises(TrainingError, match="no branch 'V1'"):
             run(tiny(store, "branches", start=backbone, branches_from=path, **exits), tmp_path / "no")
