@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import resource
 import struct
 import sys
@@ -668,3 +669,19 @@ def test_damaged_jpeg_in_a_tiff_is_reported(capfd) -> None:
     assert report >= 10
     assert decode_image(data).warnings == ()
     assert "JPEG" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("tags", "line"),
+    [
+        ({32997: (4,)}, "x.tif: a TIFF with several planes in depth is not supported; save each as an image"),
+        (
+            {COMPRESSION: (50001,)},
+            "x.tif: a TIFF with WebP compression is not supported; save it with LZW or without compression",
+        ),
+    ],
+)
+def test_tiffs_that_are_read_in_part_or_not_at_all_are_refused(tags, line):
+    grey = np.full((40, 60), 90, np.uint8)
+    with pytest.raises(ImageError, match=f"^{re.escape(line)}$"):
+        decode_image(tiff([Page(grey, tags=tags)]), "x.tif")

@@ -119,7 +119,7 @@ def decode_image(data: bytes, name: str = "image", check: SizeCheck | None = Non
     except RangeUnknown as error:
         raise ImageError(f"{name}: {error} are not supported; save it with 8 or 16 bits") from None
     except tiff.UnsupportedTiff as error:
-        raise ImageError(f"{name}: a TIFF with {error} is not supported; save it with 8 bits") from None
+        raise ImageError(f"{name}: a TIFF with {error} is not supported; {error.remedy}") from None
     except Exception as error:  # a library of images may raise whatever a damaged file makes of its state
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ImageError(f"{name}: a damaged or truncated image ({reason})") from None
@@ -215,7 +215,15 @@ def _decode(data: bytes, name: str, notes: _Notes, check: SizeCheck) -> NDArray[
         check_size(name, *page.size, page.bytes_per_pixel)
         check(*upright_size(page.size, page.orientation))
         notes.add(_left_out(others + 1, "first" if page is pages[0] else "largest", "pages"))
-        return _upright(_tiff_page(page, notes), page.orientation)
+        page.check_supported()
+        try:
+            pixels = _tiff_page(page, notes)
+        except Exception as error:
+            if page.optional_compression is None or isinstance(error, RangeUnknown):
+                raise
+            kind = f"{page.optional_compression} compression"
+            raise tiff.UnsupportedTiff(kind, "save it with LZW or without compression") from error
+        return _upright(pixels, page.orientation)
     is_jpeg = data.startswith(b"\xff\xd8\xff")
     if is_jpeg and not jpeg.has_8_bits(data):
         raise ImageError(f"{name}: a JPEG with more than 8 bits or without loss is not supported; save it as PNG")

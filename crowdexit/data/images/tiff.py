@@ -30,8 +30,21 @@ _MOST_FIELDS = 4096
 _MOST_VALUES = 1_000_000
 
 
+# Compressions that the TIFF library may have been built without, by their numbers.
+_OPTIONAL_COMPRESSIONS = {34887: "LERC", 34925: "LZMA", 50000: "Zstandard", 50001: "WebP"}
+_DEPTH = 32997
+
+
 class UnsupportedTiff(ValueError):
-    """A kind of TIFF that nothing here reads; what it is, and what to do."""
+    """A kind of TIFF that nothing here reads.
+
+    Attributes:
+        remedy: what to do.
+    """
+
+    def __init__(self, kind: str, remedy: str = "save it with 8 bits") -> None:
+        super().__init__(kind)
+        self.remedy = remedy
 
 
 @dataclass(frozen=True)
@@ -150,6 +163,20 @@ class Page:
             return (1 << -(-self.bits // 8) * 8) - 1
         stated = self.number(_MAXIMUM)
         return stated if self.format == 1 and 255 <= stated < 2**self.bits and stated & (stated + 1) == 0 else None
+
+    def check_supported(self) -> None:
+        """Refuse a volume, of which only one plane would be read.
+
+        Raises:
+            UnsupportedTiff: for several planes in depth.
+        """
+        if self.number(_DEPTH, 1) > 1:
+            raise UnsupportedTiff("several planes in depth", "save each as an image")
+
+    @property
+    def optional_compression(self) -> str | None:
+        """The name of a compression that cannot be read everywhere, or None."""
+        return _OPTIONAL_COMPRESSIONS.get(self.number(_COMPRESSION, 1))
 
     @property
     def is_jpeg(self) -> bool:
