@@ -115,30 +115,31 @@ def textures(number: int) -> Iterator[Image]:
         yield np.clip((one + (other - one) * share) * light + grain, 0, 255).astype(np.uint8)
 
 
-def enlarged(path: Path, number: int) -> Iterator[Image]:
-    """Single small images of a prepared classification set's last split, made 4 to 20 times as large."""
+def _small_images(path: Path, number: int) -> Iterator[tuple[int, np.random.Generator, Image]]:
+    """Images of a prepared classification set's last split, each with its number and random numbers of its own."""
     with ClassStore(path) as store:
         split = store.splits()[-1]
         length = len(store.labels(split))
         for seed in range(number):
             random = np.random.default_rng(seed)
-            small = store.image(split, int(random.integers(length)))
-            side = int(small.shape[0] * random.uniform(4, 20))
-            yield np.asarray(cv2.resize(small, (side, side), interpolation=cv2.INTER_CUBIC), np.uint8)
+            yield seed, random, store.image(split, int(random.integers(length)))
+
+
+def enlarged(path: Path, number: int) -> Iterator[Image]:
+    """Single small images of a prepared classification set's last split, made 4 to 20 times as large."""
+    for _, random, small in _small_images(path, number):
+        side = int(small.shape[0] * random.uniform(4, 20))
+        yield np.asarray(cv2.resize(small, (side, side), interpolation=cv2.INTER_CUBIC), np.uint8)
 
 
 def coats(path: Path, number: int) -> Iterator[Image]:
     """Single small images enlarged to 1024×768 or a half of it, with such textures in their light: coats of animals."""
-    with ClassStore(path) as store:
-        split = store.splits()[-1]
-        length = len(store.labels(split))
-        for seed in range(number):
-            random = np.random.default_rng(seed)
-            size = CANVAS if seed % 2 else (CANVAS[0] // 2, CANVAS[1] // 2)
-            ground = cv2.resize(store.image(split, int(random.integers(length))), size, interpolation=cv2.INTER_CUBIC)
-            share = TEXTURES[seed % len(TEXTURES)](random, *size)[..., None]
-            detail = (share - share.mean()) / (share.std() + 1e-6)
-            yield np.clip(ground * (1 + random.uniform(0.1, 0.5) * detail), 0, 255).astype(np.uint8)
+    for seed, random, small in _small_images(path, number):
+        size = CANVAS if seed % 2 else (CANVAS[0] // 2, CANVAS[1] // 2)
+        ground = cv2.resize(small, size, interpolation=cv2.INTER_CUBIC)
+        share = TEXTURES[seed % len(TEXTURES)](random, *size)[..., None]
+        detail = (share - share.mean()) / (share.std() + 1e-6)
+        yield np.clip(ground * (1 + random.uniform(0.1, 0.5) * detail), 0, 255).astype(np.uint8)
 
 
 def empty_parts(store: Store, split: str, number: int) -> Iterator[Image]:

@@ -474,7 +474,7 @@ def read_mat(path: Path) -> dict[str, Any]:
     check_size(path.stat().st_size, "MATLAB file")
     try:
         found = loadmat(path)
-    except NotImplementedError as error:
+    except NotImplementedError as error:  # how scipy refuses that format
         raise CrowdExitError(f"{path.name} is a MATLAB 7.3 file; save it as version 7") from error
     except Exception as error:  # a damaged file can fail in the reader anywhere and anyhow
         raise CrowdExitError(f"{path.name} is damaged or no MATLAB file") from error

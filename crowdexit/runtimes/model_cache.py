@@ -24,6 +24,7 @@ from crowdexit.errors import CrowdExitError
 from crowdexit.models.network import MultiExitNetwork
 from crowdexit.runtimes.arrays import Signature, TensorSpec
 from crowdexit.runtimes.engines import Shapes
+from crowdexit.runtimes.subgraphs import Subgraph, partition, takes_any_size
 from crowdexit.utils.files import atomic_write
 from crowdexit.utils.machine import cache_folder
 from crowdexit.utils.paths import PACKAGE
@@ -162,6 +163,32 @@ class ModelCache(Generic[M]):
         made = make()
         self.keep(subgraph, shapes, made)
         return made
+
+
+def cached_subgraphs(
+    network: MultiExitNetwork,
+    models: ModelCache[M],
+    source: Callable[[], MultiExitNetwork],
+    convert: Callable[[Subgraph, Shapes | None], M],
+) -> tuple[dict[str, Signature], Callable[[str, Shapes], M]]:
+    """The signatures of a network's subgraphs, and a function that returns a subgraph's model for some input shapes.
+
+    Only what is not cached is traced and converted.
+
+    Args:
+        source: the network to convert, if it comes to that.
+        convert: a subgraph to a model; for those that take any image size without shapes.
+    """
+
+    @cache
+    def subgraphs() -> dict[str, Subgraph]:
+        return partition(source())
+
+    def model(subgraph: str, shapes: Shapes) -> M:
+        of = () if takes_any_size(network) else shapes
+        return models.model(subgraph, of, lambda: convert(subgraphs()[subgraph], of or None))
+
+    return models.signatures(lambda: {name: subgraph.signature for name, subgraph in subgraphs().items()}), model
 
 
 def _signature_of(sides: dict[str, list[dict[str, Any]]]) -> Signature:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ import torch
 from crowdexit.models.network import MultiExitNetwork
 from crowdexit.runtimes.base import ArrayReady, ReadyChain, Runtime, register_runtime
 from crowdexit.runtimes.engines import OnnxEngine, Shapes, installed
-from crowdexit.runtimes.model_cache import ModelCache
-from crowdexit.runtimes.subgraphs import Subgraph, chain_of, partition, takes_any_size
+from crowdexit.runtimes.model_cache import ModelCache, cached_subgraphs
+from crowdexit.runtimes.subgraphs import Subgraph, chain_of
 
 
 @register_runtime("onnx")
@@ -36,16 +35,7 @@ class Onnx(Runtime):
     def ready(self, network: MultiExitNetwork) -> ReadyChain:
         network.cpu()
         models = ModelCache(network, self.name, ".onnx", Path.read_bytes, _write)
-
-        @cache
-        def subgraphs() -> dict[str, Subgraph]:  # only if something is not cached yet
-            return partition(network)
-
-        def model(subgraph: str, shapes: Shapes) -> bytes:
-            of = () if takes_any_size(network) else shapes
-            return models.model(subgraph, of, lambda: convert(subgraphs()[subgraph], of or None))
-
-        signatures = models.signatures(lambda: {name: subgraph.signature for name, subgraph in subgraphs().items()})
+        signatures, model = cached_subgraphs(network, models, lambda: network, convert)
         return ArrayReady(network, self.name, chain_of(network, signatures, OnnxEngine(model)))
 
 

@@ -6,7 +6,6 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -18,8 +17,8 @@ from crowdexit.runtimes.arrays import RuntimeUnavailable
 from crowdexit.runtimes.base import ArrayReady, ReadyChain, Runtime, register_runtime
 from crowdexit.runtimes.engines import OpenVINOEngine, Shapes, installed, openvino_core
 from crowdexit.runtimes.int8 import quantised
-from crowdexit.runtimes.model_cache import ModelCache
-from crowdexit.runtimes.subgraphs import Subgraph, chain_of, partition, takes_any_size
+from crowdexit.runtimes.model_cache import ModelCache, cached_subgraphs
+from crowdexit.runtimes.subgraphs import Subgraph, chain_of
 
 _CONVERTING = Lock()
 
@@ -49,15 +48,10 @@ class OpenVINO(Runtime):
             )
         models = _model_cache(network, "openvino" if self.name == "openvino-bf16" else self.name)
 
-        @cache
-        def subgraphs() -> dict[str, Subgraph]:  # only if something is not cached yet
-            return partition(quantised(network, network.activation_ranges) if int8 else network)
+        def source() -> MultiExitNetwork:
+            return quantised(network, network.activation_ranges) if int8 else network
 
-        def model(subgraph: str, shapes: Shapes) -> Any:
-            of = () if takes_any_size(network) else shapes
-            return models.model(subgraph, of, lambda: convert(subgraphs()[subgraph], of or None))
-
-        signatures = models.signatures(lambda: {name: subgraph.signature for name, subgraph in subgraphs().items()})
+        signatures, model = cached_subgraphs(network, models, source, convert)
         engine = OpenVINOEngine(model, half=self.name != "openvino")
         return ArrayReady(network, self.name, chain_of(network, signatures, engine))
 
